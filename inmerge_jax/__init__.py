@@ -1,0 +1,1 @@
+"""In-model merging for any JAX training loop."""

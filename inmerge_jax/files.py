@@ -1,0 +1,37 @@
+"""Writing files whole or not at all."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+      OSError: as the file system gives it (a full disk, say); the old file is then untouched and
+        the temporary one removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 `text` to `path`, whole or not at all; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON to `path`, whole or not at all; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
