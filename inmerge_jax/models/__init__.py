@@ -1,0 +1,72 @@
+"""Image classifiers in Flax Linen, built as PyTorch users know them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.models.resnet import ResNet
+from inmerge_jax.models.vgg import VGG
+
+__all__ = ["STEMS", "create_model", "model_names"]
+
+STEMS = ("small", "imagenet")
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    "vgg16": partial(VGG, stage_sizes=(2, 2, 3, 3, 3)),
+    "vgg16_bn": partial(VGG, stage_sizes=(2, 2, 3, 3, 3), batch_norm=True),
+    "vgg19": partial(VGG, stage_sizes=(2, 2, 4, 4, 4)),
+    "vgg19_bn": partial(VGG, stage_sizes=(2, 2, 4, 4, 4), batch_norm=True),
+}
+
+
+def model_names() -> tuple[str, ...]:
+    """The names that `create_model` knows."""
+    return tuple(_MODELS)
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    stem: str = "small",
+    width: float = 1.0,
+    dtype: DTypeLike = jnp.float32,
+    axis_name: str | None = None,
+) -> nn.Module:
+    """A classifier: float NHWC images to float32 logits of shape (batch, num_classes).
+
+    Call it as `model.apply(variables, images, train=...)`. With `train=True`, batch normalisation
+    writes the collection "batch_stats" (ResNets and the `_bn` VGGs have it), and VGGs with the
+    imagenet stem draw dropout from the rng "dropout", which is the same key on every device.
+
+    Args:
+      name: one of `model_names()`.
+      num_classes: number of logits, at least 1.
+      stem: "imagenet" is torchvision's network, parameter for parameter. "small" is for images of
+        about 28 to 64 px: for ResNets the form of the MedMNIST v2 benchmark; for VGGs the same
+        convolutions with a pooled linear head.
+      width: factor on the number of channels of every layer.
+      dtype: what activations are computed in; parameters and batch statistics stay float32.
+      axis_name: the mapped axis over whose devices batch statistics are averaged.
+
+    Raises:
+      InputError: on an unknown name or stem, or a number out of range.
+    """
+    if name not in _MODELS:
+        raise InputError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
+    if stem not in STEMS:
+        raise InputError(
+            f"unknown stem {stem!r} for model {name}: choose one of {', '.join(STEMS)}"
+        )
+    if not 0 < width < float("inf"):
+        raise InputError(f"width {width} for {name}: choose a positive factor, such as 1.0 or 0.25")
+    if num_classes < 1:
+        raise InputError(f"num_classes {num_classes} for {name}: choose 1 or more")
+    return _MODELS[name](
+        num_classes=num_classes, stem=stem, width=width, dtype=dtype, axis_name=axis_name
+    )

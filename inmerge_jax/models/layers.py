@@ -1,0 +1,136 @@
+"""The layers that the networks share, with PyTorch's padding, initial values and pooling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import Initializer, variance_scaling
+from jax.typing import DTypeLike
+
+KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
+"""torchvision's initial convolution weights."""
+
+TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
+"""What PyTorch's Conv2d and Linear draw unless told otherwise: U(-1, 1) / sqrt(fan_in)."""
+
+
+def scaled(channels: int, width: float) -> int:
+    """`channels` times `width`, rounded, at least 1."""
+    return max(1, round(channels * width))
+
+
+def conv(
+    features: int,
+    size: int,
+    stride: int = 1,
+    *,
+    use_bias: bool = False,
+    kernel_init: Initializer = KAIMING_FAN_OUT,
+    dtype: DTypeLike = jnp.float32,
+    name: str | None = None,
+) -> nn.Conv:
+    """A square 2-D convolution padded by size // 2 on every side, as PyTorch's networks are.
+
+    XLA's "SAME" would pad a strided convolution on the right and at the bottom only.
+    """
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=[(size // 2, size // 2)] * 2,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def batch_norm(
+    train: bool,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    axis_name: str | None = None,
+    name: str | None = None,
+) -> nn.BatchNorm:
+    """Batch normalisation as PyTorch's defaults; its statistics span the devices of `axis_name`.
+
+    Flax's momentum 0.9 is the share that stays, PyTorch's 0.1.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+        name=name,
+    )
+
+
+class Linear(nn.Module):
+    """A dense layer with PyTorch's initial values: weight and bias U(-1, 1) / sqrt(inputs)."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, inputs) to (batch, features)."""
+        limit = 1 / np.sqrt(x.shape[-1])
+
+        def bias_init(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+        kernel = self.param("kernel", TORCH_DEFAULT, (x.shape[-1], self.features))
+        bias = self.param("bias", bias_init, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask belongs to an example's place in the global batch.
+
+    The mask of row r on device d is drawn from `fold_in(key, d * rows + r)`: a batch gets the same
+    masks on one device as when it is split over the devices of `axis_name`.
+    """
+
+    rate: float = 0.5
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Zeroes entries of (batch, ...) with chance `rate` and scales the others to match."""
+        if not train:
+            return x
+        rows = jnp.arange(x.shape[0])
+        if self.axis_name is not None and not self.is_initializing():
+            rows += lax.axis_index(self.axis_name) * x.shape[0]
+        key = self.make_rng("dropout")
+
+        def draw(row: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+
+        keep = jax.vmap(draw)(rows)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+    """Largest of each 2x2 window, stride 2; an odd last row or column is left out."""
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """PyTorch's AdaptiveAvgPool2d, from any height and width to (batch, size, size, channels)."""
+    if x.shape[1:3] == (size, size):
+        return x
+    rows, columns = (jnp.asarray(_averaging(n, size), x.dtype) for n in x.shape[1:3])
+    return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns)
+
+
+def _averaging(inputs: int, outputs: int) -> np.ndarray:
+    """Matrix (outputs, inputs): window i runs from floor(i n / m) to ceil((i + 1) n / m)."""
+    matrix = np.zeros((outputs, inputs))
+    for i in range(outputs):
+        start, stop = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
