@@ -1,0 +1,93 @@
+"""Data sets and batches: MedMNIST files and the procedural chest phantom, in one shape."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.data.medmnist import load_medmnist
+from inmerge_jax.data.phantom import FINDINGS, make_phantom
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "PhantomConfig",
+    "Split",
+    "eval_batches",
+    "load_dataset",
+    "load_medmnist",
+    "make_phantom",
+    "steps_per_epoch",
+    "train_batch",
+]
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """The procedural chest phantom; used where the data set's name is "phantom"."""
+
+    train: int = 2000
+    """Training images."""
+    val: int = 500
+    """Validation images."""
+    test: int = 1000
+    """Test images."""
+    findings: tuple[str, ...] = FINDINGS
+    """What may be seen: any of nodule, mass, effusion, cardiomegaly, pneumothorax."""
+    multi_label: bool = False
+    """Each finding present or not on its own, instead of one finding or none per image."""
+    difficulty: float = 1.0
+    """Above 0. Findings are fainter and smaller, and noise is stronger, the higher it is."""
+    seed: int = 0
+    """Selects the patients. The training seeds do not change it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to train on, and where they come from."""
+
+    name: str = "phantom"
+    """"phantom" (made on the spot: no file, no network) or a 2-D MedMNIST subset: pathmnist,
+    chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
+    tissuemnist, organamnist, organcmnist, organsmnist."""
+    size: int = 28
+    """Height and width of the images in pixels: 28, 64, 128 or 224 for MedMNIST, any from 16 up
+    for the phantom."""
+    data_dir: Path = Path("~/.medmnist")
+    """Folder of MedMNIST files under their own names: breastmnist.npz, breastmnist_64.npz, ..."""
+    file: Path | None = None
+    """Read the MedMNIST subset from this npz instead of the folder."""
+    download: bool = True
+    """Download a MedMNIST file that the folder lacks."""
+    allow_unverified: bool = False
+    """Load a file whose MD5 is not the one in MedMNIST's table; every result then says so."""
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    """Counts, findings and seed of the phantom."""
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Loads or makes the data set that `config` describes.
+
+    Raises:
+      InputError: for an unknown name or size, or a file that is missing or not what it should be.
+    """
+    if config.name == "phantom":
+        chosen = config.phantom
+        return make_phantom(
+            size=config.size,
+            train=chosen.train,
+            val=chosen.val,
+            test=chosen.test,
+            findings=chosen.findings,
+            multi_label=chosen.multi_label,
+            difficulty=chosen.difficulty,
+            seed=chosen.seed,
+        )
+    return load_medmnist(
+        config.name,
+        size=config.size,
+        data_dir=config.data_dir,
+        file=config.file,
+        download=config.download,
+        allow_unverified=config.allow_unverified,
+    )

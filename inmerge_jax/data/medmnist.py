@@ -1,0 +1,264 @@
+"""The twelve 2-D MedMNIST subsets, from files whose MD5 is checked against medmnist's own table."""
+
+import difflib
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.errors import InputError
+
+SIZES = (28, 64, 128, 224)
+SPLITS = ("train", "val", "test")
+HOMEPAGE = "https://medmnist.com"
+
+
+def load_medmnist(
+    name: str,
+    *,
+    size: int = 28,
+    data_dir: Path = Path("~/.medmnist"),
+    file: Path | None = None,
+    download: bool = True,
+    allow_unverified: bool = False,
+) -> Dataset:
+    """Loads a 2-D MedMNIST subset whole, or not at all.
+
+    Args:
+      name: "breastmnist" and so on: `medmnist_names`.
+      size: height and width in pixels, one of `SIZES`.
+      data_dir: folder of npz files under medmnist's own names ("breastmnist.npz",
+        "breastmnist_64.npz"); a leading ~ is the home folder.
+      file: read this npz instead; nothing is downloaded then.
+      download: fetch an absent file into `data_dir` through the medmnist package.
+      allow_unverified: load a file whose MD5 is not medmnist's. It is warned of, and named in
+        the data set's note and so in its title.
+
+    Returns:
+      The data set; its task, class names and channels are those of medmnist's table.
+
+    Raises:
+      InputError: for an unknown name or size; for a file that is absent, truncated or of another
+        MD5; for arrays that are missing, or of a shape, type or range that the table rules out.
+
+    Source: Yang et al., MedMNIST v2 (Scientific Data 2023); the table is `medmnist.INFO`.
+    """
+    info = _subset_info(name)
+    if size not in SIZES:
+        raise InputError(
+            f"size {size} (--size): MedMNIST has {', '.join(map(str, SIZES))} px; "
+            "the phantom comes in any size"
+        )
+    suffix = "" if size == 28 else f"_{size}"
+    if file is None:
+        path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
+        if not path.exists():
+            _download(name, size, info, path, allowed=download)
+    else:
+        path = Path(file).expanduser()
+    md5 = _checked_md5(path, from_option=file is not None)
+    note = ""
+    if md5 != info[f"MD5{suffix}"]:
+        note = f"unverified file {path.name}"
+        if not allow_unverified:
+            raise _wrong_md5(path, md5, name, size, info[f"MD5{suffix}"])
+        warnings.warn(
+            f"{path}: MD5 {md5} is not that of {name} at {size} px ({info[f'MD5{suffix}']}); "
+            "loaded because --allow-unverified is given. Results are not results on "
+            f"{info['python_class']}, and their title says so.",
+            stacklevel=2,
+        )
+    arrays = _read_arrays(path)
+    classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
+    splits = {s: _make_split(path, s, arrays, info, name, size) for s in SPLITS}
+    return Dataset(
+        name=name,
+        size=size,
+        task=info["task"],
+        classes=classes,
+        source=f"{path.name}, MD5 {md5}",
+        note=note,
+        **splits,
+    )
+
+
+def medmnist_names() -> tuple[str, ...]:
+    """The flags of the 2-D subsets, in the order of medmnist's table."""
+    return tuple(flag for flag in medmnist_info() if not flag.endswith("3d"))
+
+
+@functools.cache
+def medmnist_info() -> dict[str, dict[str, Any]]:
+    """The table `medmnist.INFO`: task, class names, counts, addresses and MD5 of every subset."""
+    # `import medmnist.info` would run medmnist/__init__.py, which imports torch, torchvision and
+    # pandas: seconds and hundreds of megabytes for a table. The file imports the standard
+    # library only, so it is run by itself; the package is imported only to download.
+    package = importlib.util.find_spec("medmnist")
+    if package is None or not package.submodule_search_locations:
+        raise InputError(
+            "MedMNIST data needs the package medmnist, which is not installed: "
+            "pip install medmnist, or take --name phantom, which needs nothing"
+        )
+    path = Path(package.submodule_search_locations[0]) / "info.py"
+    spec = importlib.util.spec_from_file_location("_medmnist_info", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.INFO
+
+
+def _subset_info(name: str) -> dict[str, Any]:
+    names = medmnist_names()
+    if name in names:
+        return medmnist_info()[name]
+    close = difflib.get_close_matches(name.lower(), (*names, "phantom"), n=1, cutoff=0.5)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    raise InputError(
+        f"unknown data set {name!r} (--name){guess} There are phantom and {', '.join(names)}"
+        if guess
+        else f"unknown data set {name!r} (--name): there are phantom and {', '.join(names)}"
+    )
+
+
+def _by_hand(path: Path, url: str, md5: str) -> str:
+    return (
+        f"To place it by hand, download {url} and save it as {path} (MD5 {md5}), or name its "
+        "folder with --data-dir"
+    )
+
+
+def _download(name: str, size: int, info: dict[str, Any], path: Path, *, allowed: bool) -> None:
+    """Puts the subset's file at `path`, whole or not at all."""
+    suffix = "" if size == 28 else f"_{size}"
+    url = info[f"url{suffix}"]
+    by_hand = _by_hand(path, url, info[f"MD5{suffix}"])
+    if not allowed:
+        raise InputError(f"{path} is missing and downloading is off. {by_hand}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: an interrupted download must never lie under the file's name.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
+            import medmnist
+
+            subset = getattr(medmnist, info["python_class"])
+            subset(split="val", download=True, root=folder, size=size)
+            os.replace(Path(folder) / path.name, path)
+    except (ImportError, OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        raise InputError(
+            f"{path} is missing and could not be downloaded from {url} through the medmnist "
+            f"package ({type(cause or error).__name__}: {cause or error}). {by_hand}"
+        ) from error
+
+
+def _checked_md5(path: Path, *, from_option: bool) -> str:
+    """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
+    if not path.is_file():
+        option = " (--file)" if from_option else ""
+        raise InputError(f"{path}{option} is missing or no file: name a MedMNIST npz")
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "md5").hexdigest()
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path} is truncated or no npz file ({path.stat().st_size} bytes, MD5 {digest}): "
+            "delete it and let it be downloaded again, or name another with --file"
+        )
+    return digest
+
+
+def _wrong_md5(path: Path, md5: str, name: str, size: int, expected: str) -> InputError:
+    return InputError(
+        f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at {size} px: "
+        "delete it and let it be downloaded again, or load it as it is with --allow-unverified"
+    )
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All six arrays, or an error: nothing is returned from a file that is damaged anywhere."""
+    wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            absent = [key for key in wanted if key not in archive]
+            if absent:
+                raise InputError(
+                    f"{path} lacks the arrays {', '.join(absent)}; it holds "
+                    f"{', '.join(archive.files) or 'none'}. A MedMNIST npz has {', '.join(wanted)}"
+                )
+            return {key: archive[key] for key in wanted}
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): delete it "
+            "and let it be downloaded again, or name another with --file"
+        ) from error
+
+
+def _make_split(
+    path: Path,
+    split: str,
+    arrays: dict[str, np.ndarray],
+    info: dict[str, Any],
+    name: str,
+    size: int,
+) -> Split:
+    images = _checked_images(f"{path}, {split}_images", arrays[f"{split}_images"], info, name, size)
+    labels = _checked_labels(f"{path}, {split}_labels", arrays[f"{split}_labels"], info, name)
+    if len(images) != len(labels):
+        raise InputError(
+            f"{path}: {split}_images holds {len(images)} images but {split}_labels "
+            f"{len(labels)} labels; name a whole MedMNIST npz with --file or --data-dir"
+        )
+    if len(images) == 0:
+        raise InputError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
+    return Split(images, labels)
+
+
+def _checked_images(
+    where: str, images: np.ndarray, info: dict[str, Any], name: str, size: int
+) -> np.ndarray:
+    channels = info["n_channels"]
+    expected = f"({size}, {size})" if channels == 1 else f"({size}, {size}, {channels})"
+    if images.dtype != np.uint8:
+        raise InputError(f"{where}: type {images.dtype}; images must be uint8, 0 to 255")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise InputError(
+            f"{where}: shape {images.shape}; {name} has {channels}-channel images, n of {expected}"
+        )
+    if images.shape[1:3] != (size, size):
+        raise InputError(
+            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but --size {size} was "
+            "asked for: give the size of the file, or the file of that size"
+        )
+    return images
+
+
+def _checked_labels(where: str, labels: np.ndarray, info: dict[str, Any], name: str) -> np.ndarray:
+    classes = len(info["label"])
+    multi_label = info["task"] == "multi-label, binary-class"
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{where}: type {labels.dtype}; labels must be integers")
+    columns = classes if multi_label else 1
+    if not multi_label and labels.ndim == 1:
+        labels = labels[:, None]
+    if labels.ndim != 2 or labels.shape[1] != columns:
+        raise InputError(f"{where}: shape {labels.shape}; {name} needs (n, {columns})")
+    top = 1 if multi_label else classes - 1
+    outside = labels[(labels < 0) | (labels > top)]
+    if outside.size:
+        raise InputError(
+            f"{where}: {outside.size} labels outside 0 to {top}, the first of them {outside[0]}; "
+            f"{name} has {classes} classes, so this is another subset's file or a damaged one"
+        )
+    return labels.astype(np.uint8) if multi_label else labels[:, 0].astype(np.int32)

@@ -1,0 +1,158 @@
+"""A procedural chest phantom: radiographs of nobody, with findings that are known because drawn."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from inmerge_jax.data.anatomy import FINDINGS, TEXTURE_GRIDS, Draws, render
+from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.errors import InputError
+
+NO_FINDING = "no finding"
+SMALLEST = 16
+_SPLITS = ("train", "val", "test")
+_NORMALS, _UNIFORMS = 48, 80
+# Pixels rendered at once: few enough for the intermediate arrays to stay in the cache.
+_CHUNK_PIXELS = 200_000
+_PREVALENCE = 0.3
+
+
+class _Randomness(NamedTuple):
+    """Every random number of a few images; row i depends on (seed, split, i) alone."""
+
+    labels: np.ndarray
+    draws: Draws
+    textures: list[np.ndarray]
+    grain: np.ndarray
+
+
+def make_phantom(
+    *,
+    size: int = 28,
+    train: int = 2000,
+    val: int = 500,
+    test: int = 1000,
+    findings: tuple[str, ...] = FINDINGS,
+    multi_label: bool = False,
+    difficulty: float = 1.0,
+    seed: int = 0,
+) -> Dataset:
+    """Makes grey chest phantoms, the same for the same arguments.
+
+    Lungs, heart, mediastinum, spine, ribs, clavicles, diaphragm and vessels vary from image to
+    image, as do pose, exposure and noise. Findings reach from obvious to invisible, and ordinary
+    anatomy (nipple shadows, healed ribs, skin folds, breast shadows, fat pads, shallow
+    breathing) imitates them, so that no classifier can be perfect.
+
+    Image i of a split depends on seed, split, i, difficulty and size only, and its anatomy not
+    on size: more images leave the first ones as they are.
+
+    Args:
+      size: height and width in pixels, at least 16.
+      train: number of training images, at least 1; likewise `val` and `test`.
+      val: number of validation images.
+      test: number of test images.
+      findings: some of `FINDINGS`, each once.
+      multi_label: every finding present by itself with probability 0.3 (labels uint8 (n, k)),
+        instead of one finding or "no finding", equally often (labels int32 (n,), 0 is none).
+      difficulty: above 0; divides the findings' contrast and extent, and multiplies the noise.
+      seed: at least 0.
+
+    Returns:
+      Data set "phantom", images uint8 (n, size, size, 1). One finding and not `multi_label`
+      makes a binary-class task.
+
+    Raises:
+      InputError: for a number out of range, or an unknown or repeated finding.
+    """
+    counts = {"train": train, "val": val, "test": test}
+    _check(size, counts, findings, difficulty, seed)
+    classes = tuple(findings) if multi_label else (NO_FINDING, *findings)
+    if multi_label:
+        task = "multi-label, binary-class"
+    else:
+        task = "binary-class" if len(classes) == 2 else "multi-class"
+    splits = {
+        split: _make_split(
+            size, count, tuple(findings), multi_label, difficulty, (seed, _SPLITS.index(split))
+        )
+        for split, count in counts.items()
+    }
+    return Dataset(
+        name="phantom",
+        size=size,
+        task=task,
+        classes=classes,
+        source=f"procedural chest phantom, seed {seed}, difficulty {difficulty:g}",
+        **splits,
+    )
+
+
+def _make_split(
+    size: int,
+    count: int,
+    findings: tuple[str, ...],
+    multi_label: bool,
+    difficulty: float,
+    key: tuple[int, int],
+) -> Split:
+    images = np.empty((count, size, size, 1), np.uint8)
+    shape, dtype = ((count, len(findings)), np.uint8) if multi_label else ((count,), np.int32)
+    labels = np.empty(shape, dtype)
+    columns = [FINDINGS.index(finding) for finding in findings]
+    chunk = max(1, _CHUNK_PIXELS // size**2)
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
+        random = _draw(key, rows, size)
+        present = np.zeros((len(random.labels), len(FINDINGS)), bool)
+        if multi_label:
+            labels[rows] = random.labels[:, columns] < _PREVALENCE
+            present[:, columns] = labels[rows]
+        else:
+            labels[rows] = random.labels[:, -1] * (len(findings) + 1)
+            present[:, columns] = labels[rows, None] == np.arange(1, len(findings) + 1)
+        images[rows, ..., 0] = render(
+            size, present, difficulty, random.draws, random.textures, random.grain
+        )
+    return Split(images, labels)
+
+
+def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:
+    """Draws what does not depend on the size first, so that sizes share their anatomy."""
+    labels, normals, uniforms, grain = [], [], [], []
+    textures: list[list[np.ndarray]] = [[] for _ in TEXTURE_GRIDS]
+    for index in range(rows.start, rows.stop):
+        rng = np.random.default_rng([*key, index])
+        labels.append(rng.random(len(FINDINGS) + 1))
+        uniforms.append(rng.random(_UNIFORMS, dtype=np.float32))
+        normals.append(rng.standard_normal(_NORMALS, dtype=np.float32))
+        for texture, grid in zip(textures, TEXTURE_GRIDS, strict=True):
+            texture.append(rng.standard_normal((grid, grid), dtype=np.float32))
+        grain.append(rng.standard_normal((size, size), dtype=np.float32))
+    return _Randomness(
+        np.stack(labels),
+        Draws(np.stack(normals), np.stack(uniforms)),
+        [np.stack(texture) for texture in textures],
+        np.stack(grain),
+    )
+
+
+def _check(
+    size: int, counts: dict[str, int], findings: tuple[str, ...], difficulty: float, seed: int
+) -> None:
+    if size < SMALLEST:
+        raise InputError(f"size {size} (--size): the phantom needs at least {SMALLEST} px")
+    for split, count in counts.items():
+        if count < 1:
+            raise InputError(f"{split} {count}: the phantom's {split} split needs an image or more")
+    if not findings:
+        raise InputError(f"no findings: name at least one of {', '.join(FINDINGS)}")
+    for finding in findings:
+        if finding not in FINDINGS:
+            raise InputError(f"unknown finding {finding!r}: there are {', '.join(FINDINGS)}")
+    if len(set(findings)) < len(findings):
+        raise InputError(f"findings {', '.join(findings)}: name each finding once")
+    if not 0 < difficulty < float("inf"):
+        raise InputError(f"difficulty {difficulty}: give a number above 0; 1 is the usual")
+    if seed < 0:
+        raise InputError(f"seed {seed}: the phantom's seed must be at least 0")
