@@ -1,0 +1,1 @@
+"""Training: steps, the loop, and the evidence that a run leaves behind."""

@@ -1,0 +1,341 @@
+"""Checkpoints that are whole or absent, and say so when they were damaged later.
+
+A folder of checkpoints holds one folder per epoch:
+
+    <epoch>/tree/          the arrays, written by Orbax
+    <epoch>/meta.json      what the caller gave beside them
+    <epoch>/manifest.json  size and SHA-256 of every file; name, shape and dtype of every array
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.training.runfolder import cannot_write
+
+_TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
+_TEMPORARY = ".writing-"
+_SHOWN = 5
+
+
+class DamagedError(InputError):
+    """A checkpoint's files are not what was written."""
+
+
+def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -> Path:
+    """Writes `tree` and `meta` to `folder/<epoch>` and returns that path; replaces one there.
+
+    It is written under another name and renamed when it is complete, so a writer killed at any
+    time leaves the earlier checkpoints and no half one; its remains go with the next save. One
+    process writes at a time.
+
+    Args:
+      folder: of the checkpoints; created where absent.
+      epoch: 0 or more.
+      tree: any pytree of arrays and Python numbers, kept bit for bit. Arrays spread over devices
+        are gathered first.
+      meta: what JSON can hold.
+
+    Raises:
+      InputError: the files can't be written (a full disk, say); nothing is left of this
+        checkpoint, and the earlier ones are untouched.
+      ValueError: a leaf is no array (typed keys: use `jax.random.key_data`).
+    """
+    arrays = {name: _array(name, leaf) for name, leaf in _named_leaves(tree).items()}
+    folder, path = Path(folder), Path(folder) / str(int(epoch))
+    temporary = folder.absolute() / f"{_TEMPORARY}{epoch}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder)
+        _check_room(folder, sum(array.nbytes for array in arrays.values()))
+        temporary.mkdir()
+        _write_arrays(temporary / _TREE, arrays)
+        write_json(temporary / _META, meta)
+        write_bytes(temporary / _MANIFEST, _manifest(temporary, arrays))
+        _put(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        _remove_temporaries(folder)
+    return path
+
+
+def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+    """The tree and the meta that were saved at `path`, after a check of every byte.
+
+    Args:
+      path: of one checkpoint, as `save_checkpoint` returned it.
+      template: a pytree of the same structure, whose leaves give shape and dtype: arrays,
+        `jax.ShapeDtypeStruct`s or Python numbers. Where a leaf is a jax array, or has a sharding,
+        the restored one is a jax array placed likewise; otherwise a NumPy array or number.
+
+    Raises:
+      InputError: no checkpoint there, or one of another structure; the entries that differ are
+        named.
+      DamagedError: a file is missing, cut short or changed.
+    """
+    path = Path(path)
+    manifest = _verify(path)
+    leaves = _named_leaves(template)
+    _check_structure(path, manifest["arrays"], leaves)
+    arrays = _read_arrays(path / _TREE, manifest["arrays"])
+    values = [_like(leaf, arrays[name]) for name, leaf in leaves.items()]
+    tree = jax.tree.unflatten(jax.tree.structure(template), values)
+    return tree, json.loads((path / _META).read_bytes())
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta of the checkpoint at `path`, without its arrays; checks that file alone.
+
+    Raises:
+      InputError: no checkpoint there.
+      DamagedError: meta.json is not what was written.
+    """
+    path = Path(path)
+    _check_file(path, _META, *_read_manifest(path)["files"][_META])
+    return json.loads((path / _META).read_bytes())
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The undamaged checkpoint of the highest epoch, or None; and a message per damaged newer one.
+
+    Every byte of those looked at is checked.
+    """
+    damaged = []
+    for epoch in reversed(checkpoint_epochs(folder)):
+        try:
+            _verify(Path(folder) / str(epoch))
+        except DamagedError as error:
+            damaged.append(str(error))
+        else:
+            return Path(folder) / str(epoch), tuple(damaged)
+    return None, tuple(damaged)
+
+
+def checkpoint_epochs(folder: Path) -> list[int]:
+    """The epochs of the checkpoints in `folder`, damaged ones too, in rising order."""
+    if not Path(folder).is_dir():
+        return []
+    names = [entry.name for entry in Path(folder).iterdir() if entry.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def prune(folder: Path, keep: Collection[int]) -> None:
+    """Deletes the checkpoints in `folder` whose epoch is not in `keep`."""
+    folder = Path(folder)
+    for epoch in checkpoint_epochs(folder):
+        if epoch not in keep:
+            # Renamed first: a deletion cut short would look like damage.
+            os.rename(folder / str(epoch), folder / f"{_TEMPORARY}old-{epoch}")
+    _remove_temporaries(folder)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
+        if name in named:
+            raise ValueError(f"two entries of the tree have the name {name!r}; rename one")
+        named[name] = leaf
+    return named
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"{name} is a typed key; save jax.random.key_data of it")
+    array = np.asarray(leaf)
+    if array.dtype.hasobject or array.dtype.kind in "SU":
+        raise ValueError(f"{name} is a {type(leaf).__name__}, not an array or a number")
+    return array
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        raise OSError(errno.ENOSPC, f"No space left on device ({sizes})")
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    # Orbax refuses arrays without elements; the manifest says all there is to know of them.
+    stored = {name: array for name, array in arrays.items() if array.size}
+    if not stored:
+        return
+    try:
+        with _quiet_orbax():
+            _checkpointer().save(path, stored)
+    except ValueError as error:
+        # Tensorstore gives the system's errors as ValueError with the number in the text.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise
+
+
+def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {
+        name: np.zeros(shape, dtype) for name, (shape, dtype) in expected.items() if 0 in shape
+    }
+    if len(arrays) < len(expected):
+        with _quiet_orbax():
+            arrays |= _checkpointer().restore(path.absolute())
+    return arrays
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    # One file system, one writer, and weights that hardly compress: zarr 2 inside OCDBT without
+    # compression is the fastest of the eight combinations to write and to read, in few files.
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+    )
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    # Its writer threads log the error's traceback, twice, before the same error is raised here.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> bytes:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    content = {
+        "files": {file.relative_to(path).as_posix(): _fingerprint(file) for file in files},
+        "arrays": {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()},
+    }
+    return _sealed(content)
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "seal": seal}).encode()
+
+
+def _fingerprint(file: Path) -> tuple[int, str]:
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return file.stat().st_size, digest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise InputError(f"there is no checkpoint at {path}")
+    try:
+        data = (path / _MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise _damaged(path, f"{_MANIFEST} is missing") from error
+    try:
+        content = json.loads(data)
+        content.pop("seal")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"{_MANIFEST} can't be read") from error
+    if _sealed(content) != data:
+        raise _damaged(path, f"{_MANIFEST} was changed")
+    return content
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    manifest = _read_manifest(path)
+    for name, (size, digest) in manifest["files"].items():
+        _check_file(path, name, size, digest)
+    return manifest
+
+
+def _check_file(path: Path, name: str, size: int, digest: str) -> None:
+    file = path / name
+    if not file.is_file():
+        raise _damaged(path, f"{name} is missing")
+    found_size, found_digest = _fingerprint(file)
+    if found_size != size:
+        raise _damaged(path, f"{name} has {found_size} bytes instead of {size}")
+    if found_digest != digest:
+        raise _damaged(path, f"the content of {name} was changed")
+
+
+def _damaged(path: Path, reason: str) -> DamagedError:
+    return DamagedError(
+        f"the checkpoint {path} is damaged: {reason}; delete that folder, or go on from an "
+        f"earlier one"
+    )
+
+
+def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
+    wanted = {name: _shape_dtype(leaf) for name, leaf in leaves.items()}
+    problems = [
+        *(f"{name}: in the checkpoint only" for name in stored if name not in wanted),
+        *(f"{name}: not in the checkpoint" for name in wanted if name not in stored),
+        *(
+            f"{name}: {_words(stored[name])} in the checkpoint, {_words(wanted[name])} expected"
+            for name in wanted
+            if name in stored and stored[name] != wanted[name]
+        ),
+    ]
+    if problems:
+        more = len(problems) - _SHOWN
+        lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise InputError(
+            f"the checkpoint {path} is of another model or optimizer:\n  "
+            + "\n  ".join(lines)
+            + "\nuse the configuration it was written with, or start a new run"
+        )
+
+
+def _shape_dtype(leaf: Any) -> list[Any]:
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return [list(leaf.shape), leaf.dtype.name]
+
+
+def _words(shape_dtype: list[Any]) -> str:
+    shape, dtype = shape_dtype
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _like(leaf: Any, value: np.ndarray) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.Array):
+        # The copy matters: a train step that donates its state must own the memory.
+        return jax.device_put(value, sharding if leaf.committed else None, may_alias=False)
+    if sharding is not None:
+        return jax.device_put(value, sharding, may_alias=False)
+    if isinstance(leaf, bool | int | float | complex):
+        return value.item()
+    return value[()] if isinstance(leaf, np.generic) else value
+
+
+def _remove_temporaries(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    for left in list(folder.glob(f"{_TEMPORARY}*")):
+        shutil.rmtree(left, ignore_errors=True)

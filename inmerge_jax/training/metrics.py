@@ -1,0 +1,95 @@
+"""AUC and accuracy as the MedMNIST benchmark computes them."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
+
+
+class Metrics(NamedTuple):
+    """The figures of one split.
+
+    Attributes:
+      auc: mean of the defined entries of `auc_per_class`; NaN where none is defined.
+      acc: share of right answers: argmax for multi-class and ordinal tasks, a score above 0.5 for
+        binary ones, averaged over labels for multi-label ones.
+      auc_per_class: one AUROC per class or label, in [0, 1]; NaN where the split holds one kind of
+        answer only. Both classes of a binary task have the same.
+      undefined: how many entries of `auc_per_class` are NaN.
+    """
+
+    auc: float
+    acc: float
+    auc_per_class: tuple[float, ...]
+    undefined: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a dict that JSON can hold."""
+        return {**self._asdict(), "auc_per_class": list(self.auc_per_class)}
+
+
+def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
+    """AUC and accuracy of `scores`, equal to `medmnist.Evaluator`'s wherever that is defined.
+
+    Args:
+      labels: integers (n,) or (n, 1); for "multi-label, binary-class" 0 or 1, (n, labels).
+      scores: finite floats, (n, classes), for binary tasks also (n,) or (n, 1), of which the last
+        column counts; for multi-label tasks (n, labels). Ties count half.
+      task: one of medmnist's words, see `TASKS`.
+
+    Raises:
+      ValueError: for another task, shapes that don't belong together, no rows, or a score that is
+        not finite.
+
+    Source: `medmnist.evaluator`, whose mean fails or becomes NaN where a class has one label only;
+    here that class is left out of the mean and counted.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    labels, scores = _two_dimensional(labels, scores, task)
+    if task == "multi-label, binary-class":
+        per_class = [_auroc(labels[:, k] == 1, scores[:, k]) for k in range(scores.shape[1])]
+        right = [_share((scores[:, k] > 0.5) == labels[:, k]) for k in range(scores.shape[1])]
+        acc = sum(right) / len(right)
+    elif task == "binary-class":
+        positive = scores[:, -1]
+        per_class = [_auroc(labels[:, 0] == 1, positive)] * 2
+        acc = _share((positive > 0.5) == labels[:, 0])
+    else:
+        per_class = [_auroc(labels[:, 0] == k, scores[:, k]) for k in range(scores.shape[1])]
+        acc = _share(np.argmax(scores, axis=-1) == labels[:, 0])
+    defined = [auc for auc in per_class if not math.isnan(auc)]
+    auc = sum(defined) / len(defined) if defined else math.nan
+    return Metrics(auc, acc, tuple(per_class), len(per_class) - len(defined))
+
+
+def _two_dimensional(labels: Any, scores: Any, task: str) -> tuple[np.ndarray, np.ndarray]:
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    given = f"labels {labels.shape}, scores {scores.shape}, task {task!r}"
+    labels = labels[:, None] if labels.ndim == 1 else labels
+    scores = scores[:, None] if scores.ndim == 1 else scores
+    if labels.ndim != 2 or scores.ndim != 2 or len(labels) != len(scores) or not labels.size:
+        raise ValueError(f"labels and scores need the same number of rows, at least one: {given}")
+    if labels.shape[1] != (scores.shape[1] if task.startswith("multi-label") else 1):
+        raise ValueError(f"labels of the wrong width for this task: {given}")
+    if task in ("multi-class", "ordinal-regression") and scores.shape[1] < 2:
+        raise ValueError(f"one column of scores per class is needed: {given}")
+    highest = scores.shape[1] - 1 if task in ("multi-class", "ordinal-regression") else 1
+    if labels.min() < 0 or labels.max() > highest:
+        raise ValueError(f"labels outside 0..{highest}: {labels.min()}..{labels.max()}; {given}")
+    if bad := np.count_nonzero(~np.isfinite(scores.astype(np.float64))):
+        raise ValueError(f"{bad} scores are not finite: {given}")
+    return labels, scores
+
+
+def _auroc(positive: np.ndarray, scores: np.ndarray) -> float:
+    if positive.all() or not positive.any():
+        return math.nan
+    return float(roc_auc_score(positive, scores))
+
+
+def _share(right: np.ndarray) -> float:
+    return float(np.mean(right))

@@ -1,0 +1,317 @@
+"""The folder that one run writes: who may open it, what it was run with, its metrics."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_bytes, write_json
+
+CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
+
+_PACKAGES = (
+    "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
+    "scikit-learn medmnist tensorflow-datasets torch"
+).split()
+_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on, as a dict for JSON.
+
+    Keys: started (ISO time with zone), command, python, platform, cpus, packages (name to version,
+    installed ones only), devices (backend, count, kinds, processes), variables (those set that
+    change jax's numbers), git (commit and dirty of the checkout that holds this package; both
+    None where there is none).
+    """
+    import jax
+
+    return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": dict(_versions()),
+        "devices": {
+            "backend": jax.default_backend(),
+            "count": jax.device_count(),
+            "kinds": sorted({device.device_kind for device in jax.devices()}),
+            "processes": jax.process_count(),
+        },
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "git": _git(Path(__file__).parent),
+    }
+
+
+def open_run(
+    folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Makes `folder` ready for the run that `config` describes, and returns it.
+
+    A new run writes environment.json and config.json there. A resumed one needs the same config
+    and adds its environment to the list "resumed" in environment.json. `overwrite` empties the
+    folder first, provided that it holds a run and nothing else can be told of it.
+
+    Args:
+      folder: the run's folder; need not exist.
+      config: nested dicts of what JSON can hold, paths and NumPy values too. Leave out what may
+        differ when a run is resumed: `resume` itself, say.
+      resume: go on with the unfinished run in `folder`.
+      overwrite: delete the run in `folder` and start anew.
+
+    Raises:
+      InputError: both options given; the folder is a file or holds something else than a run; it
+        holds a finished run (results.json) without `overwrite`; an unfinished one with neither
+        option; nothing to resume; another config, whose differing fields are listed.
+    """
+    folder, config = Path(folder), _plain(config)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one of them")
+    state = _state(folder)
+    if state == "empty":
+        if resume:
+            raise InputError(
+                f"--resume: there is no run in {folder}; leave --resume out to start one there"
+            )
+        return _start(folder, config)
+    if overwrite:
+        _clear(folder)
+        return _start(folder, config)
+    if state == "finished":
+        raise InputError(
+            f"{folder} holds a finished run ({RESULTS}); choose another folder, or give "
+            f"--overwrite to delete it and start anew"
+        )
+    if not resume:
+        raise InputError(
+            f"{folder} holds an unfinished run; give --resume to go on with it, --overwrite to "
+            f"delete it and start anew, or choose another folder"
+        )
+    _check_same(folder, config)
+    _note_resumed(folder)
+    return folder
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """Dotted name, old value and new value, as JSON, of every field in which two configs differ.
+
+    Lists are compared as wholes; a field that one of them lacks reads "absent" there.
+    """
+    before, after = dict(_fields(_plain(old))), dict(_fields(_plain(new)))
+    names = [*before, *(name for name in after if name not in before)]
+    return tuple(
+        (name, before.get(name, "absent"), after.get(name, "absent"))
+        for name in names
+        if before.get(name, "absent") != after.get(name, "absent")
+    )
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Adds `record` to `path` as one line of JSON; creates the file and its folder.
+
+    Raises:
+      InputError: where the line can't be written (a full disk, say); the file is as it was.
+    """
+    line = json.dumps(_plain(record)).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if (written := file.write(line)) != len(line):
+                    # A nearly full disk takes a part without an error; the rest then gives one.
+                    file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file in order; [] where it is absent; a torn last line is left out.
+
+    Raises:
+      InputError: a line, not the last, is not a JSON object.
+    """
+    return [record for _, record in _whole_lines(path)]
+
+
+def truncate_metrics(path: Path, epoch: int) -> int:
+    """Drops every record after `epoch` and a torn last line; returns how many records stay.
+
+    What stays is kept byte for byte; the file is replaced whole, or untouched where nothing goes.
+
+    Raises:
+      InputError: a line, not the last, is not a JSON object with a number "epoch".
+    """
+    kept = [line for line, record in _whole_lines(path) if _epoch(path, record) <= epoch]
+    data = b"".join(kept)
+    if path.exists() and path.read_bytes() != data:
+        try:
+            write_bytes(path, data)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+    return len(kept)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The error for a file that the system would not let us write, with reason and remedy."""
+    reason = error.strerror or str(error)
+    return InputError(
+        f"cannot write {path}: {reason}; make room or give rights there, or choose another "
+        f"folder; what was written before is whole, and --resume goes on from it"
+    )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    def run(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
+    if run("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "dirty": None}
+    changes = run("status", "--porcelain", "--untracked-files=no")
+    return {"commit": run("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _state(folder: Path) -> str:
+    """Tells "empty", "unfinished" or "finished"; raises where the folder is no run's."""
+    if not folder.exists():
+        return "empty"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder for the run")
+    names = {entry.name for entry in folder.iterdir()}
+    # What a start that was killed before it wrote config.json leaves behind.
+    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.")
+    if all(name.startswith(started) for name in names):
+        return "empty"
+    if not {CONFIG, ENVIRONMENT} <= names:
+        raise InputError(
+            f"{folder} holds files but no run ({CONFIG} and {ENVIRONMENT}); nothing in it was "
+            f"touched: choose another folder, or empty it yourself"
+        )
+    return "finished" if RESULTS in names else "unfinished"
+
+
+def _start(folder: Path, config: dict[str, Any]) -> Path:
+    try:
+        write_json(folder / ENVIRONMENT, environment())
+        write_json(folder / CONFIG, config)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    # results.json goes first and config.json last: cut short, the folder is an unfinished run.
+    rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
+    for entry in sorted(folder.iterdir(), key=lambda entry: rank.get(entry.name, 1)):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _check_same(folder: Path, config: dict[str, Any]) -> None:
+    differing = differences(_read_object(folder / CONFIG), config)
+    if differing:
+        lines = "".join(f"\n  {name}: {old} there, {new} now" for name, old, new in differing)
+        raise InputError(
+            f"--resume: {folder} was started with another configuration:{lines}\n"
+            f"give the same values, or choose another folder"
+        )
+
+
+def _note_resumed(folder: Path) -> None:
+    noted = _read_object(folder / ENVIRONMENT)
+    noted["resumed"] = [*noted.get("resumed", []), environment()]
+    try:
+        write_json(folder / ENVIRONMENT, noted)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged: {error}; give --overwrite to start anew, or choose another folder"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not the file of a run: it holds no JSON object")
+    return value
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and (value or not name):
+        for key, inner in value.items():
+            yield from _fields(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, json.dumps(value)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back for `value`, so that a config compares equal to its file."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
+            return np.asarray(value).tolist()
+        raise TypeError(f"{value!r} of type {type(value).__name__} can't go into a JSON file")
+
+    return json.loads(json.dumps(value, default=convert))
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append((line + b"\n", record))
+        elif number < len(lines):
+            raise InputError(
+                f"{path}, line {number} is damaged; delete that line, or start the run anew"
+            )
+    return found
+
+
+def _epoch(path: Path, record: dict[str, Any]) -> float:
+    if not isinstance(record.get("epoch"), int):
+        raise InputError(f"{path} holds a line without its epoch; start the run anew")
+    return record["epoch"]
