@@ -12,7 +12,7 @@ import numpy as np
 
 FINDINGS = ("nodule", "mass", "effusion", "cardiomegaly", "pneumothorax")
 TEXTURE_GRIDS = (5, 12, 26)
-_TEXTURE_WEIGHTS = (0.022, 0.020, 0.020)
+_TEXTURE_WEIGHTS = (0.018, 0.016, 0.014)
 
 
 class Draws:
@@ -94,7 +94,7 @@ def render(
     air = air * (1 - fluid)
     tissue = _soft_tissue(chest, heart, draws) + _skeleton(chest, draws)
     depth = 0.34 + 0.10 * np.clip((1 - chest.radius) * 3, 0, 1)
-    tissue += air * (markings + opacity - depth * (1 + 0.10 * collapsed)) + line * air
+    tissue += air * (markings + opacity - depth * (1 + 0.22 * collapsed)) + line * air
     tissue += 0.25 * opacity * (1 - air) * chest.cavity
     tissue += _folds(chest, draws)
     return _expose(tissue, chest, difficulty, draws, textures, grain)
@@ -115,8 +115,8 @@ def _place(size: int, draws: Draws) -> _Chest:
     pixel = 2 / size
     axis = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(pixel) - 1
     x, y = axis[None, None, :], axis[None, :, None]
-    angle, zoom = draws.normal(0, 0.035), draws.normal(1.0, 0.05)
-    x, y = x - draws.normal(0, 0.045), y - draws.normal(0, 0.045)
+    angle, zoom = draws.normal(0, 0.035), draws.normal(0.90, 0.045)
+    x, y = x - draws.normal(0, 0.045), y - draws.normal(0.05, 0.045)
     u = (np.cos(angle) * x + np.sin(angle) * y) * zoom
     v = (np.cos(angle) * y - np.sin(angle) * x) * zoom
     turned = draws.normal(0, 0.03)
@@ -125,12 +125,12 @@ def _place(size: int, draws: Draws) -> _Chest:
     across = np.abs(u)
 
     apex, width = draws.normal(-0.74, 0.025), draws.normal(0.74, 0.035)
-    middle, base = draws.normal(0.18, 0.04), draws.normal(0.50, 0.07)
+    middle, base = draws.normal(0.18, 0.04), draws.normal(0.53, 0.07)
     wall = width * (1 + draws.normal(0, 0.03) * np.sign(u))
     above = np.maximum(middle - v, 0) / (middle - apex)
-    radius = np.sqrt(np.square(across / wall) + above * above)
-    inner = draws.normal(0.125, 0.015) + 0.22 * np.square(np.maximum(-0.28 - v, 0) / 0.46)
-    rise = draws.normal(0.13, 0.03)
+    radius = np.sqrt(np.square(across / wall) + above**2.6)
+    inner = draws.normal(0.125, 0.015) + 0.13 * np.square(np.maximum(-0.35 - v, 0) / 0.39)
+    rise = draws.normal(0.18, 0.035)
     centre = 0.36 + draws.normal(0, 0.03) * np.sign(u)
     level = base - right * draws.normal(0.05, 0.025) + draws.normal(0, 0.025) * np.sign(u)
     dome = level - rise * (1 - np.square((across - centre) / 0.40))
@@ -144,24 +144,26 @@ def _place(size: int, draws: Draws) -> _Chest:
 
 def _heart(chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws) -> np.ndarray:
     """The heart's shadow with the great vessels above it, 0 to 1."""
-    growth = enlarged * (0.03 + 0.16 * draws.severity()) / difficulty
-    wide = draws.normal(0.315, 0.030) + growth
-    high = wide * draws.normal(0.80, 0.06)
-    lean = draws.normal(0.45, 0.08)
-    u = chest.u - (draws.normal(0.115, 0.025) + 0.35 * growth)
-    v = chest.v - (np.minimum(chest.base - 0.26, 0.30) + draws.normal(0, 0.02))
+    growth = enlarged * (0.04 + 0.16 * draws.severity()) / difficulty
+    wide = draws.normal(0.33, 0.028) + growth
+    high = (wide - 0.4 * growth) * draws.normal(0.72, 0.05)
+    lean = draws.normal(0.62, 0.09)
+    floor = np.minimum(chest.base - 0.22, 0.34) + draws.normal(0, 0.02)
+    u, v = chest.u - (draws.normal(0.13, 0.022) + 0.35 * growth), chest.v - floor
     along, aslant = np.cos(lean) * u + np.sin(lean) * v, np.cos(lean) * v - np.sin(lean) * u
     size = np.sqrt(np.square(along / wide) + np.square(aslant / high))
-    muscle = _step((1 - size) * wide, max(0.025, chest.pixel))
-    waist = draws.normal(0.13, 0.012)
-    vessels = _step(waist + 0.02 - np.abs(chest.u - 0.03), max(0.04, chest.pixel)) * _step(
-        chest.v + 0.42, 0.15
-    )
-    knob = _blob(chest.u - 0.15, chest.v + draws.normal(0.30, 0.03), 0.085, 0.10)
-    pad = draws.chance(0.35) * _blob(chest.u - chest.u * 0 - 0.42, chest.v - chest.base, 0.16, 0.09)
-    return np.maximum(muscle, np.maximum(vessels, np.clip(1.5 * knob, 0, 1))) * 1.0 + 0.6 * pad * (
-        1 - muscle
-    )
+    ventricles = _step((1 - size) * wide, max(0.03, chest.pixel))
+    # The right atrium, a bulge of its own on the patient's right.
+    u, v = chest.u + draws.normal(0.02, 0.015), v + draws.normal(0.0, 0.02)
+    size = np.sqrt(np.square(u / (0.19 + 0.45 * growth)) + np.square(v / 0.27))
+    atrium = _step((1 - size) * 0.2, max(0.03, chest.pixel))
+    waist = draws.normal(0.14, 0.012) + 0.06 * np.clip(chest.v + 0.1, 0, 0.4)
+    vessels = _step(waist - np.abs(chest.u - 0.03), max(0.04, chest.pixel))
+    vessels = vessels * _step(chest.v + 0.45, 0.2)
+    knob = _blob(chest.u - 0.15, chest.v + draws.normal(0.30, 0.03), 0.08, 0.09)
+    shadow = np.maximum(np.maximum(ventricles, atrium), np.maximum(vessels, np.minimum(knob, 1)))
+    pad = draws.chance(0.35) * _blob(chest.u - 0.42, chest.v - chest.base, 0.16, 0.09)
+    return shadow + 0.6 * pad * (1 - shadow)
 
 
 def _opacities(
@@ -171,8 +173,8 @@ def _opacities(
     u, v = chest.u, chest.v
     opacity = np.zeros_like(u)
     for finding, small, large, faint, bright in (
-        ("nodule", 0.045, 0.085, 0.10, 0.30),
-        ("mass", 0.11, 0.20, 0.10, 0.28),
+        ("nodule", 0.060, 0.105, 0.14, 0.42),
+        ("mass", 0.14, 0.24, 0.12, 0.34),
     ):
         severity = draws.severity()
         extent = draws.uniform(small, large) * draws.uniform(0.9, 1.1)
@@ -186,7 +188,7 @@ def _opacities(
             du, dv = du * lobes, dv * lobes * draws.uniform(0.8, 1.25)
         extent = np.maximum(extent, 0.6 * chest.pixel)
         away = np.sqrt(np.square(du) + np.square(dv))
-        opacity += strength * _step(extent - away, np.maximum(0.6 * extent, chest.pixel))
+        opacity += strength * _step(extent - away, np.maximum(0.5 * extent, chest.pixel))
     for share, width, height, u0, u1, v0, v1, brightest in (
         (0.35, 0.055, 0.050, 0.38, 0.52, 0.12, 0.30, 0.20),  # nipple
         (0.35, 0.075, 0.045, 0.30, 0.62, -0.55, 0.20, 0.18),  # healed rib
@@ -198,7 +200,7 @@ def _opacities(
         opacity += strength * _blob(u - where_u, v - where_v, width, height)
 
     severity = draws.severity()
-    height = has["effusion"] * (0.06 + 0.36 * severity) / difficulty
+    height = has["effusion"] * (0.09 + 0.38 * severity) / difficulty
     side = _step(u * draws.side(), 0.01)
     outward = np.clip((chest.across - 0.1) / (chest.width - 0.1), 0, 1)
     surface = chest.dome + 0.04 - height * (0.5 + 0.9 * outward * outward)
@@ -210,7 +212,7 @@ def _pneumothorax(
     chest: _Chest, present: np.ndarray, difficulty: float, draws: Draws
 ) -> tuple[np.ndarray, np.ndarray]:
     """The share of the lung that has collapsed away from the wall, and the pleural line."""
-    depth = present * (0.06 + 0.20 * draws.severity()) / difficulty
+    depth = present * (0.10 + 0.24 * draws.severity()) / difficulty
     side = _step(chest.u * draws.side(), 0.01)
     upper = 1 - 0.75 * _step(chest.v - draws.uniform(-0.3, 0.2), 0.4)
     edge = (chest.radius - (1 - depth * upper)) * chest.width
@@ -227,9 +229,9 @@ def _vessels(chest: _Chest, draws: Draws) -> np.ndarray:
     away = np.sqrt(du * du + dv * dv) + 1e-3
     angle = np.arctan2(dv, du) + 0.25 * np.sin(7 * away + draws.uniform(0, 6.28))
     phase = draws.uniform(0, 6.28) + np.sign(chest.u) * draws.uniform(0, 6.28)
-    branches = draws.uniform(5, 8)
+    branches = draws.uniform(6, 9)
     fan = np.sin(branches * angle + phase) + 0.8 * np.sin(2.3 * branches * angle - phase)
-    ridges = np.square(np.maximum(fan, 0)) * 0.4
+    ridges = np.square(np.maximum(fan, 0)) * 0.5
     strength = draws.uniform(0.06, 0.13)
     hilum = draws.uniform(0.10, 0.2) * np.exp(-np.square(away / 0.13))
     return strength * ridges * np.exp(-2.6 * away) + hilum
@@ -239,14 +241,22 @@ def _soft_tissue(chest: _Chest, heart: np.ndarray, draws: Draws) -> np.ndarray:
     """Chest wall, shoulders, neck, abdomen with its gas bubble, and the heart's own density."""
     u, v, across = chest.u, chest.v, chest.across
     outline = 0.24 + 0.72 * _step(v + 0.80, 0.22) + draws.normal(0, 0.03)
-    body = _step(outline - across, 0.06)
+    body = _step(outline - across, 0.08)
     density = draws.normal(0.56, 0.02) - 0.10 * np.square(u)
-    abdomen = 0.16 * _step(v - chest.dome, 0.08)
+    below = _step(v - chest.dome, 0.05)
+    scapula = 0.05 * _step(across - draws.normal(0.66, 0.03) - 0.25 * np.abs(v + 0.35), 0.04)
+    scapula = scapula * _step(v + 0.72, 0.2) * _step(0.05 - v, 0.2)
     bubble = draws.chance(0.6) * _blob(
         u - draws.uniform(0.28, 0.42), v - chest.base - 0.08, draws.uniform(0.08, 0.16), 0.06
     )
     airway = _blob(u, np.minimum(v + 0.30, 0), 0.045, 0.6)
-    return body * (density + abdomen - 0.22 * bubble + 0.12 * heart - 0.07 * airway)
+    return body * (
+        density
+        + scapula
+        + below * (0.15 - 0.22 * bubble)
+        + (1 - below) * 0.13 * heart
+        - 0.08 * airway
+    )
 
 
 def _skeleton(chest: _Chest, draws: Draws) -> np.ndarray:
@@ -260,7 +270,7 @@ def _skeleton(chest: _Chest, draws: Draws) -> np.ndarray:
     kept = float(np.sinc(chest.pixel / 0.168))
     back = (v - 0.85 * np.square(across - 0.22)) / spacing + start
     front = (v - 0.62 * (0.85 - across)) / spacing + start + 0.35
-    cage = _step(1.10 - chest.radius, 0.08) * _step(0.85 - v, 0.25)
+    cage = _step(1.10 - chest.radius, 0.08) * (0.3 + 0.7 * _step(chest.dome + 0.02 - v, 0.1))
     ribs = draws.uniform(0.06, 0.11) * _rib_profile(back)
     ribs = ribs + draws.uniform(0.03, 0.06) * _rib_profile(front) * _step(across - 0.35, 0.15)
     lift = draws.normal(0.66, 0.02)
@@ -307,7 +317,7 @@ def _expose(
         spread = _smooth_weights(size, texture.shape[-1])
         clutter += weight * (spread @ texture @ spread.T)
     # Smaller pixels catch fewer quanta; more absorption leaves fewer too.
-    quantum = 0.016 * (size / 28) ** 0.4 * draws.uniform(0.6, 1.4) * (0.5 + tissue)
+    quantum = 0.013 * (size / 28) ** 0.3 * draws.uniform(0.6, 1.4) * (0.5 + tissue)
     noise = difficulty * (clutter * inside * draws.uniform(0.7, 1.3) + quantum * grain)
     level = draws.normal(0.97, 0.08) * (tissue + beam * inside + noise) + draws.normal(0.01, 0.03)
     curve = draws.normal(1.05, 0.10)
