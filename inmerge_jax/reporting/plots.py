@@ -1,0 +1,356 @@
+"""A run's figures as inline SVG: one small panel each, so that they stack on a phone."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from inmerge_jax.reporting.runs import ARMS, Run, number
+from inmerge_jax.reporting.summary import class_columns
+
+# Okabe and Ito's colours, told apart with every common form of colour blindness.
+COLOURS = {"backbone": "#000000", "finetune": "#0072B2", "inmerge": "#D55E00"}
+MARKS = {"backbone": "-", "finetune": "--", "inmerge": "-"}
+BEFORE, GUIDE = "#009E73", "#767676"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "inmerge_jax",
+}
+SIZE = (4.8, 3.3)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `svg` markup, and a caption that says what to see."""
+
+    svg: str
+    caption: str
+    label: str
+
+
+def training_plots(run: Run) -> list[Plot]:
+    """Loss, validation AUC and ACC of every arm and seed, the second stage after the backbone."""
+    panels = (
+        ("train_loss", "Training loss", "Each seed is one line. The second stage starts from the "
+         "backbone's best checkpoint (dots), not from its last epoch."),
+        ("val_loss", "Validation loss", "Rising while training loss falls means overfitting."),
+        ("val_auc", "Validation AUC", "Dots: the epoch whose checkpoint was tested, by seed."),
+        ("val_acc", "Validation ACC", "Dots: the epoch whose checkpoint was tested, by seed."),
+    )  # fmt: skip
+    if not run.history:
+        return []
+    return [
+        _plot(lambda axes, name=name, title=title: _curves(axes, run, name, title), caption, title)
+        for name, title, caption in panels
+    ]
+
+
+def merge_plots(run: Run) -> list[Plot]:
+    """Kernels merged per layer and epoch, and in all layers by seed; none without the arm."""
+    lines = {s: h for (s, arm), h in run.history.items() if arm == "inmerge" and _merges(h).size}
+    if not lines:
+        return []
+    shortest = min(len(history) for history in lines.values())
+    mean = np.mean([_merges(history)[:shortest] for history in lines.values()], axis=0)
+    result = next(iter(run.arm("inmerge").values()))
+    names = result.get("layers") or [f"layer {i}" for i in range(mean.shape[1])]
+    first = _plot(
+        lambda axes: _merge_map(axes, mean, names),
+        "Each cell: kernels merged in that layer during that epoch, mean over seeds. Deeper layers "
+        "are lower. Fading to the right means that merging runs out of similar kernels.",
+        "Kernels merged per layer and epoch",
+        (4.8, max(3.3, 1.2 + 0.24 * len(names))),
+    )
+    second = _plot(
+        lambda axes: _merge_totals(axes, lines),
+        "All layers together, one line per seed. A line on zero means that nothing was merged.",
+        "Kernels merged per epoch",
+    )
+    return [first, second]
+
+
+def similarity_plots(run: Run) -> list[Plot]:
+    """How alike each convolution's kernels are, before and after the second stage, by depth."""
+    plots = []
+    rule = run.results.get("rule") or {}
+    arms = [arm for arm in ("inmerge", "finetune") if any(a == arm for _, a in run.similarity)]
+    for arm in arms:
+        layers = _similarity_levels(run, arm)
+        plots.append(
+            _plot(
+                lambda axes, arm=arm, layers=layers: _bands(axes, arm, layers, rule),
+                f"Cosine between kernels of one layer, before and after the stage {arm}. Line: "
+                "median; band: the middle 90% of pairs; thin line: the 99% quantile. Merging "
+                "needs pairs above the threshold, right of the dotted line.",
+                f"Kernel similarity by depth: {arm}",
+            )
+        )
+    if not arms:
+        return plots
+    level = min(_levels_of(run), key=lambda x: abs(x - float(rule.get("threshold", 0.3))))
+    more = (
+        (
+            "Nearest other kernel",
+            "cosine to the nearest",
+            lambda layer: number(layer["nearest"]),
+            "Mean over a layer's kernels of the similarity to their most similar other kernel. "
+            "Where the two arms part, merging and not the longer training moved the kernels.",
+        ),
+        (
+            f"Pairs above {level}",
+            "% of kernel pairs",
+            lambda layer: 100 * {float(k): v for k, v in layer["above"].items()}[level],
+            f"Share of a layer's kernel pairs with a cosine above {level}: the chance that a "
+            "random partner qualifies at that threshold.",
+        ),
+    )
+    for title, unit, value, caption in more:
+        draw = partial(_by_depth, run=run, arms=arms, value=value, title=title, unit=unit)
+        plots.append(_plot(draw, caption, title))
+    return plots
+
+
+def roc_plots(run: Run) -> list[Plot]:
+    """ROC curves of the arms on the test split, one panel per class."""
+    labels, scores = run.test_labels, run.test_scores
+    fitting = {k: s for k, s in scores.items() if labels is not None and len(s) == len(labels)}
+    if labels is None or not fitting:
+        return []
+    task = run.dataset.get("task", "")
+    classes = [index for index, *_ in class_columns(labels, next(iter(fitting.values())), task)]
+    names = run.dataset.get("classes") or []
+    plots = []
+    for place, index in enumerate(classes):
+        name = str(names[index]) if index < len(names) else f"class {index}"
+        columns = {k: class_columns(labels, s, task)[place][1:] for k, s in fitting.items()}
+        positive = next(iter(columns.values()))[0]
+        count = int(positive.sum())
+        if not 0 < count < positive.size:
+            caption = f"No curve: {count} of {positive.size} test images have this label."
+        else:
+            caption = f"{count} of {positive.size} test images have this label; a line per seed."
+        plots.append(
+            _plot(
+                lambda axes, name=name, columns=columns: _roc(axes, name, columns),
+                caption,
+                f"ROC: {name}",
+                (3.6, 3.6),
+            )
+        )
+    return plots
+
+
+def _plot(
+    draw: Callable[[Axes], None], caption: str, label: str, size: tuple[float, float] = SIZE
+) -> Plot:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    return Plot(_inline(buffer.getvalue()), caption, label)
+
+
+def _inline(svg: str) -> str:
+    """The <svg> element alone, sized by its viewBox, free of namespaces that HTML does not need."""
+    svg = svg[svg.index("<svg") :]
+    head, body = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]+"', head)
+    box = view.group(0) if view else ""
+    used = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match[1] in used else "", body)
+    return f'<svg {box} role="img" aria-hidden="true">{body}'.replace("xlink:href", "href")
+
+
+def _curves(axes: Axes, run: Run, name: str, title: str) -> None:
+    start = max((len(h) for (_, arm), h in run.history.items() if arm == "backbone"), default=0)
+    defined = False
+    for arm in ARMS:
+        shift = 0 if arm == "backbone" else start
+        for rank, seed in enumerate(run.arm(arm)):
+            history = run.history.get((seed, arm))
+            if not history:
+                continue
+            x = np.array([line["epoch"] for line in history]) + shift
+            y = np.array([number(line.get(name)) for line in history])
+            defined |= bool(np.isfinite(y).any())
+            axes.plot(
+                x, y, MARKS[arm], color=COLOURS[arm], lw=1.3, alpha=0.85,
+                marker="." if len(x) == 1 else None, label=None if rank else arm,
+            )  # fmt: skip
+            best = run.arm(arm)[seed].get("best_epoch")
+            chosen = np.flatnonzero(x - shift == best)
+            if chosen.size:
+                axes.plot(x[chosen], y[chosen], "o", color=COLOURS[arm], ms=5, mec="white")
+    if start and any(arm != "backbone" for arm in run.arms):
+        axes.axvline(start + 0.5, color=GUIDE, lw=1, ls=":")
+    if not defined:
+        _say(axes, "undefined in every epoch")
+    _finish(axes, title, "epoch (second stage right of the dotted line)", title.lower())
+
+
+def _merges(history: Sequence[dict[str, Any]]) -> np.ndarray:
+    lines = [line["merged"] for line in history if line.get("merged")]
+    return np.array(lines) if lines else np.zeros((0, 0))
+
+
+def _merge_map(axes: Axes, mean: np.ndarray, names: Sequence[str]) -> None:
+    if not mean.any():
+        _say(axes, "nothing was merged")
+    epochs, layers = mean.shape
+    axes.grid(False)
+    image = axes.imshow(
+        mean.T, aspect="auto", cmap="cividis", vmin=0, vmax=max(mean.max(), 1),
+        interpolation="nearest", extent=(0.5, epochs + 0.5, layers - 0.5, -0.5),
+    )  # fmt: skip
+    axes.set_yticks(range(layers), [name.removesuffix("/kernel") for name in names], fontsize=8)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("kernels per epoch")
+    bar.outline.set_visible(False)
+    _finish(axes, "Kernels merged per layer", "epoch of the merging stage", "", legend=False)
+
+
+def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
+    styles = ("-", "--", ":", "-.")
+    for rank, (seed, history) in enumerate(lines.items()):
+        totals = _merges(history).sum(axis=1)
+        axes.plot(
+            np.arange(1, len(totals) + 1), totals, styles[rank % 4], color=COLOURS["inmerge"],
+            marker="o", ms=4, label=f"seed {seed}",
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    _finish(axes, "All layers", "epoch of the merging stage", "kernels merged per epoch")
+
+
+def _similarity_levels(run: Run, arm: str) -> dict[str, dict[str, np.ndarray]]:
+    """Maps before and after -> quantile -> value per layer, mean over seeds."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for when in ("before", "after"):
+        runs = [s[when] for (_, a), s in run.similarity.items() if a == arm and s.get(when)]
+        if runs:
+            found[when] = {
+                str(float(q)): np.mean([[x["quantiles"][q] for x in one] for one in runs], axis=0)
+                for q in runs[0][0]["quantiles"]
+            }
+    return found
+
+
+def _bands(
+    axes: Axes, arm: str, levels: dict[str, dict[str, np.ndarray]], rule: dict[str, Any]
+) -> None:
+    for when, colour in (("before", BEFORE), ("after", COLOURS[arm])):
+        if when not in levels:
+            continue
+        quantiles = levels[when]
+        x = np.arange(1, len(quantiles["0.5"]) + 1)
+        axes.fill_between(x, quantiles["0.05"], quantiles["0.95"], color=colour, alpha=0.18, lw=0)
+        style = "--" if when == "before" else "-"
+        axes.plot(x, quantiles["0.5"], style, color=colour, lw=1.8, label=f"median {when}")
+        axes.plot(x, quantiles["0.99"], style, color=colour, lw=0.8, label=f"99% {when}")
+    if "threshold" in rule:
+        axes.axhline(rule["threshold"], color="black", lw=1, ls=(0, (5, 3)))
+        axes.annotate(
+            f"threshold {rule['threshold']}", (0, rule["threshold"]), (4, 3), fontsize=8,
+            xycoords=("axes fraction", "data"), textcoords="offset points",
+        )  # fmt: skip
+    _depth_axis(axes, rule)
+    _finish(axes, f"Before and after {arm}", "convolution, by depth", "cosine of kernel pairs")
+
+
+def _levels_of(run: Run) -> list[float]:
+    layers = next(stage for found in run.similarity.values() for stage in found.values())
+    return [float(level) for level in layers[0]["above"]]
+
+
+def _by_depth(
+    axes: Axes,
+    run: Run,
+    arms: Sequence[str],
+    value: Callable[[dict[str, Any]], float],
+    title: str,
+    unit: str,
+) -> None:
+    def mean(arm: str, when: str) -> np.ndarray:
+        runs = [s[when] for (_, a), s in run.similarity.items() if a == arm and s.get(when)]
+        return np.mean([[value(layer) for layer in one] for one in runs], axis=0)
+
+    before = mean(arms[0], "before")
+    x = np.arange(1, len(before) + 1)
+    axes.plot(x, before, "--", color=BEFORE, lw=1.8, label="before")
+    for arm in reversed(arms):
+        axes.plot(x, mean(arm, "after"), color=COLOURS[arm], lw=1.8, marker=".", label=arm)
+    _depth_axis(axes, run.results.get("rule") or {})
+    _finish(axes, title, "convolution, by depth", unit)
+
+
+def _depth_axis(axes: Axes, rule: dict[str, Any]) -> None:
+    if "skip" in rule:
+        axes.axvline(rule["skip"] + 0.5, color=GUIDE, lw=1, ls=":")
+
+
+def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]]) -> None:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    axes.plot([0, 1], [0, 1], color=GUIDE, lw=1, ls=":")
+    for arm in ARMS:
+        lines = [(y, s) for (_, a), (y, s) in sorted(columns.items()) if a == arm]
+        lines = [(y, s) for y, s in lines if 0 < y.sum() < y.size and np.isfinite(s).all()]
+        areas = [roc_auc_score(y, s) for y, s in lines]
+        for rank, (y, s) in enumerate(lines):
+            false, true, _ = roc_curve(y, s)
+            keep = np.unique(np.linspace(0, len(false) - 1, min(len(false), 200)).astype(int))
+            axes.plot(
+                false[keep], true[keep], MARKS[arm], color=COLOURS[arm], lw=1.2, alpha=0.85,
+                label=None if rank else f"{arm} {np.mean(areas):.3f}",
+            )  # fmt: skip
+    if len(axes.get_lines()) == 1:
+        _say(axes, "one label only: no curve")
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.01)
+    axes.set_aspect("equal")
+    if len(axes.get_lines()) > 1:
+        axes.legend(title="mean AUC", loc="lower right")
+    _finish(axes, name, "false positive rate", "true positive rate", legend=False)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(
+        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center",
+        fontsize=12, weight="bold", color="white", zorder=9,
+        bbox={"facecolor": "#a33", "edgecolor": "none", "pad": 6},
+    )  # fmt: skip
+
+
+def _finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if axes.get_xlim()[1] > 1.5:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes.get_legend_handles_labels()
+    if legend and labels:
+        axes.figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if len(labels) == 4 else 3
+        )

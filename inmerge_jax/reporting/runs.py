@@ -1,0 +1,153 @@
+"""Reading a run folder: everything the tables, plots and report are made from, and nothing else."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.training.scores import read_scores
+
+ARMS = ("backbone", "finetune", "inmerge")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, read from its folder.
+
+    Attributes:
+      folder: the run folder.
+      results: `results.json`.
+      config: `config.json`, or {} where it is missing.
+      environment: `environment.json`, or the copy in the results.
+      missing: what the folder lacks, in words a reader of the report understands.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """Name, size, task, classes, title, source and counts of the data set."""
+        return self.results["dataset"]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Every seed any arm was trained with, ascending."""
+        return tuple(sorted({r["seed"] for arm in ARMS for r in self.arm(arm).values()}))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms with at least one result, in their fixed order."""
+        return tuple(arm for arm in ARMS if self.arm(arm))
+
+    def arm(self, arm: str) -> dict[int, dict[str, Any]]:
+        """The results of one arm by seed; empty if it was not run."""
+        return {r["seed"]: r for r in self.results["arms"].get(arm) or ()}
+
+    @cached_property
+    def history(self) -> dict[tuple[int, str], list[dict[str, Any]]]:
+        """The lines of `metrics.jsonl` by (seed, arm), where there are any."""
+        return self._gather("metrics.jsonl", _read_lines)
+
+    @cached_property
+    def similarity(self) -> dict[tuple[int, str], dict[str, list[dict[str, Any]]]]:
+        """`similarity.json` by (seed, arm): every convolution before and after the stage."""
+        return self._gather("similarity.json", _read_json)
+
+    @cached_property
+    def test_labels(self) -> np.ndarray | None:
+        """Labels of the test split, (n,) or (n, classes); None where the folder has none."""
+        path = self.folder / "labels.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = np.asarray(arrays["test"])
+        return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+    @cached_property
+    def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
+        """Test scores (n, classes) by (seed, arm), read from the score files."""
+        found = {}
+        for arm in self.arms:
+            for seed, result in self.arm(arm).items():
+                name = (result.get("scores") or {}).get("test")
+                path = _resolve(self.folder, seed, arm, name) if name else None
+                if path is not None:
+                    found[seed, arm] = read_scores(path)
+        return found
+
+    @cached_property
+    def samples(self) -> dict[str, np.ndarray] | None:
+        """A few images with labels and names, from `samples.npz`."""
+        path = self.folder / "samples.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+
+    def _gather(self, name: str, read: Any) -> dict[tuple[int, str], Any]:
+        paths = {
+            (seed, arm): self.folder / f"seed{seed}" / arm / name
+            for arm in self.arms
+            for seed in self.arm(arm)
+        }
+        return {key: read(path) for key, path in paths.items() if path.exists()}
+
+
+def read_run(folder: Path | str) -> Run:
+    """Reads a finished run's folder.
+
+    Raises:
+      InputError: the folder holds no `results.json` (the run is not finished), or one that cannot
+        be read.
+    """
+    folder = Path(folder)
+    path = folder / "results.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder} holds no results.json, so it is not a finished run; finish it with "
+            "`python -m experiments.train --resume` and the same options, or name another folder"
+        )
+    results = _read_json(path)
+    if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():
+        raise InputError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
+    missing = [f"arm {arm} was not run" for arm in ARMS if not results["arms"].get(arm)]
+    optional = {}
+    for name in ("config.json", "environment.json"):
+        present = (folder / name).exists()
+        optional[name] = _read_json(folder / name) if present else {}
+        if not present:
+            missing.append(f"{name} is not in the folder")
+    environment = optional["environment.json"] or results.get("environment") or {}
+    return Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
+
+
+def number(value: Any) -> float:
+    """A JSON number as float; None (how some writers store NaN) becomes NaN."""
+    return math.nan if value is None else float(value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _resolve(folder: Path, seed: int, arm: str, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"seed{seed}" / arm / name)
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,204 @@
+"""What a run's numbers say, in sentences that claim no more than the numbers do."""
+
+import math
+
+import numpy as np
+
+from inmerge_jax.reporting.runs import Run
+from inmerge_jax.reporting.summary import PAPER_RULE, Spread, Summary
+
+MINUS = "\u2212"
+FORMULA = (
+    "1.96 paired standard errors over the test images, for AUC by the formula of DeLong, DeLong "
+    "and Clarke-Pearson 1988, for the mean over classes and seeds"
+)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign, a real minus, and n/a for NaN."""
+    if not math.isfinite(value):
+        return "n/a"
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:+.{digits}f}".replace("-", MINUS)
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number, or n/a for NaN."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "n/a"
+
+
+def mean_sd(values: Spread) -> str:
+    """Mean and sd, the mean alone for one seed, saying how many seeds had a number."""
+    text = plain(values.mean)
+    if values.sd is not None:
+        text += f" \u00b1 {plain(values.sd)}"
+    if values.count < len(values.values):
+        text += f" ({values.count} of {len(values.values)} seeds defined)"
+    return text
+
+
+def difference(values: Spread) -> str:
+    """Mean difference with its interval, or why there is none."""
+    text = signed(values.mean)
+    if values.interval is not None:
+        return f"{text} [{signed(values.interval[0])}, {signed(values.interval[1])}]"
+    if values.count == 1:
+        return f"{text} (one seed: no interval)"
+    return text
+
+
+def each(values: Spread, sign: bool = False) -> str:
+    """Every seed's value, in the order of the seeds."""
+    return " ".join(signed(value) if sign else plain(value) for value in values.values)
+
+
+def headline(run: Run, summary: Summary) -> str:
+    """One or two sentences: what merging changed, and how sure that is."""
+    title = run.dataset.get("title") or run.dataset["name"]
+    pair = summary.differences.get(("inmerge", "finetune"))
+    if pair is None:
+        done = ", ".join(run.arms) or "none"
+        return f"{title}: no comparison is possible, because only these arms were run: {done}."
+    auc = pair["auc"]
+    if not auc.count:
+        return (
+            f"{title}: the test AUC is undefined for every seed (one label only in the test "
+            "split), so the arms cannot be compared by AUC."
+        )
+    if not sum(summary.merged):
+        return (
+            f"{title}: nothing was merged. No selected kernel had a partner above the threshold, "
+            "so the arm inmerge is a second run of finetune, and the difference in test AUC "
+            f"({signed(auc.mean)}) says nothing about merging."
+        )
+    with_it, without = (summary.arms[arm]["auc"].mean for arm in ("inmerge", "finetune"))
+    start = (
+        f"{title}: mean test AUC {plain(with_it)} with merging and {plain(without)} in the same "
+        f"second stage without it, a paired difference of {signed(auc.mean)} ({_certainty(auc)})."
+    )
+    return f"{start} {_verdict(summary, auc)}"
+
+
+def _certainty(auc: Spread) -> str:
+    if auc.interval is None:
+        return "one seed, so no interval"
+    low, high = auc.interval
+    return f"95% interval {signed(low)} to {signed(high)}, {auc.count} paired seeds"
+
+
+def _verdict(summary: Summary, auc: Spread) -> str:
+    smallest = _smallest(summary)
+    beyond = ""
+    if smallest is not None and summary.resolution is not None:
+        small = abs(auc.mean) < smallest
+        beyond = (
+            f"{summary.resolution.images} test images resolve differences of about "
+            f"{plain(smallest)}, and this one is {'smaller' if small else 'larger'}"
+        )
+    if auc.interval is None:
+        return f"One seed shows no effect either way{'; ' + beyond if beyond else ''}."
+    if auc.interval[0] <= 0 <= auc.interval[1]:
+        text = "The interval includes zero: this run does not show that merging helps or harms"
+        return f"{text}{'; ' + beyond if beyond else ''}."
+    better = "better" if auc.mean > 0 else "worse"
+    text = f"The interval excludes zero: over these seeds merging did {better}"
+    if smallest is not None and abs(auc.mean) < smallest:
+        return f"{text}, but {beyond}, so other test images may show otherwise."
+    return f"{text}{'; ' + beyond if beyond else ''}."
+
+
+def _smallest(summary: Summary) -> float | None:
+    if summary.resolution is None:
+        return None
+    value = summary.resolution.smallest.get(("inmerge", "finetune"), {}).get("auc", math.nan)
+    return value if math.isfinite(value) else None
+
+
+def resolution_note(summary: Summary) -> str:
+    """What difference the test set can resolve, and by which formula."""
+    smallest, resolution = _smallest(summary), summary.resolution
+    if resolution is None:
+        return (
+            "What difference this test set can resolve is not known: the run folder lacks test "
+            "labels or score files."
+        )
+    if smallest is None:
+        return (
+            "What difference this test set can resolve cannot be estimated: an arm was not run, "
+            "or a class has fewer than two test images."
+        )
+    acc = resolution.smallest["inmerge", "finetune"]["acc"]
+    return (
+        f"Smallest difference that {resolution.images} test images can resolve between inmerge "
+        f"and finetune: {plain(smallest)} AUC, {plain(acc)} ACC ({FORMULA}). One arm's AUC has a "
+        f"standard error of {plain(resolution.error['auc'])}. Read smaller differences as noise."
+    )
+
+
+def interval_note(summary: Summary) -> str:
+    """How the intervals were made and what few seeds do to them."""
+    counts = [pair["auc"].count for pair in summary.differences.values()]
+    if not counts:
+        return ""
+    seeds = min(counts)
+    if seeds < 2:
+        return "Differences are paired by seed; with one seed there is no interval."
+    text = f"Differences are paired by seed, with 95% t-intervals from {seeds} seeds"
+    if seeds == 2:
+        text += " (two seeds multiply the standard error by 12.7: wide by construction)"
+    return f"{text}; they cover the training's randomness, not the choice of test images."
+
+
+def undefined_note(summary: Summary) -> str:
+    """Says how many classes have no AUC."""
+    if not summary.undefined:
+        return ""
+    return (
+        f"AUC is undefined for {summary.undefined} of the classes, which have one label only in "
+        "the test split; they are left out of the mean."
+    )
+
+
+def merges_note(summary: Summary) -> str:
+    """Kernels merged in all, or loudly that there were none."""
+    if "inmerge" not in summary.arms:
+        return "The arm inmerge was not run, so there are no merges to count."
+    if not sum(summary.merged):
+        return "NOTHING WAS MERGED: no selected kernel had a partner above the threshold."
+    totals = " ".join(f"{total:,}" for total in summary.merged)
+    return f"Kernels merged over the whole stage, by seed: {totals}."
+
+
+def rule_note(run: Run) -> str:
+    """Where the rule differs from the paper's, and how much the paper's would have merged."""
+    rule = run.results.get("rule") or {}
+    changed = [
+        f"{name} {rule[name]} (paper {value})"
+        for name, value in PAPER_RULE.items()
+        if name in rule and rule[name] != value
+    ]
+    if not changed:
+        return "The rule is the paper's: " + ", ".join(f"{k} {v}" for k, v in rule.items()) + "."
+    text = f"The rule is not the paper's: {', '.join(changed)}."
+    share = _share_above(run, PAPER_RULE["threshold"])
+    if share is not None and rule.get("threshold") != PAPER_RULE["threshold"]:
+        own = _share_above(run, rule["threshold"])
+        here = "" if own is None else f" and {own:.2%} at {rule['threshold']}"
+        text += (
+            f" Why: before the stage {share:.2%} of the kernel pairs in its layers were above "
+            f"{PAPER_RULE['threshold']}{here}."
+        )
+    return text
+
+
+def _share_above(run: Run, threshold: float) -> float | None:
+    """Share of pairs above `threshold` in the merging layers before the stage, mean over seeds."""
+    shares = []
+    for seed, result in run.arm("inmerge").items():
+        before = run.similarity.get((seed, "inmerge"), {}).get("before", ())
+        layers = set(result.get("layers", ()))
+        for layer in before:
+            above = {float(key): value for key, value in layer["above"].items()}
+            if layer["name"] in layers and threshold in above:
+                shares.append(above[threshold])
+    return float(np.mean(shares)) if shares else None
