@@ -1,0 +1,227 @@
+"""In-model merging: mixing the similar kernels of one network (arXiv 2502.20516)."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inmerge_jax.kernels import Kernel, path_name
+
+PARTNERS = ("random", "nearest")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MergeRule:
+    r"""When and how kernels are mixed; a pytree whose three numbers can be traced.
+
+    In each merge every kernel :math:`K_i` is selected with `probability`. A selected kernel gets a
+    partner :math:`K_j`, :math:`j \neq i`, and where their cosine similarity exceeds `threshold`,
+
+    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j.
+
+    Example, a grid of rules as one pytree, and a schedule:
+      >>> import jax.numpy as jnp
+      >>> grid = MergeRule(*jnp.meshgrid(jnp.array([0.1, 0.3]), jnp.array([0.3]), jnp.array([0.8])))
+      >>> grid.probability.shape
+      (1, 2, 1)
+      >>> warm_up = lambda step: MergeRule(probability=0.3 * jnp.minimum(step / 1000, 1.0))
+
+    Attributes:
+      probability: the chance that a kernel is selected, in [0, 1]; the paper's p.
+      threshold: the similarity to exceed, in [-1, 1]; the paper's tau.
+      alpha: the share of the kernel that stays, in [0, 1].
+      partner: `"random"`, drawn uniformly from the layer's other kernels, as the released code
+        does; or `"nearest"`, the most similar other kernel, as the paper's text reads.
+
+    Raises:
+      ValueError: an unknown partner, or a number out of range. A traced number isn't checked.
+
+    References:
+      In-Model Merging for Enhancing the Robustness of Medical Imaging Classification Models,
+      arXiv 2502.20516. The defaults are its released code's.
+    """
+
+    probability: float | jax.Array = 0.3
+    threshold: float | jax.Array = 0.3
+    alpha: float | jax.Array = 0.8
+    partner: Literal["random", "nearest"] = field(default="random", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        _check_range("probability", self.probability, 0, 1)
+        _check_range("threshold", self.threshold, -1, 1)
+        _check_range("alpha", self.alpha, 0, 1)
+        if self.partner not in PARTNERS:
+            raise ValueError(f"partner is {self.partner!r}; choose one of {', '.join(PARTNERS)}")
+
+
+class MergeStats(NamedTuple):
+    """What one merge did, per layer in the order of the kernels given; arrays of shape (layers,).
+
+    Attributes:
+      kernels: int32, how many kernels the layer has.
+      selected: int32, how many were selected.
+      merged: int32, how many were mixed with their partner.
+      similarity: float32, mean cosine similarity of the mixed pairs; 0 where none was mixed.
+    """
+
+    kernels: jax.Array
+    selected: jax.Array
+    merged: jax.Array
+    similarity: jax.Array
+
+
+def merge_kernels(
+    params: Any, key: jax.Array, kernels: Sequence[Kernel], rule: MergeRule
+) -> tuple[Any, MergeStats]:
+    r"""Mixes each selected kernel with a similar one of its layer.
+
+    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j
+              \quad\text{if}\quad \frac{k_i \cdot k_j}{\|k_i\| \|k_j\|} > \tau
+
+    for selected :math:`i`, with :math:`k` the flattened kernel (arXiv 2502.20516). All reads are
+    from the weights as given. Arithmetic is float32 and the result has the weight's dtype; kernels
+    that aren't mixed, and all other leaves, come back bit for bit. A zero kernel has similarity 0
+    with every other; a kernel holding a NaN or an infinity is never mixed, nor mixed in. A layer
+    with one kernel is left alone.
+
+    Pure, so it may be used inside `jit`, `vmap`, `pmap` and `scan`. Under data parallelism, give
+    every replica the same key: they then merge alike, without communication.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from inmerge_jax import Kernel
+      >>> w = jnp.array([[1.0, 1.0], [0.0, 1.0]])       # two kernels, w[:, 0] and w[:, 1]
+      >>> kernel = Kernel((jax.tree_util.DictKey("w"),), shape=(2, 2), out_axis=1)
+      >>> rule = MergeRule(probability=1.0, threshold=0.5, alpha=0.75)
+      >>> params, stats = merge_kernels({"w": w}, jax.random.key(0), [kernel], rule)
+      >>> print(params["w"])
+      [[1.   1.  ]
+       [0.25 0.75]]
+      >>> print(stats.merged)
+      [2]
+
+    Args:
+      params: a tree that holds the kernels' weights, of any floating dtype.
+      key: a typed PRNG key; a layer's draws are folded from it and the layer's own path, so that
+        other layers, and their order, don't change them.
+      kernels: which weights to merge, from `find_kernels` or `deep_kernels`.
+      rule: when and how; its numbers may be traced scalars.
+
+    Returns:
+      The merged tree, and the counts.
+
+    Raises:
+      ValueError: no kernels, or one whose path or shape isn't that of a leaf of `params`.
+    """
+    if not kernels:
+        raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
+    paths_leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    position = {path: i for i, (path, _) in enumerate(paths_leaves)}
+    leaves = [leaf for _, leaf in paths_leaves]
+    counts = []
+    for kernel in kernels:
+        i = _locate(kernel, position, leaves)
+        if kernel.count < 2:
+            none = jnp.int32(0)
+            counts.append((none, none, jnp.float32(0)))
+            continue
+        selected, partner = _draw(_layer_key(key, kernel), kernel.count, rule)
+        leaves[i], *count = _mix(leaves[i], kernel.out_axis, selected, partner, rule)
+        counts.append(tuple(count))
+    selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
+    total = jnp.array([kernel.count for kernel in kernels], jnp.int32)
+    return tree.unflatten(leaves), MergeStats(total, selected, merged, similarity)
+
+
+def _layer_key(key: jax.Array, kernel: Kernel) -> jax.Array:
+    # crc32, since Python's hash of a string differs from one process to the next.
+    return jax.random.fold_in(key, zlib.crc32(kernel.name.encode()))
+
+
+def _draw(key: jax.Array, count: int, rule: MergeRule) -> tuple[jax.Array, jax.Array | None]:
+    """Which kernels are selected, bool (count,), and their random partners, int32 (count,)."""
+    select_key, partner_key = jax.random.split(key)
+    selected = jax.random.uniform(select_key, (count,)) < rule.probability
+    if rule.partner == "nearest":
+        return selected, None
+    other = jax.random.randint(partner_key, (count,), 0, count - 1)
+    return selected, other + (other >= jnp.arange(count))
+
+
+def _mix(
+    weight: jax.Array, axis: int, selected: jax.Array, partner: jax.Array | None, rule: MergeRule
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Mixes one layer; returns its weight, the counts selected and merged, the mean similarity.
+
+    `partner` gives each kernel's partner, or is None for the nearest.
+    """
+    w = weight.astype(jnp.float32)
+    across = tuple(d for d in range(w.ndim) if d != axis)
+    square = jnp.sum(w * w, across)
+    inverse = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+    if partner is None:
+        partner, similarity = _nearest(w * jnp.expand_dims(inverse, across), across)
+        other = _take(w, partner, axis)
+    else:
+        other = _take(w, partner, axis)
+        similarity = jnp.sum(w * other, across) * inverse * inverse[partner]
+    similarity = jnp.minimum(similarity, 1)
+    merged = selected & (similarity > rule.threshold)
+    alpha = jnp.asarray(rule.alpha, jnp.float32)
+    mixed = (alpha * w + (1 - alpha) * other).astype(weight.dtype)
+    count = jnp.sum(merged, dtype=jnp.int32)
+    total = jnp.sum(jnp.where(merged, similarity, 0))
+    return (
+        jnp.where(jnp.expand_dims(merged, across), mixed, weight),
+        jnp.sum(selected, dtype=jnp.int32),
+        count,
+        total / jnp.maximum(count, 1),
+    )
+
+
+def _take(w: jax.Array, partner: jax.Array, axis: int) -> jax.Array:
+    """`w` with its kernels in the order of `partner`."""
+    return w.at[(slice(None),) * axis + (partner,)].get(mode="promise_in_bounds")
+
+
+def _nearest(unit: jax.Array, across: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Each kernel's most similar other, and that similarity, from kernels of unit length."""
+    similarity = jnp.tensordot(unit, unit, (across, across), precision=jax.lax.Precision.HIGHEST)
+    itself = jnp.eye(len(similarity), dtype=bool)
+    similarity = jnp.where(itself | jnp.isnan(similarity), -jnp.inf, similarity)
+    return jnp.argmax(similarity, axis=1), jnp.max(similarity, axis=1)
+
+
+def _locate(kernel: Kernel, position: dict[Any, int], leaves: list[Any]) -> int:
+    """The place of a kernel's weight among the leaves."""
+    if kernel.path not in position:
+        names = ", ".join(path_name(path) for path in list(position)[:3])
+        raise ValueError(
+            f"kernel {kernel.name!r} is not in params, whose {len(position)} leaves begin with "
+            f"{names}; give merge_kernels the same tree as find_kernels"
+        )
+    i = position[kernel.path]
+    if tuple(leaves[i].shape) != kernel.shape:
+        raise ValueError(
+            f"kernel {kernel.name!r} was found with shape {kernel.shape} but has "
+            f"{tuple(leaves[i].shape)} in params; find the kernels of this network anew"
+        )
+    return i
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    # Transformations rebuild a rule with tracers, axes and other placeholders in its fields.
+    if isinstance(value, jax.core.Tracer) or not isinstance(
+        value, int | float | np.ndarray | np.generic | jax.Array
+    ):
+        return
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return
+    numbers = np.asarray(value)
+    if not np.all((numbers >= low) & (numbers <= high)):
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")

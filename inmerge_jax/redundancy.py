@@ -1,0 +1,141 @@
+"""How alike the kernels of a network are, layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inmerge_jax.kernels import Kernel
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """The cosine similarities of one layer's pairs of different kernels.
+
+    A layer with one kernel has no pairs: every number is then NaN.
+
+    Attributes:
+      name: the layer's path.
+      kernels: how many kernels it has.
+      mean, minimum, maximum: over all pairs.
+      quantiles: `{q: value}` over all pairs.
+      above: `{threshold: share}`, the share of pairs whose similarity exceeds a threshold: the
+        chance that a kernel and a random partner merge, once selected.
+      nearest: mean over kernels of the similarity to the most similar other kernel.
+    """
+
+    name: str
+    kernels: int
+    mean: float
+    minimum: float
+    maximum: float
+    quantiles: dict[float, float]
+    above: dict[float, float]
+    nearest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a JSON-ready dict, with numbers that are keys written as text."""
+        return vars(self) | {
+            "quantiles": {str(q): v for q, v in self.quantiles.items()},
+            "above": {str(t): v for t, v in self.above.items()},
+        }
+
+
+def kernel_similarity(
+    params: Any,
+    kernels: Sequence[Kernel],
+    *,
+    quantiles: Sequence[float] = QUANTILES,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> tuple[LayerSimilarity, ...]:
+    """Measures how similar the kernels within each layer are.
+
+    Goes layer by layer and waits for each, so that never more than one layer's C x C matrix of
+    cosines (C kernels, float32) is in memory.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from inmerge_jax import Kernel
+      >>> w = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+      >>> kernel = Kernel((jax.tree_util.DictKey("w"),), shape=(2, 3), out_axis=1)
+      >>> (layer,) = kernel_similarity({"w": w}, [kernel])
+      >>> layer.kernels, round(layer.mean, 3), round(layer.above[0.5], 3)
+      (3, 0.471, 0.667)
+
+    Args:
+      params: a tree that holds the kernels' weights.
+      kernels: which weights to measure, from `find_kernels`.
+      quantiles: which quantiles to give, each in [0, 1].
+      thresholds: for which similarities to give the share of pairs above.
+
+    Returns:
+      One entry per kernel given, in their order.
+
+    Raises:
+      ValueError: a kernel isn't in `params`, or a quantile lies outside [0, 1].
+    """
+    wrong = [q for q in quantiles if not 0 <= q <= 1]
+    if wrong:
+        raise ValueError(f"quantiles holds {wrong[0]}; each must lie between 0 and 1")
+    weights = dict(jax.tree_util.tree_leaves_with_path(params))
+    return tuple(_layer(kernel, weights, tuple(quantiles), tuple(thresholds)) for kernel in kernels)
+
+
+def _layer(
+    kernel: Kernel,
+    weights: dict[Any, jax.Array],
+    quantiles: tuple[float, ...],
+    thresholds: tuple[float, ...],
+) -> LayerSimilarity:
+    if kernel.path not in weights:
+        raise ValueError(
+            f"kernel {kernel.name!r} is not in params; give kernel_similarity the same tree as "
+            "find_kernels"
+        )
+    if kernel.count < 2:
+        nan = float("nan")
+        none = (nan, nan, nan, [nan] * len(quantiles), [nan] * len(thresholds), nan)
+        mean, minimum, maximum, values, shares, nearest = none
+    else:
+        numbers = _statistics(weights[kernel.path], kernel.out_axis, quantiles, thresholds)
+        mean, minimum, maximum, values, shares, nearest = (
+            np.asarray(number).tolist() for number in jax.device_get(numbers)
+        )
+    return LayerSimilarity(
+        kernel.name,
+        kernel.count,
+        mean,
+        minimum,
+        maximum,
+        dict(zip(quantiles, values, strict=True)),
+        dict(zip(thresholds, shares, strict=True)),
+        nearest,
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _statistics(
+    weight: jax.Array, axis: int, quantiles: tuple[float, ...], thresholds: tuple[float, ...]
+) -> tuple[jax.Array, ...]:
+    count = weight.shape[axis]
+    k = jnp.moveaxis(weight, axis, 0).reshape(count, -1).astype(jnp.float32)
+    square = jnp.sum(k * k, axis=1, keepdims=True)
+    unit = k * jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+    cosine = jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST)
+    pairs = cosine[np.triu_indices(count, k=1)]
+    nearest = jnp.max(jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, cosine), axis=1)
+    return (
+        jnp.mean(pairs),
+        jnp.min(pairs),
+        jnp.max(pairs),
+        jnp.quantile(pairs, jnp.asarray(quantiles, jnp.float32)),
+        jnp.mean(pairs > jnp.asarray(thresholds, jnp.float32)[:, None], axis=1),
+        jnp.mean(nearest),
+    )
