@@ -7,6 +7,7 @@ from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import load_medmnist
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
+from inmerge_jax.errors import InputError
 
 __all__ = [
     "DataConfig",
@@ -37,7 +38,7 @@ class PhantomConfig:
     multi_label: bool = False
     """Each finding present or not on its own, instead of one finding or none per image."""
     difficulty: float = 1.0
-    """Above 0. Findings are fainter and smaller, and noise is stronger, the higher it is."""
+    """From 0.25 to 4: the higher, the subtler the findings and the stronger the noise."""
     seed: int = 0
     """Selects the patients. The training seeds do not change it."""
 
@@ -72,6 +73,11 @@ def load_dataset(config: DataConfig) -> Dataset:
       InputError: for an unknown name or size, or a file that is missing or not what it should be.
     """
     if config.name == "phantom":
+        if config.file is not None:
+            raise InputError(
+                f"{config.file} (--file) is not read for the phantom: say with --name which "
+                "MedMNIST subset it holds"
+            )
         chosen = config.phantom
         return make_phantom(
             size=config.size,

@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 
 FINDINGS = ("nodule", "mass", "effusion", "cardiomegaly", "pneumothorax")
+# Random numbers per image: as many as `render` hands out, and a few to spare.
+NORMALS, UNIFORMS = 48, 80
 TEXTURE_GRIDS = (5, 12, 26)
 _TEXTURE_WEIGHTS = (0.018, 0.016, 0.014)
 
@@ -40,7 +42,7 @@ class Draws:
 
     def severity(self) -> np.ndarray:
         """From 0 to 1, mild more often than severe."""
-        return next(self._uniforms) ** 1.4
+        return next(self._uniforms) ** 1.2
 
 
 @dataclass
@@ -52,8 +54,9 @@ class _Chest:
     across: np.ndarray
     pixel: float
     apex: np.ndarray
-    width: np.ndarray
     middle: np.ndarray
+    width: np.ndarray
+    wall: np.ndarray
     base: np.ndarray
     dome: np.ndarray
     radius: np.ndarray
@@ -88,7 +91,8 @@ def render(
     chest = _place(size, draws)
     heart = _heart(chest, has["cardiomegaly"], difficulty, draws)
     air = chest.cavity * (1 - 0.92 * heart)
-    opacity, fluid = _opacities(chest, has, difficulty, draws)
+    opacity = _lesions(chest, has, difficulty, draws) + _imitations(chest, draws)
+    fluid = _effusion(chest, has["effusion"], difficulty, draws)
     collapsed, line = _pneumothorax(chest, has["pneumothorax"], difficulty, draws)
     markings = _vessels(chest, draws) * (1 - collapsed)
     air = air * (1 - fluid)
@@ -106,7 +110,9 @@ def _step(distance: np.ndarray, softness: np.ndarray | float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def _blob(u: np.ndarray, v: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+def _blob(
+    u: np.ndarray, v: np.ndarray, width: np.ndarray | float, height: np.ndarray | float
+) -> np.ndarray:
     return np.exp(-np.square(u / width) - np.square(v / height))
 
 
@@ -126,8 +132,8 @@ def _place(size: int, draws: Draws) -> _Chest:
 
     apex, width = draws.normal(-0.74, 0.025), draws.normal(0.74, 0.035)
     middle, base = draws.normal(0.18, 0.04), draws.normal(0.53, 0.07)
-    wall = width * (1 + draws.normal(0, 0.03) * np.sign(u))
     above = np.maximum(middle - v, 0) / (middle - apex)
+    wall = width * (1 + draws.normal(0, 0.03) * np.sign(u))
     radius = np.sqrt(np.square(across / wall) + above**2.6)
     inner = draws.normal(0.125, 0.015) + 0.13 * np.square(np.maximum(-0.35 - v, 0) / 0.39)
     rise = draws.normal(0.18, 0.035)
@@ -139,12 +145,12 @@ def _place(size: int, draws: Draws) -> _Chest:
         * _step(across - inner, max(0.03, pixel))
         * _step(dome - v, max(0.02, pixel))
     )
-    return _Chest(u, v, across, pixel, apex, wall, middle, base, dome, radius, inner, cavity)
+    return _Chest(u, v, across, pixel, apex, middle, width, wall, base, dome, radius, inner, cavity)
 
 
 def _heart(chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws) -> np.ndarray:
     """The heart's shadow with the great vessels above it, 0 to 1."""
-    growth = enlarged * (0.04 + 0.16 * draws.severity()) / difficulty
+    growth = enlarged * (0.02 + 0.18 * draws.severity()) / difficulty
     wide = draws.normal(0.33, 0.028) + growth
     high = (wide - 0.4 * growth) * draws.normal(0.72, 0.05)
     lean = draws.normal(0.62, 0.09)
@@ -166,21 +172,23 @@ def _heart(chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws)
     return shadow + 0.6 * pad * (1 - shadow)
 
 
-def _opacities(
+def _lesions(
     chest: _Chest, has: dict[str, np.ndarray], difficulty: float, draws: Draws
-) -> tuple[np.ndarray, np.ndarray]:
-    """Brightening of the lungs by nodule and mass and their imitations, and the share of fluid."""
+) -> np.ndarray:
+    """How much brighter nodules and masses make the lungs."""
     u, v = chest.u, chest.v
     opacity = np.zeros_like(u)
     for finding, small, large, faint, bright in (
-        ("nodule", 0.060, 0.105, 0.14, 0.42),
-        ("mass", 0.14, 0.24, 0.12, 0.34),
+        ("nodule", 0.060, 0.105, 0.08, 0.44),
+        ("mass", 0.14, 0.24, 0.06, 0.36),
     ):
         severity = draws.severity()
         extent = draws.uniform(small, large) * draws.uniform(0.9, 1.1)
         where_v = draws.uniform(-0.50, 0.25)
-        reach = np.sqrt(1 - np.square(np.maximum(chest.middle - where_v, 0) / 0.92))
-        where_u = draws.side() * (0.20 + draws.uniform(0.1, 0.75) * (0.72 * reach - 0.20))
+        above = np.maximum(chest.middle - where_v, 0) / (chest.middle - chest.apex)
+        reach = chest.width * np.sqrt(np.maximum(1 - above**2.6, 0))
+        where_u = 0.20 + draws.uniform(0.1, 0.8) * np.maximum(reach - 0.20, 0)
+        where_u = where_u * draws.side()
         strength = has[finding] * (faint + (bright - faint) * severity) / difficulty
         du, dv = u - where_u, v - where_v
         if finding == "mass":
@@ -189,6 +197,12 @@ def _opacities(
         extent = np.maximum(extent, 0.6 * chest.pixel)
         away = np.sqrt(np.square(du) + np.square(dv))
         opacity += strength * _step(extent - away, np.maximum(0.5 * extent, chest.pixel))
+    return opacity
+
+
+def _imitations(chest: _Chest, draws: Draws) -> np.ndarray:
+    """Ordinary shadows on the lungs that a nodule, a mass or fluid can be taken for."""
+    opacity = np.zeros_like(chest.u)
     for share, width, height, u0, u1, v0, v1, brightest in (
         (0.35, 0.055, 0.050, 0.38, 0.52, 0.12, 0.30, 0.20),  # nipple
         (0.35, 0.075, 0.045, 0.30, 0.62, -0.55, 0.20, 0.18),  # healed rib
@@ -197,25 +211,29 @@ def _opacities(
     ):
         strength = draws.chance(share) * draws.uniform(0.04, brightest)
         where_u, where_v = draws.side() * draws.uniform(u0, u1), draws.uniform(v0, v1)
-        opacity += strength * _blob(u - where_u, v - where_v, width, height)
+        opacity += strength * _blob(chest.u - where_u, chest.v - where_v, width, height)
+    return opacity
 
+
+def _effusion(chest: _Chest, present: np.ndarray, difficulty: float, draws: Draws) -> np.ndarray:
+    """The share of air that fluid displaces: above the diaphragm, higher along the wall."""
     severity = draws.severity()
-    height = has["effusion"] * (0.09 + 0.38 * severity) / difficulty
-    side = _step(u * draws.side(), 0.01)
-    outward = np.clip((chest.across - 0.1) / (chest.width - 0.1), 0, 1)
+    height = present * (0.05 + 0.42 * severity) / difficulty
+    side = _step(chest.u * draws.side(), 0.01)
+    outward = np.clip((chest.across - 0.1) / (chest.wall - 0.1), 0, 1)
     surface = chest.dome + 0.04 - height * (0.5 + 0.9 * outward * outward)
-    fluid = side * _step(v - surface, np.maximum(0.05, chest.pixel)) * (height > 0)
-    return opacity, fluid * draws.uniform(0.6, 0.95)
+    fluid = side * _step(chest.v - surface, np.maximum(0.05, chest.pixel)) * (height > 0)
+    return fluid * draws.uniform(0.6, 0.95)
 
 
 def _pneumothorax(
     chest: _Chest, present: np.ndarray, difficulty: float, draws: Draws
 ) -> tuple[np.ndarray, np.ndarray]:
     """The share of the lung that has collapsed away from the wall, and the pleural line."""
-    depth = present * (0.10 + 0.24 * draws.severity()) / difficulty
+    depth = present * (0.05 + 0.29 * draws.severity()) / difficulty
     side = _step(chest.u * draws.side(), 0.01)
     upper = 1 - 0.75 * _step(chest.v - draws.uniform(-0.3, 0.2), 0.4)
-    edge = (chest.radius - (1 - depth * upper)) * chest.width
+    edge = (chest.radius - (1 - depth * upper)) * chest.wall
     beyond = _step(edge, chest.pixel) * side * (depth > 0)
     line = np.exp(-np.square(edge / max(0.012, 0.5 * chest.pixel)))
     thin = min(1.0, 0.03 / chest.pixel)

@@ -60,7 +60,7 @@ def train_batch(split: Split, *, seed: int, step: int, batch_size: int) -> Batch
     steps_per_epoch(len(split), batch_size)
     if step < 0:
         raise ValueError(f"step {step}: batches are counted from 0")
-    return _take(split, _index_stream(len(split), seed, batch_size)[step])
+    return _take(split, np.asarray(_index_stream(len(split), seed, batch_size)[step]))
 
 
 def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:

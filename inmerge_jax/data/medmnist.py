@@ -19,7 +19,6 @@ from inmerge_jax.errors import InputError
 
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
-HOMEPAGE = "https://medmnist.com"
 
 
 def load_medmnist(
@@ -61,25 +60,29 @@ def load_medmnist(
     suffix = "" if size == 28 else f"_{size}"
     if file is None:
         path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
+        remedy = "delete it and it is downloaded again, or name another with --file"
         if not path.exists():
-            _download(name, size, info, path, allowed=download)
+            _download(info, size, path, allowed=download)
     else:
         path = Path(file).expanduser()
-    md5 = _checked_md5(path, from_option=file is not None)
-    note = ""
-    if md5 != info[f"MD5{suffix}"]:
-        note = f"unverified file {path.name}"
-        if not allow_unverified:
-            raise _wrong_md5(path, md5, name, size, info[f"MD5{suffix}"])
-        warnings.warn(
-            f"{path}: MD5 {md5} is not that of {name} at {size} px ({info[f'MD5{suffix}']}); "
-            "loaded because --allow-unverified is given. Results are not results on "
-            f"{info['python_class']}, and their title says so.",
-            stacklevel=2,
+        remedy = "name another with --file"
+    md5 = _checked_md5(path, remedy)
+    expected = info[f"MD5{suffix}"]
+    note = "" if md5 == expected else f"unverified file {path.name}"
+    if note and not allow_unverified:
+        raise InputError(
+            f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
+            f"{size} px: {remedy}, or load it as it is with --allow-unverified"
         )
-    arrays = _read_arrays(path)
+    arrays = _read_arrays(path, remedy)
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
     splits = {s: _make_split(path, s, arrays, info, name, size) for s in SPLITS}
+    if note:
+        warnings.warn(
+            f"{path} is not {info['python_class']} at {size} px as published (MD5 {md5} instead "
+            f"of {expected}); loaded because of --allow-unverified, and named in every result",
+            stacklevel=2,
+        )
     return Dataset(
         name=name,
         size=size,
@@ -87,7 +90,9 @@ def load_medmnist(
         classes=classes,
         source=f"{path.name}, MD5 {md5}",
         note=note,
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
     )
 
 
@@ -121,26 +126,20 @@ def _subset_info(name: str) -> dict[str, Any]:
     if name in names:
         return medmnist_info()[name]
     close = difflib.get_close_matches(name.lower(), (*names, "phantom"), n=1, cutoff=0.5)
-    guess = f"; did you mean {close[0]}?" if close else ""
+    guess = f"did you mean {close[0]}? " if close else ""
     raise InputError(
-        f"unknown data set {name!r} (--name){guess} There are phantom and {', '.join(names)}"
-        if guess
-        else f"unknown data set {name!r} (--name): there are phantom and {', '.join(names)}"
+        f"unknown data set {name!r} (--name): {guess}There are phantom, {', '.join(names)}"
     )
 
 
-def _by_hand(path: Path, url: str, md5: str) -> str:
-    return (
-        f"To place it by hand, download {url} and save it as {path} (MD5 {md5}), or name its "
-        "folder with --data-dir"
-    )
-
-
-def _download(name: str, size: int, info: dict[str, Any], path: Path, *, allowed: bool) -> None:
+def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
     """Puts the subset's file at `path`, whole or not at all."""
     suffix = "" if size == 28 else f"_{size}"
     url = info[f"url{suffix}"]
-    by_hand = _by_hand(path, url, info[f"MD5{suffix}"])
+    by_hand = (
+        f"To place it by hand, download {url} and save it as {path} "
+        f"(MD5 {info[f'MD5{suffix}']}); --data-dir names another folder"
+    )
     if not allowed:
         raise InputError(f"{path} is missing and downloading is off. {by_hand}")
     try:
@@ -153,36 +152,30 @@ def _download(name: str, size: int, info: dict[str, Any], path: Path, *, allowed
             subset(split="val", download=True, root=folder, size=size)
             os.replace(Path(folder) / path.name, path)
     except (ImportError, OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        # medmnist answers every exception with one RuntimeError, Ctrl-C included.
+        cause = error.__context__ or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise InputError(
-            f"{path} is missing and could not be downloaded from {url} through the medmnist "
-            f"package ({type(cause or error).__name__}: {cause or error}). {by_hand}"
+            f"{path} is missing, and downloading {url} through the medmnist package failed "
+            f"({type(cause).__name__}: {cause}). {by_hand}"
         ) from error
 
 
-def _checked_md5(path: Path, *, from_option: bool) -> str:
+def _checked_md5(path: Path, remedy: str) -> str:
     """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
     if not path.is_file():
-        option = " (--file)" if from_option else ""
-        raise InputError(f"{path}{option} is missing or no file: name a MedMNIST npz")
+        raise InputError(f"{path} is missing or is no file: {remedy}")
     with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "md5").hexdigest()
+        md5 = hashlib.file_digest(stream, "md5").hexdigest()
     if not zipfile.is_zipfile(path):
         raise InputError(
-            f"{path} is truncated or no npz file ({path.stat().st_size} bytes, MD5 {digest}): "
-            "delete it and let it be downloaded again, or name another with --file"
+            f"{path} is truncated or is no npz ({path.stat().st_size} bytes, MD5 {md5}): {remedy}"
         )
-    return digest
+    return md5
 
 
-def _wrong_md5(path: Path, md5: str, name: str, size: int, expected: str) -> InputError:
-    return InputError(
-        f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at {size} px: "
-        "delete it and let it be downloaded again, or load it as it is with --allow-unverified"
-    )
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """All six arrays, or an error: nothing is returned from a file that is damaged anywhere."""
     wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
     try:
@@ -191,15 +184,15 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             if absent:
                 raise InputError(
                     f"{path} lacks the arrays {', '.join(absent)}; it holds "
-                    f"{', '.join(archive.files) or 'none'}. A MedMNIST npz has {', '.join(wanted)}"
+                    f"{', '.join(archive.files) or 'none'}: {remedy}"
                 )
             return {key: archive[key] for key in wanted}
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    # What zipfile and NumPy raise on damaged archives and array headers.
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
-            f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): delete it "
-            "and let it be downloaded again, or name another with --file"
+            f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): {remedy}"
         ) from error
 
 
@@ -229,17 +222,16 @@ def _checked_images(
     channels = info["n_channels"]
     expected = f"({size}, {size})" if channels == 1 else f"({size}, {size}, {channels})"
     if images.dtype != np.uint8:
-        raise InputError(f"{where}: type {images.dtype}; images must be uint8, 0 to 255")
+        raise InputError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
+    shape = images.shape
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] != channels:
-        raise InputError(
-            f"{where}: shape {images.shape}; {name} has {channels}-channel images, n of {expected}"
-        )
+        raise InputError(f"{where}: shape {shape}; {name} has n images of {expected}")
     if images.shape[1:3] != (size, size):
         raise InputError(
             f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but --size {size} was "
-            "asked for: give the size of the file, or the file of that size"
+            "asked for: give the file's own --size, or name a file of that size"
         )
     return images
 

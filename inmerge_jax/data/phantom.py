@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inmerge_jax.data.anatomy import FINDINGS, TEXTURE_GRIDS, Draws, render
+from inmerge_jax.data.anatomy import FINDINGS, NORMALS, TEXTURE_GRIDS, UNIFORMS, Draws, render
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import InputError
 
 NO_FINDING = "no finding"
 SMALLEST = 16
+EASIEST, HARDEST = 0.25, 4.0
 _SPLITS = ("train", "val", "test")
-_NORMALS, _UNIFORMS = 48, 80
 # Pixels rendered at once: few enough for the intermediate arrays to stay in the cache.
 _CHUNK_PIXELS = 200_000
 _PREVALENCE = 0.3
@@ -55,7 +55,8 @@ def make_phantom(
       findings: some of `FINDINGS`, each once.
       multi_label: every finding present by itself with probability 0.3 (labels uint8 (n, k)),
         instead of one finding or "no finding", equally often (labels int32 (n,), 0 is none).
-      difficulty: above 0; divides the findings' contrast and extent, and multiplies the noise.
+      difficulty: from 0.25 to 4; divides the findings' contrast or extent, and multiplies the
+        noise.
       seed: at least 0.
 
     Returns:
@@ -84,7 +85,9 @@ def make_phantom(
         task=task,
         classes=classes,
         source=f"procedural chest phantom, seed {seed}, difficulty {difficulty:g}",
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
     )
 
 
@@ -109,7 +112,7 @@ def _make_split(
             labels[rows] = random.labels[:, columns] < _PREVALENCE
             present[:, columns] = labels[rows]
         else:
-            labels[rows] = random.labels[:, -1] * (len(findings) + 1)
+            labels[rows] = (random.labels[:, -1] * (len(findings) + 1)).astype(np.int32)
             present[:, columns] = labels[rows, None] == np.arange(1, len(findings) + 1)
         images[rows, ..., 0] = render(
             size, present, difficulty, random.draws, random.textures, random.grain
@@ -124,8 +127,8 @@ def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:
     for index in range(rows.start, rows.stop):
         rng = np.random.default_rng([*key, index])
         labels.append(rng.random(len(FINDINGS) + 1))
-        uniforms.append(rng.random(_UNIFORMS, dtype=np.float32))
-        normals.append(rng.standard_normal(_NORMALS, dtype=np.float32))
+        uniforms.append(rng.random(UNIFORMS, dtype=np.float32))
+        normals.append(rng.standard_normal(NORMALS, dtype=np.float32))
         for texture, grid in zip(textures, TEXTURE_GRIDS, strict=True):
             texture.append(rng.standard_normal((grid, grid), dtype=np.float32))
         grain.append(rng.standard_normal((size, size), dtype=np.float32))
@@ -152,7 +155,9 @@ def _check(
             raise InputError(f"unknown finding {finding!r}: there are {', '.join(FINDINGS)}")
     if len(set(findings)) < len(findings):
         raise InputError(f"findings {', '.join(findings)}: name each finding once")
-    if not 0 < difficulty < float("inf"):
-        raise InputError(f"difficulty {difficulty}: give a number above 0; 1 is the usual")
+    if not EASIEST <= difficulty <= HARDEST:
+        raise InputError(
+            f"difficulty {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
+        )
     if seed < 0:
         raise InputError(f"seed {seed}: the phantom's seed must be at least 0")
