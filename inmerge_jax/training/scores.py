@@ -66,7 +66,8 @@ def read_scores(path: Path) -> np.ndarray:
       InputError: the file is absent, or not lines of an index and scores.
     """
     try:
-        table = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
+        lines = Path(path).read_text().splitlines() or ["empty"]
+        table = np.loadtxt(lines, delimiter=",", ndmin=2, dtype=np.float64)
     except FileNotFoundError as error:
         raise InputError(f"there is no score file {path}") from error
     except ValueError as error:

@@ -114,7 +114,7 @@ def test_refuses_what_medmnist_could_not_read(tmp_path, changed, words):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("text", [None, "a,b\n", "0,0.1\n1\n", "1\n2\n"])
+@pytest.mark.parametrize("text", [None, "", "a,b\n", "0,0.1\n1\n", "1\n2\n"])
 def test_refuses_to_read_another_file(tmp_path, text):
     path = tmp_path / "scores.csv"
     if text is not None:

@@ -1,0 +1,355 @@
+import dataclasses
+import errno
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.training import runfolder
+from inmerge_jax.training.runfolder import (
+    append_metrics,
+    differences,
+    environment,
+    open_run,
+    read_metrics,
+    truncate_metrics,
+)
+
+CONFIG = {
+    "model": {"name": "resnet18", "width": 1.0},
+    "rule": {"probability": 0.3, "threshold": 0.3, "partner": "random"},
+    "seeds": (0, 1),
+    "data_dir": Path("data"),
+    "note": None,
+}
+
+
+def changed(**rule):
+    return {**CONFIG, "rule": {**CONFIG["rule"], **rule}}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finish(folder):
+    (folder / "results.json").write_text("{}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An unfinished run that has written something."""
+    folder = open_run(tmp_path / "runs" / "a", CONFIG)
+    append_metrics(folder / "seed0" / "backbone" / "metrics.jsonl", {"epoch": 1})
+    return folder
+
+
+def test_new_run_saves_its_configuration_and_environment(run):
+    assert json.loads((run / "config.json").read_text()) == {
+        **CONFIG,
+        "seeds": [0, 1],
+        "data_dir": "data",
+    }
+    saved = json.loads((run / "environment.json").read_text())
+    assert {key: saved[key] for key in saved if key != "started"} == {
+        key: value for key, value in environment().items() if key != "started"
+    }
+
+
+def test_empty_folder_will_do(tmp_path):
+    assert open_run(tmp_path, CONFIG) == tmp_path
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "environment.json"]
+
+
+@pytest.mark.parametrize("left", ["environment.json", ".config.json.0f", ".environment.json.0f"])
+def test_start_that_was_killed_at_once_counts_as_empty(tmp_path, left):
+    (tmp_path / left).write_text("{")
+    with pytest.raises(InputError, match="there is no run"):
+        open_run(tmp_path, CONFIG, resume=True)
+    open_run(tmp_path, CONFIG)
+    assert json.loads((tmp_path / "environment.json").read_text())["python"]
+
+
+def test_environment_describes_this_process():
+    found = json.loads(json.dumps(environment()))
+    assert found["packages"]["jax"] == jax.__version__ and "orbax-checkpoint" in found["packages"]
+    assert found["devices"] == {"backend": "cpu", "count": 8, "kinds": ["cpu"], "processes": 1}
+    assert "pytest" in found["command"]
+    assert found["variables"]["JAX_PLATFORMS"] == "cpu"
+
+
+def test_git_commit_and_dirt(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    unknown = {"commit": None, "dirty": None}
+    assert runfolder._git(tmp_path) == unknown
+    git("init", "-q")
+    (tmp_path / "runfolder.py").write_text("1")
+    assert runfolder._git(tmp_path) == unknown
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
+    (tmp_path / "result").write_text("1")
+    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
+    (tmp_path / "runfolder.py").write_text("2")
+    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": True}
+
+
+def test_environment_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["git"] == {"commit": None, "dirty": None}
+
+
+@pytest.mark.parametrize(
+    ("finished", "resume", "words"),
+    [
+        (False, False, ["unfinished run", "--resume", "--overwrite"]),
+        (True, False, ["finished run", "--overwrite"]),
+        (True, True, ["finished run", "--overwrite"]),
+    ],
+)
+def test_refuses_a_folder_in_use(run, finished, resume, words):
+    if finished:
+        finish(run)
+    before = contents(run)
+    with pytest.raises(InputError) as raised:
+        open_run(run, CONFIG, resume=resume)
+    for word in (str(run), *words):
+        assert word in str(raised.value)
+    assert contents(run) == before
+
+
+def test_refuses_to_resume_nothing(tmp_path):
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(InputError, match=f"--resume: there is no run in {folder}"):
+            open_run(folder, CONFIG, resume=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_refuses_both_options(run):
+    with pytest.raises(InputError, match="--resume and --overwrite"):
+        open_run(run, CONFIG, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("names", [["thesis.tex"], ["config.json"], ["results.json", "a/b"]])
+def test_never_touches_a_folder_of_something_else(tmp_path, options, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path} holds files but no run"):
+        open_run(tmp_path, CONFIG, **options)
+    assert contents(tmp_path) == before
+
+
+def test_refuses_a_file_as_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        open_run(tmp_path / "file", CONFIG, overwrite=True)
+    with pytest.raises(InputError, match="cannot write"):
+        open_run(tmp_path / "file" / "inside", CONFIG)
+
+
+def test_resume_keeps_everything_and_notes_where(run):
+    started = json.loads((run / "environment.json").read_text())
+    before = contents(run)
+    for times in (1, 2):
+        assert open_run(run, CONFIG, resume=True) == run
+        after = contents(run)
+        noted = json.loads(after.pop(run / "environment.json"))
+        assert len(noted.pop("resumed")) == times and noted == started
+        assert after.items() <= before.items()
+
+
+def test_resume_names_the_fields_that_differ(run):
+    config = {**changed(probability=0.5), "seeds": (0, 1, 2), "new": {"field": True}}
+    del config["note"]
+    before = contents(run)
+    with pytest.raises(InputError) as raised:
+        open_run(run, config, resume=True)
+    assert str(raised.value).splitlines()[1:-1] == [
+        "  rule.probability: 0.3 there, 0.5 now",
+        "  seeds: [0, 1] there, [0, 1, 2] now",
+        "  note: null there, absent now",
+        "  new.field: absent there, true now",
+    ]
+    assert contents(run) == before
+
+
+def test_resume_with_a_damaged_configuration(run):
+    (run / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
+        open_run(run, CONFIG, resume=True)
+    (run / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json is not the file of a run"):
+        open_run(run, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwrite_starts_anew_and_spares_what_links_lead_to(run, tmp_path, finished):
+    if finished:
+        finish(run)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("kept")
+    (run / "link").symlink_to(tmp_path / "elsewhere")
+    open_run(run, changed(probability=0.5), overwrite=True)
+    assert sorted(os.listdir(run)) == ["config.json", "environment.json"]
+    assert json.loads((run / "config.json").read_text())["rule"]["probability"] == 0.5
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "kept"
+
+
+def test_overwrite_of_an_empty_folder_is_a_start(tmp_path):
+    open_run(tmp_path, CONFIG, overwrite=True)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_overwrite_cut_short_leaves_an_unfinished_run(run, monkeypatch):
+    finish(run)
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runfolder.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(run, CONFIG, overwrite=True)
+    with pytest.raises(InputError, match="unfinished run"):
+        open_run(run, CONFIG)
+
+
+def test_differences_are_field_by_field():
+    @dataclasses.dataclass
+    class Inner:
+        alpha: float = 0.8
+        sizes: tuple = (1, 2)
+
+    old = {"a": dataclasses.asdict(Inner()), "b": np.float32(0.5), "c": {}, "d": {"e": 1}}
+    assert differences(old, json.loads(json.dumps({**old, "b": 0.5}))) == ()
+    new = {"a": {"alpha": 0.9, "sizes": [1, 2]}, "b": 0.5, "c": {"x": 1}, "d": 2}
+    assert differences(old, new) == (
+        ("a.alpha", "0.8", "0.9"),
+        ("c", "{}", "absent"),
+        ("d.e", "1", "absent"),
+        ("c.x", "absent", "1"),
+        ("d", "absent", "2"),
+    )
+
+
+def test_configuration_that_json_cannot_hold(tmp_path):
+    with pytest.raises(TypeError, match="JSON"):
+        open_run(tmp_path / "a", {"x": object()})
+    assert not (tmp_path / "a").exists()
+
+
+def records(count):
+    return [{"epoch": k + 1, "val_auc": 0.1 * k, "layers": [k, k]} for k in range(count)]
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "seed0" / "inmerge" / "metrics.jsonl"
+    for record in records(4):
+        append_metrics(path, record)
+    return path
+
+
+def test_metrics_come_back(metrics):
+    assert read_metrics(metrics) == records(4)
+    assert read_metrics(metrics.with_name("absent")) == []
+
+
+def test_metrics_take_array_values(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(
+        path,
+        {"epoch": np.int64(1), "loss": np.float32(0.5), "merged": jnp.arange(2), "auc": math.nan},
+    )
+    (found,) = read_metrics(path)
+    assert math.isnan(found.pop("auc"))
+    assert found == {"epoch": 1, "loss": 0.5, "merged": [0, 1]}
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"epoch": 5, "va', b'{"epoch": 5}', b'{"epo\n', b"\xff\n"])
+@pytest.mark.parametrize("epoch", [0, 2, 4, 9])
+def test_truncate_drops_later_and_torn_lines(metrics, torn, epoch):
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    with open(metrics, "ab") as file:
+        file.write(torn)
+    assert read_metrics(metrics) == records(4)
+    assert truncate_metrics(metrics, epoch) == min(epoch, 4)
+    assert metrics.read_bytes() == b"".join(lines[:epoch])
+    append_metrics(metrics, {"epoch": epoch + 1})
+    assert read_metrics(metrics) == [*records(min(epoch, 4)), {"epoch": epoch + 1}]
+    assert os.listdir(metrics.parent) == ["metrics.jsonl"]
+
+
+def test_truncate_of_an_absent_file(tmp_path):
+    assert truncate_metrics(tmp_path / "metrics.jsonl", 3) == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_damage_inside_is_named(metrics):
+    data = metrics.read_bytes().split(b"\n")
+    metrics.write_bytes(b"\n".join([data[0], b"oops", *data[2:]]))
+    for read in (read_metrics, lambda path: truncate_metrics(path, 1)):
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is damaged"):
+            read(metrics)
+
+
+def test_line_without_epoch_is_named(metrics):
+    append_metrics(metrics, {"loss": 1})
+    with pytest.raises(InputError, match="without its epoch"):
+        truncate_metrics(metrics, 1)
+
+
+def test_full_disk_leaves_metrics_as_they_were(metrics, monkeypatch):
+    before = metrics.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runfolder.os, "fsync", full)
+    with pytest.raises(InputError, match=f"{metrics}: No space left on device.*make room"):
+        append_metrics(metrics, {"epoch": 5})
+    assert metrics.read_bytes() == before
+    with pytest.raises(InputError, match="No space left"):
+        truncate_metrics(metrics, 2)
+    assert metrics.read_bytes() == before and os.listdir(metrics.parent) == ["metrics.jsonl"]
+
+
+def test_partly_written_line_is_taken_back(metrics):
+    import resource
+
+    before = metrics.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        with pytest.raises(InputError, match="File too large"):
+            append_metrics(metrics, {"epoch": 5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert metrics.read_bytes() == before
+
+
+def test_full_disk_at_the_start_leaves_no_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runfolder, "write_json", full)
+    with pytest.raises(InputError, match="No space left"):
+        open_run(tmp_path / "a", CONFIG)
+    monkeypatch.undo()
+    assert open_run(tmp_path / "a", CONFIG)
