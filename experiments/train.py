@@ -1,0 +1,45 @@
+"""Trains a backbone, then goes on with and without in-model merging: `--help` tells the rest."""
+
+import sys
+from pathlib import Path
+
+from inmerge_jax.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, 1 (diverged) or 2 (bad input)."""
+    from inmerge_jax.training.config import parse_config
+
+    config = parse_config(arguments)
+
+    import jax
+
+    if config.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    from rich import print as rich_print
+
+    from inmerge_jax.reporting.html import write_report
+    from inmerge_jax.reporting.runs import read_run
+    from inmerge_jax.reporting.tables import make_report, to_rich
+    from inmerge_jax.training.arms import plan_run, train_arms
+    from inmerge_jax.training.loop import NonFiniteLossError
+
+    try:
+        train_arms(plan_run(config))
+        report = write_report(config.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    rich_print(to_rich(make_report(read_run(config.output))))
+    print(f"report: {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

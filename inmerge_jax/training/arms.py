@@ -1,0 +1,291 @@
+"""A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.kernels import Kernel, deep_kernels, find_kernels
+from inmerge_jax.merging import MergeRule
+from inmerge_jax.models import create_model
+from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
+from inmerge_jax.training.config import (
+    TrainConfig,
+    check_run,
+    config_dict,
+    resolve_recipe,
+    resolve_rule,
+)
+from inmerge_jax.training.loop import Setup, Stage, read_result, train_stage
+from inmerge_jax.training.parallel import AXIS, choose_devices
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.recipes import Recipe
+from inmerge_jax.training.runfolder import cannot_write, environment, open_run
+from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.steps import make_eval_step, make_train_step
+
+_SAMPLES_PER_CLASS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked configuration, ready to run.
+
+    Attributes:
+      config: as given.
+      recipe: the recipe with its overrides.
+      rule: the merging rule.
+      devices: what the steps run on.
+      dataset: loaded.
+      model: the network, whose batch statistics span the devices.
+      shape: of one image as the network sees it, (h, w, c).
+      kernels: every convolution, in the order of the forward pass.
+      deep: those that merging works on.
+    """
+
+    config: TrainConfig
+    recipe: Recipe
+    rule: MergeRule
+    devices: tuple[jax.Device, ...]
+    dataset: Dataset
+    model: nn.Module
+    shape: tuple[int, int, int]
+    kernels: tuple[Kernel, ...]
+    deep: tuple[Kernel, ...]
+
+
+def plan_run(config: TrainConfig) -> Plan:
+    """Checks the whole configuration and loads the data; writes nothing.
+
+    Raises:
+      InputError: for anything that would stop the run later.
+    """
+    check_run(config)
+    recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
+    devices = choose_devices(config.devices)
+    if recipe.batch_size % len(devices):
+        raise InputError(
+            f"--batch-size {recipe.batch_size} cannot be shared by {len(devices)} devices: choose "
+            f"a multiple of {len(devices)}, or fewer --devices"
+        )
+    dataset = load_dataset(config.data)
+    steps_per_epoch(len(dataset.train), recipe.batch_size)
+    model = create_model(
+        config.model.name,
+        dataset.num_classes,
+        stem=config.model.stem,
+        width=config.model.width,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=AXIS,
+    )
+    channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
+    shape = (dataset.size, dataset.size, channels)
+    kernels = _convolutions(model, shape)
+    if config.rule.skip >= len(kernels):
+        raise InputError(
+            f"--skip {config.rule.skip} leaves nothing to merge: {config.model.name} has "
+            f"{len(kernels)} convolutions; choose 0 to {len(kernels) - 1}"
+        )
+    deep = deep_kernels(kernels, skip=config.rule.skip)
+    return Plan(config, recipe, rule, devices, dataset, model, shape, kernels, deep)
+
+
+def train_arms(plan: Plan) -> dict[str, Any]:
+    """Runs what `plan_run` has checked and returns what results.json holds.
+
+    The run's folder is `plan.config.output`. Arms that it already holds are not trained again.
+
+    Raises:
+      InputError: the folder does not fit the options, or cannot be written to.
+      NonFiniteLossError: training diverged.
+    """
+    config = plan.config
+    folder = open_run(
+        config.output,
+        config_dict(config, plan.recipe, len(plan.devices)),
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
+    setup = Setup(
+        dataset=plan.dataset,
+        recipe=plan.recipe,
+        devices=plan.devices,
+        optimizer=make_optimizer(plan.recipe),
+        eval_step=make_eval_step(
+            plan.model, plan.recipe, multi_label=plan.dataset.multi_label, devices=plan.devices
+        ),
+        kernels=plan.kernels,
+    )
+    plain, merging = _train_steps(plan, setup)
+    labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
+    _write_arrays(folder / "labels.npz", labels)
+    _write_arrays(folder / "samples.npz", _samples(plan.dataset))
+
+    arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
+    arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
+    batch_size = plan.recipe.batch_size
+    images = batch_size * steps_per_epoch(len(plan.dataset.train), batch_size)
+    epochs = plan.recipe.epochs + plan.recipe.merging_epochs * (len(arms) - 1)
+    with ProgressLine(images * epochs * len(config.seeds)) as progress:
+        progress.say(_headline(plan))
+        for seed in config.seeds:
+            place = folder / f"seed{seed}"
+            params, batch_stats = _initial(plan, seed)
+            backbone = Stage(
+                arm="backbone",
+                seed=seed,
+                number=0,
+                folder=place / "backbone",
+                epochs=plan.recipe.epochs,
+                learning_rate=plan.recipe.learning_rate,
+                train_step=plain,
+            )
+            result = read_result(backbone.folder)
+            best = _best(setup, backbone, result, params, batch_stats)
+            if best is None:
+                result = train_stage(setup, backbone, params, batch_stats, progress)
+                best = _best(setup, backbone, result, params, batch_stats)
+            else:
+                progress.skip(images * backbone.epochs)
+            arms["backbone"].append(result)
+            params, batch_stats, rate = best
+
+            for arm in list(arms)[1:]:
+                stage = Stage(
+                    arm=arm,
+                    seed=seed,
+                    number=1,
+                    folder=place / arm,
+                    epochs=plan.recipe.merging_epochs,
+                    learning_rate=plan.recipe.merging_learning_rate or rate,
+                    train_step=merging if arm == "inmerge" else plain,
+                    deep=plan.deep if arm == "inmerge" else (),
+                )
+                result = read_result(stage.folder)
+                if result is None:
+                    result = train_stage(setup, stage, params, batch_stats, progress)
+                else:
+                    progress.skip(images * stage.epochs)
+                arms[arm].append(result)
+
+    results = _results(plan, arms)
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
+    """The network's convolutions, from an abstract trace."""
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(
+        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
+    )
+
+    def forward(params: Any, batch_stats: Any, x: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+
+    return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
+
+
+def _train_steps(plan: Plan, setup: Setup) -> tuple[Any, Any]:
+    """The step without merging and the step with it."""
+
+    def make(**merging: Any) -> Any:
+        return make_train_step(
+            plan.model,
+            setup.optimizer,
+            plan.recipe,
+            multi_label=plan.dataset.multi_label,
+            devices=plan.devices,
+            **merging,
+        )
+
+    return make(), make(kernels=plan.deep, rule=plan.rule)
+
+
+def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
+    """Random parameters and batch statistics, as NumPy arrays."""
+    init = jax.jit(lambda key: plan.model.init(key, jnp.zeros((1, *plan.shape)), train=False))
+    variables = jax.device_get(init(jax.random.key(seed)))
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def _best(
+    setup: Setup, stage: Stage, result: dict[str, Any] | None, params: Any, batch_stats: Any
+) -> tuple[Any, Any, float] | None:
+    """Parameters, batch statistics and learning rate of a finished stage's best checkpoint.
+
+    None where the stage is not finished, or its checkpoint was damaged since.
+    """
+    if result is None:
+        return None
+    template = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
+    path = stage.checkpoints / str(result["best_epoch"])
+    try:
+        state, meta = restore_checkpoint(path, template)
+    except DamagedError:
+        return None
+    return state.params, state.batch_stats, meta["learning_rate"]
+
+
+def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The first few training images of every class, or of every label, with their names."""
+    images, labels = dataset.train.images, dataset.train.labels
+    rows, names = [], []
+    for index, name in enumerate(dataset.classes):
+        members = labels[:, index] == 1 if dataset.multi_label else labels == index
+        chosen = np.flatnonzero(members)[:_SAMPLES_PER_CLASS].tolist()
+        rows += chosen
+        names += [name] * len(chosen)
+    return {"images": images[rows], "labels": labels[rows], "names": np.array(names)}
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    try:
+        write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _headline(plan: Plan) -> str:
+    data, recipe = plan.dataset, plan.recipe
+    kinds = ", ".join(sorted({device.device_kind for device in plan.devices}))
+    return (
+        f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
+        f"{plan.config.model.name}, recipe {plan.config.recipe.name}, "
+        f"{recipe.epochs}+{recipe.merging_epochs} epochs, batch {recipe.batch_size}; "
+        f"{len(plan.devices)} x {kinds}"
+    )
+
+
+def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    data = plan.dataset
+    values = config_dict(plan.config, plan.recipe, len(plan.devices))
+    counts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return {
+        "dataset": {
+            "name": data.name,
+            "size": data.size,
+            "task": data.task,
+            "classes": list(data.classes),
+            "title": data.title,
+            "source": data.source,
+            "counts": counts,
+        },
+        "model": values["model"],
+        "recipe": values["recipe"],
+        "rule": values["rule"],
+        "seeds": list(plan.config.seeds),
+        "arms": arms,
+        "environment": environment(),
+        "seconds": sum(result["seconds"] for stages in arms.values() for result in stages),
+    }

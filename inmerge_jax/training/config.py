@@ -1,0 +1,245 @@
+"""The options of a training run, as nested frozen dataclasses that tyro turns into flags."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from inmerge_jax.data import DataConfig
+from inmerge_jax.errors import InputError
+from inmerge_jax.merging import MergeRule
+from inmerge_jax.training.recipes import RECIPES, Recipe
+
+Arm = Literal["backbone", "finetune", "inmerge"]
+ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
+
+_NOT_COMPARED = ("output", "resume", "overwrite", "cache")
+"""Fields that may differ between a run and its continuation; config.json does not hold them."""
+
+
+def _of_recipe(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the recipe's)")
+
+
+@dataclass(frozen=True)
+class DataOptions(DataConfig):
+    """`DataConfig` whose name is the option --data.
+
+    Attributes:
+      name: "phantom" (made on the spot: no file, no network) or a 2-D MedMNIST subset, such as
+        breastmnist, chestmnist or bloodmnist.
+    """
+
+    name: Annotated[str, tyro.conf.arg(name="data", metavar="NAME")] = "phantom"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Attributes:
+      name: resnet18, vgg16, vgg16_bn, vgg19 or vgg19_bn.
+      stem: small is the form for images of about 28 to 64 px (the MedMNIST benchmark's ResNet; a
+        VGG with a pooled linear head), imagenet is torchvision's network.
+      width: Factor on the number of channels of every layer.
+      dtype: What activations are computed in. Weights are always float32.
+    """
+
+    name: Annotated[str, tyro.conf.arg(name="model", metavar="NAME")] = "resnet18"
+    stem: Literal["small", "imagenet"] = "small"
+    width: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How the network is trained: by a recipe, and by what is given here in place of its values.
+
+    Attributes:
+      name: medmnist, the MedMNIST v2 benchmark's recipe (Adam 1e-3, batch 128, 100 epochs, rate
+        x0.1 at 1/2 and 3/4 of a stage, best validation AUC), or released, the recipe of the
+        released InMerge code (SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 324, 30
+        epochs, flips, ImageNet normalisation, rate x0.1 at every epoch that is 8 or more past the
+        lowest validation loss, which also chooses the checkpoint). Both have 10 merging epochs.
+      epochs: Epochs of the backbone stage.
+      merging_epochs: Epochs of the second stage, of the arms finetune and inmerge.
+      batch_size: Examples of one update, over all devices together.
+      learning_rate: Learning rate at the start of the backbone stage.
+      merging_learning_rate: Learning rate at the start of the second stage.
+      optimizer: The optimizer, as PyTorch computes it.
+      momentum: Momentum of sgd.
+      weight_decay: Coupled L2: this share of a weight is added to its gradient.
+      schedule: When the rate falls to a tenth: at 1/2 and 3/4 of a stage, or at every epoch 8 or
+        more past the lowest validation loss.
+      select: What makes a checkpoint the best: highest validation AUC or lowest validation loss.
+      flip: Mirror training images left to right with probability 1/2.
+    """
+
+    name: Annotated[str, tyro.conf.arg(name="recipe", metavar="NAME")] = "medmnist"
+    epochs: Annotated[int | None, _of_recipe("INT")] = None
+    merging_epochs: Annotated[int | None, _of_recipe("INT")] = None
+    batch_size: Annotated[int | None, _of_recipe("INT")] = None
+    learning_rate: Annotated[float | None, _of_recipe("FLOAT")] = None
+    merging_learning_rate: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="FLOAT",
+            help_behavior_hint="(default: that of the backbone's best epoch)",
+        ),
+    ] = None
+    optimizer: Annotated[Literal["adam", "sgd"] | None, _of_recipe("{adam,sgd}")] = None
+    momentum: Annotated[float | None, _of_recipe("FLOAT")] = None
+    weight_decay: Annotated[float | None, _of_recipe("FLOAT")] = None
+    schedule: Annotated[
+        Literal["milestones", "plateau"] | None, _of_recipe("{milestones,plateau}")
+    ] = None
+    select: Annotated[Literal["val_auc", "val_loss"] | None, _of_recipe("{val_auc,val_loss}")] = (
+        None
+    )
+    flip: Annotated[bool | None, _of_recipe("{True,False}")] = None
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """In-model merging: K_i <- alpha K_i + (1 - alpha) K_j, before every step of the arm inmerge.
+
+    Attributes:
+      probability: Chance of a kernel to be selected at a step.
+      threshold: The cosine similarity with its partner above which a selected kernel merges.
+      alpha: Share of the kernel that stays.
+      partner: random is any other kernel of the layer, as in the released code; nearest is the most
+        similar one.
+      skip: Number of convolutions, counted from the input, that are left alone.
+    """
+
+    probability: float = 0.3
+    threshold: float = 0.3
+    alpha: float = 0.8
+    partner: Literal["random", "nearest"] = "random"
+    skip: int = 10
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a classifier, then goes on training it with and without in-model merging.
+
+    For every seed: the arm backbone is trained from random weights; finetune and inmerge go on from
+    its best checkpoint, with the same batches in the same order, so that merging alone is what
+    differs between them. Each arm reads the test images once, at its end, with its best checkpoint.
+    The output folder gets the configuration, the environment, metrics, scores and checkpoints of
+    every arm, results.json and report.html.
+
+    Attributes:
+      output: Folder for all that the run writes: a new or empty one, unless --resume or --overwrite
+        is given.
+      seeds: One backbone, and one of each other arm, per seed, such as 0 1 2.
+      arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
+        the others start from it.
+      devices: Number of local devices that share every batch.
+      resume: Continue the unfinished run in the output folder, to the same results bit for bit.
+      overwrite: Delete the run in the output folder first.
+      cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
+        such folder.
+    """
+
+    data: Annotated[DataConfig, tyro.conf.arg(name="", constructor=DataOptions)] = field(
+        default_factory=DataOptions
+    )
+    model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelConfig)
+    recipe: Annotated[RecipeConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RecipeConfig)
+    rule: Annotated[RuleConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RuleConfig)
+    output: Path = Path("runs/train")
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
+    arms: Annotated[tuple[Arm, ...], tyro.conf.arg(metavar="ARM ...")] = ARMS
+    devices: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")
+    ] = None
+    resume: bool = False
+    overwrite: bool = False
+    cache: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The command line of `python -m experiments.train`; None for this process's own.
+
+    Raises:
+      SystemExit: 0 after --help; 2, with a message, for an unknown option or value.
+    """
+    return tyro.cli(
+        TrainConfig,
+        prog="python -m experiments.train",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def resolve_recipe(config: RecipeConfig) -> Recipe:
+    """The named recipe with the options that were given in its place.
+
+    Raises:
+      InputError: on an unknown name, or a number out of range.
+    """
+    if config.name not in RECIPES:
+        raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
+    given = {name: value for name, value in vars(config).items() if name != "name"}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = dataclasses.replace(RECIPES[config.name], **given)
+    for name in ("epochs", "merging_epochs", "batch_size"):
+        _require(getattr(recipe, name) >= 1, name, getattr(recipe, name), "choose 1 or more")
+    for name in ("learning_rate", "merging_learning_rate"):
+        rate = getattr(recipe, name)
+        valid = rate is None or (rate > 0 and math.isfinite(rate))
+        _require(valid, name, rate, "choose a positive number, such as 0.001")
+    _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
+    valid = 0 <= recipe.weight_decay < math.inf
+    _require(valid, "weight_decay", recipe.weight_decay, "choose 0 or more")
+    return recipe
+
+
+def resolve_rule(config: RuleConfig) -> MergeRule:
+    """The merging rule.
+
+    Raises:
+      InputError: on a number out of range.
+    """
+    for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0)):
+        value = getattr(config, name)
+        _require(low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
+    _require(config.skip >= 0, "skip", config.skip, "choose 0 or more")
+    return MergeRule(config.probability, config.threshold, config.alpha, config.partner)
+
+
+def check_run(config: TrainConfig) -> None:
+    """Checks the options that are of no other group.
+
+    Raises:
+      InputError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
+    """
+    seeds = " ".join(map(str, config.seeds))
+    _require(bool(config.seeds), "seeds", seeds, "name at least one, such as --seeds 0 1 2")
+    _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
+    _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
+    _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite contradict each other: give one of them")
+
+
+def config_dict(config: TrainConfig, recipe: Recipe, devices: int) -> dict[str, Any]:
+    """What config.json holds: the options that decide the results, resolved, JSON-ready."""
+    values = dataclasses.asdict(config)
+    for name in _NOT_COMPARED:
+        del values[name]
+    values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
+    values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
+    values["devices"] = devices
+    return json.loads(json.dumps(values, default=str))
+
+
+def _require(valid: bool, name: str, value: object, remedy: str) -> None:
+    if not valid:
+        raise InputError(f"--{name.replace('_', '-')} {value}: {remedy}")

@@ -1,0 +1,363 @@
+"""The loop: one stage of training from its first epoch to its scores, readable top to bottom."""
+
+import hashlib
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from inmerge_jax.data import Dataset, Split, eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.files import write_json
+from inmerge_jax.kernels import Kernel
+from inmerge_jax.redundancy import kernel_similarity
+from inmerge_jax.training.checkpoints import (
+    DamagedError,
+    newest_whole,
+    prune,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from inmerge_jax.training.metrics import Metrics, compute_metrics
+from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
+from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
+from inmerge_jax.training.scores import write_scores
+from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
+from inmerge_jax.training.steps import Totals, zero_totals
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged; the message says where, and which checkpoint is the last good one."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one arm: what `train_stage` needs beside the state to start from.
+
+    Attributes:
+      arm: "backbone", "finetune" or "inmerge".
+      seed: of the run; decides the order of the batches and every random draw of the stage.
+      number: 0 for the backbone, 1 for the second stage. Arms of the same seed and number see the
+        same batches, flips and dropout masks.
+      folder: the stage's own part of the run folder.
+      epochs: how many to train.
+      learning_rate: of the first epoch.
+      train_step: of `steps.make_train_step`, with merging or without.
+      deep: the kernels that it merges; () without merging.
+    """
+
+    arm: str
+    seed: int
+    number: int
+    folder: Path
+    epochs: int
+    learning_rate: float
+    train_step: Callable[..., tuple[TrainState, Totals]]
+    deep: tuple[Kernel, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed} {self.arm}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of a run share.
+
+    Attributes:
+      dataset: all three splits.
+      recipe: how to train.
+      devices: what the steps run on.
+      optimizer: of `state.make_optimizer`.
+      eval_step: of `steps.make_eval_step`.
+      kernels: every convolution of the network, in the order of the forward pass.
+    """
+
+    dataset: Dataset
+    recipe: Recipe
+    devices: tuple[jax.Device, ...]
+    optimizer: Any
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+    kernels: tuple[Kernel, ...]
+
+
+def train_stage(
+    setup: Setup, stage: Stage, params: Any, batch_stats: Any, progress: ProgressLine
+) -> dict[str, Any]:
+    """Trains one stage, or the rest of it, and returns what its result.json holds.
+
+    Args:
+      setup: what all stages share.
+      stage: which one, where and how long.
+      params: float32 tree of NumPy arrays to start from.
+      batch_stats: likewise.
+      progress: the run's line.
+
+    Raises:
+      NonFiniteLossError: the training or validation loss became NaN or infinite.
+      InputError: a file cannot be written.
+    """
+    recipe, devices, train = setup.recipe, setup.devices, setup.dataset.train
+    metrics_file = stage.folder / "metrics.jsonl"
+    steps = steps_per_epoch(len(train), recipe.batch_size)
+    order = _order_seed(stage)
+    root = broadcast(jax.random.fold_in(jax.random.key(stage.seed), stage.number), devices)
+    zeros = replicate(zero_totals(len(stage.deep)), devices)
+    before = _similarity(params, setup.kernels)
+
+    # ---- start, or go on from the newest whole checkpoint
+    fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
+    host_state, done, warnings = _newest(stage, fresh, progress)
+    truncate_metrics(metrics_file, done)
+    history = read_metrics(metrics_file)
+    state = replicate(host_state, devices)
+    progress.skip(done * steps * recipe.batch_size)
+    del params, batch_stats, fresh, host_state
+
+    for epoch in range(done + 1, stage.epochs + 1):
+        # ---- learning rate of this epoch
+        rate, restart = next_learning_rate(recipe, stage.learning_rate, stage.epochs, history)
+        if restart:
+            host = unreplicate(state)
+            host = new_state(host.params, host.batch_stats, setup.optimizer, rate)
+            state = replicate(host._replace(step=np.int32((epoch - 1) * steps)), devices)
+            del host
+        state = set_learning_rate(state, rate)
+
+        # ---- train; two steps are kept in flight, so that no device waits for the host
+        progress.start_epoch(stage.name, epoch, stage.epochs)
+        started = time.monotonic()
+        totals, in_flight = zeros, deque()
+        for step in range((epoch - 1) * steps, epoch * steps):
+            batch = train_batch(train, seed=order, step=step, batch_size=recipe.batch_size)
+            state, totals = stage.train_step(state, totals, split(batch, devices), root)
+            in_flight.append(totals)
+            if len(in_flight) > 2:
+                finished = jax.block_until_ready(in_flight.popleft())
+                progress.advance(recipe.batch_size)
+                if progress.due():
+                    sums = unreplicate(finished)
+                    progress.show(*_figures(stage, sums, recipe.batch_size, started))
+        sums = unreplicate(totals)
+        progress.advance(recipe.batch_size * len(in_flight))
+        figures = _figures(stage, sums, recipe.batch_size, started)
+        del batch, totals, in_flight
+
+        # ---- evaluate
+        train_loss = float(sums.loss) / steps
+        _require_finite("training", train_loss, stage, epoch, rate, history)
+        scores, val_loss = evaluate(setup, state, setup.dataset.val)
+        _require_finite("validation", val_loss, stage, epoch, rate, history)
+        val = compute_metrics(setup.dataset.val.labels, scores, setup.dataset.task)
+
+        # ---- metrics, one line per epoch
+        line = {
+            "epoch": epoch,
+            "step": epoch * steps,
+            "learning_rate": rate,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_auc": _number(val.auc),
+            "val_acc": val.acc,
+            "seconds": time.monotonic() - started,
+            "images_per_second": figures[2],
+        }
+        if stage.deep:
+            line["kernels"] = [kernel.count for kernel in stage.deep]
+            line["selected"] = sums.selected.tolist()
+            line["merged"] = sums.merged.tolist()
+            line["similarity"] = (sums.similarity / np.maximum(sums.merged, 1)).tolist()
+        append_metrics(metrics_file, line)
+        history.append(line)
+        progress.end_epoch(*figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
+
+        # ---- a merging stage that merges nothing says so
+        if stage.deep and epoch == 1 and not sums.merged.any():
+            warnings.append(_merged_nothing(stage, state, int(sums.selected.sum())))
+            progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
+
+        # ---- checkpoint: the newest two, and the best epoch that each of them knows
+        best = best_epoch(history, recipe.select)
+        meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
+        save_checkpoint(stage.checkpoints, epoch, unreplicate(state), meta)
+        earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
+        prune(stage.checkpoints, {epoch, epoch - 1, best, earlier})
+
+    # ---- the best checkpoint meets the test images, once
+    best = best_epoch(history, recipe.select)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+    host_state, _ = restore_checkpoint(stage.checkpoints / str(best), template)
+    state = replicate(host_state, devices)
+    result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
+    files = {}
+    for name, images in (("val", setup.dataset.val), ("test", setup.dataset.test)):
+        scores, _ = evaluate(setup, state, images)
+        metrics = compute_metrics(images.labels, scores, setup.dataset.task)
+        result[name] = _metrics_dict(metrics)
+        path = write_scores(
+            stage.folder / "scores",
+            setup.dataset.name,
+            setup.dataset.size,
+            name,
+            scores,
+            metrics,
+            f"{stage.arm}-seed{stage.seed}",
+        )
+        files[name] = str(path.relative_to(stage.folder))
+
+    # ---- result.json, written last, marks the stage finished
+    after = _similarity(host_state.params, setup.kernels)
+    write_json(stage.folder / "similarity.json", {"before": before, "after": after})
+    result |= {
+        "best_epoch": best,
+        "epochs": stage.epochs,
+        "steps": stage.epochs * steps,
+        "seconds": sum(line["seconds"] for line in history),
+        "layers": [kernel.name for kernel in stage.deep],
+        "kernels": [kernel.count for kernel in stage.deep],
+        "selected": _column_sums(history, "selected"),
+        "merged": _column_sums(history, "merged"),
+        "warnings": warnings,
+        "scores": files,
+    }
+    write_json(stage.folder / "result.json", result)
+    prune(stage.checkpoints, {best})
+    progress.say(_summary(stage, result))
+    return result
+
+
+def evaluate(setup: Setup, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
+    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated."""
+    scores, losses, in_flight = [], [], deque()
+
+    def fetch() -> None:
+        batch_scores, batch_losses = in_flight.popleft()
+        scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
+        losses.append(np.asarray(batch_losses, np.float64).sum())
+
+    for batch in eval_batches(images, setup.recipe.batch_size):
+        batch = split(batch, setup.devices)
+        in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
+        if len(in_flight) > 2:
+            fetch()
+    while in_flight:
+        fetch()
+    return np.concatenate(scores)[: len(images)], float(sum(losses)) / len(images)
+
+
+def _order_seed(stage: Stage) -> int:
+    """The seed of the stage's batches: the same for the two arms of a second stage."""
+    digest = hashlib.sha256(f"{stage.seed}/{stage.number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _newest(
+    stage: Stage, fresh: TrainState, progress: ProgressLine
+) -> tuple[TrainState, int, list[str]]:
+    """The state to go on from, the epochs that it has behind it, and the warnings so far."""
+    path, damaged = newest_whole(stage.checkpoints)
+    warnings = list(damaged)
+    state, meta = fresh, {"epoch": 0, "warnings": []}
+    if path is not None:
+        state, meta = restore_checkpoint(path, fresh)
+        try:
+            best = stage.checkpoints / str(meta["best_epoch"])
+            restore_checkpoint(best, fresh)
+        except DamagedError as error:
+            warnings.append(str(error))
+            state, meta = fresh, {"epoch": 0, "warnings": []}
+    for message in warnings:
+        progress.say(f"WARNING: {message}", style="bold yellow")
+    if warnings or meta["epoch"]:
+        progress.say(f"{stage.name}: goes on from epoch {meta['epoch']} of {stage.epochs}")
+    return state, meta["epoch"], meta["warnings"] + warnings
+
+
+def _figures(
+    stage: Stage, sums: Totals, batch_size: int, started: float
+) -> tuple[float, int | None, float]:
+    """Mean loss, kernels merged and images per second of the epoch so far."""
+    steps = int(sums.steps)
+    merged = int(sums.merged.sum()) if stage.deep else None
+    return float(sums.loss) / steps, merged, steps * batch_size / (time.monotonic() - started)
+
+
+def _require_finite(
+    kind: str,
+    loss: float,
+    stage: Stage,
+    epoch: int,
+    rate: float,
+    history: list[dict[str, Any]],
+) -> None:
+    if math.isfinite(loss):
+        return
+    last = stage.checkpoints / str(len(history))
+    kept = f"the last good checkpoint is {last}" if history else "no epoch was finished before it"
+    option = "--merging-learning-rate" if stage.number else "--learning-rate"
+    raise NonFiniteLossError(
+        f"{stage.name}: the {kind} loss became {loss} in epoch {epoch}, at learning rate {rate:g}; "
+        f"{kept}. Choose a lower {option} and start again in another folder."
+    )
+
+
+def _merged_nothing(stage: Stage, state: TrainState, selected: int) -> str:
+    """Names the layers' similarity quantiles, which tell what threshold would have merged."""
+    lines = []
+    for layer in kernel_similarity(unreplicate(state.params), stage.deep):
+        quantiles = ", ".join(f"{q:g}: {value:.3f}" for q, value in layer.quantiles.items())
+        lines.append(f"\n  {layer.name}: {quantiles}; largest {layer.maximum:.3f}")
+    return (
+        f"{stage.name}: the first epoch merged none of the {selected:,} kernels that were "
+        "selected, so this arm is plain training so far. Quantiles of the kernels' pairwise "
+        f"similarity:{''.join(lines)}\n  A lower --threshold, --partner nearest or a smaller "
+        "--skip would merge more."
+    )
+
+
+def _similarity(params: Any, kernels: tuple[Kernel, ...]) -> list[dict[str, Any]]:
+    return [layer.to_dict() for layer in kernel_similarity(params, kernels)]
+
+
+def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:
+    return [sum(column) for column in zip(*(line.get(name, []) for line in history), strict=True)]
+
+
+def _metrics_dict(metrics: Metrics) -> dict[str, Any]:
+    per_class = [_number(auc) for auc in metrics.auc_per_class]
+    return {**metrics.to_dict(), "auc": _number(metrics.auc), "auc_per_class": per_class}
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _summary(stage: Stage, result: dict[str, Any]) -> str:
+    merged = f", {sum(result['merged']):,} kernels merged" if stage.deep else ""
+    auc = result["test"]["auc"]
+    return (
+        f"{stage.name}: test AUC {'undefined' if auc is None else f'{auc:.3f}'}, "
+        f"ACC {result['test']['acc']:.3f} at epoch {result['best_epoch']} of {stage.epochs}, "
+        f"{result['seconds']:.0f} s{merged}"
+    )
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a finished stage; None where the stage is not finished."""
+    path = folder / "result.json"
+    return json.loads(path.read_bytes()) if path.exists() else None

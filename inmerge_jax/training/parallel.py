@@ -1,0 +1,68 @@
+"""Data parallelism: which devices, and how a tree or a batch is laid out over them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from inmerge_jax.errors import InputError
+
+AXIS = "devices"
+"""The axis name that every per-device step averages over."""
+
+
+def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
+    """The first `count` local devices, or all of them for None.
+
+    Raises:
+      InputError: `count` is below 1 or above the number of local devices.
+    """
+    available = jax.local_devices()
+    if count is None:
+        return tuple(available)
+    if not 1 <= count <= len(available):
+        hint = ""
+        if available[0].platform == "cpu":
+            hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates more"
+        raise InputError(
+            f"--devices {count}: choose 1 to {len(available)}, the number of local "
+            f"{available[0].platform} devices{hint}"
+        )
+    return tuple(available[:count])
+
+
+def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
+    """One copy per device of every array: shape (...) becomes (devices, ...), for `jax.pmap`."""
+    spread = _sharding(devices, PartitionSpec(AXIS))
+
+    def copy(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.device_put(np.broadcast_to(x, (len(devices), *x.shape)), spread)
+
+    return jax.tree.map(copy, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy as NumPy arrays; the inverse of `replicate`."""
+    first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+    return jax.tree.map(lambda x: x[0], jax.device_get(first))
+
+
+def broadcast(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
+    """Arrays that every device holds whole, for arguments that `jax.pmap` maps with axis None."""
+    return jax.device_put(tree, _sharding(devices, PartitionSpec()))
+
+
+def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict[str, jax.Array]:
+    """A global batch (n, ...) as (devices, n / devices, ...), each row block on its device."""
+    spread = _sharding(devices, PartitionSpec(AXIS))
+
+    def divide(x: np.ndarray) -> jax.Array:
+        return jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), spread)
+
+    return {name: divide(x) for name, x in batch.items()}
+
+
+def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), spec)

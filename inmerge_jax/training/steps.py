@@ -1,0 +1,158 @@
+"""The per-device training and evaluation steps.
+
+Each is one function of what a single device holds, given to `jax.pmap` with the axis name `AXIS`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from inmerge_jax.kernels import Kernel
+from inmerge_jax.merging import MergeRule, merge_kernels
+from inmerge_jax.training.parallel import AXIS
+from inmerge_jax.training.recipes import Recipe
+from inmerge_jax.training.state import TrainState
+
+MERGING, DROPOUT, FLIPPING = range(3)
+"""Purposes: a step's keys are fold_in(fold_in(root, step), purpose)."""
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of an epoch; they stay on the devices until somebody asks.
+
+    Attributes:
+      loss: float32 scalar, sum of the steps' mean losses.
+      steps: int32 scalar.
+      selected: int32 (layers,), kernels that were drawn.
+      merged: int32 (layers,), kernels that were mixed with a partner.
+      similarity: float32 (layers,), sum of the merged pairs' similarities.
+    """
+
+    loss: Any
+    steps: Any
+    selected: Any
+    merged: Any
+    similarity: Any
+
+
+def zero_totals(layers: int) -> Totals:
+    """Totals of no step, for a stage that merges `layers` layers (0 where it does not merge)."""
+    count = jnp.zeros(layers, jnp.int32)
+    return Totals(jnp.float32(0), jnp.int32(0), count, count, jnp.zeros(layers, jnp.float32))
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    kernels: tuple[Kernel, ...] = (),
+    rule: MergeRule | None = None,
+) -> Callable[..., tuple[TrainState, Totals]]:
+    """One update: merge, forward, backward, mean over the devices, update, totals.
+
+    Args:
+      model: made with `axis_name=AXIS`, so that batch statistics span the devices.
+      optimizer: of `make_optimizer`.
+      recipe: its normalisation and flip.
+      multi_label: sigmoid and binary cross-entropy instead of softmax and cross-entropy.
+      devices: what the step runs on.
+      kernels: what to merge.
+      rule: how; with None no merging is in the program.
+
+    Returns:
+      step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
+      axis of devices; `root` is one key for all, so that all replicas merge the same kernels.
+      `state` is donated; `totals` is not, so that the host may read an earlier step's.
+    """
+
+    def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
+        key = jax.random.fold_in(root, state.step)
+        params = state.params
+        if rule is not None:
+            merging_key = jax.random.fold_in(key, MERGING)
+            params, stats = merge_kernels(params, merging_key, kernels, rule)
+            totals = totals._replace(
+                selected=totals.selected + stats.selected,
+                merged=totals.merged + stats.merged,
+                similarity=totals.similarity + stats.similarity * stats.merged,
+            )
+
+        images = normalise(batch["image"], recipe)
+        if recipe.flip:
+            images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
+
+        def mean_loss(params: Any) -> Any:
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, DROPOUT)},
+            )
+            losses = example_losses(logits, batch["label"], multi_label)
+            return jnp.mean(losses), updated.get("batch_stats", {})
+
+        (loss, batch_stats), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        loss, grads = lax.pmean((loss, grads), AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+        totals = totals._replace(loss=totals.loss + loss, steps=totals.steps + 1)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), totals
+
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
+    )
+
+
+def make_eval_step(
+    model: nn.Module, recipe: Recipe, *, multi_label: bool, devices: tuple[jax.Device, ...]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Scores and loss of one batch, with the running batch statistics and without merging.
+
+    Returns:
+      step(params, batch_stats, batch) -> (scores, losses): probabilities (devices, n, classes) and
+      per-example losses (devices, n), float32; rows where batch["mask"] is 0 have loss 0.
+    """
+
+    def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        images = normalise(batch["image"], recipe)
+        logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+        scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        losses = example_losses(logits, batch["label"], multi_label)
+        return scores, jnp.where(batch["mask"] > 0, losses, 0)
+
+    return jax.pmap(step, axis_name=AXIS, devices=devices)
+
+
+def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
+    """uint8 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
+    x = images.astype(jnp.float32) / 255
+    if len(recipe.mean) == 3 and x.shape[-1] == 1:
+        x = jnp.repeat(x, 3, axis=-1)
+    return (x - jnp.array(recipe.mean)) / jnp.array(recipe.std)
+
+
+def flip(images: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2, by a key of its own `index`."""
+
+    def mirrored(i: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, i))
+
+    chosen = jax.vmap(mirrored)(index)
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def example_losses(logits: jax.Array, labels: jax.Array, multi_label: bool) -> jax.Array:
+    """Cross-entropy of each example, float32 (n,); the mean over the labels if multi-label."""
+    if multi_label:
+        return optax.sigmoid_binary_cross_entropy(logits, labels).mean(-1)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
