@@ -52,14 +52,13 @@ class DataConfig:
     chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
     tissuemnist, organamnist, organcmnist, organsmnist."""
     size: int = 28
-    """Height and width of the images in pixels: 28, 64, 128 or 224 for MedMNIST, any from 16 up
-    for the phantom."""
+    """Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom."""
     data_dir: Path = Path("~/.medmnist")
     """Folder of MedMNIST files under their own names: breastmnist.npz, breastmnist_64.npz, ..."""
     file: Path | None = None
     """Read the MedMNIST subset from this npz instead of the folder."""
     download: bool = True
-    """Download a MedMNIST file that the folder lacks."""
+    """Whether a MedMNIST file that the folder lacks is downloaded."""
     allow_unverified: bool = False
     """Load a file whose MD5 is not the one in MedMNIST's table; every result then says so."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
@@ -75,7 +74,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.name == "phantom":
         if config.file is not None:
             raise InputError(
-                f"{config.file} (--file) is not read for the phantom: say with --name which "
+                f"{config.file} (--file) is not read for the phantom: say with --data which "
                 "MedMNIST subset it holds"
             )
         chosen = config.phantom

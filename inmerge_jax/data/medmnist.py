@@ -111,7 +111,7 @@ def medmnist_info() -> dict[str, dict[str, Any]]:
     if package is None or not package.submodule_search_locations:
         raise InputError(
             "MedMNIST data needs the package medmnist, which is not installed: "
-            "pip install medmnist, or take --name phantom, which needs nothing"
+            "pip install medmnist, or take --data phantom, which needs nothing"
         )
     path = Path(package.submodule_search_locations[0]) / "info.py"
     spec = importlib.util.spec_from_file_location("_medmnist_info", path)
@@ -128,7 +128,7 @@ def _subset_info(name: str) -> dict[str, Any]:
     close = difflib.get_close_matches(name.lower(), (*names, "phantom"), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     raise InputError(
-        f"unknown data set {name!r} (--name): {guess}There are phantom, {', '.join(names)}"
+        f"unknown data set {name!r} (--data): {guess}There are phantom, {', '.join(names)}"
     )
 
 

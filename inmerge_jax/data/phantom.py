@@ -147,17 +147,19 @@ def _check(
         raise InputError(f"size {size} (--size): the phantom needs at least {SMALLEST} px")
     for split, count in counts.items():
         if count < 1:
-            raise InputError(f"{split} {count}: the phantom's {split} split needs an image or more")
+            raise InputError(f"{split} {count} (--phantom.{split}): a split needs 1 image or more")
+    known = ", ".join(FINDINGS)
     if not findings:
-        raise InputError(f"no findings: name at least one of {', '.join(FINDINGS)}")
+        raise InputError(f"no findings (--phantom.findings): name at least one of {known}")
     for finding in findings:
         if finding not in FINDINGS:
-            raise InputError(f"unknown finding {finding!r}: there are {', '.join(FINDINGS)}")
+            raise InputError(f"unknown finding {finding!r} (--phantom.findings): there are {known}")
     if len(set(findings)) < len(findings):
-        raise InputError(f"findings {', '.join(findings)}: name each finding once")
+        raise InputError(f"findings {', '.join(findings)} (--phantom.findings): name each once")
     if not EASIEST <= difficulty <= HARDEST:
         raise InputError(
-            f"difficulty {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
+            f"difficulty {difficulty} (--phantom.difficulty): give a number from {EASIEST:g} to "
+            f"{HARDEST:g}; 1 is usual"
         )
     if seed < 0:
-        raise InputError(f"seed {seed}: the phantom's seed must be at least 0")
+        raise InputError(f"seed {seed} (--phantom.seed): give a whole number of at least 0")

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inmerge_jax.data import Split, eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.errors import InputError
+
+
+def numbered(n: int, *, columns: int = 0) -> Split:
+    """A split whose image i holds the number i."""
+    images = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
+    if columns:
+        return Split(images, (np.arange(n)[:, None] >> np.arange(columns) & 1).astype(np.uint8))
+    return Split(images, np.arange(n, dtype=np.int32))
+
+
+def shown(split: Split, steps: range, *, seed: int, batch_size: int) -> np.ndarray:
+    batches = [train_batch(split, seed=seed, step=s, batch_size=batch_size) for s in steps]
+    return np.concatenate([batch["index"] for batch in batches])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    passes=st.integers(1, 4),
+)
+def test_each_pass_shows_every_example_once(n, batch_size, seed, passes):
+    batch_size = min(n, batch_size)
+    split = numbered(n)
+    stream = shown(split, range(-(-passes * n // batch_size)), seed=seed, batch_size=batch_size)
+    for start in range(0, passes * n, n):
+        assert sorted(stream[start : start + n]) == list(range(n))
+
+
+def test_passes_and_seeds_have_orders_of_their_own():
+    split = numbered(50)
+    first, second = np.split(shown(split, range(10), seed=0, batch_size=10), 2)
+    other = shown(split, range(5), seed=1, batch_size=10)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    # A neighbouring seed must not be the same stream one pass later.
+    assert not np.array_equal(second, other)
+
+
+def test_a_batch_does_not_depend_on_what_was_asked_before():
+    split = numbered(30)
+    forward = [train_batch(split, seed=3, step=s, batch_size=8) for s in range(12)]
+    for step in (11, 0, 7, 7, 3):
+        again = train_batch(split, seed=3, step=step, batch_size=8)
+        for key, value in forward[step].items():
+            np.testing.assert_array_equal(again[key], value)
+
+
+@pytest.mark.parametrize("columns", [0, 4])
+def test_a_batch_holds_the_examples_its_index_names(columns):
+    split = numbered(20, columns=columns)
+    batch = train_batch(split, seed=1, step=2, batch_size=6)
+    assert batch["image"].shape == (6, 2, 3, 1) and batch["image"].dtype == np.uint8
+    assert batch["index"].dtype == np.int32
+    assert batch["label"].dtype == (np.float32 if columns else np.int32)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+    np.testing.assert_array_equal(batch["label"], split.labels[batch["index"]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 50))
+def test_evaluation_sees_every_example_once_in_order(n, batch_size):
+    split = numbered(n)
+    batches = list(eval_batches(split, batch_size))
+    assert all(len(value) == batch_size for batch in batches for value in batch.values())
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    assert joined["mask"].dtype == np.float32
+    real = joined["mask"] == 1
+    np.testing.assert_array_equal(joined["mask"], np.arange(len(real)) < n)
+    np.testing.assert_array_equal(joined["index"][real], np.arange(n))
+    np.testing.assert_array_equal(joined["image"][real], split.images)
+    np.testing.assert_array_equal(joined["label"][real], split.labels)
+
+
+def test_steps_per_epoch_rounds_up():
+    assert [steps_per_epoch(n, 128) for n in (128, 129, 256, 546)] == [1, 2, 2, 5]
+
+
+def test_batch_size_that_does_not_fit_is_named():
+    with pytest.raises(InputError, match="batch size 31 is larger than the training split of 30"):
+        train_batch(numbered(30), seed=0, step=0, batch_size=31)
+    with pytest.raises(InputError, match="batch size 0: --batch-size must be at least 1"):
+        steps_per_epoch(30, 0)
+    with pytest.raises(InputError, match="batch size 0"):
+        eval_batches(numbered(30), 0)
+
+
+def test_no_batch_comes_before_the_first():
+    with pytest.raises(ValueError, match="step -1"):
+        train_batch(numbered(30), seed=0, step=-1, batch_size=4)
