@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.errors import InputError
@@ -167,7 +168,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _array(name: str, leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{name} is a typed key; save jax.random.key_data of it")
     array = np.asarray(leaf)
     if array.dtype.hasobject or array.dtype.kind in "SU":
@@ -325,10 +326,9 @@ def _words(shape_dtype: list[Any]) -> str:
 def _like(leaf: Any, value: np.ndarray) -> Any:
     sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.Array):
-        # The copy matters: a train step that donates its state must own the memory.
-        return jax.device_put(value, sharding if leaf.committed else None, may_alias=False)
+        return jax.device_put(value, sharding if leaf.committed else None)
     if sharding is not None:
-        return jax.device_put(value, sharding, may_alias=False)
+        return jax.device_put(value, sharding)
     if isinstance(leaf, bool | int | float | complex):
         return value.item()
     return value[()] if isinstance(leaf, np.generic) else value

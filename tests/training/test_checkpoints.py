@@ -76,7 +76,6 @@ def test_state_comes_back(tmp_path):
     found, meta = restore_checkpoint(path, jax.tree.map(jnp.zeros_like, state))
     assert_same(found, state)
     assert meta == META == read_meta(path)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
     assert os.listdir(path.parent) == ["3"]
 
 
@@ -141,11 +140,13 @@ def test_placement_follows_the_template(tmp_path):
 
 def test_restored_state_may_be_donated(tmp_path):
     state = {"w": jnp.arange(4096.0)}
-    found, _ = restore_checkpoint(save_checkpoint(tmp_path, 0, state, {}), state)
+    path = save_checkpoint(tmp_path, 0, state, {})
+    found, again = (restore_checkpoint(path, state)[0] for _ in range(2))
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     for _ in range(3):
         found = step(found)
     np.testing.assert_array_equal(found["w"], state["w"] + 3)
+    assert_same(again, state)
 
 
 @pytest.mark.parametrize(
@@ -244,11 +245,9 @@ def test_newest_whole_passes_over_the_damaged(tmp_path):
     (tmp_path / "notes").mkdir()
     path, damaged = newest_whole(tmp_path)
     assert path == tmp_path / "9"
-    assert [
-        f"{tmp_path / str(epoch)} is damaged" in message
-        for epoch, message in zip((11, 10), damaged, strict=True)
-    ] == [True, True]
-    assert "bytes instead of" in damaged[0] and "manifest.json is missing" in damaged[1]
+    assert len(damaged) == 2
+    assert f"{tmp_path / '11'} is damaged" in damaged[0] and "bytes instead of" in damaged[0]
+    assert f"{tmp_path / '10'} is damaged: manifest.json is missing" in damaged[1]
     assert checkpoint_epochs(tmp_path) == [2, 9, 10, 11]
 
 
@@ -303,14 +302,14 @@ def test_killed_writer_leaves_no_half_checkpoint(tmp_path, point):
     assert newest_whole(tmp_path) == (path, ())
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("point", ["_write_arrays", "write_json", "write_bytes"])
 def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
     first = save_checkpoint(tmp_path, 1, make_state(), META)
     before = bits(first)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(checkpoints, point, full)
     for epoch in (1, 2):
         with pytest.raises(InputError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
@@ -323,19 +322,17 @@ def test_failed_exchange_puts_the_old_one_back(tmp_path, monkeypatch):
     before, rename = bits(first), os.rename
 
     def refuse(source, target):
-        if str(source).endswith("writing-1"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        rename(source, target)
+        full() if str(source).endswith("writing-1") else rename(source, target)
 
-    monkeypatch.setattr(checkpoints.os, "rename", refuse)
-    with pytest.raises(InputError, match="Input/output error"):
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(InputError, match="No space left"):
         save_checkpoint(tmp_path, 1, make_state(1), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     save_checkpoint(tmp_path, 1, {"w": np.zeros(100)}, {})
     with pytest.raises(InputError, match=r"8\.0 MB needed, 1\.5 MB free"):
         save_checkpoint(tmp_path, 2, {"w": np.zeros(10**6)}, {})
@@ -351,27 +348,26 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_failure_in_the_middle_of_a_file(tmp_path, small_files, capfd):
+def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
     first = save_checkpoint(tmp_path, 1, {"w": np.zeros(10)}, {})
     before = bits(first)
     for epoch in (1, 2):
         with pytest.raises(InputError, match=f"{tmp_path / str(epoch)}: File too large"):
             save_checkpoint(tmp_path, epoch, {"w": np.ones(10**6)}, {})
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
-    assert "Traceback" not in capfd.readouterr().err
+    assert not caplog.records
 
 
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MB."""
     mount = shutil.which("mount")
-    if os.name != "posix" or os.geteuid() != 0 or mount is None:
+    if mount is None or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root and mount")
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
-    )
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"]
+    done = subprocess.run([mount, *options, folder], capture_output=True)
     if done.returncode:
         pytest.skip(f"mount refused: {done.stderr.decode().strip()}")
     yield folder
