@@ -235,7 +235,7 @@ def train_stage(
         "scores": files,
     }
     write_json(stage.folder / "result.json", result)
-    prune(stage.checkpoints, {best})
+    prune(stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
 

@@ -1,0 +1,232 @@
+import dataclasses
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from inmerge_jax.training import loop
+from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta
+from inmerge_jax.training.loop import NonFiniteLossError, train_stage
+from inmerge_jax.training.metrics import compute_metrics
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.runfolder import read_metrics
+from inmerge_jax.training.scores import read_scores
+from tests.training import tiny
+
+MERGING = [tiny.ALWAYS, None]
+
+
+def run(folder, *, setup=None, rule=None, **changes):
+    """Trains a stage and returns its result and all that was printed."""
+    setup = setup or tiny.make_setup()
+    stage = tiny.make_stage(folder, setup.recipe, rule, **changes)
+    text = io.StringIO()
+    with ProgressLine(1000, Console(file=text, soft_wrap=True)) as progress:
+        result = train_stage(setup, stage, *tiny.init(), progress)
+    return result, text.getvalue()
+
+
+def evidence(folder):
+    """Bytes of arrays and scores, and metrics but for timings: what no interruption may change."""
+    timings = {"seconds", "images_per_second"}
+    lines = read_metrics(folder / "metrics.jsonl")
+    lines = [{k: v for k, v in line.items() if k not in timings} for line in lines]
+    files = {path.name: path.read_bytes() for path in (folder / "scores").iterdir()}
+    state = {}
+    for epoch in checkpoint_epochs(folder / "checkpoints"):
+        fresh = loop.new_state(*tiny.init(), tiny.make_optimizer(tiny.RECIPE), 0.1)
+        tree, _ = loop.restore_checkpoint(folder / "checkpoints" / str(epoch), fresh)
+        state[epoch] = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+    return lines, files, state
+
+
+def interrupt_at(monkeypatch, step):
+    """Stops training as Ctrl-C would, in the middle of an epoch."""
+    train_batch = loop.train_batch
+
+    def interrupted(*args, **kwargs):
+        if kwargs["step"] == step:
+            raise KeyboardInterrupt
+        return train_batch(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_batch", interrupted)
+    return lambda: monkeypatch.setattr(loop, "train_batch", train_batch)
+
+
+def test_a_stage_leaves_its_evidence(tmp_path):
+    result, _ = run(tmp_path, rule=tiny.ALWAYS)
+    setup = tiny.make_setup()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert lines[0]["kernels"] == [8, 8]
+    # threshold -1: what is selected merges.
+    assert lines[0]["selected"] == lines[0]["merged"] and sum(lines[0]["merged"]) > 0
+    assert all(-1 <= s <= 1 for line in lines for s in line["similarity"])
+
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["merged"] == [sum(line["merged"][i] for line in lines) for i in range(2)]
+    assert result["layers"] == [kernel.name for kernel in tiny.kernels()]
+    assert result["steps"] == 9 and result["warnings"] == []
+    losses = [line["val_loss"] for line in lines]
+    assert result["best_epoch"] == 1 + losses.index(min(losses))
+    for name, images in (("val", setup.dataset.val), ("test", setup.dataset.test)):
+        scores = read_scores(tmp_path / result["scores"][name])
+        metrics = compute_metrics(images.labels, scores, "multi-class")
+        assert [metrics.auc, metrics.acc] == pytest.approx(
+            [result[name]["auc"], result[name]["acc"]]
+        )
+    similarity = json.loads((tmp_path / "similarity.json").read_text())
+    assert [layer["name"] for layer in similarity["before"]] == result["layers"]
+    assert similarity["before"] != similarity["after"]
+    assert set(checkpoint_epochs(tmp_path / "checkpoints")) == {result["best_epoch"], 3}
+
+
+def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypatch):
+    setup = tiny.make_setup()
+    read, evaluate = [], loop.evaluate
+
+    def watched(setup, state, images):
+        read.append("test" if images is setup.dataset.test else "val")
+        return evaluate(setup, state, images)
+
+    monkeypatch.setattr(loop, "evaluate", watched)
+    run(tmp_path, setup=setup)
+    assert read == ["val"] * 4 + ["test"]
+
+
+@pytest.mark.parametrize("rule", MERGING, ids=["inmerge", "backbone"])
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, step):
+    run(tmp_path / "whole", rule=rule)
+    resume = interrupt_at(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", rule=rule)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    resume()
+    _, text = run(tmp_path / "parts", rule=rule)
+    assert ("goes on from epoch" in text) == (step >= 3)
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_plateau_restarts_the_optimizer_and_resumes_bit_identically(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(tiny.RECIPE, tolerance=1, epochs=5, learning_rate=1.0)
+    setup = tiny.make_setup(recipe)
+    run(tmp_path / "whole", setup=setup)
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert min(rates) < 1.0, "the test needs an epoch without improvement"
+    resume = interrupt_at(monkeypatch, 3 * (1 + next(i for i, r in enumerate(rates) if r < 1)) - 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", setup=setup)
+    resume()
+    run(tmp_path / "parts", setup=setup)
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    resume = interrupt_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    resume()
+    folder = tmp_path / "parts" / "checkpoints"
+    assert checkpoint_epochs(folder)[-1] == 2
+    shutil.rmtree(folder / "2" / "tree")
+    result, text = run(tmp_path / "parts")
+    assert "checkpoints/2 is damaged" in text and "goes on from epoch 1" in text
+    assert any("is damaged" in warning for warning in result["warnings"])
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
+    monkeypatch.setattr(loop, "best_epoch", lambda history, select: 1)
+    setup = tiny.make_setup(recipe)
+    run(tmp_path / "whole", setup=setup)
+    resume = interrupt_at(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", setup=setup)
+    resume()
+    folder = tmp_path / "parts" / "checkpoints"
+    assert checkpoint_epochs(folder) == [1, 2, 3], "the newest two and the best are kept"
+    (folder / "1" / "meta.json").write_text("{}")
+    result, text = run(tmp_path / "parts", setup=setup)
+    assert "goes on from epoch 0" in text and "is damaged" in result["warnings"][0]
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    recipe = dataclasses.replace(tiny.RECIPE, flip=False)
+    setup = tiny.make_setup(recipe)
+    step = tiny.train_step(setup.devices, recipe)
+    poisoned = []
+
+    def poisoning(state, totals, batch, root):
+        poisoned.append(None)
+        state, totals = step(state, totals, batch, root)
+        if len(poisoned) == 8:
+            totals = totals._replace(loss=totals.loss * np.nan)
+        return state, totals
+
+    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3.*checkpoints/2.*--learning-rate"):
+        run(tmp_path, setup=setup, train_step=poisoning)
+    assert checkpoint_epochs(tmp_path / "checkpoints")[-1] == 2
+    assert read_meta(tmp_path / "checkpoints" / "2")["epoch"] == 2
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_real_divergence_is_caught(tmp_path):
+    recipe = dataclasses.replace(tiny.RECIPE, learning_rate=1e30)
+    with pytest.raises(NonFiniteLossError, match="no epoch was finished"):
+        run(tmp_path, setup=tiny.make_setup(recipe))
+    assert checkpoint_epochs(tmp_path / "checkpoints") == []
+
+
+def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch):
+    resume = interrupt_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, rule=tiny.NEVER)
+    resume()
+    result, _ = run(tmp_path, rule=tiny.NEVER)
+    (warning,) = result["warnings"]
+    assert "merged none of the 48 kernels" in warning
+    for kernel in tiny.kernels():
+        assert kernel.name in warning
+    assert "0.5: " in warning and "0.99: " in warning and "--threshold" in warning
+
+    result, text = run(tmp_path / "merges", rule=tiny.ALWAYS)
+    assert result["warnings"] == [] and "WARNING" not in text
+
+
+def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
+    dataset = tiny.make_dataset()
+    few = loop.Split(dataset.val.images[:1], dataset.val.labels[:1])
+    setup = tiny.make_setup(dataset=dataclasses.replace(dataset, val=few))
+    result, _ = run(tmp_path, setup=setup)
+    assert result["val"]["auc"] is None and result["val"]["undefined"] == 3
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
+    seen, train_batch = {}, loop.train_batch
+    setup = tiny.make_setup()
+    for arm, number, seed in (("finetune", 1, 0), ("inmerge", 1, 0), ("x", 0, 0), ("y", 1, 1)):
+        order = []
+
+        def watched(*args, order=order, **kwargs):
+            batch = train_batch(*args, **kwargs)
+            order.append(batch["index"].tolist())
+            return batch
+
+        monkeypatch.setattr(loop, "train_batch", watched)
+        rule = tiny.ALWAYS if arm == "inmerge" else None
+        run(tmp_path / arm, setup=setup, rule=rule, arm=arm, number=number, seed=seed, epochs=1)
+        seen[arm] = order
+    assert seen["finetune"] == seen["inmerge"]
+    assert seen["finetune"] != seen["x"] and seen["finetune"] != seen["y"]
