@@ -150,7 +150,7 @@ def _draw(key: jax.Array, count: int, rule: MergeRule) -> tuple[jax.Array, jax.A
     if rule.partner == "nearest":
         return selected, None
     other = jax.random.randint(partner_key, (count,), 0, count - 1)
-    return selected, other + (other >= jnp.arange(count))
+    return selected, jnp.where(other >= jnp.arange(count), other + 1, other)
 
 
 def _mix(
@@ -176,11 +176,12 @@ def _mix(
     mixed = (alpha * w + (1 - alpha) * other).astype(weight.dtype)
     count = jnp.sum(merged, dtype=jnp.int32)
     total = jnp.sum(jnp.where(merged, similarity, 0))
+    mean = total / jnp.maximum(count, 1).astype(jnp.float32)
     return (
         jnp.where(jnp.expand_dims(merged, across), mixed, weight),
         jnp.sum(selected, dtype=jnp.int32),
         count,
-        total / jnp.maximum(count, 1),
+        mean,
     )
 
 

@@ -136,6 +136,6 @@ def _statistics(
         jnp.min(pairs),
         jnp.max(pairs),
         jnp.quantile(pairs, jnp.asarray(quantiles, jnp.float32)),
-        jnp.mean(pairs > jnp.asarray(thresholds, jnp.float32)[:, None], axis=1),
+        jnp.mean(pairs[None] > jnp.asarray(thresholds, jnp.float32)[:, None], axis=1),
         jnp.mean(nearest),
     )

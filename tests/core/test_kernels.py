@@ -101,28 +101,28 @@ WRAPPERS = {
     "jit": lambda f: jax.jit(jax.jit(f)),
     "remat": jax.checkpoint,
     "cond": lambda f: lambda p, x: lax.cond(x.sum() > 0, f, lambda p, x: x, p, x),
-    "platform": lambda f: lambda p, x: lax.platform_dependent(
-        p, x, cpu=lambda p, x: x, default=f
-    ),
+    "platform": lambda f: lambda p, x: lax.platform_dependent(p, x, cpu=lambda p, x: x, default=f),
     "custom_jvp": lambda f: _custom_jvp(f),
     "custom_vjp": lambda f: _custom_vjp(f),
     "fori_loop": lambda f: lambda p, x: lax.fori_loop(0, 3, lambda _, x: f(p, x), x),
-    "while_loop": lambda f: lambda p, x: lax.while_loop(
-        lambda x: x.sum() < 9, lambda x: f(p, x), x
+    "while_loop": lambda f: (
+        lambda p, x: lax.while_loop(lambda x: x.sum() < 9, lambda x: f(p, x), x)
     ),
     "scan": lambda f: lambda p, x: lax.scan(lambda x, _: (f(p, x), None), x, None, length=2)[0],
     "vmap": lambda f: lambda p, x: jax.vmap(lambda x: f(p, x[None])[0])(x),
     "bfloat16": lambda f: lambda p, x: f(jax.tree.map(convert, p), x),
     "barrier": lambda f: lambda p, x: f(lax.optimization_barrier(p), x),
     "masked": lambda f: lambda p, x: f(jax.tree.map(lambda w: w * (w > 0).astype(w.dtype), p), x),
-    "standardised": lambda f: lambda p, x: f(
-        jax.tree.map(lambda w: w - jnp.mean(w, (0, 1, 2), keepdims=True), p), x
+    "standardised": lambda f: (
+        lambda p, x: f(jax.tree.map(lambda w: w - jnp.mean(w, (0, 1, 2), keepdims=True), p), x)
     ),
-    "flattened": lambda f: lambda p, x: f(
-        jax.tree.map(lambda w: w.reshape(-1, 4).reshape(3, 3, 4, 4), p), x
+    "flattened": lambda f: (
+        lambda p, x: f(jax.tree.map(lambda w: w.reshape(-1, 4).reshape(3, 3, 4, 4), p), x)
     ),
-    "transposed": lambda f: lambda p, x: f(
-        jax.tree.map(lambda w: w[::-1, ::-1].transpose(3, 2, 1, 0).transpose(3, 2, 1, 0), p), x
+    "transposed": lambda f: (
+        lambda p, x: f(
+            jax.tree.map(lambda w: w[::-1, ::-1].transpose(3, 2, 1, 0).transpose(3, 2, 1, 0), p), x
+        )
     ),
 }
 
@@ -149,9 +149,7 @@ def test_weights_are_followed_through(wrapper, image, weight):
 def test_output_axis_is_the_parameters_own(image):
     """A weight kept as OIHW but used as HWIO: the axis is that of the stored array."""
     params = {"w": jnp.ones((5, 4, 3, 3))}
-    (kernel,) = find_kernels(
-        lambda p, x: conv(x, p["w"].transpose(2, 3, 1, 0)), params, image
-    )
+    (kernel,) = find_kernels(lambda p, x: conv(x, p["w"].transpose(2, 3, 1, 0)), params, image)
     assert (kernel.out_axis, kernel.count) == (0, 5)
 
 

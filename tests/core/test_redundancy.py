@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inmerge_jax import Kernel, kernel_similarity
+from tests.oracles import merging_numpy
+
+
+def layer(name, shape, axis=-1):
+    return Kernel((jax.tree_util.DictKey(name),), shape, axis % len(shape))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 3, 4, 12), 3), ((12, 4, 3, 3), 0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_of_all_pairs(shape, axis, dtype):
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.standard_normal(shape) + 0.3, dtype)
+    (found,) = kernel_similarity(
+        {"w": weight}, [layer("w", shape, axis)], quantiles=(0.1, 0.5, 0.9), thresholds=(0.0, 0.2)
+    )
+    cosine = merging_numpy.similarities(np.asarray(weight), axis)
+    pairs = cosine[np.triu_indices(12, 1)]
+    np.fill_diagonal(cosine, -np.inf)
+    assert (found.name, found.kernels) == ("w", 12)
+    np.testing.assert_allclose(
+        [found.mean, found.minimum, found.maximum, found.nearest],
+        [pairs.mean(), pairs.min(), pairs.max(), cosine.max(1).mean()],
+        atol=1e-5,
+    )
+    for q, value in found.quantiles.items():
+        assert value == pytest.approx(np.quantile(pairs, q), abs=1e-5)
+    assert found.above == pytest.approx({t: (pairs > t).mean() for t in (0.0, 0.2)})
+
+
+def test_one_kernel_has_no_pairs_and_zero_kernels_none_alike():
+    params = {"one": jnp.ones((3, 3, 2, 1)), "zero": jnp.zeros((3, 3, 2, 4))}
+    one, zero = kernel_similarity(params, [layer("one", (3, 3, 2, 1)), layer("zero", (3, 3, 2, 4))])
+    assert np.isnan([one.mean, one.nearest, *one.quantiles.values(), *one.above.values()]).all()
+    assert (zero.mean, zero.maximum, zero.nearest) == (0, 0, 0)
+
+
+def test_to_dict_is_ready_for_json():
+    (found,) = kernel_similarity(
+        {"w": jnp.eye(3)}, [layer("w", (3, 3))], quantiles=(0.5,), thresholds=(0.3,)
+    )
+    assert found.to_dict() == {
+        "name": "w", "kernels": 3, "mean": 0.0, "minimum": 0.0, "maximum": 0.0,
+        "quantiles": {"0.5": 0.0}, "above": {"0.3": 0.0}, "nearest": 0.0,
+    }  # fmt: skip
+
+
+def test_only_one_layers_matrix_is_held_at_a_time():
+    """After each of eight layers no C x C array is left, so none can pile up."""
+    count = 64
+    params = {f"w{i}": jnp.ones((2, 2, count)) * i for i in range(8)}
+    kernels = [layer(name, (2, 2, count)) for name in params]
+    before = {id(a) for a in jax.live_arrays()}
+    results = []
+    for kernel in kernels:
+        results += kernel_similarity(params, [kernel])
+        left = [a for a in jax.live_arrays() if id(a) not in before and a.size >= count**2]
+        assert left == []
+    assert len(results) == 8
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="quantiles holds 1.5"):
+        kernel_similarity({"w": jnp.eye(3)}, [layer("w", (3, 3))], quantiles=(0.5, 1.5))
+    with pytest.raises(ValueError, match="kernel 'v' is not in params"):
+        kernel_similarity({"w": jnp.eye(3)}, [layer("v", (3, 3))])

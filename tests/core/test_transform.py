@@ -1,0 +1,197 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from inmerge_jax import MergeRule, find_kernels, in_model_merging, merge_kernels
+
+STEPS = 5
+RULE = MergeRule(probability=0.6, threshold=-0.2, alpha=0.7)
+KEY = jax.random.key(11)
+IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes(strict):
+    """Adam and MultiSteps themselves rely on implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def forward(params, x):
+    x = x.astype(params["bias"].dtype)
+    for name in ("conv_1", "conv_2"):
+        x = jax.lax.conv_general_dilated(
+            x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jnp.tanh(x)
+    return jnp.mean(x, (1, 2)) + params["bias"][None]
+
+
+def initial(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "bias": jnp.zeros(8, dtype),
+        "conv_1": jax.random.normal(keys[0], (3, 3, 3, 8), dtype),
+        "conv_2": jax.random.normal(keys[1], (3, 3, 8, 8), dtype),
+    }
+
+
+def loss(params, x):
+    return jnp.mean(forward(params, x) ** 2).astype(jnp.float32)
+
+
+KERNELS = find_kernels(forward, initial(), IMAGES)
+
+
+def train(tx, params, steps=STEPS):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params, IMAGES), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def train_merging_first(tx, params, rule_at=lambda n: RULE, steps=STEPS):
+    """Merges before each forward pass; the pass after update n draws as the n-th merge does."""
+    state = tx.init(params)
+    for n in range(steps):
+        if n:
+            key = jax.random.fold_in(KEY, n - 1)
+            params, _ = merge_kernels(params, key, KERNELS, rule_at(n - 1))
+        updates, state = tx.update(jax.grad(loss)(params, IMAGES), state, params)
+        params = optax.apply_updates(params, updates)
+    return merge_kernels(params, jax.random.fold_in(KEY, steps - 1), KERNELS, rule_at(steps - 1))[0]
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(1e-2),
+    "injected": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
+    "weight decay": lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_equals_merging_before_every_forward_pass(optimizer):
+    tx = OPTIMIZERS[optimizer]()
+    chained = optax.chain(OPTIMIZERS[optimizer](), in_model_merging(KERNELS, RULE, KEY))
+    params, state = train(chained, initial())
+    assert_close(params, train_merging_first(tx, initial()), rtol=2e-5, atol=2e-6)
+    plain, _ = train(tx, initial())
+    assert np.abs(params["conv_2"] - plain["conv_2"]).max() > 0.01  # it did something
+    assert int(state[-1].count) == STEPS
+
+
+def test_the_momentum_is_not_merged():
+    """One step from the same state: the optimizer's own state is as without merging."""
+    sgd = optax.sgd(0.1, momentum=0.9)
+    _, state = train(optax.chain(sgd, in_model_merging(KERNELS, RULE, KEY)), initial(), steps=1)
+    _, plain = train(sgd, initial(), steps=1)
+    jax.tree.map(np.testing.assert_array_equal, state[0], plain)
+
+
+def test_updates_of_unmerged_kernels_pass_bit_for_bit():
+    tx = in_model_merging(KERNELS, MergeRule(0.3, -1.0, 0.5), KEY)
+    params = initial()
+    updates = jax.tree.map(lambda p: 0.01 * p, params)
+    out, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_array_equal(out["bias"], updates["bias"])
+    same = (out["conv_2"] == updates["conv_2"]).all((0, 1, 2))
+    moved = optax.apply_updates(params, updates)
+    merged, _ = merge_kernels(
+        moved, jax.random.fold_in(KEY, 0), KERNELS, MergeRule(0.3, -1.0, 0.5)
+    )
+    kept = (merged["conv_2"] == moved["conv_2"]).all((0, 1, 2))
+    np.testing.assert_array_equal(same, kept)
+    assert 0 < kept.sum() < 8
+
+
+def test_multi_steps_merges_once_per_accumulated_update():
+    inner = optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY))
+    accumulated = optax.MultiSteps(inner, every_k_schedule=3).gradient_transformation()
+    params, state = train(accumulated, initial(), steps=7)
+    expected, _ = train(inner, initial(), steps=2)  # the same gradient three times is its mean
+    assert_close(params, expected, rtol=2e-5, atol=2e-6)
+    assert int(state.inner_opt_state[-1].count) == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+def test_bfloat16_parameters(wrap):
+    tx = wrap(optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY)))
+    params, _ = train(tx, initial(jnp.bfloat16), steps=2)
+    plain, _ = train(wrap(optax.sgd(0.1)), initial(jnp.bfloat16), steps=2)
+    assert params["conv_2"].dtype == jnp.bfloat16
+    assert (params["conv_2"] != plain["conv_2"]).any()
+
+
+def test_hyperparameters_can_be_injected():
+    """The rule's numbers live in the state and change between steps without a new trace."""
+
+    def merging(probability, threshold, alpha):
+        return in_model_merging(KERNELS, MergeRule(probability, threshold, alpha), KEY)
+
+    tx = optax.inject_hyperparams(merging)(probability=1.0, threshold=-1.0, alpha=0.5)
+    params = initial()
+    state = tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    traces = []
+
+    @jax.jit
+    def update(state):
+        traces.append(state)
+        return tx.update(zeros, state, params)
+
+    changed, state = update(state)
+    assert (changed["conv_2"] != 0).any()
+    state.hyperparams["probability"] = jnp.float32(0.0)
+    unchanged, _ = update(state)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, zeros)
+    assert len(traces) == 1
+
+
+def test_a_schedule_of_rules():
+    def rule_at(step):
+        return MergeRule(jnp.where(step < 2, 0.0, 1.0), -1.0, 0.5)
+
+    tx = optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, rule_at, KEY))
+    plain = optax.sgd(0.1)
+    before, after = train(tx, initial(), steps=2)[0], train(tx, initial(), steps=3)[0]
+    jax.tree.map(np.testing.assert_array_equal, before, train(plain, initial(), steps=2)[0])
+    assert (after["conv_2"] != train(plain, initial(), steps=3)[0]["conv_2"]).any()
+    assert_close(after, train_merging_first(plain, initial(), rule_at, 3), rtol=2e-5, atol=2e-6)
+
+
+def test_needs_the_parameters():
+    tx = in_model_merging(KERNELS, RULE, KEY)
+    params = initial()
+    with pytest.raises(ValueError, match=r"call tx.update\(grads, state, params\)"):
+        tx.update(params, tx.init(params))
+
+
+def test_state_is_replicated_under_pmap():
+    tx = optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY))
+    n = jax.local_device_count()
+
+    def step(params, state, x):
+        grads = jax.lax.pmean(jax.grad(loss)(params, x), "batch")
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = initial(), tx.init(initial())
+    params, state = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), (params, state))
+    images = jax.random.normal(jax.random.key(5), (n, 2, 8, 8, 3))
+    run = jax.pmap(step, axis_name="batch")
+    for _ in range(3):
+        params, state = run(params, state, images)
+    for leaf in jax.tree.leaves(params):
+        assert len({np.asarray(replica).tobytes() for replica in leaf}) == 1
