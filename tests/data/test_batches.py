@@ -20,7 +20,7 @@ def shown(split: Split, steps: range, *, seed: int, batch_size: int) -> np.ndarr
     return np.concatenate([batch["index"] for batch in batches])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 40),
     batch_size=st.integers(1, 40),
