@@ -92,8 +92,10 @@ def warnings(run: Run) -> list[str]:
     for arm in run.arms:
         for seed, result in run.arm(arm).items():
             found += [f"{arm}, seed {seed}: {text}" for text in result.get("warnings") or ()]
-            if not math.isfinite(number(result["test"]["auc"])):
-                found.append(f"{arm}, seed {seed}: the test AUC is undefined.")
+        results = run.arm(arm).items()
+        empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
+        if empty:
+            found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
     if "inmerge" in run.arms and not any(any(r["merged"]) for r in run.arm("inmerge").values()):
         found.insert(0, "Nothing was merged in this run.")
     return found
@@ -112,6 +114,9 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flatten(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence) and any(isinstance(part, Mapping) for part in value):
+        for index, inner in enumerate(value):
+            yield from flatten(inner, f"{name}.{index}")
     elif isinstance(value, Sequence) and not isinstance(value, str):
         yield name, ", ".join(map(str, value)) or "none"
     elif name:

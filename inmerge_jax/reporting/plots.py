@@ -50,18 +50,22 @@ class Plot:
 
 def training_plots(run: Run) -> list[Plot]:
     """Loss, validation AUC and ACC of every arm and seed, the second stage after the backbone."""
+    loss, tested = "mean loss (nats)", "Dots: the epoch whose checkpoint was tested, by seed."
+    first = (
+        "Each seed is one line. The second stage starts from the backbone's best checkpoint (dots),"
+        " not from its last epoch."
+    )
     panels = (
-        ("train_loss", "Training loss", "Each seed is one line. The second stage starts from the "
-         "backbone's best checkpoint (dots), not from its last epoch."),
-        ("val_loss", "Validation loss", "Rising while training loss falls means overfitting."),
-        ("val_auc", "Validation AUC", "Dots: the epoch whose checkpoint was tested, by seed."),
-        ("val_acc", "Validation ACC", "Dots: the epoch whose checkpoint was tested, by seed."),
-    )  # fmt: skip
+        ("train_loss", "Training loss", loss, first),
+        ("val_loss", "Validation loss", loss, "Rising while training loss falls: overfitting."),
+        ("val_auc", "Validation AUC", "AUC", tested),
+        ("val_acc", "Validation ACC", "ACC", tested),
+    )
     if not run.history:
         return []
     return [
-        _plot(lambda axes, name=name, title=title: _curves(axes, run, name, title), caption, title)
-        for name, title, caption in panels
+        _plot(partial(_curves, run=run, name=name, title=title, unit=unit), caption, title)
+        for name, title, unit, caption in panels
     ]
 
 
@@ -174,17 +178,18 @@ def _plot(
 
 
 def _inline(svg: str) -> str:
-    """The <svg> element alone, sized by its viewBox, free of namespaces that HTML does not need."""
+    """The <svg> element alone, sized by its viewBox, without what belongs to the page around it."""
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
     box = view.group(0) if view else ""
+    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)", body))
     body = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match[1] in used else "", body)
     return f'<svg {box} role="img" aria-hidden="true">{body}'.replace("xlink:href", "href")
 
 
-def _curves(axes: Axes, run: Run, name: str, title: str) -> None:
+def _curves(axes: Axes, run: Run, name: str, title: str, unit: str) -> None:
     start = max((len(h) for (_, arm), h in run.history.items() if arm == "backbone"), default=0)
     defined = False
     for arm in ARMS:
@@ -208,7 +213,7 @@ def _curves(axes: Axes, run: Run, name: str, title: str) -> None:
         axes.axvline(start + 0.5, color=GUIDE, lw=1, ls=":")
     if not defined:
         _say(axes, "undefined in every epoch")
-    _finish(axes, title, "epoch (second stage right of the dotted line)", title.lower())
+    _finish(axes, title, "epoch (second stage right of the dotted line)", unit)
 
 
 def _merges(history: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -240,7 +245,7 @@ def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
             np.arange(1, len(totals) + 1), totals, styles[rank % 4], color=COLOURS["inmerge"],
             marker="o", ms=4, label=f"seed {seed}",
         )  # fmt: skip
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1))
     _finish(axes, "All layers", "epoch of the merging stage", "kernels merged per epoch")
 
 

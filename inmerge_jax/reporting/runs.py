@@ -80,8 +80,8 @@ class Run:
         for arm in self.arms:
             for seed, result in self.arm(arm).items():
                 name = (result.get("scores") or {}).get("test")
-                path = _resolve(self.folder, seed, arm, name) if name else None
-                if path is not None:
+                path = self.folder / f"seed{seed}" / arm / (name or "")
+                if path.is_file():
                     found[seed, arm] = read_scores(path)
         return found
 
@@ -126,7 +126,7 @@ def read_run(folder: Path | str) -> Run:
         present = (folder / name).exists()
         optional[name] = _read_json(folder / name) if present else {}
         if not present:
-            missing.append(f"{name} is not in the folder")
+            missing.append(f"the file {name} is missing")
     environment = optional["environment.json"] or results.get("environment") or {}
     return Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
 
@@ -146,8 +146,3 @@ def _read_json(path: Path) -> Any:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
-
-
-def _resolve(folder: Path, seed: int, arm: str, name: str) -> Path | None:
-    candidates = (folder / name, folder / f"seed{seed}" / arm / name)
-    return next((path for path in candidates if path.is_file()), None)

@@ -31,7 +31,8 @@ class Spread:
       seeds: the seeds, paired with `values`; NaN stays in `values` and out of mean and sd.
       mean: mean of the finite values, NaN if there is none.
       sd: sample standard deviation (n - 1) of the finite values, None for fewer than two.
-      interval: two-sided 95 % t-interval of the mean, None for fewer than two.
+      interval: two-sided 95 % t-interval of the mean, None for fewer than two, and for values that
+        are all the same: two seeds can coincide, and no width at all would pretend to certainty.
     """
 
     seeds: tuple[int, ...]
@@ -120,7 +121,7 @@ def spread(seeds: Sequence[int], values: Sequence[float]) -> Spread:
     if finite.size >= 2:
         sd = float(finite.std(ddof=1))
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, finite.size - 1)) * sd / finite.size**0.5
-        interval = (mean - half, mean + half)
+        interval = (mean - half, mean + half) if sd > 1e-9 else None
     return Spread(tuple(seeds), tuple(values), mean, sd, interval)
 
 

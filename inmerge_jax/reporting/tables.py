@@ -4,7 +4,9 @@
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 from rich.console import Group
@@ -14,7 +16,7 @@ from rich.text import Text
 from inmerge_jax.errors import InputError
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
-from inmerge_jax.reporting.summary import Summary, summarize
+from inmerge_jax.reporting.summary import METRICS, Spread, Summary, summarize
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Report:
 def make_report(run: Run, summary: Summary | None = None) -> Report:
     """The tables and sentences of a run."""
     summary = summary or summarize(run)
-    tables = [comparison_table(run, summary)]
+    tables = [comparison_table(run, summary), seed_table(run, summary)]
     if summary.layers:
         tables.append(layer_table(summary))
     notes = (
@@ -61,31 +63,43 @@ def comparison_table(run: Run, summary: Summary) -> Table:
     """Test AUC and ACC of the arms, their paired differences, and the published number."""
     rows, kinds = [], []
     for arm in ARMS:
+        cells = ("not run", "not run")
         if arm in summary.arms:
-            auc, acc = (summary.arms[arm][metric] for metric in ("auc", "acc"))
-            cells = (arm, *map(wording.mean_sd, (auc, acc)), *map(wording.each, (auc, acc)))
-        else:
-            cells = (arm, "not run", "not run", "", "")
-        rows.append(cells)
+            cells = tuple(wording.mean_sd(summary.arms[arm][metric]) for metric in METRICS)
+        rows.append((arm, *cells))
         kinds.append("arm")
-    for (left, right), pair in summary.differences.items():
-        auc, acc = pair["auc"], pair["acc"]
-        signs = (wording.each(auc, sign=True), wording.each(acc, sign=True))
-        rows.append(
-            (f"{left} {wording.MINUS} {right}", *map(wording.difference, (auc, acc)), *signs)
-        )
+    for pair, values in summary.differences.items():
+        rows.append((_pair_name(pair), *(wording.difference(values[m]) for m in METRICS)))
         kinds.append("difference")
     if summary.published is not None:
         known = summary.published
-        rows.append((known.label, wording.plain(known.auc), wording.plain(known.acc), "", ""))
+        rows.append((known.label, wording.plain(known.auc), wording.plain(known.acc)))
         kinds.append("published")
-    seeds = ", ".join(map(str, run.seeds))
-    columns = ("arm", "test AUC", "test ACC", f"AUC by seed ({seeds})", f"ACC by seed ({seeds})")
     title = (
         f"{run.dataset.get('title') or run.dataset['name']}: mean \u00b1 sd over seeds; "
         "differences with 95% intervals"
     )
-    return Table(title, columns, tuple(rows), tuple(kinds))
+    return Table(title, ("arm", "test AUC", "test ACC"), tuple(rows), tuple(kinds))
+
+
+def seed_table(run: Run, summary: Summary) -> Table:
+    """Every seed's test AUC and ACC, and their paired differences."""
+
+    def cells(values: dict[str, Spread], show: Callable[[float], str]) -> list[str]:
+        by_seed = [dict(zip(values[m].seeds, values[m].values, strict=True)) for m in METRICS]
+        return [" / ".join(show(found.get(seed, nan)) for found in by_seed) for seed in run.seeds]
+
+    rows = [(arm, *cells(values, wording.plain)) for arm, values in summary.arms.items()]
+    kinds = ["arm"] * len(rows)
+    for pair, values in summary.differences.items():
+        rows.append((_pair_name(pair), *cells(values, wording.signed)))
+        kinds.append("difference")
+    columns = ("arm", *(f"seed {seed}" for seed in run.seeds))
+    return Table("Each seed's test AUC / ACC", columns, tuple(rows), tuple(kinds))
+
+
+def _pair_name(pair: tuple[str, str]) -> str:
+    return f" {wording.MINUS} ".join(pair)
 
 
 def layer_table(summary: Summary) -> Table:
@@ -93,7 +107,7 @@ def layer_table(summary: Summary) -> Table:
     seeds = len(summary.layers[0].merged)
     rows = [
         (
-            layer.name,
+            layer.name.removesuffix("/kernel"),
             f"{layer.kernels:,}",
             f"{sum(layer.selected) / seeds:,.0f}",
             f"{sum(layer.merged) / seeds:,.0f}",

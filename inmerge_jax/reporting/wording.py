@@ -44,12 +44,7 @@ def difference(values: Spread) -> str:
         return f"{text} [{signed(values.interval[0])}, {signed(values.interval[1])}]"
     if values.count == 1:
         return f"{text} (one seed: no interval)"
-    return text
-
-
-def each(values: Spread, sign: bool = False) -> str:
-    """Every seed's value, in the order of the seeds."""
-    return " ".join(signed(value) if sign else plain(value) for value in values.values)
+    return f"{text} (equal by chance: no interval)" if values.count else text
 
 
 def headline(run: Run, summary: Summary) -> str:
@@ -81,7 +76,7 @@ def headline(run: Run, summary: Summary) -> str:
 
 def _certainty(auc: Spread) -> str:
     if auc.interval is None:
-        return "one seed, so no interval"
+        return "no interval: one seed" if auc.count == 1 else "no interval: equal by chance"
     low, high = auc.interval
     return f"95% interval {signed(low)} to {signed(high)}, {auc.count} paired seeds"
 
@@ -96,7 +91,7 @@ def _verdict(summary: Summary, auc: Spread) -> str:
             f"{plain(smallest)}, and this one is {'smaller' if small else 'larger'}"
         )
     if auc.interval is None:
-        return f"One seed shows no effect either way{'; ' + beyond if beyond else ''}."
+        return f"That shows no effect either way{'; ' + beyond if beyond else ''}."
     if auc.interval[0] <= 0 <= auc.interval[1]:
         text = "The interval includes zero: this run does not show that merging helps or harms"
         return f"{text}{'; ' + beyond if beyond else ''}."

@@ -108,9 +108,9 @@ def _write_arm(folder, rng, seed, arm, labels, task, classes, merging) -> dict:
     logits = SKILL[arm] * hot + rng.normal(size=hot.shape)
     odds = np.exp(logits)
     scores = 1 / (1 + 1 / odds) if labels.ndim == 2 else odds / odds.sum(1, keepdims=True)
-    name = f"seed{seed}/{arm}/scores/phantom_test_[AUC]0.900_[ACC]0.700@{seed}.csv"
+    name = f"scores/phantom_test_[AUC]0.900_[ACC]0.700@{arm}-seed{seed}.csv"
     rows = [f"{i}," + ",".join(map(repr, map(float, row))) for i, row in enumerate(scores)]
-    (folder / name).write_text("\n".join(rows) + "\n")
+    (place / name).write_text("\n".join(rows) + "\n")
     areas = auc_per_class(labels, scores, task)
     right = scores.argmax(1) == labels if labels.ndim == 1 else (scores > 0.5) == labels
     metrics = {

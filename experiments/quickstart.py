@@ -1,0 +1,59 @@
+"""Trains the three arms on the embedded phantom in about a minute, and shows what merging did.
+
+It is `python -m experiments.train` with the options below, and takes no options of its own.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+OUTPUT = Path("runs/quickstart")
+OPTIONS = (
+    "--data phantom --phantom.train 1024 --phantom.val 256 --phantom.test 1000 "
+    "--model resnet18 --width 0.25 "
+    "--epochs 8 --merging-epochs 4 --batch-size 64 "
+    "--threshold 0.1 "
+    "--seeds 0 1"
+).split()
+
+
+def continuation(output: Path, options: Sequence[str]) -> str | None:
+    """The option with which `options` run again in `output`: none, --resume or --overwrite.
+
+    An earlier quickstart that was cut short goes on if it had the same configuration; any other is
+    replaced.
+    """
+    from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
+    from inmerge_jax.training.parallel import choose_devices
+    from inmerge_jax.training.runfolder import differences
+
+    stored = output / "config.json"
+    if not stored.exists():
+        return None
+    if (output / "results.json").exists():
+        return "--overwrite"
+    config = parse_config(options)
+    devices = len(choose_devices(config.devices))
+    new = config_dict(config, resolve_recipe(config.recipe), devices)
+    old = json.loads(stored.read_bytes())
+    return "--overwrite" if differences(old, new) else "--resume"
+
+
+def main(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:
+    """Runs the quickstart and returns `experiments.train`'s exit status."""
+    from experiments.train import main as train
+
+    started = time.monotonic()
+    again = continuation(output, options)
+    arguments = [*options, "--output", str(output), *([again] if again else [])]
+    print(f"python -m experiments.train {shlex.join(arguments)}", flush=True)
+    status = train(arguments)
+    print(f"took {time.monotonic() - started:.0f} s")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inmerge_jax.reporting import write_report
+from tests.reporting.folder import edit, write_run
+
+
+class Reader(HTMLParser):
+    """Collects table rows, text, attributes and unclosed elements."""
+
+    VOID = ("meta", "link", "img", "br", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.text, self.attributes, self.open = [], "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *attr) for attr in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, *attr) for attr in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run") / "three")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_numbers_are_those_of_the_results(folder, page):
+    stored = json.loads((folder / "results.json").read_text())["arms"]
+    rows = Reader(page).rows
+    for arm, results in stored.items():
+        aucs = [result["test"]["auc"] for result in results]
+        accs = [result["test"]["acc"] for result in results]
+        spread, each = (row for row in rows if row[0] == arm)
+        assert spread[1] == f"{np.mean(aucs):.3f} \u00b1 {np.std(aucs, ddof=1):.3f}"
+        assert spread[2] == f"{np.mean(accs):.3f} \u00b1 {np.std(accs, ddof=1):.3f}"
+        assert each[1:] == [f"{a:.3f} / {b:.3f}" for a, b in zip(aucs, accs, strict=True)]
+
+
+def test_nothing_is_requested_from_anywhere(page):
+    reader = Reader(page)
+    assert not reader.open
+    for tag, name, value in reader.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith(("data:", "#")), (tag, name, value)
+    assert not re.search(r"https?:|@import|<script", page)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]+)\)", page))
+
+
+def test_every_section_is_drawn(page):
+    reader = Reader(page)
+    labels = {
+        value for tag, name, value in reader.attributes if (tag, name) == ("figure", "aria-label")
+    }
+    assert {"Training loss", "Validation AUC", "Kernels merged per epoch"} <= labels
+    assert {"Kernels merged per layer and epoch", "Nearest other kernel", "ROC: nodule"} <= labels
+    assert page.count("<svg") == len(labels) == 4 + 2 + 4 + 4
+    for text in ("resnet18", "0.10.2", "rule.threshold", "640 train / 40 val / 160 test"):
+        assert text in reader.text
+
+
+def test_svg_references_stay_inside_the_page(page):
+    reader = Reader(page)
+    ids = {value for _, name, value in reader.attributes if name == "id"}
+    links = set(re.findall(r"url\(#([^)]+)\)", page))
+    links |= {v[1:] for _, name, v in reader.attributes if name == "href" and v.startswith("#")}
+    assert links and links <= ids
+
+
+def test_sample_images_are_the_stored_pixels(folder, page):
+    stored = np.load(folder / "samples.npz")["images"]
+    sources = [v for tag, name, v in Reader(page).attributes if (tag, name) == ("img", "src")]
+    for source, image in zip(sources, stored, strict=True):
+        shown = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+        np.testing.assert_array_equal(np.asarray(shown), image[..., 0])
+
+
+def test_names_from_the_run_are_escaped(tmp_path):
+    evil = "<script>alert(1)</script> & co"
+    folder = write_run(tmp_path / "run", seeds=(0,), title=evil, classes=(evil, "b"))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert evil in Reader(page).text
+
+
+def test_missing_pieces_are_named(tmp_path):
+    folder = write_run(tmp_path / "run", arms=("backbone",))
+    for path in [*folder.rglob("metrics.jsonl"), *folder.glob("*.npz")]:
+        path.unlink()
+    (folder / "environment.json").unlink()
+    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    for expected in (
+        "Arm inmerge was not run.",
+        "Arm finetune was not run.",
+        "The file environment.json is missing.",
+        "holds no samples.npz",
+        "holds no metrics.jsonl",
+        "holds no similarity.json",
+        "holds no test labels",
+    ):
+        assert expected in text
+
+
+def test_undefined_metrics_are_visible(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0,))
+
+    def blank(results):
+        for results_of_arm in results["arms"].values():
+            results_of_arm[0]["test"]["auc"] = float("nan")
+
+    edit(folder, blank)
+    for path in folder.rglob("metrics.jsonl"):
+        lines = [json.loads(line) | {"val_auc": None} for line in path.read_text().splitlines()]
+        path.write_text("\n".join(map(json.dumps, lines)))
+    page = write_report(folder).read_text(encoding="utf-8")
+    reader = Reader(page)
+    assert "inmerge: the test AUC is undefined for seed 0." in reader.text
+    assert "undefined in every epoch" in reader.text
+    assert "nan" not in [cell for row in reader.rows for cell in row]
+
+
+def test_a_run_that_merged_nothing_says_so_at_the_top(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0,), merging=False)
+    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    assert text.index("Nothing was merged in this run.") < text.index("Sample images")
+    assert "nothing was merged" in text[text.index("Block_3/Conv_1") :]
+
+
+def test_warnings_of_the_run_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0, 1))
+    edit(folder, lambda r: r["arms"]["inmerge"][1]["warnings"].append("no merges by epoch 1"))
+    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    assert "inmerge, seed 1: no merges by epoch 1" in text
+
+
+def test_a_class_with_one_label_has_a_panel_without_curve(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0,))
+    labels = np.load(folder / "labels.npz")["test"]
+    np.savez(folder / "labels.npz", test=np.where(labels == 3, 0, labels))
+    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    assert "No curve: 0 of 160 test images have this label." in text
+
+
+def test_the_same_folder_gives_the_same_bytes(folder, page):
+    assert write_report(folder).read_text(encoding="utf-8") == page
+
+
+def test_only_the_report_is_written(folder, page):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    write_report(folder)
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {folder / "report.html"}
