@@ -7,7 +7,7 @@ from inmerge_jax.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 1 (diverged) or 2 (bad input)."""
+    """Runs the command line; returns the status: 0, 1 (diverged), 2 (bad input), 130 (Ctrl-C)."""
     from inmerge_jax.training.config import parse_config
 
     config = parse_config(arguments)
@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
     rich_print(to_rich(make_report(read_run(config.output))))
     print(f"report: {report}")
     return 0

@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+
+from experiments.train import main
+from inmerge_jax.data import DataConfig, PhantomConfig
+from inmerge_jax.errors import InputError
+from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training.config import (
+    ModelConfig,
+    RecipeConfig,
+    RuleConfig,
+    TrainConfig,
+    config_dict,
+    parse_config,
+    resolve_recipe,
+    resolve_rule,
+)
+from inmerge_jax.training.recipes import RECIPES
+
+SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
+TINY = [*SMALL, "--model", "vgg16", "--width", "0.05", "--batch-size", "8"]
+
+
+def test_defaults_are_the_papers_rule_and_the_benchmarks_recipe():
+    config = parse_config([])
+    assert resolve_recipe(config.recipe) == RECIPES["medmnist"]
+    rule = resolve_rule(config.rule)
+    assert (rule.probability, rule.threshold, rule.alpha, rule.partner) == (0.3, 0.3, 0.8, "random")
+    assert config.rule.skip == 10
+    assert config.data.name == "phantom"
+
+
+def test_every_option_reaches_its_place():
+    config = parse_config(
+        "--data breastmnist --data-dir d --allow-unverified --no-download --model vgg16 --stem "
+        "imagenet --recipe released --epochs 3 --merging-epochs 2 --batch-size 7 --learning-rate "
+        "0.5 --merging-learning-rate 0.25 --flip False --alpha 0.9 --skip 4 --seeds 3 5 --arms "
+        "inmerge --devices 2 --resume --output o --phantom.findings nodule mass".split()
+    )
+    recipe = resolve_recipe(config.recipe)
+    changed = {
+        "epochs": 3,
+        "merging_epochs": 2,
+        "batch_size": 7,
+        "learning_rate": 0.5,
+        "merging_learning_rate": 0.25,
+        "flip": False,
+    }
+    assert recipe == dataclasses.replace(RECIPES["released"], **changed)
+    assert (config.data.name, str(config.data.data_dir)) == ("breastmnist", "d")
+    assert (config.data.allow_unverified, config.data.download) == (True, False)
+    assert config.data.phantom.findings == ("nodule", "mass")
+    assert (config.model.name, config.model.stem) == ("vgg16", "imagenet")
+    assert (config.rule.alpha, config.rule.skip, config.devices) == (0.9, 4, 2)
+    assert (config.seeds, config.arms, config.resume) == ((3, 5), ("inmerge",), True)
+
+
+def test_a_configuration_made_in_python_needs_no_command_line():
+    config = TrainConfig(
+        data=DataConfig(size=16, phantom=PhantomConfig(train=40, val=8, test=8)),
+        model=ModelConfig("vgg16", width=0.05),
+        recipe=RecipeConfig(batch_size=8),
+        devices=1,
+    )
+    plan = plan_run(config)
+    assert len(plan.kernels) == 13 and len(plan.deep) == 3
+    assert plan.deep == plan.kernels[10:]
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig):
+        for field in dataclasses.fields(section):
+            name = field.name.replace("_", "-")
+            if name == "name":
+                continue
+            nested = section is TrainConfig and name in ("data", "model", "recipe", "rule")
+            if not nested and name != "phantom":
+                assert re.search(rf"--(no-)?{name}\b", text), name
+    for name in ("--data", "--model", "--recipe", "--phantom.train"):
+        assert re.search(rf"{name} ", text), name
+
+
+def test_the_saved_configuration_is_resolved_and_leaves_out_how_the_run_was_started():
+    config = parse_config(["--epochs", "4", "--arms", "inmerge"])
+    values = config_dict(config, resolve_recipe(config.recipe), devices=8)
+    assert values == json.loads(json.dumps(values))
+    assert values["recipe"]["epochs"] == 4 and values["recipe"]["optimizer"] == "adam"
+    assert values["devices"] == 8 and values["arms"] == ["backbone", "inmerge"]
+    other = parse_config("--epochs 4 --arms backbone inmerge --resume --output x".split())
+    assert config_dict(other, resolve_recipe(other.recipe), devices=8) == values
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-option"],
+        ["--arms", "backbone", "distill"],
+        ["--epochs", "three"],
+        ["--stem", "large"],
+        ["--partner", "best"],
+    ],
+)
+def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert arguments[-1].removeprefix("--") in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--data", "catmnist"], r"catmnist.*phantom"),
+        (["--model", "resnet19"], r"resnet19.*resnet18"),
+        (["--recipe", "best"], r"--recipe best.*medmnist, released"),
+        (["--probability", "1.5"], r"--probability 1.5.*\[0, 1\]"),
+        (["--probability", "nan"], r"--probability nan.*\[0, 1\]"),
+        (["--alpha", "-0.1"], r"--alpha -0.1.*\[0, 1\]"),
+        (["--threshold", "-2"], r"--threshold -2.*\[-1, 1\]"),
+        (["--skip", "13"], r"--skip 13.*13 convolutions.*0 to 12"),
+        (["--skip", "-1"], r"--skip -1"),
+        (["--epochs", "0"], r"--epochs 0.*1 or more"),
+        (["--merging-epochs", "0"], r"--merging-epochs 0.*1 or more"),
+        (["--batch-size", "0"], r"--batch-size 0.*1 or more"),
+        (["--batch-size", "41", "--devices", "1"], r"41.*40.*--batch-size"),
+        (["--batch-size", "12"], r"--batch-size 12.*8 devices"),
+        (["--devices", "9"], r"--devices 9.*1 to 8"),
+        (["--devices", "0"], r"--devices 0"),
+        (["--learning-rate", "0"], r"--learning-rate 0.*positive"),
+        (["--merging-learning-rate", "inf"], r"--merging-learning-rate inf.*positive"),
+        (["--momentum", "1"], r"--momentum 1"),
+        (["--weight-decay", "-1"], r"--weight-decay -1"),
+        (["--seeds", "1", "1"], r"--seeds 1 1.*once"),
+        (["--seeds", "-1"], r"--seeds -1"),
+        (["--seeds"], r"--seeds.*at least one"),
+        (["--arms"], r"--arms.*at least one"),
+        (["--resume", "--overwrite"], r"--resume and --overwrite"),
+        (["--resume"], r"--resume.*no run"),
+        (["--data", "breastmnist", "--size", "28", "--file", "missing.npz"], r"missing\.npz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named_and_nothing_is_written(arguments, pattern, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main([*TINY, "--output", str(output), "--cache", "None", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert re.search(pattern, message, re.DOTALL), message
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_with_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main([*TINY, "--output", str(tmp_path), "--cache", "None", "--overwrite"]) == 2
+    assert "holds files but no run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_channels_follow_the_recipes_normalisation():
+    config = parse_config([*TINY, "--recipe", "released"])
+    assert plan_run(config).shape == (16, 16, 3)
+    assert plan_run(parse_config(TINY)).shape == (16, 16, 1)
+
+
+def test_a_rule_out_of_range_is_an_input_error_for_python_too():
+    with pytest.raises(InputError, match="--alpha 2"):
+        resolve_rule(RuleConfig(alpha=2))
+    assert jax.local_device_count() == 8

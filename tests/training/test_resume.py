@@ -1,0 +1,140 @@
+"""Whole runs of `python -m experiments.train` in processes of their own, killed and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.train import main
+from inmerge_jax.training.checkpoints import checkpoint_epochs
+from inmerge_jax.training.runfolder import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+OPTIONS = (
+    "--size 16 --phantom.train 480 --phantom.val 32 --phantom.test 32 --model resnet18 "
+    "--width 0.125 --batch-size 16 --epochs 3 --merging-epochs 3 --arms inmerge --devices 1 "
+    "--recipe released --learning-rate 0.01 --threshold 0.1 --seeds 7"
+).split()
+TIMINGS = {"seconds", "images_per_second", "environment"}
+
+
+def command(output, *options):
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    start = [sys.executable, "-m", "experiments.train", "--output", str(output), "--cache", cache]
+    return [*start, *OPTIONS, *options]
+
+
+def train(output, *options):
+    return subprocess.run(
+        command(output, *options), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+
+
+def kill_mid_epoch(output, arm, *options):
+    """Starts or resumes a run and kills it soon after the arm's first checkpoint is whole."""
+    checkpoint = output / "seed7" / arm / "checkpoints" / "1"
+    with subprocess.Popen(
+        command(output, *options), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not checkpoint.exists():
+                assert process.poll() is None, process.stdout.read().decode()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(0.1)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if key not in TIMINGS}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def evidence(output):
+    found = {"results": timeless(json.loads((output / "results.json").read_text()))}
+    for arm in ("backbone", "inmerge"):
+        folder = output / "seed7" / arm
+        found[f"{arm} metrics"] = timeless(read_metrics(folder / "metrics.jsonl"))
+        for path in (folder / "scores").iterdir():
+            found[f"{arm} {path.name}"] = path.read_bytes()
+        for epoch in checkpoint_epochs(folder / "checkpoints"):
+            found[f"{arm} {epoch}"] = arrays(folder / "checkpoints" / str(epoch))
+        found[f"{arm} similarity"] = (folder / "similarity.json").read_bytes()
+    return found
+
+
+def arrays(checkpoint):
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
+    tree = ocp.Checkpointer(handler).restore((checkpoint / "tree").absolute())
+    return {name: np.asarray(value).tobytes() for name, value in tree.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+def test_killed_twice_and_resumed_is_bit_identical(whole, tmp_path, capsys):
+    output = tmp_path / "parts"
+    kill_mid_epoch(output, "backbone")
+    assert len(read_metrics(output / "seed7" / "backbone" / "metrics.jsonl")) < 3
+    assert main(command(output)[3:]) == 2
+    assert "--resume" in capsys.readouterr().err
+
+    kill_mid_epoch(output, "inmerge", "--resume")
+    assert not (output / "seed7" / "inmerge" / "result.json").exists()
+    assert not (output / "results.json").exists()
+    done = train(output, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 7 inmerge: goes on from epoch" in done.stdout
+    assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
+    assert evidence(output) == evidence(whole)
+
+
+def test_a_run_leaves_everything_that_its_report_needs(whole):
+    names = {path.name for path in whole.iterdir()}
+    files = {"config.json", "environment.json", "results.json", "report.html"}
+    assert names >= files | {"samples.npz", "labels.npz", "seed7"}
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results["arms"]) == ["backbone", "inmerge"] and results["seeds"] == [7]
+    assert results["dataset"]["counts"] == {"train": 480, "val": 32, "test": 32}
+    (inmerge,) = results["arms"]["inmerge"]
+    assert len(inmerge["layers"]) == 10 and sum(inmerge["merged"]) > 0
+    with np.load(whole / "samples.npz") as samples:
+        assert len(samples["images"]) == len(samples["names"]) == len(samples["labels"])
+        assert set(samples["names"]) == set(results["dataset"]["classes"])
+    second = read_metrics(whole / "seed7" / "inmerge" / "metrics.jsonl")
+    backbone = read_metrics(whole / "seed7" / "backbone" / "metrics.jsonl")
+    (first,) = results["arms"]["backbone"]
+    assert second[0]["learning_rate"] == backbone[first["best_epoch"] - 1]["learning_rate"]
+
+
+def test_a_finished_run_is_not_touched(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    for options in ([], ["--resume"]):
+        assert main(command(whole, *options)[3:]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+
+def test_resuming_with_another_configuration_names_the_difference(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert main(command(tmp_path / "run", "--resume", "--alpha", "0.5")[3:]) == 2
+    assert "rule.alpha: 0.8 there, 0.5 now" in capsys.readouterr().err
