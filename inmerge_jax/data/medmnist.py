@@ -19,6 +19,16 @@ from inmerge_jax.errors import InputError
 
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
+# What zipfile, zlib and NumPy raise on damaged archives and array headers.
+_DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def load_medmnist(
@@ -74,7 +84,7 @@ def load_medmnist(
             f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
             f"{size} px: {remedy}, or load it as it is with --allow-unverified"
         )
-    arrays = _read_arrays(path, remedy)
+    arrays = _read_arrays(path, remedy, verified=not note)
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
     splits = {s: _make_split(path, s, arrays, info, name, size) for s in SPLITS}
     if note:
@@ -175,10 +185,16 @@ def _checked_md5(path: Path, remedy: str) -> str:
     return md5
 
 
-def _read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.ndarray]:
     """All six arrays, or an error: nothing is returned from a file that is damaged anywhere."""
     wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
     try:
+        if not verified:
+            # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with np.load(path, allow_pickle=False) as archive:
             absent = [key for key in wanted if key not in archive]
             if absent:
@@ -189,8 +205,7 @@ def _read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
             return {key: archive[key] for key in wanted}
     except InputError:
         raise
-    # What zipfile and NumPy raise on damaged archives and array headers.
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise InputError(
             f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): {remedy}"
         ) from error
