@@ -81,7 +81,8 @@ def merge_plots(run: Run) -> list[Plot]:
     first = _plot(
         lambda axes: _merge_map(axes, mean, names),
         "Each cell: kernels merged in that layer during that epoch, mean over seeds. Deeper layers "
-        "are lower. Fading to the right means that merging runs out of similar kernels.",
+        "are lower. Brighter to the right: merged kernels grew alike and merge again; darker: "
+        "similar kernels run out.",
         "Kernels merged per layer and epoch",
         (4.8, max(3.3, 1.2 + 0.24 * len(names))),
     )
@@ -105,7 +106,8 @@ def similarity_plots(run: Run) -> list[Plot]:
                 lambda axes, arm=arm, layers=layers: _bands(axes, arm, layers, rule),
                 f"Cosine between kernels of one layer, before and after the stage {arm}. Line: "
                 "median; band: the middle 90% of pairs; thin line: the 99% quantile. Merging "
-                "needs pairs above the threshold, right of the dotted line.",
+                "needs pairs above the threshold, right of the dotted line. Peaks are often 1x1 "
+                "shortcuts: kernels of few weights are alike by chance.",
                 f"Kernel similarity by depth: {arm}",
             )
         )
