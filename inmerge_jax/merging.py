@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.kernels import Kernel, path_name
+from inmerge_jax.pairs import mix_pairs, nearest_partner, pair_similarity
 
 PARTNERS = ("random", "nearest")
 
@@ -131,7 +132,7 @@ def merge_kernels(
             counts.append((none, none, jnp.float32(0)))
             continue
         selected, partner = _draw(_layer_key(key, kernel), kernel.count, rule)
-        leaves[i], *count = _mix(leaves[i], kernel.out_axis, selected, partner, rule)
+        leaves[i], *count = _merge_layer(leaves[i], kernel.out_axis, selected, partner, rule)
         counts.append(tuple(count))
     selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
     total = jnp.array([kernel.count for kernel in kernels], jnp.int32)
@@ -153,49 +154,26 @@ def _draw(key: jax.Array, count: int, rule: MergeRule) -> tuple[jax.Array, jax.A
     return selected, jnp.where(other >= jnp.arange(count), other + 1, other)
 
 
-def _mix(
+def _merge_layer(
     weight: jax.Array, axis: int, selected: jax.Array, partner: jax.Array | None, rule: MergeRule
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Mixes one layer; returns its weight, the counts selected and merged, the mean similarity.
+    """Merges one layer; returns its weight, the counts selected and merged, the mean similarity.
 
     `partner` gives each kernel's partner, or is None for the nearest.
     """
-    w = weight.astype(jnp.float32)
-    across = tuple(d for d in range(w.ndim) if d != axis)
-    square = jnp.sum(w * w, across)
-    inverse = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
     if partner is None:
-        partner, similarity = _nearest(w * jnp.expand_dims(inverse, across), across)
-        other = _take(w, partner, axis)
+        partner, similarity = nearest_partner(weight, axis)
     else:
-        other = _take(w, partner, axis)
-        similarity = jnp.sum(w * other, across) * inverse * inverse[partner]
-    similarity = jnp.minimum(similarity, 1)
+        similarity = pair_similarity(weight, axis, partner)
     merged = selected & (similarity > rule.threshold)
-    alpha = jnp.asarray(rule.alpha, jnp.float32)
-    mixed = (alpha * w + (1 - alpha) * other).astype(weight.dtype)
     count = jnp.sum(merged, dtype=jnp.int32)
     total = jnp.sum(jnp.where(merged, similarity, 0))
-    mean = total / jnp.maximum(count, 1).astype(jnp.float32)
     return (
-        jnp.where(jnp.expand_dims(merged, across), mixed, weight),
+        mix_pairs(weight, axis, partner, merged, rule.alpha),
         jnp.sum(selected, dtype=jnp.int32),
         count,
-        mean,
+        total / jnp.maximum(count, 1).astype(jnp.float32),
     )
-
-
-def _take(w: jax.Array, partner: jax.Array, axis: int) -> jax.Array:
-    """`w` with its kernels in the order of `partner`."""
-    return w.at[(slice(None),) * axis + (partner,)].get(mode="promise_in_bounds")
-
-
-def _nearest(unit: jax.Array, across: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Each kernel's most similar other, and that similarity, from kernels of unit length."""
-    similarity = jnp.tensordot(unit, unit, (across, across), precision=jax.lax.Precision.HIGHEST)
-    itself = jnp.eye(len(similarity), dtype=bool)
-    similarity = jnp.where(itself | jnp.isnan(similarity), -jnp.inf, similarity)
-    return jnp.argmax(similarity, axis=1), jnp.max(similarity, axis=1)
 
 
 def _locate(kernel: Kernel, position: dict[Any, int], leaves: list[Any]) -> int:

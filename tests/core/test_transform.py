@@ -59,14 +59,20 @@ def train(tx, params, steps=STEPS):
 
 def train_merging_first(tx, params, rule_at=lambda n: RULE, steps=STEPS):
     """Merges before each forward pass; the pass after update n draws as the n-th merge does."""
+
+    def merge(params, n):
+        return merge_kernels(params, jax.random.fold_in(KEY, n), KERNELS, rule_at(n))[0]
+
+    @jax.jit
+    def step(params, state, n):
+        params = jax.lax.cond(n > 0, lambda: merge(params, n - 1), lambda: params)
+        updates, state = tx.update(jax.grad(loss)(params, IMAGES), state, params)
+        return optax.apply_updates(params, updates), state
+
     state = tx.init(params)
     for n in range(steps):
-        if n:
-            key = jax.random.fold_in(KEY, n - 1)
-            params, _ = merge_kernels(params, key, KERNELS, rule_at(n - 1))
-        updates, state = tx.update(jax.grad(loss)(params, IMAGES), state, params)
-        params = optax.apply_updates(params, updates)
-    return merge_kernels(params, jax.random.fold_in(KEY, steps - 1), KERNELS, rule_at(steps - 1))[0]
+        params, state = step(params, state, n)
+    return jax.jit(merge)(params, steps - 1)
 
 
 def assert_close(a, b, **tolerance):
@@ -108,9 +114,7 @@ def test_updates_of_unmerged_kernels_pass_bit_for_bit():
     np.testing.assert_array_equal(out["bias"], updates["bias"])
     same = (out["conv_2"] == updates["conv_2"]).all((0, 1, 2))
     moved = optax.apply_updates(params, updates)
-    merged, _ = merge_kernels(
-        moved, jax.random.fold_in(KEY, 0), KERNELS, MergeRule(0.3, -1.0, 0.5)
-    )
+    merged, _ = merge_kernels(moved, jax.random.fold_in(KEY, 0), KERNELS, MergeRule(0.3, -1.0, 0.5))
     kept = (merged["conv_2"] == moved["conv_2"]).all((0, 1, 2))
     np.testing.assert_array_equal(same, kept)
     assert 0 < kept.sum() < 8
