@@ -21,7 +21,7 @@ from inmerge_jax.reporting.summary import class_columns
 COLOURS = {"backbone": "#000000", "finetune": "#0072B2", "inmerge": "#D55E00"}
 MARKS = {"backbone": "-", "finetune": "--", "inmerge": "-"}
 BEFORE, GUIDE = "#009E73", "#767676"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_jax.reporting import write_report
+from inmerge_jax.reporting.html import write_report
 from tests.reporting.folder import edit, write_run
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 from rich.console import Console
 
-from inmerge_jax.reporting import make_report, markdown, read_run, to_rich
-from inmerge_jax.reporting.tables import main
+from inmerge_jax.reporting.runs import read_run
+from inmerge_jax.reporting.tables import main, make_report, markdown, to_rich
 from tests.reporting.folder import edit, write_run
 
 
