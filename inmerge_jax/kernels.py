@@ -184,7 +184,8 @@ class _Walk:
         return [origin(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, origins: list[_Origin | None]) -> list[_Origin | None]:
-        name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+        name = eqn.primitive.name
+        nothing: list[_Origin | None] = [None] * len(eqn.outvars)
         inner = _inner_jaxprs(eqn, origins)
         if inner is not None:
             outs = [self.jaxpr(jaxpr, given) for jaxpr, given in inner]

@@ -124,7 +124,7 @@ def merge_kernels(
     paths_leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     position = {path: i for i, (path, _) in enumerate(paths_leaves)}
     leaves = [leaf for _, leaf in paths_leaves]
-    counts = []
+    counts: list[tuple[jax.Array, ...]] = []
     for kernel in kernels:
         i = _locate(kernel, position, leaves)
         if kernel.count < 2:
@@ -136,7 +136,7 @@ def merge_kernels(
         counts.append(tuple(count))
     selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
     total = jnp.array([kernel.count for kernel in kernels], jnp.int32)
-    return tree.unflatten(leaves), MergeStats(total, selected, merged, similarity)
+    return jax.tree.unflatten(tree, leaves), MergeStats(total, selected, merged, similarity)
 
 
 def _layer_key(key: jax.Array, kernel: Kernel) -> jax.Array:

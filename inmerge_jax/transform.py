@@ -14,7 +14,7 @@ from inmerge_jax.merging import MergeRule, merge_kernels
 class InModelMergingState(NamedTuple):
     """How many updates were made, int32 (), and the key that every merge's key is folded from."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's states name it so; tuple has a count
     key: jax.Array
 
 

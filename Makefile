@@ -1,0 +1,33 @@
+# make run     set up, then train the three arms on the embedded phantom
+# make test    set up, then run the tests
+# make check   lint, format and types
+# make clean   remove the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
+
+.PHONY: run test check clean
+
+run: $(READY)
+	$(BIN)/python -m experiments.quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov=inmerge_jax --cov-report=
+	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=95
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV)
