@@ -15,15 +15,7 @@ from tests.oracles import merging_numpy, released_torch  # noqa: E402
 from tests.oracles.torch_networks import create_network  # noqa: E402
 
 TINY = Case("vgg16", "small", 8, 2, rounds=2)
-
-
-def main(options):
-    """What the cache measurement starts: one program, kept in the folder after --cache."""
-    jax.config.update("jax_compilation_cache_dir", options[options.index("--cache") + 1])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.jit(lambda x: x * 2 + 1)(np.float32(1))
-    return options.index("--status") and int(options[options.index("--status") + 1])
+ONE_PROGRAM = "tests.experiments.one_program"
 
 
 # ---- the PyTorch readings
@@ -63,8 +55,12 @@ def test_released_draws_are_uniform_over_the_others():
 
 @pytest.mark.parametrize(
     ("name", "stem", "size"),
-    [("resnet18", "small", 28), ("vgg16", "small", 28), ("vgg19", "small", 32)]
-    + [("vgg19", "imagenet", 224)],
+    [
+        ("resnet18", "small", 28),
+        ("vgg16", "small", 28),
+        ("vgg19", "small", 32),
+        ("vgg19", "imagenet", 224),
+    ],
 )
 def test_networks_have_the_same_parameters(name, stem, size):
     def init(key, x):
@@ -117,8 +113,13 @@ def test_ratio_is_the_median_over_the_rounds():
 
 @pytest.mark.parametrize(
     ("target", "met"),
-    [(Target("at least", 2), True), (Target("at most", 2), True)]
-    + [(Target("at least", 2.1), False), (Target("at most", 1.9), False), (None, None)],
+    [
+        (Target("at least", 2), True),
+        (Target("at most", 2), True),
+        (Target("at least", 2.1), False),
+        (Target("at most", 1.9), False),
+        (None, None),
+    ],
 )
 def test_target_decides_what_is_met(target, met):
     assert Row("name", "quantity", 2.0, 2.0, 2.0, target).to_dict()["met"] is met
@@ -156,7 +157,7 @@ def test_steps_are_compared_in_one_process():
 
 
 def test_second_start_compiles_nothing_anew():
-    row, times = (row.to_dict() for row in cache_rows(__name__, ["--status", "0"]))
+    row, times = (row.to_dict() for row in cache_rows(ONE_PROGRAM, []))
     assert (row["value"], row["met"]) == (0, True)
     assert "0 compiled by the first" not in row["note"]
     assert list(times["seconds"]) == ["first start", "second start"]
@@ -164,7 +165,7 @@ def test_second_start_compiles_nothing_anew():
 
 def test_failed_start_is_an_error():
     with pytest.raises(Exception, match="returned non-zero exit status 3"):
-        cache_rows(__name__, ["--status", "3"])
+        cache_rows(ONE_PROGRAM, ["--fail"])
 
 
 # ---- the command
