@@ -8,6 +8,8 @@ from jax import lax
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
 
+from inmerge_jax.models.convolution import conv_general_dilated
+
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 """torchvision's initial convolution weights."""
 
@@ -42,6 +44,7 @@ def conv(
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
         name=name,
     )
 
@@ -115,8 +118,15 @@ class Dropout(nn.Module):
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """Largest of each 2x2 window, stride 2; an odd last row or column is left out."""
-    return nn.max_pool(x, (2, 2), (2, 2))
+    """Largest of each 2x2 window, stride 2; an odd last row or column is left out.
+
+    Where entries of a window tie, they share the gradient. This form differentiates to plain
+    arithmetic; the gradient of `lax.reduce_window` is slow on CPU.
+    """
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    upper, lower = x[:, 0:height:2], x[:, 1:height:2]
+    tall = jnp.maximum(upper, lower)[:, :, :width]
+    return jnp.maximum(tall[:, :, 0::2], tall[:, :, 1::2])
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,177 @@
+"""2-D convolution with its own route on CPU, where parts of XLA's are many times too slow.
+
+What was measured against XLA's CPU convolution decides which way a shape goes:
+
+- Output maps of at most 8x8 pixels, and 1x1 kernels: patches times weights. On the smallest maps
+  the native operation loses an order of magnitude.
+- Other 3x3 kernels of stride 1: the native operation forward and for the gradient of the images,
+  and a sum over blocks of rows for the gradient of the weight. There the native one treats the
+  whole map as a kernel and takes two to four times as long.
+- Everything else, and every other platform: the native operation.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_SMALL_MAP = 8 * 8
+_ROWS_PER_PRODUCT = 1024
+
+Pads = tuple[tuple[int, int], ...]
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = None,
+    feature_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, fast on CPU too: for `flax.linen.Conv(conv_general_dilated=...)`.
+
+    Takes the same arguments and returns the same to rounding. The platform that counts is the one
+    compiled for, not the one that traces, and the other route costs nothing. Forward-mode
+    differentiation is not available where CPU goes its own way with a 3x3 kernel.
+
+    Plain convolutions take the CPU's route: images (batch, height, width, inputs), weights (height,
+    width, inputs, outputs), no groups, no dilation.
+    """
+
+    def native(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+        )
+
+    dilation = (*(lhs_dilation or ()), *(rhs_dilation or ()))
+    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if layout != _NHWC or feature_group_count != 1 or any(step != 1 for step in dilation):
+        return native(lhs, rhs)
+
+    window, strides = rhs.shape[:2], tuple(window_strides)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], window, strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    height, width = output = _output_size(lhs.shape, window, strides, pads)
+
+    def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        patches = _patches(lhs, window, strides, pads, output)
+        return jnp.matmul(patches, rhs.reshape(-1, rhs.shape[-1]), precision=precision)
+
+    def rows(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return _with_weight_gradient_by_rows(native, pads, precision)(lhs, rhs)
+
+    if height * width <= _SMALL_MAP or window == (1, 1):
+        return lax.platform_dependent(lhs, rhs, cpu=product, default=native)
+    if window == (3, 3) and strides == (1, 1) and min(*pads[0], *pads[1]) >= 0:
+        return lax.platform_dependent(lhs, rhs, cpu=rows, default=native)
+    return native(lhs, rhs)
+
+
+def _output_size(
+    lhs_shape: Sequence[int], window: Sequence[int], strides: Sequence[int], pads: Pads
+) -> tuple[int, int]:
+    """Height and width of the output."""
+    height, width = (
+        (size + low + high - taps) // stride + 1
+        for size, taps, stride, (low, high) in zip(
+            lhs_shape[1:3], window, strides, pads, strict=True
+        )
+    )
+    return height, width
+
+
+def _patches(
+    lhs: jax.Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    pads: Pads,
+    output: tuple[int, int],
+) -> jax.Array:
+    """What each output pixel sees: (batch, height, width, taps * inputs), taps row by row."""
+    (down, across), (height, width) = strides, output
+    zero = jnp.zeros((), lhs.dtype)
+    padded = lax.pad(lhs, zero, ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+    taps = [
+        padded[:, i : i + down * (height - 1) + 1 : down, j : j + across * (width - 1) + 1 : across]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _with_weight_gradient_by_rows(native, pads: Pads, precision: lax.PrecisionLike):
+    """`native`, a convolution of stride 1, with a faster gradient of its weight."""
+
+    @jax.custom_vjp
+    def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return native(lhs, rhs)
+
+    def forward(lhs: jax.Array, rhs: jax.Array):
+        return native(lhs, rhs), (lhs, rhs)
+
+    def backward(residuals, gradient: jax.Array):
+        lhs, rhs = residuals
+        (lhs_gradient,) = jax.linear_transpose(lambda x: native(x, rhs), lhs)(gradient)
+        return lhs_gradient, _weight_gradient(lhs, rhs, gradient, pads, precision)
+
+    convolve.defvjp(forward, backward)
+    return convolve
+
+
+def _weight_gradient(
+    lhs: jax.Array, rhs: jax.Array, gradient: jax.Array, pads: Pads, precision: lax.PrecisionLike
+) -> jax.Array:
+    """Gradient of the weight `rhs` of a convolution of stride 1.
+
+    Shifting the images across and the gradient down gives one product, (shifts * inputs) by
+    (shifts * outputs), for all taps. It goes over a block of rows at a time, so that the shifted
+    copies stay in the processor's cache.
+    """
+    (down, across, inputs, outputs), (batch, height) = rhs.shape, lhs.shape[:2]
+    (top, bottom), (left, right) = pads
+    gradient_width = gradient.shape[2]
+    # Row r of the images meets row r + top - i of the gradient through tap i.
+    above, below = down - 1 - top, down - 1 - bottom
+    zero = jnp.zeros((), lhs.dtype)
+    gradient = lax.pad(gradient, zero, ((0, 0, 0), (above, below, 0), (0, 0, 0), (0, 0, 0)))
+    block = _block(height, batch * gradient_width)
+
+    def add_block(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        x = lax.dynamic_slice_in_dim(lhs, start, block, axis=1)
+        x = lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (left, right, 0), (0, 0, 0)))
+        g = lax.dynamic_slice_in_dim(gradient, start, block + down - 1, axis=1)
+        x = jnp.concatenate([x[:, :, j : j + gradient_width] for j in range(across)], axis=-1)
+        g = jnp.concatenate([g[:, down - 1 - i :][:, :block] for i in range(down)], axis=-1)
+        total += lax.dot_general(
+            x.reshape(-1, across * inputs),
+            g.reshape(-1, down * outputs),
+            (((0,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return total, None
+
+    total = jnp.zeros((across * inputs, down * outputs), jnp.float32)
+    total, _ = lax.scan(add_block, total, jnp.arange(0, height, block))
+    return total.reshape(across, inputs, down, outputs).transpose(2, 0, 1, 3).astype(rhs.dtype)
+
+
+def _block(height: int, row: int) -> int:
+    """Fewest image rows that divide `height` and give a product enough rows to be efficient."""
+    divisors = [n for n in range(1, height + 1) if height % n == 0]
+    return next((n for n in divisors if n * row >= _ROWS_PER_PRODUCT), height)
