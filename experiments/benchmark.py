@@ -166,6 +166,7 @@ def merge_rows(*, rounds: int, layers: int = 6, channels: int = 512, repeats: in
     weights = trained_like(np.random.default_rng(0), layers, channels)
     rows = []
     for threshold, target, what in ((0.3, 5, "few qualify"), (-1.0, 3, "all selected merge")):
+        print(f"merge: threshold {threshold:g}, {rounds} rounds", flush=True)
         random = MergeRule(threshold=threshold)
         contenders = {
             LOOP: loop_merger(weights, threshold),
@@ -245,6 +246,7 @@ def merger(weights: Sequence[np.ndarray], rule: MergeRule, *, donate: bool) -> C
 
 def overhead_row(case: Case) -> Row:
     """The training step with merging (the default rule, all but the first ten convolutions)."""
+    print(f"overhead: {case}, {case.rounds} rounds", flush=True)
     plain, merging = jax_steps(case, (None, MergeRule()))
     seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=case.rounds)
     note = "random partner, threshold 0.3; state donated; both steps take turns on one state"
@@ -253,6 +255,7 @@ def overhead_row(case: Case) -> Row:
 
 def pytorch_rows(case: Case) -> list[Row]:
     """The training step without merging against PyTorch's, in its default layout and the other."""
+    print(f"pytorch: {case}, {case.rounds} rounds", flush=True)
     contenders = {
         PLAIN: jax_steps(case, (None,))[0],
         TORCH: torch_step(case, torch.contiguous_format),
