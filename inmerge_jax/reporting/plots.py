@@ -11,8 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inmerge_jax.reporting.runs import ARMS, Run, number
 from inmerge_jax.reporting.summary import class_columns
@@ -80,9 +81,9 @@ def merge_plots(run: Run) -> list[Plot]:
     names = result.get("layers") or [f"layer {i}" for i in range(mean.shape[1])]
     first = _plot(
         lambda axes: _merge_map(axes, mean, names),
-        "Each cell: kernels merged in that layer during that epoch, mean over seeds. Deeper layers "
-        "are lower. Brighter to the right: merged kernels grew alike and merge again; darker: "
-        "similar kernels run out.",
+        "Kernels merged in a layer during an epoch, mean over seeds; logarithmic colours. Deeper "
+        "layers are lower. Brighter to the right: merged kernels grew alike and merge again; "
+        "darker: similar kernels run out.",
         "Kernels merged per layer and epoch",
         (4.8, max(3.3, 1.2 + 0.24 * len(names))),
     )
@@ -228,13 +229,20 @@ def _merge_map(axes: Axes, mean: np.ndarray, names: Sequence[str]) -> None:
         _say(axes, "nothing was merged")
     epochs, layers = mean.shape
     axes.grid(False)
+    norm = SymLogNorm(linthresh=1, vmin=0, vmax=max(mean.max(), 1))
     image = axes.imshow(
-        mean.T, aspect="auto", cmap="cividis", vmin=0, vmax=max(mean.max(), 1),
-        interpolation="nearest", extent=(0.5, epochs + 0.5, layers - 0.5, -0.5),
+        mean.T, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest",
+        extent=(0.5, epochs + 0.5, layers - 0.5, -0.5),
     )  # fmt: skip
+    if epochs <= 10:
+        for (epoch, layer), count in np.ndenumerate(mean):
+            colour = "black" if norm(count) > 0.45 else "white"
+            text = f"{count:.0f}" if count >= 1 or not count else f"{count:.1f}"
+            axes.text(epoch + 1, layer, text, color=colour, ha="center", va="center", fontsize=8)
     axes.set_yticks(range(layers), [name.removesuffix("/kernel") for name in names], fontsize=8)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("kernels per epoch")
+    bar.ax.yaxis.set_major_formatter(ScalarFormatter())
     bar.outline.set_visible(False)
     _finish(axes, "Kernels merged per layer", "epoch of the merging stage", "", legend=False)
 

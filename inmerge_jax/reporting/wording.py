@@ -178,12 +178,16 @@ def rule_note(run: Run) -> str:
     share = _share_above(run, PAPER_RULE["threshold"])
     if share is not None and rule.get("threshold") != PAPER_RULE["threshold"]:
         own = _share_above(run, rule["threshold"])
-        here = "" if own is None else f", and {own:.2%} above {rule['threshold']}"
+        here = "" if own is None else f", and {_share(own)} above {rule['threshold']}"
         text += (
-            f" Why: before the stage, {share:.2%} of the kernel pairs of the median layer were "
+            f" Why: before the stage, {_share(share)} of the median layer's kernel pairs were "
             f"above {PAPER_RULE['threshold']}{here}."
         )
     return text
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if value else "none"
 
 
 def _share_above(run: Run, threshold: float) -> float | None:

@@ -115,7 +115,7 @@ def test_published_row_is_labelled(tmp_path):
 def test_rule_that_is_not_the_papers_is_explained(folder):
     text = markdown(folder)
     assert "threshold 0.1 (paper 0.3), skip 4 (paper 10)" in text
-    assert "0.40% of the kernel pairs" in text
+    assert "0.40% of the median layer's kernel pairs" in text
 
 
 def test_the_papers_rule_is_named_so(tmp_path):
