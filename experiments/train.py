@@ -1,9 +1,12 @@
 """Trains a backbone, then goes on with and without in-model merging: `--help` tells the rest."""
 
+import errno
 import sys
 from pathlib import Path
 
 from inmerge_jax.errors import InputError
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
     from inmerge_jax.reporting.tables import make_report, to_rich
     from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.loop import NonFiniteLossError
+    from inmerge_jax.training.runfolder import cannot_write
 
     try:
         train_arms(plan_run(config))
         report = write_report(config.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)

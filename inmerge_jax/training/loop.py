@@ -318,14 +318,14 @@ def _require_finite(
 def _merged_nothing(stage: Stage, state: TrainState, selected: int) -> str:
     """Names the layers' similarity quantiles, which tell what threshold would have merged."""
     lines = []
-    for layer in kernel_similarity(unreplicate(state.params), stage.deep):
-        quantiles = ", ".join(f"{q:g}: {value:.3f}" for q, value in layer.quantiles.items())
-        lines.append(f"\n  {layer.name}: {quantiles}; largest {layer.maximum:.3f}")
+    for layer in kernel_similarity(unreplicate(state.params), stage.deep, quantiles=(0.5, 0.99)):
+        median, high = layer.quantiles.values()
+        lines.append(f"\n  {layer.name}: {median:.3f}, {high:.3f}, {layer.maximum:.3f}")
     return (
         f"{stage.name}: the first epoch merged none of the {selected:,} kernels that were "
-        "selected, so this arm is plain training so far. Quantiles of the kernels' pairwise "
-        f"similarity:{''.join(lines)}\n  A lower --threshold, --partner nearest or a smaller "
-        "--skip would merge more."
+        "selected, so this arm is plain training so far. Median, 99% quantile and maximum of the "
+        f"similarity of a layer's kernels:{''.join(lines)}\n"
+        "A lower --threshold, --partner nearest or a smaller --skip would merge more."
     )
 
 

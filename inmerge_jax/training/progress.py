@@ -20,7 +20,7 @@ class ProgressLine:
 
     def __init__(self, images: int, console: Console | None = None) -> None:
         """Prepares for a run that shows `images` images to the network in training, all in all."""
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console(highlight=False)
         self._images = images
         self._seen = 0
         self._started = time.monotonic()
@@ -54,7 +54,8 @@ class ProgressLine:
 
     def say(self, message: str, style: str | None = None) -> None:
         """Prints a message that stays."""
-        self._console.print(message, style=style, markup=False)
+        plain = not self._console.is_terminal
+        self._console.print(message, style=style, markup=False, soft_wrap=plain)
 
     def skip(self, images: int) -> None:
         """Takes images off the total that an earlier start of the run has already shown."""

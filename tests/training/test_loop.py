@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from inmerge_jax import kernel_similarity
+from inmerge_jax.data import Split
 from inmerge_jax.training import loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta
+from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta, restore_checkpoint
 from inmerge_jax.training.loop import NonFiniteLossError, train_stage
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.runfolder import read_metrics
 from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.state import make_optimizer, new_state
 from tests.training import tiny
 
 MERGING = [tiny.ALWAYS, None]
@@ -38,10 +41,15 @@ def evidence(folder):
     files = {path.name: path.read_bytes() for path in (folder / "scores").iterdir()}
     state = {}
     for epoch in checkpoint_epochs(folder / "checkpoints"):
-        fresh = loop.new_state(*tiny.init(), tiny.make_optimizer(tiny.RECIPE), 0.1)
-        tree, _ = loop.restore_checkpoint(folder / "checkpoints" / str(epoch), fresh)
-        state[epoch] = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+        leaves = jax.tree.leaves(restore(folder, epoch))
+        state[epoch] = [np.asarray(leaf).tobytes() for leaf in leaves]
     return lines, files, state
+
+
+def restore(folder, epoch):
+    fresh = new_state(*tiny.init(), make_optimizer(tiny.RECIPE), 0.1)
+    state, _ = restore_checkpoint(folder / "checkpoints" / str(epoch), fresh)
+    return state
 
 
 def interrupt_at(monkeypatch, step):
@@ -192,12 +200,16 @@ def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rule=tiny.NEVER)
     resume()
+    params = restore(tmp_path, 1).params
     result, _ = run(tmp_path, rule=tiny.NEVER)
     (warning,) = result["warnings"]
     assert "merged none of the 48 kernels" in warning
     for kernel in tiny.kernels():
         assert kernel.name in warning
-    assert "0.5: " in warning and "0.99: " in warning and "--threshold" in warning
+        (layer,) = kernel_similarity(params, (kernel,), quantiles=(0.5, 0.99))
+        figures = (*layer.quantiles.values(), layer.maximum)
+        assert f"{kernel.name}: " + ", ".join(f"{value:.3f}" for value in figures) in warning
+    assert "--threshold" in warning
 
     result, text = run(tmp_path / "merges", rule=tiny.ALWAYS)
     assert result["warnings"] == [] and "WARNING" not in text
@@ -205,7 +217,7 @@ def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch)
 
 def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
     dataset = tiny.make_dataset()
-    few = loop.Split(dataset.val.images[:1], dataset.val.labels[:1])
+    few = Split(dataset.val.images[:1], dataset.val.labels[:1])
     setup = tiny.make_setup(dataset=dataclasses.replace(dataset, val=few))
     result, _ = run(tmp_path, setup=setup)
     assert result["val"]["auc"] is None and result["val"]["undefined"] == 3
