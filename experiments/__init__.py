@@ -1,0 +1,1 @@
+"""The experiments: one module per question, each runnable with `python -m experiments.NAME`."""
