@@ -4,13 +4,13 @@ What was measured against XLA's CPU convolution decides which way a shape goes:
 
 - Output maps of at most 8x8 pixels, and 1x1 kernels: patches times weights. On the smallest maps
   the native operation loses an order of magnitude.
-- Other 3x3 kernels of stride 1: the native operation forward and for the gradient of the images,
+- Other 3x3 kernels: the native operation forward and for the gradient of the images,
   and a sum over blocks of rows for the gradient of the weight. There the native one treats the
   whole map as a kernel and takes two to four times as long.
 - Everything else, and every other platform: the native operation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,11 @@ def conv_general_dilated(
         return jnp.matmul(patches, rhs.reshape(-1, rhs.shape[-1]), precision=precision)
 
     def rows(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _with_weight_gradient_by_rows(native, pads, precision)(lhs, rhs)
+        return _with_weight_gradient_by_rows(native, strides, pads, precision)(lhs, rhs)
 
     if height * width <= _SMALL_MAP or window == (1, 1):
         return lax.platform_dependent(lhs, rhs, cpu=product, default=native)
-    if window == (3, 3) and strides == (1, 1) and min(*pads[0], *pads[1]) >= 0:
+    if window == (3, 3):
         return lax.platform_dependent(lhs, rhs, cpu=rows, default=native)
     return native(lhs, rhs)
 
@@ -114,8 +114,13 @@ def _patches(
     return jnp.concatenate(taps, axis=-1)
 
 
-def _with_weight_gradient_by_rows(native, pads: Pads, precision: lax.PrecisionLike):
-    """`native`, a convolution of stride 1, with a faster gradient of its weight."""
+def _with_weight_gradient_by_rows(
+    native: Callable[[jax.Array, jax.Array], jax.Array],
+    strides: Sequence[int],
+    pads: Pads,
+    precision: lax.PrecisionLike,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`native` with a faster gradient of its weight."""
 
     @jax.custom_vjp
     def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -127,48 +132,57 @@ def _with_weight_gradient_by_rows(native, pads: Pads, precision: lax.PrecisionLi
     def backward(residuals, gradient: jax.Array):
         lhs, rhs = residuals
         (lhs_gradient,) = jax.linear_transpose(lambda x: native(x, rhs), lhs)(gradient)
-        return lhs_gradient, _weight_gradient(lhs, rhs, gradient, pads, precision)
+        rhs_gradient = _weight_gradient(lhs, gradient, rhs.shape, strides, pads, precision)
+        return lhs_gradient, rhs_gradient
 
     convolve.defvjp(forward, backward)
     return convolve
 
 
 def _weight_gradient(
-    lhs: jax.Array, rhs: jax.Array, gradient: jax.Array, pads: Pads, precision: lax.PrecisionLike
+    lhs: jax.Array,
+    gradient: jax.Array,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    pads: Pads,
+    precision: lax.PrecisionLike,
 ) -> jax.Array:
-    """Gradient of the weight `rhs` of a convolution of stride 1.
+    """Gradient of a convolution's weight of this `shape`, from that of its output.
 
     Shifting the images across and the gradient down gives one product, (shifts * inputs) by
     (shifts * outputs), for all taps. It goes over a block of rows at a time, so that the shifted
     copies stay in the processor's cache.
     """
-    (down, across, inputs, outputs), (batch, height) = rhs.shape, lhs.shape[:2]
-    (top, bottom), (left, right) = pads
-    gradient_width = gradient.shape[2]
-    # Row r of the images meets row r + top - i of the gradient through tap i.
-    above, below = down - 1 - top, down - 1 - bottom
+    (down, across, inputs, outputs), (batch, height) = shape, lhs.shape[:2]
+    (top, _), (left, right) = pads
+    width = gradient.shape[2]
     zero = jnp.zeros((), lhs.dtype)
-    gradient = lax.pad(gradient, zero, ((0, 0, 0), (above, below, 0), (0, 0, 0), (0, 0, 0)))
-    block = _block(height, batch * gradient_width)
+    # Spread so that row r of the images meets row r + down - 1 - i of the gradient in tap i.
+    above = down - 1 - top
+    below = height - above - strides[0] * (gradient.shape[1] - 1) - 1 + down - 1
+    spread = ((0, 0, 0), (above, below, strides[0] - 1), (0, 0, 0), (0, 0, 0))
+    gradient = lax.pad(gradient, zero, spread)
+    block = _block(height, batch * width)
 
     def add_block(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         x = lax.dynamic_slice_in_dim(lhs, start, block, axis=1)
         x = lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (left, right, 0), (0, 0, 0)))
+        ends = [j + strides[1] * (width - 1) + 1 for j in range(across)]
+        x = jnp.concatenate([x[:, :, j : ends[j] : strides[1]] for j in range(across)], axis=-1)
         g = lax.dynamic_slice_in_dim(gradient, start, block + down - 1, axis=1)
-        x = jnp.concatenate([x[:, :, j : j + gradient_width] for j in range(across)], axis=-1)
         g = jnp.concatenate([g[:, down - 1 - i :][:, :block] for i in range(down)], axis=-1)
-        total += lax.dot_general(
+        product = lax.dot_general(
             x.reshape(-1, across * inputs),
             g.reshape(-1, down * outputs),
             (((0,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
-        return total, None
+        return total + product, None
 
     total = jnp.zeros((across * inputs, down * outputs), jnp.float32)
     total, _ = lax.scan(add_block, total, jnp.arange(0, height, block))
-    return total.reshape(across, inputs, down, outputs).transpose(2, 0, 1, 3).astype(rhs.dtype)
+    return total.reshape(across, inputs, down, outputs).transpose(2, 0, 1, 3).astype(lhs.dtype)
 
 
 def _block(height: int, row: int) -> int:
