@@ -155,7 +155,7 @@ def train_stage(
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * len(in_flight))
         figures = _figures(stage, sums, recipe.batch_size, started)
-        del batch, totals, in_flight
+        del totals, in_flight
 
         # ---- evaluate
         train_loss = float(sums.loss) / steps
