@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_text
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -26,14 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     from inmerge_jax.reporting.html import write_report
     from inmerge_jax.reporting.runs import read_run
-    from inmerge_jax.reporting.tables import make_report, to_rich
+    from inmerge_jax.reporting.tables import make_report, to_markdown, to_rich
     from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.runfolder import cannot_write
 
     try:
         train_arms(plan_run(config))
-        report = write_report(config.output)
+        page = write_report(config.output)
+        report = make_report(read_run(config.output))
+        write_text(config.output / "table.md", to_markdown(report))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
-    rich_print(to_rich(make_report(read_run(config.output))))
-    print(f"report: {report}")
+    rich_print(to_rich(report))
+    print(f"report: {page}")
     return 0
 
 

@@ -1,0 +1,69 @@
+"""Writes the tables of README.md anew, from the results stored under experiments/results."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
+
+def benchmark_table(path: Path) -> str:
+    """The benchmark's rows that have a target, as Markdown."""
+    stored = json.loads(path.read_bytes())
+    lines = ["| measured | median times | ratio | | target | met |", "| --- " * 6 + "|"]
+    for section in stored.values():
+        for row in section["rows"]:
+            if row["target"] is None:
+                continue
+            medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
+            lines.append(
+                f"| {row['name']} | {medians} | {row['quantity']} | {row['value']:.3g} "
+                f"| {row['target']} | {'yes' if row['met'] else '**no**'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+SOURCES = {
+    "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
+    "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
+}
+
+
+def render(text: str) -> str:
+    """`text` with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
+
+    Raises:
+      InputError: `text` has no such place for one of the tables.
+    """
+    for name, make in SOURCES.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        if begin not in text or end not in text:
+            raise InputError(f"README.md has no lines {begin.strip()} and {end}; add them")
+        place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        before, after = place.split(text)
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
+    return text
+
+
+def main() -> int:
+    """Rewrites README.md; returns 0, or 2 on bad input."""
+    readme = ROOT / "README.md"
+    try:
+        write_text(readme, render(readme.read_text()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

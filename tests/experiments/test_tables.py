@@ -1,0 +1,24 @@
+"""The tables in the README are those of the stored results."""
+
+import pytest
+
+from experiments import tables
+from inmerge_jax.errors import InputError
+
+README = (tables.ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_up_to_date():
+    assert tables.render(README) == README, "run python -m experiments.tables"
+
+
+def test_a_number_typed_by_hand_is_noticed():
+    begin = "<!-- begin breastmnist -->"
+    assert begin in README
+    forged = README.replace(begin, begin + "\n\nAUC 0.999")
+    assert tables.render(forged) == README
+
+
+def test_a_missing_place_is_an_error():
+    with pytest.raises(InputError, match="no lines <!-- begin breastmnist -->"):
+        tables.render("# nothing")
