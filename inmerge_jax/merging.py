@@ -132,7 +132,8 @@ def merge_kernels(
             counts.append((none, none, jnp.float32(0)))
             continue
         selected, partner = _draw(_layer_key(key, kernel), kernel.count, rule)
-        leaves[i], *count = _merge_layer(leaves[i], kernel.out_axis, selected, partner, rule)
+        weight = jnp.asarray(leaves[i])
+        leaves[i], *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
         counts.append(tuple(count))
     selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
     total = jnp.array([kernel.count for kernel in kernels], jnp.int32)

@@ -219,6 +219,14 @@ def test_other_leaves_are_the_same_objects():
     assert out["bias"] is params["bias"] and out["scale"] is params["scale"]
 
 
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+def test_numpy_parameters_outside_jit(partner):
+    weight = similar_weight(8, (3, 3, 2, 4))
+    layer, rule = kernel("w", weight.shape), MergeRule(1.0, -1.0, 0.5, partner)
+    params, _ = merge_kernels({"w": weight}, jax.random.key(0), [layer], rule)
+    np.testing.assert_allclose(params["w"], merge(weight, 0, rule)[0], rtol=1e-6)
+
+
 def test_draws_depend_on_the_layers_path_alone():
     """Adding a layer, or giving the layers in another order, changes no other layer's merge."""
     weights = {name: jnp.asarray(similar_weight(i, (3, 3, 4, 8))) for i, name in enumerate("abc")}
