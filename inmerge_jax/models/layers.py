@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
@@ -86,7 +87,7 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", TORCH_DEFAULT, (x.shape[-1], self.features))
         bias = self.param("bias", bias_init, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel + bias
 
 

@@ -73,7 +73,7 @@ class ResNet(nn.Module):
         x = make_conv(channels, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
         x = nn.relu(make_norm(name="bn1")(x))
         if imagenet:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for stage, blocks in enumerate(self.stage_sizes):
             channels = scaled(_STAGE_CHANNELS[stage], self.width)
             for index in range(blocks):
