@@ -15,7 +15,7 @@ run: $(READY)
 	$(BIN)/python -m experiments.quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov=inmerge_jax --cov-report=
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=inmerge_jax --cov-report=
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=95
 
 check: $(READY)
