@@ -13,17 +13,16 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def benchmark_table(path: Path) -> str:
-    """The benchmark's rows that have a target, as Markdown."""
+    """The benchmark's rows as Markdown; those without a target are there for information."""
     stored = json.loads(path.read_bytes())
-    lines = ["| measured | median times | ratio | | target | met |", "| --- " * 6 + "|"]
+    met = {True: "yes", False: "**no**", None: ""}
+    lines = ["| measured | median times | quantity | value | target | met |", "| --- " * 6 + "|"]
     for section in stored.values():
         for row in section["rows"]:
-            if row["target"] is None:
-                continue
             medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
             lines.append(
                 f"| {row['name']} | {medians} | {row['quantity']} | {row['value']:.3g} "
-                f"| {row['target']} | {'yes' if row['met'] else '**no**'} |"
+                f"| {row['target'] or ''} | {met[row['met']]} |"
             )
     return "\n".join(lines) + "\n"
 
