@@ -14,8 +14,8 @@ OUTPUT = Path("runs/quickstart")
 # Sized for two CPU cores. At the paper's threshold of 0.3, so small a network after so short a
 # training merges 1x1 shortcuts alone; at 0.15 every deep layer takes part, and at 0.1 so many merge
 # that they undo the training. The second stage's rate is above the last of the backbone's (1e-5),
-# at which nothing could answer the merging. Threshold and difficulty were set on trial runs whose test
-# scores were seen: this shows the tool at work and is no evidence for or against merging.
+# at which nothing could answer the merging. Threshold and difficulty were set on trial runs whose
+# test scores were seen: this shows the tool at work and is no evidence for or against merging.
 OPTIONS = (
     "--data phantom --phantom.train 1152 --phantom.val 320 --phantom.test 1000 "
     "--phantom.difficulty 0.7 --model resnet18 --width 0.125 "
