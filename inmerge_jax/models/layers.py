@@ -9,6 +9,7 @@ from jax import lax
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
 
+from inmerge_jax.errors import InputError
 from inmerge_jax.models.convolution import conv_general_dilated
 
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
@@ -16,6 +17,8 @@ KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 
 TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 """What PyTorch's Conv2d and Linear draw unless told otherwise: U(-1, 1) / sqrt(fan_in)."""
+
+_MOMENTUM, _EPSILON = 0.1, 1e-5
 
 
 def scaled(channels: int, width: float) -> int:
@@ -50,25 +53,64 @@ def conv(
     )
 
 
-def batch_norm(
-    train: bool,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    axis_name: str | None = None,
-    name: str | None = None,
-) -> nn.BatchNorm:
-    """Batch normalisation as PyTorch's defaults; its statistics span the devices of `axis_name`.
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's running statistics, over the last axis.
 
-    Flax's momentum 0.9 is the share that stays, PyTorch's 0.1.
+    A batch is normalised with its biased variance, and the running variance moves towards the
+    unbiased one, as PyTorch's BatchNorm2d has it (SyncBatchNorm with an `axis_name`: the batch is
+    then that of all its devices). Flax's own layer keeps the biased one.
+
+    Attributes:
+      train: normalise with the batch's statistics and update the running ones.
+      dtype: of the result; statistics are always float32.
+      axis_name: the mapped axis over whose devices batch statistics are averaged.
     """
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=dtype,
-        axis_name=axis_name,
-        name=name,
-    )
+
+    train: bool
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises (batch, ..., channels).
+
+        Raises:
+          InputError: in training, where a channel has one value only.
+        """
+        channels = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean, var = running_mean.value, running_var.value
+        if self.train and not self.is_initializing():
+            mean, var, count = self._batch_statistics(x)
+            if count < 2:
+                raise InputError(
+                    f"batch normalisation of a batch of shape {x.shape}: one value per channel has "
+                    "no variance; train with a larger batch or larger images"
+                )
+            running_mean.value = _moved(running_mean.value, mean)
+            running_var.value = _moved(running_var.value, var * (count / (count - 1)))
+        y = (x - mean) * (lax.rsqrt(var + _EPSILON) * scale) + bias
+        return y.astype(self.dtype)
+
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+        """Mean, biased variance and number of values per channel, over all devices."""
+        x = x.astype(jnp.float32)
+        axes = tuple(range(x.ndim - 1))
+        moments = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
+        count = x.size // x.shape[-1]
+        if self.axis_name is not None:
+            moments = lax.pmean(moments, self.axis_name)
+            count *= lax.psum(1, self.axis_name)
+        mean, square = moments
+        return mean, jnp.maximum(square - jnp.square(mean), 0), count
+
+
+def _moved(running: jax.Array, batch: jax.Array) -> jax.Array:
+    """PyTorch's momentum 0.1 is the share of the batch; Flax's 0.9 is the share that stays."""
+    return (1 - _MOMENTUM) * running + _MOMENTUM * batch
 
 
 class Linear(nn.Module):

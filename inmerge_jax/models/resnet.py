@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from inmerge_jax.models.layers import (
     KAIMING_FAN_OUT,
     TORCH_DEFAULT,
+    BatchNorm,
     Linear,
-    batch_norm,
     conv,
     scaled,
 )
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         make_conv = partial(
             conv, kernel_init=KAIMING_FAN_OUT if imagenet else TORCH_DEFAULT, dtype=self.dtype
         )
-        make_norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
+        make_norm = partial(BatchNorm, train, dtype=self.dtype, axis_name=self.axis_name)
 
         channels = scaled(_STAGE_CHANNELS[0], self.width)
         x = make_conv(channels, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)

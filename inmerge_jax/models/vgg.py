@@ -7,10 +7,10 @@ from jax.typing import DTypeLike
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.models.layers import (
+    BatchNorm,
     Dropout,
     Linear,
     adaptive_average_pool,
-    batch_norm,
     conv,
     max_pool_2x2,
     scaled,
@@ -52,7 +52,7 @@ class VGG(nn.Module):
                 name = f"{stage}_{index}"
                 x = conv(channels, 3, use_bias=True, dtype=self.dtype, name=f"conv{name}")(x)
                 if self.batch_norm:
-                    x = batch_norm(
+                    x = BatchNorm(
                         train, dtype=self.dtype, axis_name=self.axis_name, name=f"bn{name}"
                     )(x)
                 x = nn.relu(x)
