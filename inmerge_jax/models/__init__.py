@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.models.resnet import ResNet
+from inmerge_jax.models.densenet import DenseNet
+from inmerge_jax.models.resnet import Bottleneck, ResNet
 from inmerge_jax.models.vgg import VGG
 
 __all__ = ["STEMS", "create_model", "model_names"]
@@ -17,6 +18,13 @@ STEMS = ("small", "imagenet")
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck),
+    "densenet121": partial(DenseNet, block_sizes=(6, 12, 24, 16)),
+    "vgg11": partial(VGG, stage_sizes=(1, 1, 2, 2, 2)),
+    "vgg11_bn": partial(VGG, stage_sizes=(1, 1, 2, 2, 2), batch_norm=True),
+    "vgg13": partial(VGG, stage_sizes=(2, 2, 2, 2, 2)),
+    "vgg13_bn": partial(VGG, stage_sizes=(2, 2, 2, 2, 2), batch_norm=True),
     "vgg16": partial(VGG, stage_sizes=(2, 2, 3, 3, 3)),
     "vgg16_bn": partial(VGG, stage_sizes=(2, 2, 3, 3, 3), batch_norm=True),
     "vgg19": partial(VGG, stage_sizes=(2, 2, 4, 4, 4)),
@@ -41,15 +49,17 @@ def create_model(
     """A classifier: float NHWC images to float32 logits of shape (batch, num_classes).
 
     Call it as `model.apply(variables, images, train=...)`. With `train=True`, batch normalisation
-    writes the collection "batch_stats" (ResNets and the `_bn` VGGs have it), and VGGs with the
-    imagenet stem draw dropout from the rng "dropout", which is the same key on every device.
+    writes the collection "batch_stats" (all but the plain VGGs have it), and VGGs with the imagenet
+    stem draw dropout from the rng "dropout", which is the same key on every device.
 
     Args:
-      name: one of `model_names()`.
+      name: resnet18, resnet34, resnet50, densenet121, or vgg11, vgg13, vgg16, vgg19, each of these
+        four also with batch normalisation (vgg11_bn). `model_names()` lists them.
       num_classes: number of logits, at least 1.
       stem: "imagenet" is torchvision's network, parameter for parameter. "small" is for images of
-        about 28 to 64 px: for ResNets the form of the MedMNIST v2 benchmark; for VGGs the same
-        convolutions with a pooled linear head.
+        about 28 to 64 px: for ResNets the form of the MedMNIST v2 benchmark; for DenseNets the same
+        change, a 3x3 stem of stride 1 without max-pool; for VGGs the same convolutions with a
+        pooled linear head.
       width: factor on the number of channels of every layer.
       dtype: what activations are computed in; parameters and batch statistics stay float32.
       axis_name: the mapped axis over whose devices batch statistics are averaged.

@@ -114,21 +114,25 @@ def _moved(running: jax.Array, batch: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """A dense layer with PyTorch's initial values: weight and bias U(-1, 1) / sqrt(inputs)."""
+    """A dense layer with PyTorch's initial values: weight and bias U(-1, 1) / sqrt(inputs).
+
+    `bias_init` takes the place of the bias's.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, inputs) to (batch, features)."""
         limit = 1 / np.sqrt(x.shape[-1])
 
-        def bias_init(key, shape, dtype=jnp.float32):
+        def torch_default(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -limit, limit)
 
         kernel = self.param("kernel", TORCH_DEFAULT, (x.shape[-1], self.features))
-        bias = self.param("bias", bias_init, (self.features,))
+        bias = self.param("bias", self.bias_init or torch_default, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel + bias
 
@@ -170,6 +174,13 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     upper, lower = x[:, 0:height:2], x[:, 1:height:2]
     tall = jnp.maximum(upper, lower)[:, :, :width]
     return jnp.maximum(tall[:, :, 0::2], tall[:, :, 1::2])
+
+
+def average_pool_2x2(x: jax.Array) -> jax.Array:
+    """Mean of each 2x2 window, stride 2; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

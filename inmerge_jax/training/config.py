@@ -43,9 +43,11 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      name: resnet18, vgg16, vgg16_bn, vgg19 or vgg19_bn.
+      name: resnet18, resnet34, resnet50, densenet121, vgg11, vgg13, vgg16 or vgg19; the last four
+        also with batch normalisation: vgg11_bn and so on.
       stem: small is the form for images of about 28 to 64 px (the MedMNIST benchmark's ResNet; a
-        VGG with a pooled linear head), imagenet is torchvision's network.
+        DenseNet whose stem is changed likewise; a VGG with a pooled linear head), imagenet is
+        torchvision's network.
       width: Factor on the number of channels of every layer.
       dtype: What activations are computed in. Weights are always float32.
     """

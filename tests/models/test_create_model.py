@@ -8,7 +8,13 @@ import pytest
 from inmerge_jax import find_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.models import create_model, model_names
-from inmerge_jax.models.layers import Dropout, adaptive_average_pool, max_pool_2x2
+from inmerge_jax.models.densenet import DenseNet
+from inmerge_jax.models.layers import (
+    Dropout,
+    adaptive_average_pool,
+    average_pool_2x2,
+    max_pool_2x2,
+)
 from inmerge_jax.models.resnet import ResNet
 from inmerge_jax.models.vgg import VGG
 
@@ -40,17 +46,39 @@ def test_imagenet_stem_has_as_many_parameters_as_torchvision(name):
     assert count(variables.get("batch_stats", {})) == sum(b.numel() for b in statistics)
 
 
-def test_small_resnet_is_the_benchmarks():
-    variables = abstract_variables(create_model("resnet18", 10), 28)
-    assert count(variables["params"]) == 11_173_962  # the same network on CIFAR-10
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # What is widely given for the same networks on CIFAR-10.
+    [("resnet18", 11_173_962), ("resnet34", 21_282_122), ("resnet50", 23_520_842)],
+)
+def test_small_resnets_are_the_benchmarks(name, parameters):
+    assert count(abstract_variables(create_model(name, 10), 28)["params"]) == parameters
+
+
+def test_small_densenet_differs_in_the_stem_alone():
+    small, imagenet = (
+        abstract_variables(create_model("densenet121", 10, stem=stem), 32)["params"]
+        for stem in ("small", "imagenet")
+    )
+    assert small.pop("conv0")["kernel"].shape == (3, 3, 3, 64)
+    assert imagenet.pop("conv0")["kernel"].shape == (7, 7, 3, 64)
+    assert small == imagenet
+    assert len([path for path in small if "denselayer" in path]) == 6 + 12 + 24 + 16
+
+
+def test_what_there_is():
+    vggs = [f"vgg{depth}{ending}" for depth in (11, 13, 16, 19) for ending in ("", "_bn")]
+    assert {*model_names()} == {*vggs, "resnet18", "resnet34", "resnet50", "densenet121"}
 
 
 def copy_layers(theirs, layers):
     """Our parameters and statistics from PyTorch's modules, given by our names."""
     params, stats = {}, {}
     for path, module in layers.items():
+        # Copied: PyTorch's next forward pass writes to its running statistics in place.
         tensors = {
-            k: v.detach().numpy() for k, v in theirs.get_submodule(module).state_dict().items()
+            k: v.detach().numpy().copy()
+            for k, v in theirs.get_submodule(module).state_dict().items()
         }
         weight = tensors["weight"]
         if weight.ndim == 1:
@@ -169,9 +197,10 @@ def test_small_stem_trains_on_grey_and_on_bfloat16(name, size):
         lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]), variables
     )
     assert (logits.shape, logits.dtype) == ((2, 5), jnp.float32)
-    assert bool(written) == ("batch_stats" in variables) == (name not in ("vgg16", "vgg19"))
+    plain_vgg = name in ("vgg11", "vgg13", "vgg16", "vgg19")
+    assert bool(written) == ("batch_stats" in variables) == (not plain_vgg)
     grey = abstract_variables(create_model(name, 2), size, channels=1)
-    first = grey["params"]["conv1" if name == "resnet18" else "conv1_1"]
+    first = grey["params"][{"r": "conv1", "d": "conv0", "v": "conv1_1"}[name[0]]]
     assert first["kernel"].shape == (3, 3, 1, 64)
 
 
@@ -303,12 +332,23 @@ def test_pools_are_pytorchs():
     theirs = torch.tensor(x.transpose(0, 3, 1, 2))
     for ours, expected in (
         (max_pool_2x2(x), torch.nn.functional.max_pool2d(theirs, 2)),
+        (average_pool_2x2(x), torch.nn.functional.avg_pool2d(theirs, 2)),
         (adaptive_average_pool(x, 7), torch.nn.functional.adaptive_avg_pool2d(theirs, 7)),
         (adaptive_average_pool(x, 4), torch.nn.functional.adaptive_avg_pool2d(theirs, 4)),
     ):
         np.testing.assert_allclose(
             ours, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-6
         )
+
+
+def test_initial_values_of_a_densenet_have_torchvisions_spread():
+    params = initial_parameters(DenseNet((2,), num_classes=500))
+    layer = params["denseblock1_denselayer1"]
+    assert np.std(layer["conv1"]["kernel"]) == pytest.approx(np.sqrt(2 / 64), rel=0.02)
+    assert np.std(layer["conv2"]["kernel"]) == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.02)
+    head = params["classifier"]
+    assert np.std(head["kernel"]) == pytest.approx(1 / np.sqrt(3 * 128), rel=0.02)
+    assert not head["bias"].any()
 
 
 def initial_parameters(model):
@@ -349,6 +389,12 @@ def test_bad_arguments_say_what_there_is(arguments, message):
         create_model(**{"name": "resnet18", "num_classes": 2} | arguments)
 
 
-def test_imagenet_vgg_refuses_images_that_vanish():
+@pytest.mark.parametrize("name", ["vgg16", "densenet121"])
+def test_imagenet_stem_refuses_images_that_vanish(name):
     with pytest.raises(InputError, match="28x28.*small"):
-        abstract_variables(create_model("vgg16", 2, stem="imagenet"), 28)
+        abstract_variables(create_model(name, 2, stem="imagenet"), 28)
+
+
+def test_small_densenet_refuses_images_that_vanish():
+    with pytest.raises(InputError, match="7x7.*small stem 8 px or more"):
+        abstract_variables(create_model("densenet121", 2), 7)
