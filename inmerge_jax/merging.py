@@ -131,7 +131,7 @@ def merge_kernels(
             none = jnp.int32(0)
             counts.append((none, none, jnp.float32(0)))
             continue
-        selected, partner = _draw(_layer_key(key, kernel), kernel.count, rule)
+        selected, partner = draw_pairs(key, kernel, rule)
         weight = jnp.asarray(leaves[i])
         leaves[i], *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
         counts.append(tuple(count))
@@ -140,19 +140,28 @@ def merge_kernels(
     return jax.tree.unflatten(tree, leaves), MergeStats(total, selected, merged, similarity)
 
 
-def _layer_key(key: jax.Array, kernel: Kernel) -> jax.Array:
+def draw_pairs(
+    key: jax.Array, kernel: Kernel, rule: MergeRule
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `merge_kernels` draws for one layer, so that another implementation can use the same.
+
+    Args:
+      key: the key given to `merge_kernels`; the layer's own is folded from it.
+      kernel: the layer, of two kernels or more.
+      rule: its probability and its partner.
+
+    Returns:
+      Which kernels are selected, bool (kernels,), and their random partners, int32 (kernels,); None
+      for the partners where the rule takes the nearest, which is no draw.
+    """
     # crc32, since Python's hash of a string differs from one process to the next.
-    return jax.random.fold_in(key, zlib.crc32(kernel.name.encode()))
-
-
-def _draw(key: jax.Array, count: int, rule: MergeRule) -> tuple[jax.Array, jax.Array | None]:
-    """Which kernels are selected, bool (count,), and their random partners, int32 (count,)."""
-    select_key, partner_key = jax.random.split(key)
-    selected = jax.random.uniform(select_key, (count,)) < rule.probability
+    layer_key = jax.random.fold_in(key, zlib.crc32(kernel.name.encode()))
+    select_key, partner_key = jax.random.split(layer_key)
+    selected = jax.random.uniform(select_key, (kernel.count,)) < rule.probability
     if rule.partner == "nearest":
         return selected, None
-    other = jax.random.randint(partner_key, (count,), 0, count - 1)
-    return selected, jnp.where(other >= jnp.arange(count), other + 1, other)
+    other = jax.random.randint(partner_key, (kernel.count,), 0, kernel.count - 1)
+    return selected, jnp.where(other >= jnp.arange(kernel.count), other + 1, other)
 
 
 def _merge_layer(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inmerge_jax import Kernel, MergeRule, MergeStats, merge_kernels
-from inmerge_jax.merging import _draw, _layer_key
+from inmerge_jax.merging import draw_pairs
 from tests.oracles import merging_numpy
 
 ROUNDING = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
@@ -98,7 +98,7 @@ def test_every_changed_kernel_is_a_mix_with_a_similar_one(case):
 def test_agrees_with_the_oracle_on_the_same_draws(case):
     weight, axis, rule, seed = case
     layer = kernel("w", weight.shape, axis)
-    selected, partner = _draw(_layer_key(jax.random.key(seed), layer), layer.count, rule)
+    selected, partner = draw_pairs(jax.random.key(seed), layer, rule)
     partner = None if partner is None else np.asarray(partner)
     cosine = merging_numpy.similarities(np.asarray(weight), axis)
     if np.any(np.abs(cosine - rule.threshold) < MARGIN):
@@ -151,7 +151,7 @@ def test_rates_match_the_probability(probability):
 def test_random_partners_are_uniform_among_the_others():
     rule = MergeRule(probability=1.0)
     keys = jax.random.split(jax.random.key(0), 6000)
-    _, partners = jax.vmap(lambda key: _draw(key, 5, rule))(keys)
+    _, partners = jax.vmap(lambda key: draw_pairs(key, kernel("w", (4, 5)), rule))(keys)
     for i in range(5):
         counts = np.bincount(np.asarray(partners)[:, i], minlength=5)
         assert counts[i] == 0
@@ -245,7 +245,7 @@ def test_draws_depend_on_the_layers_path_alone():
 def test_draws_are_the_same_in_every_process():
     """Fixed values: a hash that changed between processes or versions would break resuming."""
     layer = kernel("w", (4, 6))
-    selected, partner = _draw(_layer_key(jax.random.key(0), layer), 6, MergeRule(0.5))
+    selected, partner = draw_pairs(jax.random.key(0), layer, MergeRule(0.5))
     assert np.asarray(selected).tolist() == SELECTED
     assert np.asarray(partner).tolist() == PARTNER
 
