@@ -87,6 +87,8 @@ class Summary:
     layers: tuple[LayerMerges, ...]
     published: Published | None
     undefined: int
+    val_merged: tuple[int, ...] | None = None
+    """Kernels merged in validation, by seed; None where validation did not merge."""
 
     @property
     def merged(self) -> tuple[int, ...]:
@@ -110,6 +112,7 @@ def summarize(run: Run) -> Summary:
         layers=layer_merges(run),
         published=published_reference(run.dataset, run.results.get("model", {})),
         undefined=max((int(test.get("undefined") or 0) for test in tests), default=0),
+        val_merged=_val_merged(run),
     )
 
 
@@ -217,6 +220,13 @@ def resolve(run: Run) -> Resolution | None:
             }
     single = {m: error([v[m] for (_, arm), v in pulls.items() if arm == last]) for m in METRICS}
     return Resolution(len(labels), single, smallest)
+
+
+def _val_merged(run: Run) -> tuple[int, ...] | None:
+    results = [result for _, result in sorted(run.arm("inmerge").items())]
+    if not any(result.get("val_passes") for result in results):
+        return None
+    return tuple(sum(result.get("val_merged", ())) for result in results)
 
 
 def layer_merges(run: Run) -> tuple[LayerMerges, ...]:

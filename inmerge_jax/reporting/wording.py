@@ -60,11 +60,14 @@ def headline(run: Run, summary: Summary) -> str:
             f"{title}: the test AUC is undefined for every seed (one label only in the test "
             "split), so the arms cannot be compared by AUC."
         )
-    if not sum(summary.merged):
+    if not sum(summary.merged) + sum(summary.val_merged or ()):
+        reason = "No selected kernel had a partner above the threshold"
+        if not summary.layers:
+            reason = "There was no layer to merge in"
         return (
-            f"{title}: nothing was merged. No selected kernel had a partner above the threshold, "
-            "so the arm inmerge is a second run of finetune, and the difference in test AUC "
-            f"({signed(auc.mean)}) says nothing about merging."
+            f"{title}: nothing was merged. {reason}, so the arm inmerge is a second run of "
+            f"finetune, and the difference in test AUC ({signed(auc.mean)}) says "
+            "nothing about merging."
         )
     with_it, without = (summary.arms[arm]["auc"].mean for arm in ("inmerge", "finetune"))
     start = (
@@ -158,10 +161,16 @@ def merges_note(summary: Summary) -> str:
     """Kernels merged in all, or loudly that there were none."""
     if "inmerge" not in summary.arms:
         return "The arm inmerge was not run, so there are no merges to count."
-    if not sum(summary.merged):
+    if not summary.layers:
+        return "NOTHING WAS MERGED: there was no layer to merge in; the run's warnings say why."
+    if not sum(summary.merged) + sum(summary.val_merged or ()):
         return "NOTHING WAS MERGED: no selected kernel had a partner above the threshold."
     totals = " ".join(f"{total:,}" for total in summary.merged)
-    return f"Kernels merged over the whole stage, by seed: {totals}."
+    text = f"Kernels merged over the whole stage, by seed: {totals}."
+    if summary.val_merged is not None:
+        more = " ".join(f"{total:,}" for total in summary.val_merged)
+        text += f" In validation, before its images, by seed: {more}."
+    return text
 
 
 def rule_note(run: Run) -> str:

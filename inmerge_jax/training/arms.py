@@ -13,12 +13,13 @@ import numpy as np
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
-from inmerge_jax.kernels import Kernel, deep_kernels, find_kernels
+from inmerge_jax.kernels import Kernel, find_kernels
 from inmerge_jax.merging import MergeRule
 from inmerge_jax.models import create_model
 from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
+    apply_preset,
     check_run,
     config_dict,
     resolve_recipe,
@@ -26,11 +27,12 @@ from inmerge_jax.training.config import (
 )
 from inmerge_jax.training.loop import Setup, Stage, read_result, train_stage
 from inmerge_jax.training.parallel import AXIS, choose_devices
+from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.runfolder import cannot_write, environment, open_run
 from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_eval_step, make_train_step
+from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
 
 _SAMPLES_PER_CLASS = 4
 
@@ -40,7 +42,8 @@ class Plan:
     """A checked configuration, ready to run.
 
     Attributes:
-      config: as given.
+      config: as given, with the preset's recipe and partner where none was named.
+      preset: what it names, or what holds without one.
       recipe: the recipe with its overrides.
       rule: the merging rule.
       devices: what the steps run on.
@@ -49,9 +52,11 @@ class Plan:
       shape: of one image as the network sees it, (h, w, c).
       kernels: every convolution, in the order of the forward pass.
       deep: those that merging works on.
+      notice: why there are none of these, where the released code has none; else "".
     """
 
     config: TrainConfig
+    preset: Preset
     recipe: Recipe
     rule: MergeRule
     devices: tuple[jax.Device, ...]
@@ -60,6 +65,7 @@ class Plan:
     shape: tuple[int, int, int]
     kernels: tuple[Kernel, ...]
     deep: tuple[Kernel, ...]
+    notice: str
 
 
 def plan_run(config: TrainConfig) -> Plan:
@@ -69,6 +75,7 @@ def plan_run(config: TrainConfig) -> Plan:
       InputError: for anything that would stop the run later.
     """
     check_run(config)
+    config = apply_preset(config)
     recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
     devices = choose_devices(config.devices)
     if recipe.batch_size % len(devices):
@@ -89,13 +96,9 @@ def plan_run(config: TrainConfig) -> Plan:
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (dataset.size, dataset.size, channels)
     kernels = _convolutions(model, shape)
-    if config.rule.skip >= len(kernels):
-        raise InputError(
-            f"--skip {config.rule.skip} leaves nothing to merge: {config.model.name} has "
-            f"{len(kernels)} convolutions; choose 0 to {len(kernels) - 1}"
-        )
-    deep = deep_kernels(kernels, skip=config.rule.skip)
-    return Plan(config, recipe, rule, devices, dataset, model, shape, kernels, deep)
+    preset = find_preset(config.preset)
+    deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    return Plan(config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice)
 
 
 def train_arms(plan: Plan) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def train_arms(plan: Plan) -> dict[str, Any]:
         ),
         kernels=plan.kernels,
     )
-    plain, merging = _train_steps(plan, setup)
+    plain, merging, merging_eval = _steps(plan, setup)
     labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
     _write_arrays(folder / "labels.npz", labels)
     _write_arrays(folder / "samples.npz", _samples(plan.dataset))
@@ -136,6 +139,8 @@ def train_arms(plan: Plan) -> dict[str, Any]:
     epochs = plan.recipe.epochs + plan.recipe.merging_epochs * (len(arms) - 1)
     with ProgressLine(images * epochs * len(config.seeds)) as progress:
         progress.say(_headline(plan))
+        if plan.notice and "inmerge" in arms:
+            progress.say(f"WARNING: {plan.notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
             params, batch_stats = _initial(plan, seed)
@@ -168,6 +173,8 @@ def train_arms(plan: Plan) -> dict[str, Any]:
                     learning_rate=plan.recipe.merging_learning_rate or rate,
                     train_step=merging if arm == "inmerge" else plain,
                     deep=plan.deep if arm == "inmerge" else (),
+                    merging_eval_step=merging_eval if arm == "inmerge" else None,
+                    notice=plan.notice if arm == "inmerge" else "",
                 )
                 result = read_result(stage.folder)
                 if result is None:
@@ -194,20 +201,17 @@ def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
-def _train_steps(plan: Plan, setup: Setup) -> tuple[Any, Any]:
-    """The step without merging and the step with it."""
-
-    def make(**merging: Any) -> Any:
-        return make_train_step(
-            plan.model,
-            setup.optimizer,
-            plan.recipe,
-            multi_label=plan.dataset.multi_label,
-            devices=plan.devices,
-            **merging,
-        )
-
-    return make(), make(kernels=plan.deep, rule=plan.rule)
+def _steps(plan: Plan, setup: Setup) -> tuple[Any, Any, Any]:
+    """The steps without and with merging, and that of merging in validation, None without it."""
+    common = {"multi_label": plan.dataset.multi_label, "devices": plan.devices}
+    plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common)
+    if not plan.deep:
+        return plain, plain, None
+    common |= {"kernels": plan.deep, "rule": plan.rule}
+    merging = make_train_step(plan.model, setup.optimizer, plan.recipe, **common)
+    if not plan.preset.merge_in_validation:
+        return plain, merging, None
+    return plain, merging, make_merging_eval_step(plan.model, plan.recipe, **common)
 
 
 def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:

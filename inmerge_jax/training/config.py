@@ -13,6 +13,7 @@ import tyro
 from inmerge_jax.data import DataConfig
 from inmerge_jax.errors import InputError
 from inmerge_jax.merging import MergeRule
+from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
 
 Arm = Literal["backbone", "finetune", "inmerge"]
@@ -82,7 +83,14 @@ class RecipeConfig:
       flip: Mirror training images left to right with probability 1/2.
     """
 
-    name: Annotated[str, tyro.conf.arg(name="recipe", metavar="NAME")] = "medmnist"
+    name: Annotated[
+        str | None,
+        tyro.conf.arg(
+            name="recipe",
+            metavar="NAME",
+            help_behavior_hint="(default: medmnist, with a preset released)",
+        ),
+    ] = None
     epochs: Annotated[int | None, _of_recipe("INT")] = None
     merging_epochs: Annotated[int | None, _of_recipe("INT")] = None
     batch_size: Annotated[int | None, _of_recipe("INT")] = None
@@ -116,13 +124,20 @@ class RuleConfig:
       alpha: Share of the kernel that stays.
       partner: random is any other kernel of the layer, as in the released code; nearest is the most
         similar one.
-      skip: Number of convolutions, counted from the input, that are left alone.
+      skip: Number of convolutions, counted from the input, that are left alone; of residual blocks
+        with the preset released_intent and a ResNet.
     """
 
     probability: float = 0.3
     threshold: float = 0.3
     alpha: float = 0.8
-    partner: Literal["random", "nearest"] = "random"
+    partner: Annotated[
+        Literal["random", "nearest"] | None,
+        tyro.conf.arg(
+            metavar="{random,nearest}",
+            help_behavior_hint="(default: random, with the preset paper nearest)",
+        ),
+    ] = None
     skip: int = 10
 
 
@@ -137,6 +152,13 @@ class TrainConfig:
     every arm, results.json and report.html.
 
     Attributes:
+      preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
+        and --partner. paper: the convolutions after the first --skip, with the most similar
+        partner, in training only. released: the released code as it runs, with a random partner
+        and one merge more before each validation image, before the checkpoint is written; it merges
+        nothing in a ResNet or DenseNet. released_intent: the same, but in a ResNet it merges conv2
+        of the blocks after the first --skip, as the code meant to. None: the convolutions after the
+        first --skip, in training only.
       output: Folder for all that the run writes: a new or empty one, unless --resume or --overwrite
         is given.
       seeds: One backbone, and one of each other arm, per seed, such as 0 1 2.
@@ -155,6 +177,9 @@ class TrainConfig:
     model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelConfig)
     recipe: Annotated[RecipeConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RecipeConfig)
     rule: Annotated[RuleConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RuleConfig)
+    preset: Annotated[
+        PresetName | None, tyro.conf.arg(metavar="{paper,released,released_intent}")
+    ] = None
     output: Path = Path("runs/train")
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
     arms: Annotated[tuple[Arm, ...], tyro.conf.arg(metavar="ARM ...")] = ARMS
@@ -172,21 +197,34 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     Raises:
       SystemExit: 0 after --help; 2, with a message, for an unknown option or value.
     """
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig,
         prog="python -m experiments.train",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    return apply_preset(config)
+
+
+def apply_preset(config: TrainConfig) -> TrainConfig:
+    """`config` with the preset's recipe and partner where none is named; again changes nothing.
+
+    Raises:
+      InputError: on an unknown preset.
+    """
+    preset = find_preset(config.preset)
+    recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
+    rule = dataclasses.replace(config.rule, partner=config.rule.partner or preset.partner)
+    return dataclasses.replace(config, recipe=recipe, rule=rule)
 
 
 def resolve_recipe(config: RecipeConfig) -> Recipe:
-    """The named recipe with the options that were given in its place.
+    """The named recipe with the options that were given in its place; see `apply_preset` first.
 
     Raises:
       InputError: on an unknown name, or a number out of range.
     """
-    if config.name not in RECIPES:
+    if config.name is None or config.name not in RECIPES:
         raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
@@ -204,7 +242,7 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
 
 
 def resolve_rule(config: RuleConfig) -> MergeRule:
-    """The merging rule.
+    """The merging rule; see `apply_preset` first.
 
     Raises:
       InputError: on a number out of range.
@@ -213,7 +251,8 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
         value = getattr(config, name)
         _require(low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
     _require(config.skip >= 0, "skip", config.skip, "choose 0 or more")
-    return MergeRule(config.probability, config.threshold, config.alpha, config.partner)
+    partner = config.partner or find_preset(None).partner
+    return MergeRule(config.probability, config.threshold, config.alpha, partner)
 
 
 def check_run(config: TrainConfig) -> None:

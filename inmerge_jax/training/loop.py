@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from inmerge_jax.data import Dataset, Split, eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.data import Dataset, steps_per_epoch, train_batch
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.redundancy import kernel_similarity
@@ -24,6 +24,7 @@ from inmerge_jax.training.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
+from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.metrics import Metrics, compute_metrics
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.progress import ProgressLine
@@ -52,6 +53,8 @@ class Stage:
       learning_rate: of the first epoch.
       train_step: of `steps.make_train_step`, with merging or without.
       deep: the kernels that it merges; () without merging.
+      merging_eval_step: of `steps.make_merging_eval_step`, where validation merges too.
+      notice: a warning that the stage's result starts with; "" for none.
     """
 
     arm: str
@@ -62,6 +65,8 @@ class Stage:
     learning_rate: float
     train_step: Callable[..., tuple[TrainState, Totals]]
     deep: tuple[Kernel, ...] = ()
+    merging_eval_step: Callable[..., Any] | None = None
+    notice: str = ""
 
     @property
     def name(self) -> str:
@@ -122,6 +127,8 @@ def train_stage(
     # ---- start, or go on from the newest whole checkpoint
     fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
     host_state, done, warnings = _newest(stage, fresh, progress)
+    if stage.notice and not done:
+        warnings.append(stage.notice)
     truncate_metrics(metrics_file, done)
     history = read_metrics(metrics_file)
     state = replicate(host_state, devices)
@@ -160,7 +167,13 @@ def train_stage(
         # ---- evaluate
         train_loss = float(sums.loss) / steps
         _require_finite("training", train_loss, stage, epoch, rate, history)
-        scores, val_loss = evaluate(setup, state, setup.dataset.val)
+        val_sums = None
+        if stage.merging_eval_step is None:
+            scores, val_loss = evaluate(setup, state, setup.dataset.val)
+        else:
+            state, val_sums, scores, val_loss = evaluate_merging(
+                stage.merging_eval_step, state, zeros, setup.dataset.val, root, devices
+            )
         _require_finite("validation", val_loss, stage, epoch, rate, history)
         val = compute_metrics(setup.dataset.val.labels, scores, setup.dataset.task)
 
@@ -181,12 +194,17 @@ def train_stage(
             line["selected"] = sums.selected.tolist()
             line["merged"] = sums.merged.tolist()
             line["similarity"] = (sums.similarity / np.maximum(sums.merged, 1)).tolist()
+        if val_sums is not None:
+            line["val_passes"] = int(val_sums.steps)
+            line["val_selected"] = val_sums.selected.tolist()
+            line["val_merged"] = val_sums.merged.tolist()
         append_metrics(metrics_file, line)
         history.append(line)
         progress.end_epoch(*figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
         # ---- a merging stage that merges nothing says so
-        if stage.deep and epoch == 1 and not sums.merged.any():
+        any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
+        if stage.deep and epoch == 1 and not any_merged:
             warnings.append(_merged_nothing(stage, state, int(sums.selected.sum())))
             progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
 
@@ -231,6 +249,9 @@ def train_stage(
         "kernels": [kernel.count for kernel in stage.deep],
         "selected": _column_sums(history, "selected"),
         "merged": _column_sums(history, "merged"),
+        "val_passes": sum(line.get("val_passes", 0) for line in history),
+        "val_selected": _column_sums(history, "val_selected"),
+        "val_merged": _column_sums(history, "val_merged"),
         "warnings": warnings,
         "scores": files,
     }
@@ -238,25 +259,6 @@ def train_stage(
     prune(stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
-
-
-def evaluate(setup: Setup, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
-    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated."""
-    scores, losses, in_flight = [], [], deque()
-
-    def fetch() -> None:
-        batch_scores, batch_losses = in_flight.popleft()
-        scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
-        losses.append(np.asarray(batch_losses, np.float64).sum())
-
-    for batch in eval_batches(images, setup.recipe.batch_size):
-        batch = split(batch, setup.devices)
-        in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
-        if len(in_flight) > 2:
-            fetch()
-    while in_flight:
-        fetch()
-    return np.concatenate(scores)[: len(images)], float(sum(losses)) / len(images)
 
 
 def _order_seed(stage: Stage) -> int:
@@ -349,6 +351,8 @@ def _number(value: float) -> float | None:
 
 def _summary(stage: Stage, result: dict[str, Any]) -> str:
     merged = f", {sum(result['merged']):,} kernels merged" if stage.deep else ""
+    if stage.merging_eval_step is not None:
+        merged += f" in training, {sum(result['val_merged']):,} in validation"
     auc = result["test"]["auc"]
     return (
         f"{stage.name}: test AUC {'undefined' if auc is None else f'{auc:.3f}'}, "

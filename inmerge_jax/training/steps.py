@@ -13,12 +13,12 @@ import optax
 from jax import lax
 
 from inmerge_jax.kernels import Kernel
-from inmerge_jax.merging import MergeRule, merge_kernels
+from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels
 from inmerge_jax.training.parallel import AXIS
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 
-MERGING, DROPOUT, FLIPPING = range(3)
+MERGING, DROPOUT, FLIPPING, VALIDATION = range(4)
 """Purposes: a step's keys are fold_in(fold_in(root, step), purpose)."""
 
 
@@ -79,11 +79,7 @@ def make_train_step(
         if rule is not None:
             merging_key = jax.random.fold_in(key, MERGING)
             params, stats = merge_kernels(params, merging_key, kernels, rule)
-            totals = totals._replace(
-                selected=totals.selected + stats.selected,
-                merged=totals.merged + stats.merged,
-                similarity=totals.similarity + stats.similarity * stats.merged,
-            )
+            totals = _counted(totals, stats)
 
         images = normalise(batch["image"], recipe)
         if recipe.flip:
@@ -124,13 +120,61 @@ def make_eval_step(
     """
 
     def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        images = normalise(batch["image"], recipe)
-        logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
-        scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
-        losses = example_losses(logits, batch["label"], multi_label)
-        return scores, jnp.where(batch["mask"] > 0, losses, 0)
+        return _score(model, recipe, multi_label, params, batch_stats, batch)
 
     return jax.pmap(step, axis_name=AXIS, devices=devices)
+
+
+def make_merging_eval_step(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    kernels: tuple[Kernel, ...],
+    rule: MergeRule,
+) -> Callable[..., tuple[TrainState, Totals, tuple[jax.Array, jax.Array]]]:
+    """One merge and then the evaluation of one image, as the released code validates.
+
+    The merging key is folded from the updates so far, `VALIDATION` and the image's index, so a
+    resumed run merges the same kernels.
+
+    Returns:
+      step(state, totals, batch, root) -> (state, totals, (scores, losses)), with the results of
+      `make_eval_step`. Every device holds the same batch of one image, merges alike and gets the
+      same scores; `state` is donated.
+    """
+
+    def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)
+        key = jax.random.fold_in(key, batch["index"][0])
+        params, stats = merge_kernels(state.params, key, kernels, rule)
+        scored = _score(model, recipe, multi_label, params, state.batch_stats, batch)
+        totals = _counted(totals, stats)._replace(steps=totals.steps + 1)
+        return state._replace(params=params), totals, scored
+
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
+    )
+
+
+def _counted(totals: Totals, stats: MergeStats) -> Totals:
+    return totals._replace(
+        selected=totals.selected + stats.selected,
+        merged=totals.merged + stats.merged,
+        similarity=totals.similarity + stats.similarity * stats.merged,
+    )
+
+
+def _score(
+    model: nn.Module, recipe: Recipe, multi_label: bool, params: Any, batch_stats: Any, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Probabilities (n, classes) and losses (n,), 0 where the mask is."""
+    images = normalise(batch["image"], recipe)
+    logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+    scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+    losses = example_losses(logits, batch["label"], multi_label)
+    return scores, jnp.where(batch["mask"] > 0, losses, 0)
 
 
 def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:

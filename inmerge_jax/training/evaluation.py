@@ -1,0 +1,69 @@
+"""Scores of a whole split, with the weights as they are, or with a merge before every image."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from inmerge_jax.data import Split, eval_batches
+from inmerge_jax.training.parallel import replicate, split, unreplicate
+from inmerge_jax.training.state import TrainState
+from inmerge_jax.training.steps import Totals
+
+if TYPE_CHECKING:
+    from inmerge_jax.training.loop import Setup
+
+
+def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarray, float]:
+    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated."""
+    scores, losses, in_flight = [], [], deque()
+
+    def fetch() -> None:
+        batch_scores, batch_losses = in_flight.popleft()
+        scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
+        losses.append(np.asarray(batch_losses, np.float64).sum())
+
+    for batch in eval_batches(images, setup.recipe.batch_size):
+        batch = split(batch, setup.devices)
+        in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
+        if len(in_flight) > 2:
+            fetch()
+    while in_flight:
+        fetch()
+    return np.concatenate(scores)[: len(images)], float(sum(losses)) / len(images)
+
+
+def evaluate_merging(
+    step: Callable[..., Any],
+    state: TrainState,
+    totals: Totals,
+    images: Split,
+    root: jax.Array,
+    devices: tuple[jax.Device, ...],
+) -> tuple[TrainState, Totals, np.ndarray, float]:
+    """Merges before every image and evaluates it: image k sees weights after k merges.
+
+    Args:
+      step: of `steps.make_merging_eval_step`.
+      state: replicated; given away.
+      totals: replicated zeros.
+      images: the split, of which every device evaluates every image.
+      root: the stage's key.
+      devices: what the step runs on.
+
+    Returns:
+      The state with the merged weights; the totals, as NumPy arrays; scores, float32 (n, classes);
+      the mean loss.
+    """
+    kept: list[tuple[jax.Array, jax.Array]] = []
+    for batch in eval_batches(images, 1):
+        state, totals, scored = step(state, totals, replicate(batch, devices), root)
+        kept.append(scored)
+        if len(kept) > 2:  # No device waits for the host, and no queue grows without bound.
+            jax.block_until_ready(kept[-3])
+    scores, losses = (
+        np.concatenate(column) for column in zip(*map(unreplicate, kept), strict=True)
+    )
+    return state, unreplicate(totals), scores, float(losses.astype(np.float64).mean())

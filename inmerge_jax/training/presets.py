@@ -1,0 +1,111 @@
+"""Readings of the method: which kernels merge, with what partner, when, under which recipe.
+
+The paper's text and its released code say different things; a preset names one reading.
+docs/fidelity.md sets them side by side.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.kernels import Kernel, deep_kernels
+
+PresetName = Literal["paper", "released", "released_intent"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One reading of the method.
+
+    Attributes:
+      recipe: the recipe, unless another is named.
+      partner: of the rule, unless another is named.
+      selection: "forward", the convolutions after the first L_s in the order of the forward pass;
+        "released", what the released code reaches; "intent", what it set out to reach.
+      merge_in_validation: whether the merging stage also merges before every single validation
+        image, before the epoch's checkpoint is written.
+    """
+
+    recipe: str
+    partner: Literal["random", "nearest"]
+    selection: Literal["forward", "released", "intent"]
+    merge_in_validation: bool
+
+
+PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
+    {
+        # The text gives no recipe that could be had, so it borrows the released code's.
+        "paper": Preset("released", "nearest", "forward", merge_in_validation=False),
+        "released": Preset("released", "random", "released", merge_in_validation=True),
+        "released_intent": Preset("released", "random", "intent", merge_in_validation=True),
+    }
+)
+
+NO_PRESET = Preset("medmnist", "random", "forward", merge_in_validation=False)
+"""What holds where no preset is named."""
+
+
+def find_preset(name: PresetName | None) -> Preset:
+    """The preset of that name; `NO_PRESET` for None.
+
+    Raises:
+      InputError: on an unknown name.
+    """
+    if name is None:
+        return NO_PRESET
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def select_kernels(
+    preset: Preset, model: str, kernels: Sequence[Kernel], skip: int
+) -> tuple[tuple[Kernel, ...], str]:
+    """The kernels that merge, in the order of the forward pass, and why there are none.
+
+    Args:
+      preset: its `selection` decides.
+      model: a name that `create_model` knows.
+      kernels: all of the network's convolutions, in the order of the forward pass.
+      skip: L_s: counts convolutions, or with "intent" a ResNet's blocks.
+
+    Returns:
+      The kernels, and "" or, where the released code merges nothing in such a network, the reason.
+
+    Raises:
+      InputError: `skip` leaves nothing, or nothing is known of what was intended.
+    """
+    family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
+    if preset.selection == "released" and family == "resnet":
+        return (), (
+            f"the released code merges nothing in {model}, whatever its options: it looks for "
+            "convolutions in containers nested one level deeper than a ResNet's are. So the arm "
+            "inmerge is plain training here. --preset released_intent merges what it set out to."
+        )
+    if preset.selection == "released" and family == "densenet":
+        if skip == 0:
+            return tuple(kernels[:1]), ""
+        return (), (
+            f"the released code merges nothing in {model} at --skip {skip}: of a DenseNet it "
+            "reaches the first convolution alone, and any --skip above 0 leaves that out. So the "
+            "arm inmerge is plain training here."
+        )
+    if preset.selection == "intent" and family == "resnet":
+        second = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
+        return _after(second, skip, f"{model} has {len(second)} residual blocks"), ""
+    if preset.selection == "intent" and family == "densenet":
+        raise InputError(
+            f"--preset released_intent: what the released code meant to merge in {model} is not "
+            "known; choose --preset released or paper"
+        )
+    return _after(kernels, skip, f"{model} has {len(kernels)} convolutions"), ""
+
+
+def _after(kernels: Sequence[Kernel], skip: int, count: str) -> tuple[Kernel, ...]:
+    if skip >= len(kernels):
+        raise InputError(
+            f"--skip {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
+        )
+    return deep_kernels(kernels, skip=skip)
