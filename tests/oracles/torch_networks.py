@@ -1,42 +1,98 @@
-"""The networks of `inmerge_jax.models` in PyTorch, channels first, made from torchvision's."""
+"""The networks of `inmerge_jax.models` in PyTorch, channels first."""
 
+import torch
 from torch import nn
-from torchvision.models import resnet18, vgg16, vgg19
+from torchvision.models import get_model
 
-_STAGE_CHANNELS = (64, 128, 256, 512, 512)
-_STAGE_SIZES = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-_TORCHVISION = {"resnet18": resnet18, "vgg16": vgg16, "vgg19": vgg19}
+_BENCHMARK = {
+    "resnet18": (3, (2, 2, 2, 2)),
+    "resnet34": (3, (3, 4, 6, 3)),
+    "resnet50": (1, (3, 4, 6, 3)),
+}
 
 
 def create_network(name: str, num_classes: int, *, stem: str, size: int) -> nn.Module:
     """A classifier of RGB images of `size` px, in training mode.
 
     Args:
-      name: "resnet18", "vgg16" or "vgg19".
+      name: as in `inmerge_jax.models.create_model`.
       num_classes: number of logits.
       stem: "imagenet" is torchvision's network; "small" is the MedMNIST v2 benchmark's 28 px form
-        of the ResNet, and a VGG with a pooled linear head.
+        of a ResNet, torchvision's DenseNet with a 3x3 stem of stride 1 and no max-pool, and
+        torchvision's VGG with a pooled linear head.
       size: decides which max-pools a small VGG has room for.
     """
-    if stem == "imagenet":
-        return _TORCHVISION[name](num_classes=num_classes)
-    if name in _STAGE_SIZES:
-        return _small_vgg(_STAGE_SIZES[name], num_classes, size)
-    network = resnet18(num_classes=num_classes)
-    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    if stem == "small" and name in _BENCHMARK:
+        first, stage_sizes = _BENCHMARK[name]
+        return BenchmarkResNet(first, stage_sizes, num_classes)
+    network = get_model(name, weights=None, num_classes=num_classes)
+    if stem == "small" and name.startswith("densenet"):
+        network.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.features.pool0 = nn.Identity()
+    elif stem == "small":
+        for index, layer in enumerate(network.features):
+            if isinstance(layer, nn.MaxPool2d):
+                if size < 4:
+                    network.features[index] = nn.Identity()
+                size //= 2
+        network.avgpool = nn.AdaptiveAvgPool2d(1)
+        network.classifier = nn.Linear(512, num_classes)
     return network
 
 
-def _small_vgg(stage_sizes: tuple[int, ...], num_classes: int, size: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    channels = 3
-    for outputs, convolutions in zip(_STAGE_CHANNELS, stage_sizes, strict=True):
-        for _ in range(convolutions):
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.ReLU(inplace=True)]
-            channels = outputs
-        if size >= 4:
-            layers.append(nn.MaxPool2d(2))
-            size //= 2
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
-    return nn.Sequential(*layers, *head)
+class BenchmarkResNet(nn.Module):
+    """The residual network that the MedMNIST v2 benchmark trains at 28 px, with its entries' names.
+
+    A 3x3 stem of stride 1 without a max-pool, blocks that end in their ReLU, and a projection
+    (`shortcut.0`, `shortcut.1`) where a block changes the shape.
+    """
+
+    def __init__(self, first: int, stage_sizes: tuple[int, ...], num_classes: int) -> None:
+        """`first` is the size of a block's first convolution: 3 in a basic block, else 1."""
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        inputs = 64
+        for stage, blocks in enumerate(stage_sizes):
+            channels, layers = 64 * 2**stage, []
+            for index in range(blocks):
+                stride = 2 if stage and not index else 1
+                layers.append(_Block(first, inputs, channels, stride))
+                inputs = layers[-1].outputs
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        self.linear = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (batch, 3, h, w) to (batch, num_classes)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class _Block(nn.Module):
+    def __init__(self, first: int, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        # Size, outputs and stride of each convolution; the first of size 3 has the stride.
+        plan = [(3, channels, stride), (3, channels, 1)]
+        if first == 1:
+            plan = [(1, channels, 1), (3, channels, stride), (1, 4 * channels, 1)]
+        self.depth, self.outputs = len(plan), plan[-1][1]
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != self.outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, self.outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(self.outputs),
+            )
+        for number, (size, features, step) in enumerate(plan, 1):
+            convolution = nn.Conv2d(inputs, features, size, step, size // 2, bias=False)
+            self.add_module(f"conv{number}", convolution)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(features))
+            inputs = features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for number in range(1, self.depth + 1):
+            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
+            if number < self.depth:
+                y = torch.relu(y)
+        return torch.relu(y + self.shortcut(x))

@@ -1,0 +1,18 @@
+"""Every VGG equals PyTorch's to rounding."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("torchvision")
+
+from tests.models.parity import check_network
+
+NETWORKS = [
+    *((f"vgg{depth}{ending}", "imagenet") for depth in (11, 13, 16, 19) for ending in ("", "_bn")),
+    *((name, "small") for name in ("vgg13_bn", "vgg16")),
+]
+
+
+@pytest.mark.parametrize(("name", "stem"), NETWORKS)
+def test_network_is_pytorchs(name, stem):
+    check_network(name, stem)
