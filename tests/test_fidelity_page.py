@@ -1,0 +1,29 @@
+"""docs/fidelity.md is complete, and the tests that it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "fidelity.md").read_text().splitlines()
+    if line.startswith("|")
+]
+ROWS = TABLE[2:]
+
+
+def test_every_row_is_full():
+    assert len(ROWS) >= 15
+    assert TABLE[0][3:6] == ["`paper`", "`released`", "`released_intent`"]
+    for row in ROWS:
+        assert len(row) == len(TABLE[0]) and all(row), row
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_test_of_a_row_exists(row):
+    if row[-1].startswith("(none): "):
+        return
+    (file, name) = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", row[-1]).groups()
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
