@@ -1,6 +1,7 @@
 """A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
 
 import dataclasses
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from inmerge_jax.files import write_bytes, write_json
 from inmerge_jax.kernels import Kernel, find_kernels
 from inmerge_jax.merging import MergeRule
 from inmerge_jax.models import create_model
+from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
@@ -52,6 +54,7 @@ class Plan:
       shape: of one image as the network sees it, (h, w, c).
       kernels: every convolution, in the order of the forward pass.
       deep: those that merging works on.
+      init_sha256: of the file that the backbone's weights come from; None for random weights.
       notice: why there are none of these, where the released code has none; else "".
     """
 
@@ -66,6 +69,7 @@ class Plan:
     kernels: tuple[Kernel, ...]
     deep: tuple[Kernel, ...]
     notice: str
+    init_sha256: str | None = None
 
 
 def plan_run(config: TrainConfig) -> Plan:
@@ -98,7 +102,12 @@ def plan_run(config: TrainConfig) -> Plan:
     kernels = _convolutions(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
-    return Plan(config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice)
+    plan = Plan(config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice)
+    if config.model.init_from is None:
+        return plan
+    plan = dataclasses.replace(plan, init_sha256=_sha256(config.model.init_from))
+    _initial(plan, config.seeds[0])
+    return plan
 
 
 def train_arms(plan: Plan) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def train_arms(plan: Plan) -> dict[str, Any]:
     config = plan.config
     folder = open_run(
         config.output,
-        config_dict(config, plan.recipe, len(plan.devices)),
+        config_dict(config, plan.recipe, len(plan.devices), plan.init_sha256),
         resume=config.resume,
         overwrite=config.overwrite,
     )
@@ -215,13 +224,45 @@ def _steps(plan: Plan, setup: Setup) -> tuple[Any, Any, Any]:
 
 
 def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
-    """Random parameters and batch statistics, as NumPy arrays."""
+    """Parameters and batch statistics, random or those of --init-from, as NumPy arrays."""
+    if plan.init_sha256 is not None:
+        variables = _from_file(plan, jax.random.key(seed))
+        return variables["params"], variables.get("batch_stats", {})
     # XLA's CPU backend takes 8 s over ResNet-18's draws, and 2.6 s at level 1, for the same bits.
     cheap = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
     image = jnp.zeros((1, *plan.shape))
     init = jax.jit(lambda key: plan.model.init(key, image, train=False), compiler_options=cheap)
     variables = jax.device_get(init(jax.random.key(seed)))
     return variables["params"], variables.get("batch_stats", {})
+
+
+def _from_file(plan: Plan, key: jax.Array) -> dict[str, Any]:
+    """The variables in the file --init-from; `key` is for a head that is replaced."""
+    chosen = plan.config.model
+    if _sha256(chosen.init_from) != plan.init_sha256:
+        raise InputError(f"--init-from {chosen.init_from}: the file changed during the run")
+    try:
+        return from_state_dict(
+            chosen.name,
+            read_state_dict(chosen.init_from),
+            stem=chosen.stem,
+            num_classes=plan.dataset.num_classes,
+            channels=plan.shape[-1],
+            width=chosen.width,
+            head_key=key if chosen.replace_head else None,
+        )
+    except InputError as error:
+        raise InputError(f"--init-from {chosen.init_from}: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"--init-from {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
+        ) from error
 
 
 def _best(
@@ -276,7 +317,7 @@ def _headline(plan: Plan) -> str:
 
 def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     data = plan.dataset
-    values = config_dict(plan.config, plan.recipe, len(plan.devices))
+    values = config_dict(plan.config, plan.recipe, len(plan.devices), plan.init_sha256)
     counts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     return {
         "dataset": {

@@ -98,6 +98,17 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     return tree, json.loads((path / _META).read_bytes())
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of the checkpoint at `path`, by its path in the tree with dots between.
+
+    Raises:
+      InputError: no checkpoint there.
+      DamagedError: a file is missing, cut short or changed.
+    """
+    path = Path(path)
+    return _read_arrays(path / _TREE, _verify(path)["arrays"])
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """The meta of the checkpoint at `path`, without its arrays; checks that file alone.
 

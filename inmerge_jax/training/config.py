@@ -51,12 +51,18 @@ class ModelConfig:
         torchvision's network.
       width: Factor on the number of channels of every layer.
       dtype: What activations are computed in. Weights are always float32.
+      init_from: Start the backbone from the weights in this file (.safetensors, .pth or .pt: a
+        state dict of torchvision's network or a checkpoint of the MedMNIST benchmark) instead of
+        from random ones.
+      replace_head: Draw a new last layer where that of the file has another number of outputs.
     """
 
     name: Annotated[str, tyro.conf.arg(name="model", metavar="NAME")] = "resnet18"
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    replace_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,15 +272,26 @@ def check_run(config: TrainConfig) -> None:
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
+    if config.model.replace_head and config.model.init_from is None:
+        raise InputError("--replace-head is for the head of a file: give --init-from too")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
 
 
-def config_dict(config: TrainConfig, recipe: Recipe, devices: int) -> dict[str, Any]:
-    """What config.json holds: the options that decide the results, resolved, JSON-ready."""
+def config_dict(
+    config: TrainConfig, recipe: Recipe, devices: int, init_sha256: str | None = None
+) -> dict[str, Any]:
+    """What config.json holds: the options that decide the results, resolved, JSON-ready.
+
+    `init_sha256` is that of the file --init-from, whose content decides the results too.
+    """
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
         del values[name]
+    if config.model.init_from is None:
+        del values["model"]["init_from"], values["model"]["replace_head"]
+    else:
+        values["model"]["init_sha256"] = init_sha256
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
     values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
     values["devices"] = devices
