@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
+CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/columns.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
 
 .PHONY: run test check clean
 

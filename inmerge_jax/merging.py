@@ -91,7 +91,8 @@ def merge_kernels(
     with one kernel is left alone.
 
     Pure, so it may be used inside `jit`, `vmap`, `pmap` and `scan`. Under data parallelism, give
-    every replica the same key: they then merge alike, without communication.
+    every replica the same key: they then merge alike, without communication. Differentiable: the
+    mix is linear in the weights, and which kernels merge, and the counts, are constants to it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -171,10 +172,12 @@ def _merge_layer(
 
     `partner` gives each kernel's partner, or is None for the nearest.
     """
+    # Which kernels merge is a decision: no gradient goes through it.
+    compared = jax.lax.stop_gradient(weight)
     if partner is None:
-        partner, similarity = nearest_partner(weight, axis)
+        partner, similarity = nearest_partner(compared, axis, selected)
     else:
-        similarity = pair_similarity(weight, axis, partner)
+        similarity = pair_similarity(compared, axis, partner, selected)
     merged = selected & (similarity > rule.threshold)
     count = jnp.sum(merged, dtype=jnp.int32)
     total = jnp.sum(jnp.where(merged, similarity, 0))

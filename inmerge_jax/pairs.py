@@ -1,72 +1,74 @@
 """Comparing and mixing kernels with their partners, in the form that suits each platform."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from inmerge_jax import columns
 
-def pair_similarity(weight: jax.Array, axis: int, partner: jax.Array) -> jax.Array:
-    """Cosine similarity of each kernel with its partner.
+
+def pair_similarity(
+    weight: jax.Array, axis: int, partner: jax.Array, selected: jax.Array
+) -> jax.Array:
+    """Cosine similarity of each selected kernel with its partner.
 
     Args:
       weight: any floating dtype and rank; `axis` indexes its kernels.
       axis: the kernels' axis, not negative.
       partner: int32 (kernels,), each kernel's partner.
+      selected: bool (kernels,), the kernels whose similarity is wanted.
 
     Returns:
       float32 (kernels,): at most 1; 0 where either kernel is zero; NaN where either holds a NaN
-      or an infinity.
+      or an infinity; -inf for kernels that aren't selected.
     """
 
-    def whole(weight: jax.Array, partner: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def whole(weight: jax.Array, partner: jax.Array, selected: jax.Array) -> jax.Array:
         w, across = weight.astype(jnp.float32), _across(weight, axis)
-        return jnp.sum(w * w, across), jnp.sum(w * _take(w, axis, partner), across)
+        inverse = columns.inverse_norm(jnp.sum(w * w, across))
+        product = jnp.sum(w * _take(w, axis, partner), across)
+        similarity = jnp.minimum(product * inverse * inverse[partner], 1)
+        return jnp.where(selected, similarity, -jnp.inf)
 
-    def blocked(weight: jax.Array, partner: jax.Array) -> tuple[jax.Array, jax.Array]:
-        blocks = _blocks(weight)
-
-        def add(b: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            w = blocks[b].astype(jnp.float32)
-            return (
-                sums[0] + jnp.sum(w * w, 0),
-                sums[1] + jnp.sum(w * _take_columns(w, partner), 0),
-            )
-
-        zeros = jnp.zeros(weight.shape[axis], jnp.float32)
-        return lax.fori_loop(0, len(blocks), add, (zeros, zeros))
-
-    square, product = _by_platform(weight, axis, blocked, whole)(weight, partner)
-    inverse = _inverse_norm(square)
-    return jnp.minimum(product * inverse * inverse[partner], 1)
+    form = _by_platform(weight, axis, columns.pair_similarity, whole)
+    return form(weight, partner, selected)
 
 
-def nearest_partner(weight: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Each kernel's most similar other kernel, and their cosine similarity.
+def nearest_partner(
+    weight: jax.Array, axis: int, selected: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each selected kernel's most similar other kernel, and their cosine similarity.
 
     Args:
       weight: any floating dtype and rank; `axis` indexes its kernels.
       axis: the kernels' axis, not negative.
+      selected: bool (kernels,), the kernels whose partner is wanted.
 
     Returns:
       int32 (kernels,) and float32 (kernels,). A kernel that holds a NaN or an infinity is nobody's
-      partner and has similarity -inf itself.
+      partner and has similarity -inf itself, and so have kernels that aren't selected.
     """
-    w, across = weight.astype(jnp.float32), _across(weight, axis)
-    product = jnp.tensordot(w, w, (across, across), precision=lax.Precision.HIGHEST)
-    inverse = _inverse_norm(jnp.diagonal(product))
-    similarity = product * jnp.expand_dims(inverse, 0) * jnp.expand_dims(inverse, 1)
-    itself = jnp.eye(len(similarity), dtype=bool)
-    similarity = jnp.where(itself | jnp.isnan(similarity), -jnp.inf, similarity)
-    nearest = jnp.argmax(similarity, axis=1).astype(jnp.int32)
-    return nearest, jnp.minimum(jnp.max(similarity, axis=1), 1)
+
+    def whole(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w, across = weight.astype(jnp.float32), _across(weight, axis)
+        product = jnp.tensordot(w, w, (across, across), precision=lax.Precision.HIGHEST)
+        inverse = columns.inverse_norm(jnp.diagonal(product))
+        itself = jnp.eye(len(product), dtype=bool)
+        nearest, similarity = columns.most_similar(product, inverse, inverse, itself)
+        return nearest, jnp.where(selected, similarity, -jnp.inf)
+
+    return _by_platform(weight, axis, columns.nearest_partner, whole)(weight, selected)
 
 
 def mix_pairs(
     weight: jax.Array, axis: int, partner: jax.Array, chosen: jax.Array, alpha: Any
 ) -> jax.Array:
     r"""Replaces each chosen kernel by :math:`\alpha K_i + (1 - \alpha) K_j`.
+
+    Differentiable in the weight and in alpha.
 
     Args:
       weight: any floating dtype and rank; `axis` indexes its kernels.
@@ -78,39 +80,23 @@ def mix_pairs(
     Returns:
       The weight with its own dtype; the mix itself is computed in float32.
     """
-    alpha = jnp.asarray(alpha, jnp.float32)
 
-    def mixed(weight: jax.Array, other: jax.Array, chosen: jax.Array) -> jax.Array:
-        mix = alpha * weight.astype(jnp.float32) + (1 - alpha) * other.astype(jnp.float32)
-        return jnp.where(chosen, mix.astype(weight.dtype), weight)
+    def whole(
+        weight: jax.Array, partner: jax.Array, chosen: jax.Array, alpha: jax.Array
+    ) -> jax.Array:
+        mixed = columns.mix(weight, _take(weight, axis, partner), alpha)
+        return jnp.where(jnp.expand_dims(chosen, _across(weight, axis)), mixed, weight)
 
-    def whole(weight: jax.Array, partner: jax.Array, chosen: jax.Array) -> jax.Array:
-        columns = jnp.expand_dims(chosen, _across(weight, axis))
-        return mixed(weight, _take(weight, axis, partner), columns)
-
-    def blocked(weight: jax.Array, partner: jax.Array, chosen: jax.Array) -> jax.Array:
-        columns = jnp.expand_dims(chosen, 0)
-
-        def write(b: Any, blocks: jax.Array) -> jax.Array:
-            w = blocks[b]
-            return blocks.at[b].set(mixed(w, _take_columns(w, partner), columns))
-
-        def every(blocks: jax.Array) -> jax.Array:
-            return lax.fori_loop(0, len(blocks), write, blocks)
-
-        # Deep layers often have nothing to mix, and reading them again would cost as much as
-        # comparing them did.
-        blocks = lax.cond(jnp.any(chosen), every, lambda blocks: blocks, _blocks(weight))
-        return blocks.reshape(weight.shape)
-
-    return _by_platform(weight, axis, blocked, whole)(weight, partner, chosen)
+    blocked = _with_derivative_of(whole, columns.mix_pairs)
+    form = _by_platform(weight, axis, blocked, whole)
+    return form(weight, partner, chosen, jnp.asarray(alpha, jnp.float32))
 
 
 def _by_platform(weight: jax.Array, axis: int, blocked: Any, whole: Any) -> Any:
     """The blocked form on CPU where kernels are columns (HWIO), else the whole-array form.
 
     On CPU, a column gather over a whole layer is bound by fresh memory and scattered reads; in
-    blocks of one tap's input channels by kernels it stays in cache and needs no large temporary.
+    blocks of rows, of the selected columns only, it stays in cache and needs no large temporary.
     Other backends fuse the plain expression themselves.
     """
     if weight.ndim < 2 or axis != weight.ndim - 1:
@@ -118,38 +104,24 @@ def _by_platform(weight: jax.Array, axis: int, blocked: Any, whole: Any) -> Any:
     return lambda *args: lax.platform_dependent(*args, cpu=blocked, default=whole)
 
 
+def _with_derivative_of(
+    whole: Callable[..., jax.Array], blocked: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`blocked`, whose loops of unknown length have no reverse mode, with the rule of `whole`."""
+    form = jax.custom_jvp(blocked)
+
+    @form.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        return form(*primals), jax.jvp(whole, primals, tangents)[1]
+
+    return form
+
+
 def _across(weight: jax.Array, axis: int) -> tuple[int, ...]:
     """All axes but the kernels' own."""
     return tuple(d for d in range(weight.ndim) if d != axis)
 
 
-def _inverse_norm(square: jax.Array) -> jax.Array:
-    """1 / norm from squared norms, and 0 for zero kernels, so that their similarity is 0."""
-    return jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
-
-
 def _take(w: jax.Array, axis: int, partner: jax.Array) -> jax.Array:
     """The weight with each kernel's place taken by its partner."""
     return w.at[(slice(None),) * axis + (partner,)].get(mode="promise_in_bounds")
-
-
-def _blocks(weight: jax.Array) -> jax.Array:
-    """A weight whose last axis is the kernels' as (taps, input channels, kernels)."""
-    return weight.reshape(-1, *weight.shape[-2:])
-
-
-def _take_columns(block: jax.Array, partner: jax.Array) -> jax.Array:
-    """`block[:, partner]`, as a flat gather, which XLA's CPU backend fuses best."""
-    rows, columns = block.shape
-    start = jnp.arange(rows, dtype=jnp.uint32)[:, None] * jnp.uint32(columns)
-    flat = start + jnp.expand_dims(partner.astype(jnp.uint32), 0)
-    one_number = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    return lax.gather(
-        block.reshape(-1),
-        flat[..., None],
-        one_number,
-        slice_sizes=(1,),
-        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )

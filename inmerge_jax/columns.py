@@ -1,0 +1,208 @@
+"""The merge on CPU: kernels are columns, compared and mixed in blocks of rows that fit the cache.
+
+A weight (..., inputs, kernels) is read as rows by kernels. Only the selected columns are gathered,
+in loops whose length follows how many there are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_ROWS = 64
+_UNROLL = 4
+_FEW = 8
+
+
+def inverse_norm(square: jax.Array) -> jax.Array:
+    """1 / norm from squared norms, and 0 for zero kernels, so that their similarity is 0."""
+    return jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+
+
+def mix(kernel: jax.Array, other: jax.Array, alpha: jax.Array) -> jax.Array:
+    """`alpha * kernel + (1 - alpha) * other`, computed in float32, in the kernel's dtype."""
+    mixed = alpha * kernel.astype(jnp.float32) + (1 - alpha) * other.astype(jnp.float32)
+    return mixed.astype(kernel.dtype)
+
+
+def most_similar(
+    product: jax.Array, inverse: jax.Array, inverse_others: jax.Array, itself: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The most similar column to each row, and that similarity, from inner products.
+
+    Args:
+      product: float32 (rows, columns), inner products.
+      inverse: float32 (rows,), the rows' inverse norms.
+      inverse_others: float32 (columns,), the columns'.
+      itself: bool (rows, columns), the pairs that don't count.
+
+    Returns:
+      int32 (rows,) and float32 (rows,), -inf where every similarity is NaN or doesn't count.
+    """
+    similarity = product * inverse[:, None] * inverse_others[None]
+    similarity = jnp.where(itself | jnp.isnan(similarity), -jnp.inf, similarity)
+    nearest = jnp.argmax(similarity, axis=1).astype(jnp.int32)
+    return nearest, jnp.minimum(jnp.max(similarity, axis=1), 1)
+
+
+def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) -> jax.Array:
+    """`pairs.pair_similarity`; the kernels' axis is the last."""
+    flat, matrix = weight.reshape(-1), weight.reshape(-1, weight.shape[-1])
+    rows, count = matrix.shape
+
+    def group(place: Any, kernels: jax.Array, found: jax.Array) -> jax.Array:
+        size = len(kernels)
+        others = partner[kernels]
+        pairs = jnp.concatenate([kernels, others])
+
+        def add(start: Any, height: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            # Summed over the rows only at the end: a gather that is fused into a reduction runs
+            # many times slower. Squares of all columns cost less than of those gathered.
+            squares, products = sums
+            w = lax.dynamic_slice_in_dim(matrix, start, height).astype(jnp.float32)
+            x = _take_columns(flat, start, height, count, pairs).astype(jnp.float32)
+            return squares + w * w, products + x[:, :size] * x[:, size:]
+
+        def add_unrolled(b: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            for u in range(_UNROLL):
+                sums = add((b * _UNROLL + u) * _ROWS, _ROWS, sums)
+            return sums
+
+        def zeros(height: int) -> tuple[jax.Array, ...]:
+            return jnp.zeros((height, count)), jnp.zeros((height, size))
+
+        blocks, rest = divmod(rows, _ROWS * _UNROLL)
+        sums = lax.fori_loop(0, blocks, add_unrolled, zeros(_ROWS)) if blocks else zeros(1)
+        square, product = (jnp.sum(s, 0) for s in sums)
+        if rest:
+            tail = add(jnp.int32(rows - rest), rest, zeros(rest))
+            square, product = square + jnp.sum(tail[0], 0), product + jnp.sum(tail[1], 0)
+        inverse = inverse_norm(square)
+        similarity = jnp.minimum(product * inverse[kernels] * inverse[others], 1)
+        return found.at[place].set(similarity, mode="drop")
+
+    return _for_selected(selected, group, jnp.full(count, -jnp.inf))
+
+
+def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pairs.nearest_partner`; the kernels' axis is the last."""
+    blocks = _blocks(weight)
+    taps, height, count = blocks.shape
+    flat, everyone = weight.reshape(-1), jnp.arange(count)
+    squares = jnp.sum(jnp.square(blocks.astype(jnp.float32)), (0, 1))
+    inverse = inverse_norm(squares)
+
+    def group(place: Any, kernels: jax.Array, found: tuple[jax.Array, ...]) -> Any:
+        def add(tap: Any, product: jax.Array) -> jax.Array:
+            mine = _take_columns(flat, tap * height, height, count, kernels).astype(jnp.float32)
+            return product + lax.dot_general(
+                lax.optimization_barrier(mine),
+                blocks[tap].astype(jnp.float32),
+                (((0,), (0,)), ((), ())),
+                precision=lax.Precision.HIGHEST,
+            )
+
+        product = lax.fori_loop(0, taps, add, jnp.zeros((len(kernels), count)))
+        itself = kernels[:, None] == everyone[None]
+        nearest, similarity = most_similar(product, inverse[kernels], inverse, itself)
+        return (
+            found[0].at[place].set(nearest, mode="drop"),
+            found[1].at[place].set(similarity, mode="drop"),
+        )
+
+    nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -jnp.inf)
+    return _for_selected(selected, group, nothing)
+
+
+def mix_pairs(
+    weight: jax.Array, partner: jax.Array, chosen: jax.Array, alpha: jax.Array
+) -> jax.Array:
+    """`pairs.mix_pairs`; the kernels' axis is the last.
+
+    Up to a few kernels are written one by one, which leaves the other columns unread; more of them
+    in one pass over the weight. Each is a loop of no length where it isn't wanted: a conditional
+    would copy the weight.
+    """
+    count = weight.shape[-1]
+    few = min(_FEW, count)
+    total = jnp.sum(chosen, dtype=jnp.int32)
+    order = _chosen_first(chosen)
+    matrix = weight.reshape(-1, count)
+
+    def read(m: Any, mixed: jax.Array) -> jax.Array:
+        i = order[m]
+        kernel, other = (
+            lax.dynamic_slice_in_dim(matrix, k, 1, axis=1)[:, 0] for k in (i, partner[i])
+        )
+        return lax.dynamic_update_slice_in_dim(mixed, mix(kernel, other, alpha)[None], m, axis=0)
+
+    def write(m: Any, matrix: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(matrix, mixed[m][:, None], order[m], axis=1)
+
+    singly = jnp.where(total <= few, total, 0)
+    mixed = lax.fori_loop(0, singly, read, jnp.zeros((few, len(matrix)), weight.dtype))
+    blocks = lax.fori_loop(0, singly, write, matrix).reshape(_blocks(weight).shape)
+    taps, height, _ = blocks.shape
+
+    def pass_over(tap: Any, blocks: jax.Array) -> jax.Array:
+        block = blocks[tap]
+        other = _take_columns(block.reshape(-1), jnp.int32(0), height, count, partner)
+        return blocks.at[tap].set(jnp.where(chosen[None], mix(block, other, alpha), block))
+
+    blocks = lax.fori_loop(0, jnp.where(total > few, taps, 0), pass_over, blocks)
+    return blocks.reshape(weight.shape)
+
+
+def _for_selected(selected: jax.Array, group: Any, found: Any) -> Any:
+    """Folds `group(place, kernels, found)` over the selected kernels, some at a time.
+
+    A group holds 11/32 of a wide layer's kernels, so that at the method's usual probability of 0.3
+    one is nearly always enough. `kernels` int32 (size,) are its kernels, with any others to fill
+    it; `place` int32 (size,) is where their results belong, out of range for those that fill.
+    """
+    count = len(selected)
+    size = min(count, -(-count * 11 // 512) * 16)
+    total = jnp.sum(selected, dtype=jnp.int32)
+    order = jnp.pad(_chosen_first(selected), (0, -count % size))
+
+    def step(g: Any, found: Any) -> Any:
+        kernels = lax.dynamic_slice_in_dim(order, g * size, size)
+        real = g * size + jnp.arange(size) < total
+        return group(jnp.where(real, kernels, count), kernels, found)
+
+    return lax.fori_loop(0, (total + size - 1) // size, step, found)
+
+
+def _chosen_first(chosen: jax.Array) -> jax.Array:
+    """All indices, int32, those of the chosen first; each part in ascending order."""
+    count = len(chosen)
+    index = jnp.arange(count, dtype=jnp.int32)
+    # Numbers sort many times faster than pairs of a key and an index.
+    return lax.sort(jnp.where(chosen, index, index + count), is_stable=False) % count
+
+
+def _blocks(weight: jax.Array) -> jax.Array:
+    """A weight as (taps, input channels, kernels)."""
+    return weight.reshape(-1, *weight.shape[-2:])
+
+
+def _take_columns(
+    flat: jax.Array, start: jax.Array, height: int, count: int, columns: jax.Array
+) -> jax.Array:
+    """`weight[start : start + height, columns]` of a flattened (rows, count) weight.
+
+    One gather from the flat weight with unsigned indices is what XLA's CPU backend fuses best.
+    """
+    rows = start.astype(jnp.uint32) + jnp.arange(height, dtype=jnp.uint32)
+    index = rows[:, None] * jnp.uint32(count) + columns.astype(jnp.uint32)[None]
+    one_number = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    return lax.gather(
+        flat,
+        index[..., None],
+        one_number,
+        slice_sizes=(1,),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
