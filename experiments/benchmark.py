@@ -24,6 +24,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.models import create_model
+from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
 from inmerge_jax.training.recipes import RECIPES, Recipe
 from inmerge_jax.training.runfolder import environment
@@ -145,9 +146,13 @@ def run(
     """
     stored = _read(config.output)
     _write(config.output, stored)
+    kept = keep_freed_memory()  # as training on CPU does; PyTorch, in the same process, gains too
     for name in config.only:
         started = time.perf_counter()
-        around = environment() | {"torch_threads": torch.get_num_threads()}
+        around = environment() | {
+            "torch_threads": torch.get_num_threads(),
+            "keeps_freed_memory": kept,
+        }
         rows = [row.to_dict() for row in sections[name]()]
         seconds = time.perf_counter() - started
         stored[name] = {"environment": around, "seconds": seconds, "rows": rows}

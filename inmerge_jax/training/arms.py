@@ -28,6 +28,7 @@ from inmerge_jax.training.config import (
     resolve_rule,
 )
 from inmerge_jax.training.loop import Setup, Stage, read_result, train_stage
+from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
@@ -120,6 +121,8 @@ def train_arms(plan: Plan) -> dict[str, Any]:
       NonFiniteLossError: training diverged.
     """
     config = plan.config
+    if plan.devices[0].platform == "cpu":
+        keep_freed_memory()
     folder = open_run(
         config.output,
         config_dict(config, plan.recipe, len(plan.devices), plan.init_sha256),
