@@ -98,6 +98,8 @@ PYTORCH_CASES = (
     Case("vgg16", "small", 28, 64, rounds=12),
     Case("vgg19", "small", 32, 64, rounds=12),
     Case("vgg19", "imagenet", 224, 8, rounds=6),
+    Case("resnet50", "imagenet", 64, 16, rounds=10),
+    Case("densenet121", "imagenet", 64, 16, rounds=10),
 )
 
 

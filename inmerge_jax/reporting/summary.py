@@ -14,7 +14,7 @@ from inmerge_jax.reporting.runs import Run, number
 METRICS = ("auc", "acc")
 PAIRS = (("inmerge", "finetune"), ("finetune", "backbone"))
 CONFIDENCE = 0.95
-PAPER_RULE = {
+RELEASED_RULE = {
     "probability": 0.3,
     "threshold": 0.3,
     "alpha": 0.8,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from inmerge_jax.reporting.runs import Run
-from inmerge_jax.reporting.summary import PAPER_RULE, Spread, Summary
+from inmerge_jax.reporting.summary import RELEASED_RULE, Spread, Summary
 
 MINUS = "\u2212"
 FORMULA = (
@@ -174,23 +174,27 @@ def merges_note(summary: Summary) -> str:
 
 
 def rule_note(run: Run) -> str:
-    """Where the rule differs from the paper's, and how much the paper's would have merged."""
+    """Where the rule differs from the released code's, and how much that one would have merged."""
     rule = run.results.get("rule") or {}
     changed = [
-        f"{name} {rule[name]} (paper {value})"
-        for name, value in PAPER_RULE.items()
+        f"{name} {rule[name]} (there {value})"
+        for name, value in RELEASED_RULE.items()
         if name in rule and rule[name] != value
     ]
     if not changed:
-        return "The rule is the paper's: " + ", ".join(f"{k} {v}" for k, v in rule.items()) + "."
-    text = f"The rule is not the paper's: {', '.join(changed)}."
-    share = _share_above(run, PAPER_RULE["threshold"])
-    if share is not None and rule.get("threshold") != PAPER_RULE["threshold"]:
+        return (
+            "The rule is the released code's: "
+            + ", ".join(f"{k} {v}" for k, v in rule.items())
+            + "."
+        )
+    text = f"The rule is not the released code's: {', '.join(changed)}."
+    share = _share_above(run, RELEASED_RULE["threshold"])
+    if share is not None and rule.get("threshold") != RELEASED_RULE["threshold"]:
         own = _share_above(run, rule["threshold"])
         here = "" if own is None else f", and {_share(own)} above {rule['threshold']}"
         text += (
             f" Why: before the stage, {_share(share)} of the median layer's kernel pairs were "
-            f"above {PAPER_RULE['threshold']}{here}."
+            f"above {RELEASED_RULE['threshold']}{here}."
         )
     return text
 

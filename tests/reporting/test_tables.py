@@ -114,7 +114,7 @@ def test_published_row_is_labelled(tmp_path):
 
 def test_rule_that_is_not_the_papers_is_explained(folder):
     text = markdown(folder)
-    assert "threshold 0.1 (paper 0.3), skip 4 (paper 10)" in text
+    assert "threshold 0.1 (there 0.3), skip 4 (there 10)" in text
     assert "0.40% of the median layer's kernel pairs" in text
 
 
