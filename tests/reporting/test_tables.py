@@ -118,10 +118,10 @@ def test_rule_that_is_not_the_papers_is_explained(folder):
     assert "0.40% of the median layer's kernel pairs" in text
 
 
-def test_the_papers_rule_is_named_so(tmp_path):
+def test_the_released_codes_rule_is_named_so(tmp_path):
     folder = write_run(tmp_path / "run")
     edit(folder, lambda results: results["rule"].update(threshold=0.3, skip=10))
-    assert "The rule is the paper's" in markdown(folder)
+    assert "The rule is the released code's" in markdown(folder)
 
 
 def test_command_line(folder, tmp_path, capsys):
