@@ -90,16 +90,10 @@ def _best_epoch(stage: Path) -> int:
 
 def _variables(arrays: dict[str, Any]) -> dict[str, Any]:
     """The network's part of a checkpoint, whose names are paths with dots."""
-    variables: dict[str, Any] = {}
-    for name, array in arrays.items():
-        if not name.startswith(("params.", "batch_stats.")):
-            continue
-        collection, *parents, last = name.split(".")
-        node = variables.setdefault(collection, {})
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return variables
+    from flax.traverse_util import unflatten_dict
+
+    ours = ("params.", "batch_stats.")
+    return unflatten_dict({k: v for k, v in arrays.items() if k.startswith(ours)}, sep=".")
 
 
 def main(arguments: list[str] | None = None) -> int:

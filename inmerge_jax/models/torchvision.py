@@ -11,13 +11,14 @@ height, width there. So nothing is rounded, and a state dict comes back bit for 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.models import create_model
@@ -106,7 +107,7 @@ def from_state_dict(
     if fresh:
         paths = [entries[key][0] for key in sorted(fresh)]
         leaves |= _drawn(init, head_key, image.shape, paths)
-    return _nested({path: leaves[path] for path, _ in entries.values()})
+    return unflatten_dict({path: leaves[path] for path, _ in entries.values()})
 
 
 def to_state_dict(
@@ -129,7 +130,7 @@ def to_state_dict(
       InputError: an unknown name; variables of another network, with what is missing and surplus;
         the benchmark's names for what it does not have.
     """
-    leaves = dict(_flat(variables))
+    leaves = flatten_dict(variables)
     stem = _stem_of_ours(name, leaves)
     if names == "medmnist" and not (name.startswith("resnet") and stem == "small"):
         raise InputError(
@@ -141,7 +142,7 @@ def to_state_dict(
     template = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
     _check(
         f"the variables are not those of {name} with the {stem} stem",
-        {"/".join(path): () for path, _ in _flat(template)},
+        {"/".join(path): () for path in flatten_dict(template)},
         {"/".join(path): () for path in leaves},
     )
     state_dict = {}
@@ -159,7 +160,7 @@ def _entries(
     name: str, variables: Mapping[str, Any], names: Names
 ) -> dict[str, tuple[tuple[str, ...], Any]]:
     """PyTorch's key to our path and the leaf there."""
-    flat = dict(_flat(variables))
+    flat = flatten_dict(variables)
     modules = _vgg_modules(path[1] for path in flat) if name.startswith("vgg") else {}
     entries = {}
     for path, leaf in flat.items():
@@ -317,25 +318,7 @@ def _drawn(
     """The leaves at `paths` of freshly initialised variables; XLA leaves out all other draws."""
 
     def draw(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-        leaves = dict(_flat(init(key, jnp.zeros(shape))))
+        leaves = flatten_dict(init(key, jnp.zeros(shape)))
         return {path: leaves[path] for path in paths}
 
     return jax.device_get(jax.jit(draw)(key))
-
-
-def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def _nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for (*parents, last), leaf in leaves.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

@@ -12,9 +12,9 @@ def keep_freed_memory() -> bool:
     """Tells glibc's allocator to reuse freed memory rather than give it back to the system.
 
     XLA's CPU backend allocates a step's buffers anew for each step. glibc returns such large ones
-    to the system when they are freed, and the next step pays for every page again: up to a quarter
-    of the step's time. The process then keeps its largest size until it ends. Call it before the
-    first step.
+    to the system when they are freed, and the next step pays for every page again: about a seventh
+    of the processor time of a ResNet-18 step at 28 px on two cores. With this, the process keeps
+    its largest size until it ends. Call it before the first step.
 
     Returns:
       Whether the allocator took it. Elsewhere than on glibc, or where the environment sets
