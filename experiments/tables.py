@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from experiments import fidelity
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
@@ -34,6 +35,7 @@ def _time(seconds: float) -> str:
 SOURCES = {
     "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
     "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
+    "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
 }
 
 
