@@ -70,7 +70,7 @@ def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) 
             return sums
 
         def zeros(height: int) -> tuple[jax.Array, ...]:
-            return jnp.zeros((height, count)), jnp.zeros((height, size))
+            return jnp.zeros((height, count), jnp.float32), jnp.zeros((height, size), jnp.float32)
 
         blocks, rest = divmod(rows, _ROWS * _UNROLL)
         sums = lax.fori_loop(0, blocks, add_unrolled, zeros(_ROWS)) if blocks else zeros(1)
@@ -82,14 +82,14 @@ def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) 
         similarity = jnp.minimum(product * inverse[kernels] * inverse[others], 1)
         return found.at[place].set(similarity, mode="drop")
 
-    return _for_selected(selected, group, jnp.full(count, -jnp.inf))
+    return _for_selected(selected, group, jnp.full(count, -jnp.inf, jnp.float32))
 
 
 def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`pairs.nearest_partner`; the kernels' axis is the last."""
     blocks = _blocks(weight)
     taps, height, count = blocks.shape
-    flat, everyone = weight.reshape(-1), jnp.arange(count)
+    flat, everyone = weight.reshape(-1), jnp.arange(count, dtype=jnp.int32)
     squares = jnp.sum(jnp.square(blocks.astype(jnp.float32)), (0, 1))
     inverse = inverse_norm(squares)
 
@@ -103,7 +103,7 @@ def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, 
                 precision=lax.Precision.HIGHEST,
             )
 
-        product = lax.fori_loop(0, taps, add, jnp.zeros((len(kernels), count)))
+        product = lax.fori_loop(0, taps, add, jnp.zeros((len(kernels), count), jnp.float32))
         itself = kernels[:, None] == everyone[None]
         nearest, similarity = most_similar(product, inverse[kernels], inverse, itself)
         return (
@@ -111,7 +111,7 @@ def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, 
             found[1].at[place].set(similarity, mode="drop"),
         )
 
-    nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -jnp.inf)
+    nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -jnp.inf, jnp.float32)
     return _for_selected(selected, group, nothing)
 
 
@@ -168,7 +168,7 @@ def _for_selected(selected: jax.Array, group: Any, found: Any) -> Any:
 
     def step(g: Any, found: Any) -> Any:
         kernels = lax.dynamic_slice_in_dim(order, g * size, size)
-        real = g * size + jnp.arange(size) < total
+        real = g * size + jnp.arange(size, dtype=jnp.int32) < total
         return group(jnp.where(real, kernels, count), kernels, found)
 
     return lax.fori_loop(0, (total + size - 1) // size, step, found)

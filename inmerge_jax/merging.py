@@ -158,11 +158,12 @@ def draw_pairs(
     # crc32, since Python's hash of a string differs from one process to the next.
     layer_key = jax.random.fold_in(key, zlib.crc32(kernel.name.encode()))
     select_key, partner_key = jax.random.split(layer_key)
-    selected = jax.random.uniform(select_key, (kernel.count,)) < rule.probability
+    selected = jax.random.uniform(select_key, (kernel.count,), jnp.float32) < rule.probability
     if rule.partner == "nearest":
         return selected, None
-    other = jax.random.randint(partner_key, (kernel.count,), 0, kernel.count - 1)
-    return selected, jnp.where(other >= jnp.arange(kernel.count), other + 1, other)
+    other = jax.random.randint(partner_key, (kernel.count,), 0, kernel.count - 1, jnp.int32)
+    itself = jnp.arange(kernel.count, dtype=jnp.int32)
+    return selected, jnp.where(other >= itself, other + 1, other)
 
 
 def _merge_layer(

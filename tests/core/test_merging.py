@@ -343,3 +343,17 @@ def test_kernels_that_do_not_fit_the_tree():
         merge_kernels(params, key, [kernel("v", (3, 3, 2, 4))], rule)
     with pytest.raises(ValueError, match=r"found with shape \(3, 3, 2, 5\) but has \(3, 3, 2, 4\)"):
         merge_kernels(params, key, [kernel("w", (3, 3, 2, 5))], rule)
+
+
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+def test_64_bit_mode_changes_nothing(partner):
+    weight = similar_weight(0, (3, 3, 8, 16), spread=0.1)
+    rule = MergeRule(probability=0.5, threshold=0.3, partner=partner)
+    out, stats = merge(weight, 0, rule, 3)
+    with jax.enable_x64(True):
+        wide, wide_stats = merge(weight, 0, rule, 3)
+        double, _ = merge(weight.astype(np.float64), 0, rule, 3)
+    assert stats.merged > 0
+    np.testing.assert_array_equal(wide, out, strict=True)
+    assert wide_stats == stats
+    np.testing.assert_array_equal(double, out.astype(np.float64), strict=True)
