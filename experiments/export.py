@@ -42,12 +42,13 @@ def export(config: ExportConfig) -> str:
     """Writes the file and returns a line that says what is in it.
 
     Raises:
-      InputError: no such run, arm, seed or checkpoint, a damaged one, or a file that can't be
-        written.
+      InputError: no such run, arm or seed, one that is not finished, a damaged checkpoint, or a
+        file that can't be written.
     """
     from inmerge_jax.models.torchvision import to_state_dict
     from inmerge_jax.models.weight_files import check_target, write_state_dict
     from inmerge_jax.training.checkpoints import read_arrays
+    from inmerge_jax.training.loop import read_result
 
     check_target(config.to, overwrite=config.overwrite)
     path = config.run / "config.json"
@@ -58,8 +59,16 @@ def export(config: ExportConfig) -> str:
     if seed not in settings["seeds"]:
         there = " ".join(map(str, settings["seeds"]))
         raise InputError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
+    if config.arm not in settings["arms"]:
+        there = ", ".join(settings["arms"])
+        raise InputError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
     stage = config.run / f"seed{seed}" / config.arm
-    epoch = _best_epoch(stage)
+    result = read_result(stage)
+    if result is None:
+        raise InputError(
+            f"{stage} is not finished: train it to its end, with --resume and the run's own options"
+        )
+    epoch = result["best_epoch"]
     name, stem = settings["model"]["name"], settings["model"]["stem"]
     arrays = read_arrays(stage / "checkpoints" / str(epoch))
     state_dict: dict[str, Any] = to_state_dict(name, _variables(arrays), names=config.names)
@@ -74,18 +83,6 @@ def export(config: ExportConfig) -> str:
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
         f"seed {seed} {config.arm} epoch {epoch}"
     )
-
-
-def _best_epoch(stage: Path) -> int:
-    from inmerge_jax.training.checkpoints import newest_whole, read_meta
-
-    result = stage / "result.json"
-    if result.exists():
-        return json.loads(result.read_bytes())["best_epoch"]
-    newest, _ = newest_whole(stage / "checkpoints")
-    if newest is None:
-        raise InputError(f"there is no checkpoint in {stage}; choose another --arm, or train it")
-    return read_meta(newest)["best_epoch"]
 
 
 def _variables(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,31 @@
 
 import hashlib
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import export, train
 from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import parse_config
+from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.steps import normalise
 
 torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
+
+from tests.oracles.torch_networks import create_network  # noqa: E402
 
 CLASSES = 3
 DATA = (
     "--phantom.train 4 --phantom.val 4 --phantom.test 4 --phantom.findings mass effusion "
     "--batch-size 4 --devices 1 --epochs 1 --merging-epochs 1 --arms inmerge --cache None"
+).split()
+RESNET = (
+    "--model resnet18 --width 0.125 --size 16 --arms finetune "
+    "--recipe released --learning-rate 0.01"
 ).split()
 
 
@@ -26,8 +36,6 @@ def save(network, path):
 
 
 def test_vgg19_trains_here_with_merging_and_goes_back_to_torchvision(tmp_path, capsys):
-    import jax
-
     from inmerge_jax.models import create_model
     from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 
@@ -84,3 +92,49 @@ def test_export_says_what_there_is(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     assert export.main([str(tmp_path), "--to", str(tmp_path / "a.onnx")]) == 2
     assert "ends in one of .safetensors" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def resnet_run(tmp_path_factory):
+    """A narrow ResNet's run with the arms backbone and finetune."""
+    run = tmp_path_factory.mktemp("runs") / "resnet"
+    jax.config.update("jax_disable_most_optimizations", True)  # they take most of the time here
+    assert train.main([*DATA, *RESNET, "--output", str(run)]) == 0
+    jax.config.update("jax_disable_most_optimizations", False)
+    return run
+
+
+def test_the_finetune_arm_goes_to_the_benchmarks_resnet_with_its_scores(resnet_run, tmp_path):
+    file = tmp_path / "resnet18_28_1.pth"
+    command = [str(resnet_run), "--arm", "finetune", "--names", "medmnist", "--to", str(file)]
+    assert export.main(command) == 0
+    checkpoint = torch.load(file, weights_only=True)
+    assert list(checkpoint) == ["net"] and "layer2.0.shortcut.0.weight" in checkpoint["net"]
+    network = create_network("resnet18", CLASSES, stem="small", size=16, width=0.125)
+    network.load_state_dict(checkpoint["net"], strict=True)
+
+    plan = plan_run(parse_config([*DATA, *RESNET]))
+    images = np.asarray(normalise(plan.dataset.test.images, plan.recipe))
+    with torch.no_grad():
+        logits = network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    result = json.loads((resnet_run / "seed0" / "finetune" / "result.json").read_text())
+    stored = read_scores(resnet_run / "seed0" / "finetune" / result["scores"]["test"])
+    np.testing.assert_allclose(torch.softmax(logits, 1), stored, rtol=0, atol=1e-5)
+
+    assert export.main([str(resnet_run), "--arm", "backbone", "--to", str(tmp_path / "b.pth")]) == 0
+    backbone = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert not torch.equal(backbone["conv1.weight"], checkpoint["net"]["conv1.weight"])
+
+
+def test_an_unfinished_run_or_an_arm_that_was_not_trained_is_not_exported(
+    resnet_run, tmp_path, capsys
+):
+    file = tmp_path / "a.pth"
+    assert export.main([str(resnet_run), "--to", str(file)]) == 2
+    assert "--arm inmerge: the run in" in capsys.readouterr().err
+    shutil.copytree(resnet_run, tmp_path / "run")
+    (tmp_path / "run" / "seed0" / "finetune" / "result.json").unlink()
+    assert export.main([str(tmp_path / "run"), "--arm", "finetune", "--to", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert "finetune is not finished" in message and "--resume" in message
+    assert not file.exists()

@@ -1,17 +1,24 @@
 """The networks of `inmerge_jax.models` in PyTorch, channels first."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import DenseNet, get_model
+from torchvision.models.vgg import cfgs, make_layers
 
 _BENCHMARK = {
     "resnet18": (3, (2, 2, 2, 2)),
     "resnet34": (3, (3, 4, 6, 3)),
     "resnet50": (1, (3, 4, 6, 3)),
 }
+_DENSENET = {"densenet121": (6, 12, 24, 16)}
+_VGG = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 
 
-def create_network(name: str, num_classes: int, *, stem: str, size: int) -> nn.Module:
+def create_network(
+    name: str, num_classes: int, *, stem: str, size: int, width: float = 1.0
+) -> nn.Module:
     """A classifier of RGB images of `size` px, in training mode.
 
     Args:
@@ -21,23 +28,36 @@ def create_network(name: str, num_classes: int, *, stem: str, size: int) -> nn.M
         of a ResNet, torchvision's DenseNet with a 3x3 stem of stride 1 and no max-pool, and
         torchvision's VGG with a pooled linear head.
       size: decides which max-pools a small VGG has room for.
+      width: factor on the number of channels of every layer; only with the small stem.
     """
-    if stem == "small" and name in _BENCHMARK:
-        first, stage_sizes = _BENCHMARK[name]
-        return BenchmarkResNet(first, stage_sizes, num_classes)
-    network = get_model(name, weights=None, num_classes=num_classes)
-    if stem == "small" and name.startswith("densenet"):
-        network.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        network.features.pool0 = nn.Identity()
-    elif stem == "small":
-        for index, layer in enumerate(network.features):
-            if isinstance(layer, nn.MaxPool2d):
-                if size < 4:
-                    network.features[index] = nn.Identity()
-                size //= 2
-        network.avgpool = nn.AdaptiveAvgPool2d(1)
-        network.classifier = nn.Linear(512, num_classes)
+    if stem == "imagenet":
+        return get_model(name, weights=None, num_classes=num_classes)
+    if name in _BENCHMARK:
+        return BenchmarkResNet(*_BENCHMARK[name], num_classes, round(64 * width))
+    if name.startswith("vgg"):
+        return _small_vgg(name, num_classes, size, width)
+    growth = round(32 * width)
+    network = DenseNet(growth, _DENSENET[name], 2 * growth, num_classes=num_classes)
+    network.features.conv0 = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
+    network.features.pool0 = nn.Identity()
     return network
+
+
+def _small_vgg(name: str, num_classes: int, size: int, width: float) -> nn.Module:
+    plan = [x if x == "M" else round(x * width) for x in cfgs[_VGG[name.removesuffix("_bn")]]]
+    features = make_layers(plan, batch_norm=name.endswith("_bn"))
+    for index, layer in enumerate(features):
+        if isinstance(layer, nn.MaxPool2d):
+            if size < 4:
+                features[index] = nn.Identity()
+            size //= 2
+    for module in features:
+        if isinstance(module, nn.Conv2d):  # as torchvision's VGG
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    layers = {"features": features, "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    layers["classifier"] = nn.Linear(round(512 * width), num_classes)
+    return nn.Sequential(OrderedDict(layers))
 
 
 class BenchmarkResNet(nn.Module):
@@ -47,13 +67,16 @@ class BenchmarkResNet(nn.Module):
     (`shortcut.0`, `shortcut.1`) where a block changes the shape.
     """
 
-    def __init__(self, first: int, stage_sizes: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self, first: int, stage_sizes: tuple[int, ...], num_classes: int, stem_channels: int
+    ) -> None:
         """`first` is the size of a block's first convolution: 3 in a basic block, else 1."""
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
-        inputs = 64
+        inputs = stem_channels
+        self.conv1 = nn.Conv2d(3, inputs, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
         for stage, blocks in enumerate(stage_sizes):
-            channels, layers = 64 * 2**stage, []
+            channels, layers = stem_channels * 2**stage, []
             for index in range(blocks):
                 stride = 2 if stage and not index else 1
                 layers.append(_Block(first, inputs, channels, stride))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import export
 from experiments.train import main
 from inmerge_jax.training.checkpoints import checkpoint_epochs
 from inmerge_jax.training.runfolder import read_metrics
@@ -37,11 +38,14 @@ def train(output, *options):
     )
 
 
-def kill_mid_epoch(output, arm):
+def kill_mid_epoch(output, arm, *options):
     """Starts a run and kills it soon after the arm's first checkpoint is whole."""
     checkpoint = output / "seed7" / arm / "checkpoints" / "1"
     with subprocess.Popen(
-        command(output), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(output, *options),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         try:
             deadline = time.monotonic() + 300
@@ -102,6 +106,26 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert "seed 7 inmerge: goes on from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
     assert evidence(output) == evidence(whole)
+
+
+def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, capsys):
+    file, parts = tmp_path / "start.safetensors", tmp_path / "parts"
+    assert export.main([str(whole), "--to", str(file)]) == 0
+    options = ["--init-from", str(file), *"--epochs 2 --merging-epochs 1".split()]
+    kill_mid_epoch(parts, "backbone", *options)
+    assert not (parts / "seed7" / "backbone" / "result.json").exists()
+    kept = file.read_bytes()
+    assert export.main([str(whole), "--arm", "backbone", "--to", str(file), "--overwrite"]) == 0
+    assert main(command(parts, *options, "--resume")[3:]) == 2
+    assert "model.init_sha256" in capsys.readouterr().err
+    file.write_bytes(kept)
+    done = train(parts, *options, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 7 backbone: goes on from epoch 1" in done.stdout
+    assert main(command(tmp_path / "whole", *options)[3:]) == 0
+    assert evidence(parts) == evidence(tmp_path / "whole")
+    first = [read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (parts, whole)]
+    assert first[0][0]["train_loss"] < first[1][0]["train_loss"], "it starts from the file"
 
 
 def test_a_run_leaves_everything_that_its_report_needs(whole):
