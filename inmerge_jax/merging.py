@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.kernels import Kernel, path_name
-from inmerge_jax.pairs import mix_pairs, nearest_partner, pair_similarity
+from inmerge_jax.pairs import as_rows_on_tpu, mix_pairs, nearest_partner, pair_similarity
 
 PARTNERS = ("random", "nearest")
 
@@ -173,17 +173,27 @@ def _merge_layer(
 
     `partner` gives each kernel's partner, or is None for the nearest.
     """
-    # Which kernels merge is a decision: no gradient goes through it.
-    compared = jax.lax.stop_gradient(weight)
-    if partner is None:
-        partner, similarity = nearest_partner(compared, axis, selected)
-    else:
-        similarity = pair_similarity(compared, axis, partner, selected)
-    merged = selected & (similarity > rule.threshold)
-    count = jnp.sum(merged, dtype=jnp.int32)
-    total = jnp.sum(jnp.where(merged, similarity, 0))
+
+    def merge(
+        weight: jax.Array, axis: int, selected: jax.Array, rest: tuple[Any, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        partner, threshold, alpha = rest
+        # Which kernels merge is a decision: no gradient goes through it.
+        compared = jax.lax.stop_gradient(weight)
+        if partner is None:
+            partner, similarity = nearest_partner(compared, axis, selected)
+        else:
+            similarity = pair_similarity(compared, axis, partner, selected)
+        merged = selected & (similarity > threshold)
+        total = jnp.sum(jnp.where(merged, similarity, 0))
+        weight = mix_pairs(weight, axis, partner, merged, alpha)
+        return weight, jnp.sum(merged, dtype=jnp.int32), total
+
+    weight, count, total = as_rows_on_tpu(
+        merge, weight, axis, selected, (partner, rule.threshold, rule.alpha)
+    )
     return (
-        mix_pairs(weight, axis, partner, merged, rule.alpha),
+        weight,
         jnp.sum(selected, dtype=jnp.int32),
         count,
         total / jnp.maximum(count, 1).astype(jnp.float32),
