@@ -1,15 +1,18 @@
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
 # make check   lint, format and types
+# make tpu-check   compile the training step with the TPU compiler; no TPU is needed
 # make clean   remove the environment
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TPU := build/tpu-check
+TPU_CHECK ?=
 CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/columns.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
 
-.PHONY: run test check clean
+.PHONY: run test check tpu-check clean
 
 run: $(READY)
 	$(BIN)/python -m experiments.quickstart
@@ -22,6 +25,15 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tpu-check: $(READY) $(TPU)/.ready
+	PYTHONPATH=$(TPU) $(BIN)/python -m experiments.tpu_check $(TPU_CHECK)
+
+# In a folder of its own: with libtpu in .venv, every start of JAX looks for a TPU and says so.
+$(TPU)/.ready: requirements-tpu-check.txt | $(READY)
+	rm -rf $(TPU)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TPU) --requirement requirements-tpu-check.txt
+	touch $@
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12" >&2; exit 1; }

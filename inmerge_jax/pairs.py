@@ -9,7 +9,6 @@ from jax import lax
 
 from inmerge_jax import columns
 
-
 _LANES = 128
 
 

@@ -23,6 +23,7 @@ from inmerge_jax.training.config import (
     TrainConfig,
     apply_preset,
     check_run,
+    check_steps_per_call,
     config_dict,
     resolve_recipe,
     resolve_rule,
@@ -83,6 +84,7 @@ def plan_run(config: TrainConfig) -> Plan:
     config = apply_preset(config)
     recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
     devices = choose_devices(config.devices)
+    check_steps_per_call(config.steps_per_call, devices[0].platform)
     if recipe.batch_size % len(devices):
         raise InputError(
             f"--batch-size {recipe.batch_size} cannot be shared by {len(devices)} devices: choose "
@@ -140,6 +142,9 @@ def train_arms(plan: Plan) -> dict[str, Any]:
         kernels=plan.kernels,
     )
     plain, merging, merging_eval = _steps(plan, setup)
+    several, several_merging, _ = _steps(plan, setup, config.steps_per_call)
+    if config.steps_per_call == 1:
+        several = several_merging = None
     labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
     _write_arrays(folder / "labels.npz", labels)
     _write_arrays(folder / "samples.npz", _samples(plan.dataset))
@@ -164,6 +169,8 @@ def train_arms(plan: Plan) -> dict[str, Any]:
                 epochs=plan.recipe.epochs,
                 learning_rate=plan.recipe.learning_rate,
                 train_step=plain,
+                several_steps=several,
+                steps_per_call=config.steps_per_call,
             )
             result = read_result(backbone.folder)
             best = _best(setup, backbone, result, params, batch_stats)
@@ -187,6 +194,8 @@ def train_arms(plan: Plan) -> dict[str, Any]:
                     deep=plan.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
                     notice=plan.notice if arm == "inmerge" else "",
+                    several_steps=several_merging if arm == "inmerge" else several,
+                    steps_per_call=config.steps_per_call,
                 )
                 result = read_result(stage.folder)
                 if result is None:
@@ -213,14 +222,15 @@ def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
-def _steps(plan: Plan, setup: Setup) -> tuple[Any, Any, Any]:
+def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
+    per_call = {"steps_per_call": steps_per_call}
     common = {"multi_label": plan.dataset.multi_label, "devices": plan.devices}
-    plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common)
+    plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.deep:
         return plain, plain, None
     common |= {"kernels": plan.deep, "rule": plan.rule}
-    merging = make_train_step(plan.model, setup.optimizer, plan.recipe, **common)
+    merging = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.preset.merge_in_validation:
         return plain, merging, None
     return plain, merging, make_merging_eval_step(plan.model, plan.recipe, **common)

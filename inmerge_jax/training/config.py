@@ -19,7 +19,7 @@ from inmerge_jax.training.recipes import RECIPES, Recipe
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
-_NOT_COMPARED = ("output", "resume", "overwrite", "cache")
+_NOT_COMPARED = ("output", "steps_per_call", "resume", "overwrite", "cache")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
@@ -171,6 +171,8 @@ class TrainConfig:
       arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
         the others start from it.
       devices: Number of local devices that share every batch.
+      steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
+        host; an epoch's last few updates go one by one.
       resume: Continue the unfinished run in the output folder, to the same results bit for bit.
       overwrite: Delete the run in the output folder first.
       cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
@@ -192,6 +194,7 @@ class TrainConfig:
     devices: Annotated[
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")
     ] = None
+    steps_per_call: int = 1
     resume: bool = False
     overwrite: bool = False
     cache: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
@@ -276,6 +279,20 @@ def check_run(config: TrainConfig) -> None:
         raise InputError("--replace-head is for the head of a file: give --init-from too")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
+
+
+def check_steps_per_call(steps: int, platform: str) -> None:
+    """Checks --steps-per-call for the platform that the run is on.
+
+    Raises:
+      InputError: below 1, or above 1 on CPU.
+    """
+    _require(steps >= 1, "steps_per_call", steps, "choose 1 or more")
+    if steps > 1 and platform == "cpu":
+        raise InputError(
+            f"--steps-per-call {steps}: leave it out on CPU, where XLA's convolutions are about 45 "
+            "times slower inside the loop that would hold the steps; it is for GPU and TPU"
+        )
 
 
 def config_dict(

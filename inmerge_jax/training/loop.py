@@ -1,16 +1,18 @@
 """The loop: one stage of training from its first epoch to its scores, readable top to bottom."""
 
 import hashlib
+import itertools
 import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.data import Dataset, steps_per_epoch, train_batch
@@ -55,6 +57,8 @@ class Stage:
       deep: the kernels that it merges; () without merging.
       merging_eval_step: of `steps.make_merging_eval_step`, where validation merges too.
       notice: a warning that the stage's result starts with; "" for none.
+      several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
+      steps_per_call: updates in one dispatch.
     """
 
     arm: str
@@ -67,6 +71,8 @@ class Stage:
     deep: tuple[Kernel, ...] = ()
     merging_eval_step: Callable[..., Any] | None = None
     notice: str = ""
+    several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
+    steps_per_call: int = 1
 
     @property
     def name(self) -> str:
@@ -145,22 +151,26 @@ def train_stage(
             del host
         state = set_learning_rate(state, rate)
 
-        # ---- train; two steps are kept in flight, so that no device waits for the host
+        # ---- train; two calls are kept in flight, so that no device waits for the host
         progress.start_epoch(stage.name, epoch, stage.epochs)
         started = time.monotonic()
         totals, in_flight = zeros, deque()
-        for step in range((epoch - 1) * steps, epoch * steps):
-            batch = train_batch(train, seed=order, step=step, batch_size=recipe.batch_size)
-            state, totals = stage.train_step(state, totals, split(batch, devices), root)
-            in_flight.append(totals)
+        numbers = range((epoch - 1) * steps, epoch * steps)
+        batches = (
+            split(train_batch(train, seed=order, step=n, batch_size=recipe.batch_size), devices)
+            for n in numbers
+        )
+        for count, train_step, batch in _calls(stage, batches):
+            state, totals = train_step(state, totals, batch, root)
+            in_flight.append((count, totals))
             if len(in_flight) > 2:
-                finished = jax.block_until_ready(in_flight.popleft())
-                progress.advance(recipe.batch_size)
+                count, finished = jax.block_until_ready(in_flight.popleft())
+                progress.advance(count * recipe.batch_size)
                 if progress.due():
                     sums = unreplicate(finished)
                     progress.show(*_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
-        progress.advance(recipe.batch_size * len(in_flight))
+        progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
         figures = _figures(stage, sums, recipe.batch_size, started)
         del totals, in_flight
 
@@ -259,6 +269,19 @@ def train_stage(
     prune(stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
+
+
+def _calls(stage: Stage, batches: Iterator[Any]) -> Iterator[tuple[int, Callable[..., Any], Any]]:
+    """An epoch's batches as calls: the number of updates, the step that does them, its batch.
+
+    What is left of the epoch when no full call is goes by single steps.
+    """
+    while group := list(itertools.islice(batches, stage.steps_per_call)):
+        if stage.several_steps is not None and len(group) == stage.steps_per_call:
+            together = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *group)
+            yield len(group), stage.several_steps, together
+        else:
+            yield from ((1, stage.train_step, batch) for batch in group)
 
 
 def _order_seed(stage: Stage) -> int:

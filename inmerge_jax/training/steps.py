@@ -55,6 +55,7 @@ def make_train_step(
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...] = (),
     rule: MergeRule | None = None,
+    steps_per_call: int = 1,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
 
@@ -66,6 +67,8 @@ def make_train_step(
       devices: what the step runs on.
       kernels: what to merge.
       rule: how; with None no merging is in the program.
+      steps_per_call: above 1, the step is that many updates in a row: each array of `batch` has an
+        axis of steps after that of devices. For GPU and TPU; see `config.check_steps_per_call`.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
@@ -104,8 +107,16 @@ def make_train_step(
         totals = totals._replace(loss=totals.loss + loss, steps=totals.steps + 1)
         return TrainState(state.step + 1, params, batch_stats, opt_state), totals
 
+    def steps(state: TrainState, totals: Totals, batches: Any, root: jax.Array) -> Any:
+        def one(carry: tuple[TrainState, Totals], batch: Any) -> Any:
+            return step(*carry, batch, root), None
+
+        carry, _ = lax.scan(one, (state, totals), batches, length=steps_per_call)
+        return carry
+
+    body = step if steps_per_call == 1 else steps
     return jax.pmap(
-        step, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
+        body, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
     )
 
 

@@ -1,0 +1,337 @@
+"""Compiles the training step for real TPUs, on a machine without one, and shows what merging adds.
+
+Nothing runs on a TPU, so nothing here is a time: memory, operations, bytes moved and collectives
+are the compiler's own counts for one chip.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.tpu_compile import Case, environment
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_json
+
+Row = Mapping[str, Any]
+
+CHIP_GIB = {"v5e": 16, "v6e": 32}
+STEPS = ("plain", "random", "nearest")
+FLOPS, BYTES = 0.01, 0.02
+RESNET18 = Case("resnet18", "small", 28, "v5e:2x2", "plain")
+STEPS_BASE = (
+    RESNET18,
+    replace(RESNET18, topology="v6e:2x2"),
+    Case("vgg19", "imagenet", 224, "v5e:2x2", "plain"),
+    replace(RESNET18, topology="v5e:16x16"),
+    replace(RESNET18, topology="v6e:16x16"),
+    Case("resnet50", "imagenet", 224, "v5e:2x2", "plain"),
+    Case("densenet121", "imagenet", 224, "v5e:2x2", "plain"),
+    Case("vgg19", "imagenet", 224, "v6e:2x2", "plain"),
+    replace(RESNET18, topology="v5e:4x4"),
+    Case("vgg19", "imagenet", 224, "v5e:4x4", "plain"),
+    replace(RESNET18, steps_per_call=4),
+)
+CASES = tuple(replace(base, step=step) for base in STEPS_BASE for step in STEPS)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A limit that a network's step cannot keep, the one that is held instead, and why."""
+
+    limit: float
+    why: str
+
+
+SMALL_STEP = (
+    "a merge reads the weights to compare, reads them to mix and writes them: at least "
+    "three passes, 2.3 % of a step on 64 images of 28 px"
+)
+ALL_PAIRS = (
+    "comparing all pairs of the deep kernels takes 9.8 GFLOP, beside 149 for 64 images of 28 px"
+)
+KNOWN: dict[tuple[str, str, str], Known] = {
+    ("resnet18 28 px", "random", "bytes moved"): Known(0.09, SMALL_STEP),
+    ("resnet18 28 px", "nearest", "bytes moved"): Known(0.10, SMALL_STEP),
+    ("resnet18 28 px", "nearest", "FLOPs"): Known(0.07, ALL_PAIRS),
+}
+"""Limits that do not hold, by network, partner and quantity."""
+
+
+@dataclass(frozen=True)
+class TpuCheckConfig:
+    """Compiles the training step for TPU topologies and compares it with and without merging.
+
+    Needs libtpu, but no TPU: `make tpu-check` installs it into a folder of its own. A case that the
+    output file already holds for the same program and versions is not compiled again, so that an
+    interrupted run goes on. Exit status 1 means that merging adds more than it may.
+
+    Attributes:
+      output: JSON file for the results.
+      only: Cases to compile, each named by a part of its name, such as resnet18 or v6e:2x2; of the
+        others the output file keeps what it holds.
+      small: Only ResNet-18 at 28 px on four v5e chips.
+      overwrite: Compile again what the output file holds.
+      dry_run: Compile nothing; judge and print what the output file holds.
+    """
+
+    output: Path = Path("experiments/results/tpu_check.json")
+    only: tuple[str, ...] = ()
+    small: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def chosen_cases(config: TpuCheckConfig) -> list[Case]:
+    """The cases that the options name.
+
+    Raises:
+      InputError: on a name that no case has.
+    """
+    for part in config.only:
+        if not any(part in case.name for case in CASES):
+            raise InputError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
+    cases = CASES[: len(STEPS)] if config.small else CASES
+    return [c for c in cases if not config.only or any(part in c.name for part in config.only)]
+
+
+def compile_cases(config: TpuCheckConfig) -> None:
+    """Compiles each case in a process of its own and saves its row as it finishes.
+
+    Raises:
+      InputError: libtpu is missing, or the output file can't be read or written.
+      RuntimeError: a process failed otherwise than by the compiler refusing the program.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
+            "or put such a folder on PYTHONPATH"
+        )
+    for case in chosen_cases(config):
+        stored = read(config.output)
+        known = "" if config.overwrite else stored.get(case.name, {}).get("fingerprint", "")
+        part = config.output.with_name(f".{config.output.name}.case")
+        part.unlink(missing_ok=True)
+        print(f"{case.name}: ", end="", flush=True)
+        command = [sys.executable, "-m", "experiments.tpu_compile", "--output", str(part)]
+        for name, value in vars(case).items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        command += ["--known", known] if known else []
+        done = subprocess.run(
+            command, env=environment(os.environ), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"{case.name}: {' '.join(command)} failed "
+                f"with status {done.returncode}:\n{done.stderr[-2000:]}"
+            )
+        if not part.exists():
+            print("unchanged")
+            continue
+        row = json.loads(part.read_bytes())
+        part.unlink()
+        stored = read(config.output) | {case.name: row}
+        order = [case.name for case in CASES]
+        ordered = {name: stored[name] for name in order if name in stored}
+        try:
+            write_json(config.output, ordered)
+        except OSError as error:
+            raise InputError(f"--output {config.output}: {error}; choose another file") from error
+        print(f"{row['compile_seconds']} s" if row["compiles"] else row["reason"])
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The rows that a file holds, by name; none where there is no such file.
+
+    Raises:
+      InputError: the file isn't JSON, or can't be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A step with merging against the same step without.
+
+    Attributes:
+      row: with merging.
+      plain: without.
+    """
+
+    row: Row
+    plain: Row
+
+    @property
+    def network(self) -> str:
+        """For people."""
+        return f"{self.row['model']} {self.row['size']} px"
+
+    @property
+    def flops(self) -> float:
+        """Share of the plain step's floating-point operations that merging adds."""
+        return self.row["flops"] / self.plain["flops"] - 1
+
+    @property
+    def bytes_moved(self) -> float:
+        """Share of the plain step's bytes that merging adds."""
+        return self.row["bytes_moved"] / self.plain["bytes_moved"] - 1
+
+    @property
+    def temporary(self) -> int:
+        """Bytes of temporary memory that merging adds to a chip; negative where it takes less."""
+        return self.row["memory"]["temp"] - self.plain["memory"]["temp"]
+
+    def failures(self) -> Iterator[str]:
+        """What merging adds beyond its limits, in words."""
+        name = f"{self.network}, {self.row['topology']}, {self.row['step']}"
+        if self.row["collectives"] != self.plain["collectives"]:
+            yield f"{name}: collectives differ from those of the plain step"
+        for quantity, share, limit in (
+            ("FLOPs", self.flops, FLOPS),
+            ("bytes moved", self.bytes_moved, BYTES),
+        ):
+            held = self.known(quantity)
+            limit = limit if held is None else held.limit
+            if share > limit:
+                yield f"{name}: {100 * share:.2f} % more {quantity}, above {100 * limit:g} %"
+        if self.temporary > self.row["largest_merged_layer_bytes"]:
+            yield f"{name}: {self.temporary:,} bytes more temporary memory than the plain step"
+
+    def known(self, quantity: str) -> Known | None:
+        """The limit held in place of the usual one."""
+        return KNOWN.get((self.network, self.row["step"], quantity))
+
+
+def comparisons(rows: Mapping[str, Row]) -> list[Comparison]:
+    """Each compiled step with merging beside its plain one."""
+    found = []
+    for row in rows.values():
+        same = ("model", "size", "topology", "images", "steps_per_call")
+        plain = [
+            other
+            for other in rows.values()
+            if other["step"] == "plain" and all(other[key] == row[key] for key in same)
+        ]
+        if row["step"] != "plain" and plain and row["compiles"] and plain[0]["compiles"]:
+            found.append(Comparison(row, plain[0]))
+    return found
+
+
+def failures(rows: Mapping[str, Row]) -> list[str]:
+    """All that is not as it is to be, in words: programs that do not compile or fit, and limits."""
+    found = []
+    for name, row in rows.items():
+        chip = CHIP_GIB[row["topology"].partition(":")[0]] * 2**30
+        if not row["compiles"]:
+            found.append(f"{name}: does not compile: {row['reason']}")
+        elif row["memory"]["total"] > chip:
+            found.append(f"{name}: takes {row['memory']['total']:,} bytes of a chip's {chip:,}")
+    return found + [text for pair in comparisons(rows) for text in pair.failures()]
+
+
+HEADINGS = (
+    "step",
+    "chips",
+    "compiles",
+    "memory of a chip",
+    "GFLOP",
+    "GB moved",
+    "collectives",
+    "their MB",
+    "more FLOPs",
+    "more bytes",
+    "more temporary",
+    "of a layer",
+)
+
+
+def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
+    """One line of the table for each row; what merging adds is empty for a plain step."""
+    pairs = {id(pair.row): pair for pair in comparisons(rows)}
+    for name, row in rows.items():
+        if not row["compiles"]:
+            yield [name, str(row["chips"]), f"no: {row['reason']}", *[""] * (len(HEADINGS) - 3)]
+            continue
+        gib = CHIP_GIB[row["topology"].partition(":")[0]]
+        kinds = row["collectives"].values()
+        line = [
+            name,
+            str(row["chips"]),
+            "yes",
+            f"{row['memory']['total'] / 2**30:.2f} of {gib} GiB",
+            f"{row['flops'] / 1e9:,.1f}",
+            f"{row['bytes_moved'] / 1e9:.2f}",
+            f"{sum(kind['count'] for kind in kinds)}",
+            f"{sum(kind['bytes'] for kind in kinds) / 1e6:.2f}",
+        ]
+        pair = pairs.get(id(row))
+        if pair is None:
+            yield [*line, "", "", "", ""]
+            continue
+        layer = row["largest_merged_layer_bytes"]
+        yield [
+            *line,
+            f"{100 * pair.flops:+.2f} %{'*' if pair.flops > FLOPS else ''}",
+            f"{100 * pair.bytes_moved:+.2f} %{'*' if pair.bytes_moved > BYTES else ''}",
+            f"{pair.temporary / 1e6:+.2f} MB",
+            f"{layer / 1e6:.2f} MB",
+        ]
+
+
+def markdown(rows: Mapping[str, Row]) -> str:
+    """The table for docs/tpu.md, with what the stars stand for."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    why = dict.fromkeys(
+        f"{pair.network}, {pair.row['step']}, {quantity}: {known.why}; held to {known.limit:.0%}."
+        for pair in comparisons(rows)
+        for quantity, share, limit in (
+            ("FLOPs", pair.flops, FLOPS),
+            ("bytes moved", pair.bytes_moved, BYTES),
+        )
+        if share > limit and (known := pair.known(quantity)) is not None
+    )
+    lines += ["", f"`*` above {FLOPS:.0%} of the FLOPs or {BYTES:.0%} of the bytes:", ""]
+    lines += [f"- {text}" for text in why]
+    missing = [case.name for case in CASES if case.name not in rows]
+    if missing:
+        lines += ["", f"Not compiled yet: {'; '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 where merging adds too much, or 2 on bad input."""
+    config = tyro.cli(TpuCheckConfig, prog="python -m experiments.tpu_check", args=arguments)
+    try:
+        if not config.dry_run:
+            compile_cases(config)
+        rows = read(config.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = Table(*HEADINGS)
+    for line in cells(rows):
+        table.add_row(*line)
+    Console().print(table)
+    failed = failures(rows)
+    for text in failed:
+        print(f"FAILED: {text}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

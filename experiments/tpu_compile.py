@@ -1,0 +1,244 @@
+"""Compiles one training step with the TPU compiler, which needs no TPU, and says what it counts.
+
+A process of its own for each case: `experiments.tpu_check` starts them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from inmerge_jax.files import write_json
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+_OPERATION = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_WITHOUT_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "",
+}
+CLASSES = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step, and the chips that it is compiled for.
+
+    Attributes:
+      model: network.
+      stem: of it.
+      size: height and width of the images.
+      topology: chip generation and layout, such as v5e:2x2.
+      step: without merging, or with the partner of the merging rule.
+      images: of one step on one chip.
+      steps_per_call: steps in one dispatch.
+    """
+
+    model: str
+    stem: Literal["small", "imagenet"]
+    size: int
+    topology: str
+    step: Literal["plain", "random", "nearest"]
+    images: int = 64
+    steps_per_call: int = 1
+
+    @property
+    def network(self) -> str:
+        """For people."""
+        return f"{self.model} {self.size} px"
+
+    @property
+    def name(self) -> str:
+        """Names the case among all others."""
+        calls = "" if self.steps_per_call == 1 else f", {self.steps_per_call} steps a call"
+        return f"{self.network}, {self.topology}{calls}, {self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """Compiles one training step and writes what the compiler counts.
+
+    Attributes:
+      output: JSON file for the result.
+      known: fingerprint of a program whose result is known: if it is still this one, nothing is
+        compiled or written.
+    """
+
+    case: tyro.conf.OmitArgPrefixes[Case]
+    output: Path
+    known: str = ""
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Number and bytes of the collectives in a compiled module's text, by kind.
+
+    The bytes are those of the results; an asynchronous operation counts where it starts, and its
+    result alone, which comes after the operand in the tuple that starts it.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for result, kind, start in _OPERATION.findall(text):
+        arrays = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(result)]
+        if start and kind != "all-reduce":
+            arrays = _started(arrays)
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += sum(arrays)
+    return found
+
+
+def _started(arrays: list[int]) -> list[int]:
+    """The results among a starting operation's operands, results and 4-byte context values."""
+    arrays = [size for size in arrays if size > 4] or arrays
+    return arrays[len(arrays) // 2 :]
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
+
+
+def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
+    """Lowers the step and, unless it is the `known` program, compiles it.
+
+    Returns:
+      What the compiler counts, per chip; with "compiles": False and its words where it can't. None
+      where the program is known.
+    """
+    import jax
+    import jaxlib
+    import libtpu
+
+    lowered, chips, layers = _lower(case)
+    versions = {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "libtpu": libtpu.__version__,
+    }
+    program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
+    program.update(lowered.as_text().encode())
+    if program.hexdigest() == known:
+        return None
+    row = dataclasses.asdict(case) | {
+        "fingerprint": program.hexdigest(),
+        "versions": versions,
+        "chips": chips,
+        "merged_layers": len(layers),
+        "largest_merged_layer_bytes": max(layers, default=0),
+        "merged_bytes": sum(layers),
+    }
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"compiles": False, "reason": str(error).splitlines()[0][:300]}
+    seconds = time.monotonic() - started
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    sizes = {
+        name: getattr(memory, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp", "generated_code")
+    }
+    held = sizes["argument"] + sizes["output"] - sizes["alias"]
+    return row | {
+        "compiles": True,
+        "compile_seconds": round(seconds, 1),
+        "flops": cost["flops"],
+        "bytes_moved": cost["bytes accessed"],
+        "memory": sizes | {"total": held + sizes["temp"] + sizes["generated_code"]},
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+def _lower(case: Case) -> tuple[Any, int, list[int]]:
+    """The lowered step, the number of chips, and the bytes of each layer that is merged."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from inmerge_jax import MergeRule, deep_kernels, find_kernels
+    from inmerge_jax.models import create_model
+    from inmerge_jax.training.parallel import AXIS
+    from inmerge_jax.training.recipes import RECIPES
+    from inmerge_jax.training.state import TrainState, make_optimizer
+    from inmerge_jax.training.steps import make_train_step, zero_totals
+
+    topology = topologies.get_topology_desc(case.topology, platform="tpu")
+    devices = tuple(topology.devices)
+    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
+    image = jax.ShapeDtypeStruct((1, case.size, case.size, 3), jnp.float32)
+    variables = jax.eval_shape(
+        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
+    )
+    params, rest = variables["params"], variables.get("batch_stats", {})
+
+    def forward(params: Any, batch_stats: Any, x: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+
+    deep = deep_kernels(find_kernels(forward, params, rest, image), skip=10)
+    merging = case.step != "plain"
+    recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
+    optimizer = make_optimizer(recipe)
+    state = jax.eval_shape(
+        lambda p, b: TrainState(jnp.int32(0), p, b, optimizer.init(p)), params, rest
+    )
+    totals = jax.eval_shape(lambda: zero_totals(len(deep) if merging else 0))
+    steps = () if case.steps_per_call == 1 else (case.steps_per_call,)
+
+    def on_devices(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype), tree)
+
+    number = jax.ShapeDtypeStruct((*steps, case.images), jnp.int32)
+    images = jax.ShapeDtypeStruct((*number.shape, case.size, case.size, 3), jnp.uint8)
+    batch = {"image": images, "label": number, "index": number}
+    step = make_train_step(
+        model,
+        optimizer,
+        recipe,
+        multi_label=False,
+        devices=devices,
+        kernels=deep if merging else (),
+        rule=MergeRule(partner=case.step) if merging else None,
+        steps_per_call=case.steps_per_call,
+    )
+    root = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)
+    layers = [4 * int(np.prod(kernel.shape)) for kernel in deep] if merging else []
+    return lowered, len(devices), layers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles the case of the command line; returns 0."""
+    config = tyro.cli(CompileConfig, prog="python -m experiments.tpu_compile", args=arguments)
+    row = compile_case(config.case, config.known)
+    if row is not None:
+        write_json(config.output, row)
+    return 0
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables that keep libtpu from looking for a TPU, over `inherited`."""
+    return {**inherited, **_WITHOUT_TPU}
+
+
+if __name__ == "__main__":
+    os.environ.update(_WITHOUT_TPU)
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Several updates in one dispatch are the same updates; on CPU the command line refuses them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.train import main
+from inmerge_jax.data import train_batch
+from inmerge_jax.errors import InputError
+from inmerge_jax.training.config import check_steps_per_call
+from inmerge_jax.training.loop import train_stage
+from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.steps import make_train_step, zero_totals
+from tests.training import tiny
+
+
+def several_steps(devices, steps, rule=tiny.ALWAYS):
+    merging = {} if rule is None else {"kernels": tiny.kernels(), "rule": rule}
+    return make_train_step(
+        tiny.Net(),
+        make_optimizer(tiny.RECIPE),
+        tiny.RECIPE,
+        multi_label=False,
+        devices=devices,
+        steps_per_call=steps,
+        **merging,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_three_steps_in_one_call_are_three_calls(count):
+    devices = tuple(jax.local_devices()[:count])
+    train = tiny.make_dataset().train
+    batches = [split(train_batch(train, seed=1, step=n, batch_size=16), devices) for n in range(3)]
+    root = broadcast(jax.random.key(3), devices)
+
+    def fresh():
+        state = new_state(*tiny.init(), make_optimizer(tiny.RECIPE), 0.05)
+        return replicate(state, devices), replicate(zero_totals(len(tiny.kernels())), devices)
+
+    single = tiny.train_step(devices, rule=tiny.ALWAYS)
+    state, totals = fresh()
+    for batch in batches:
+        state, totals = single(state, totals, batch, root)
+    together = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *batches)
+    found = several_steps(devices, 3)(*fresh(), together, root)
+    found, expected = unreplicate(found), unreplicate((state, totals))
+    assert found[0].step == 3 and found[1].steps == 3
+    np.testing.assert_array_equal(found[1].selected, expected[1].selected)
+    np.testing.assert_array_equal(found[1].merged, expected[1].merged)
+    assert expected[1].merged.sum() > 0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_stage_loses_and_repeats_no_step(tmp_path):
+    """Five steps an epoch, two in a call: two calls and one single step."""
+    dataset = tiny.make_dataset(train=80)
+    setup = tiny.make_setup(dataset=dataset)
+    devices = setup.devices
+    lines, counted = {}, []
+
+    def counting(step, count):
+        def run(*args):
+            counted.append(count)
+            return step(*args)
+
+        return run
+
+    for name, changes in {
+        "single": {},
+        "several": {
+            "train_step": counting(tiny.train_step(devices, rule=tiny.ALWAYS), 1),
+            "several_steps": counting(several_steps(devices, 2), 2),
+            "steps_per_call": 2,
+        },
+    }.items():
+        stage = tiny.make_stage(tmp_path / name, rule=tiny.ALWAYS, **changes)
+        with ProgressLine(1) as progress:
+            train_stage(setup, stage, *tiny.init(), progress)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [json.loads(line) for line in text.splitlines()]
+    assert counted == [2, 2, 1] * tiny.RECIPE.epochs
+    for single, several in zip(lines["single"], lines["several"], strict=True):
+        for exact in ("epoch", "step", "selected", "merged"):
+            assert single[exact] == several[exact]
+        for close in ("train_loss", "val_loss"):
+            assert several[close] == pytest.approx(single[close], rel=1e-4)
+
+
+def test_cpu_refuses_with_the_reason(tmp_path, capsys):
+    assert main(["--steps-per-call", "4", "--output", str(tmp_path / "run")]) == 2
+    assert "--steps-per-call 4" in (message := capsys.readouterr().err)
+    assert "45 times slower" in message and "GPU and TPU" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_number_is_checked():
+    with pytest.raises(InputError, match="--steps-per-call 0: choose 1 or more"):
+        check_steps_per_call(0, "tpu")
+    check_steps_per_call(8, "tpu")
+    check_steps_per_call(8, "cuda")
+    check_steps_per_call(1, "cpu")
