@@ -1,11 +1,11 @@
-"""Writes the tables of README.md anew, from the results stored under experiments/results."""
+"""Writes the tables of README.md and docs/tpu.md anew, from experiments/results."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
-from experiments import fidelity
+from experiments import fidelity, tpu_check
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
@@ -36,30 +36,36 @@ SOURCES = {
     "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
     "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
     "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
+    "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
+}
+PAGES = {
+    "README.md": ("breastmnist", "benchmark", "fidelity"),
+    "docs/tpu.md": ("tpu_check",),
 }
 
 
-def render(text: str) -> str:
+def render(text: str, page: str = "README.md") -> str:
     """`text` with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
 
     Raises:
       InputError: `text` has no such place for one of the tables.
     """
-    for name, make in SOURCES.items():
+    for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if begin not in text or end not in text:
-            raise InputError(f"README.md has no lines {begin.strip()} and {end}; add them")
+            raise InputError(f"{page} has no lines {begin.strip()} and {end}; add them")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
-        text = f"{before}{begin}\n{make()}\n{end}{after}"
+        text = f"{before}{begin}\n{SOURCES[name]()}\n{end}{after}"
     return text
 
 
 def main() -> int:
-    """Rewrites README.md; returns 0, or 2 on bad input."""
-    readme = ROOT / "README.md"
+    """Rewrites the pages; returns 0, or 2 on bad input."""
     try:
-        write_text(readme, render(readme.read_text()))
+        for page in PAGES:
+            path = ROOT / page
+            write_text(path, render(path.read_text(), page))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ are the compiler's own counts for one chip.
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ Row = Mapping[str, Any]
 
 CHIP_GIB = {"v5e": 16, "v6e": 32}
 STEPS = ("plain", "random", "nearest")
-FLOPS, BYTES = 0.01, 0.02
+FLOPS, BYTES, LAYERS = 0.01, 0.02, 1.0
+STACK = 512 * 2**20
 RESNET18 = Case("resnet18", "small", 28, "v5e:2x2", "plain")
 STEPS_BASE = (
     RESNET18,
@@ -59,10 +61,13 @@ SMALL_STEP = (
 ALL_PAIRS = (
     "comparing all pairs of the deep kernels takes 9.8 GFLOP, beside 149 for 64 images of 28 px"
 )
+TWO_LAYERS = "the compiler holds parts of two layers' weights at once where activations are small"
 KNOWN: dict[tuple[str, str, str], Known] = {
     ("resnet18 28 px", "random", "bytes moved"): Known(0.09, SMALL_STEP),
     ("resnet18 28 px", "nearest", "bytes moved"): Known(0.10, SMALL_STEP),
     ("resnet18 28 px", "nearest", "FLOPs"): Known(0.07, ALL_PAIRS),
+    ("resnet18 28 px", "random", "temporary memory"): Known(1.5, TWO_LAYERS),
+    ("resnet18 28 px", "nearest", "temporary memory"): Known(1.5, TWO_LAYERS),
 }
 """Limits that do not hold, by network, partner and quantity."""
 
@@ -116,6 +121,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
             "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
             "or put such a folder on PYTHONPATH"
         )
+    _deep_stack()
     for case in chosen_cases(config):
         stored = read(config.output)
         known = "" if config.overwrite else stored.get(case.name, {}).get("fingerprint", "")
@@ -147,6 +153,16 @@ def compile_cases(config: TpuCheckConfig) -> None:
         except OSError as error:
             raise InputError(f"--output {config.output}: {error}; choose another file") from error
         print(f"{row['compile_seconds']} s" if row["compiles"] else row["reason"])
+
+
+def _deep_stack() -> None:
+    """Lets the threads of processes started from here recurse deeper.
+
+    With the usual 8 MB the compiler overflows its stack on some programs for v6e.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK if most == resource.RLIM_INFINITY else min(STACK, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -195,25 +211,41 @@ class Comparison:
         """Bytes of temporary memory that merging adds to a chip; negative where it takes less."""
         return self.row["memory"]["temp"] - self.plain["memory"]["temp"]
 
+    def added(self) -> tuple[tuple[str, float, float], ...]:
+        """Each quantity, what merging adds of it, and the usual limit.
+
+        FLOPs and bytes as shares of the plain step's, memory in weights of the largest layer.
+        """
+        layers = self.temporary / self.row["largest_merged_layer_bytes"]
+        return (
+            ("FLOPs", self.flops, FLOPS),
+            ("bytes moved", self.bytes_moved, BYTES),
+            ("temporary memory", layers, LAYERS),
+        )
+
     def failures(self) -> Iterator[str]:
         """What merging adds beyond its limits, in words."""
         name = f"{self.network}, {self.row['topology']}, {self.row['step']}"
         if self.row["collectives"] != self.plain["collectives"]:
             yield f"{name}: collectives differ from those of the plain step"
-        for quantity, share, limit in (
-            ("FLOPs", self.flops, FLOPS),
-            ("bytes moved", self.bytes_moved, BYTES),
-        ):
-            held = self.known(quantity)
-            limit = limit if held is None else held.limit
-            if share > limit:
-                yield f"{name}: {100 * share:.2f} % more {quantity}, above {100 * limit:g} %"
-        if self.temporary > self.row["largest_merged_layer_bytes"]:
-            yield f"{name}: {self.temporary:,} bytes more temporary memory than the plain step"
+        for quantity, more, limit in self.added():
+            known = self.known(quantity)
+            limit = limit if known is None else known.limit
+            if more > limit:
+                yield f"{name}: {_amount(quantity, more)} more {quantity}, above " + _amount(
+                    quantity, limit
+                )
 
     def known(self, quantity: str) -> Known | None:
         """The limit held in place of the usual one."""
         return KNOWN.get((self.network, self.row["step"], quantity))
+
+
+def _amount(quantity: str, value: float) -> str:
+    """An amount of `Comparison.added`, for people."""
+    if quantity == "temporary memory":
+        return f"{value:.3g} layers' weights"
+    return f"{100 * value:.3g} %"
 
 
 def comparisons(rows: Mapping[str, Row]) -> list[Comparison]:
@@ -287,7 +319,7 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
             *line,
             f"{100 * pair.flops:+.2f} %{'*' if pair.flops > FLOPS else ''}",
             f"{100 * pair.bytes_moved:+.2f} %{'*' if pair.bytes_moved > BYTES else ''}",
-            f"{pair.temporary / 1e6:+.2f} MB",
+            f"{pair.temporary / 1e6:+.2f} MB{'*' if pair.temporary > LAYERS * layer else ''}",
             f"{layer / 1e6:.2f} MB",
         ]
 
@@ -297,16 +329,14 @@ def markdown(rows: Mapping[str, Row]) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
     lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
     why = dict.fromkeys(
-        f"{pair.network}, {pair.row['step']}, {quantity}: {known.why}; held to {known.limit:.0%}."
+        f"{pair.network}, {pair.row['step']}, {quantity}: {known.why}; held to "
+        f"{_amount(quantity, known.limit)}."
         for pair in comparisons(rows)
-        for quantity, share, limit in (
-            ("FLOPs", pair.flops, FLOPS),
-            ("bytes moved", pair.bytes_moved, BYTES),
-        )
-        if share > limit and (known := pair.known(quantity)) is not None
+        for quantity, more, limit in pair.added()
+        if more > limit and (known := pair.known(quantity)) is not None
     )
-    lines += ["", f"`*` above {FLOPS:.0%} of the FLOPs or {BYTES:.0%} of the bytes:", ""]
-    lines += [f"- {text}" for text in why]
+    if why:
+        lines += ["", "`*` above the usual limit:", "", *(f"- {text}" for text in why)]
     missing = [case.name for case in CASES if case.name not in rows]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}."]

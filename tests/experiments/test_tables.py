@@ -8,8 +8,10 @@ from inmerge_jax.errors import InputError
 README = (tables.ROOT / "README.md").read_text()
 
 
-def test_the_readme_is_up_to_date():
-    assert tables.render(README) == README, "run python -m experiments.tables"
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_every_page_is_up_to_date(page):
+    text = (tables.ROOT / page).read_text()
+    assert tables.render(text, page) == text, "run python -m experiments.tables"
 
 
 def test_a_number_typed_by_hand_is_noticed():

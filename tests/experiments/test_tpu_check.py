@@ -1,0 +1,102 @@
+"""The stored counts of the TPU compiler keep their limits, and a violation is noticed."""
+
+import copy
+import json
+
+import pytest
+
+from experiments import tpu_check
+from experiments.tables import RESULTS
+from experiments.tpu_compile import collectives
+from inmerge_jax.errors import InputError
+
+PATH = RESULTS / "tpu_check.json"
+ROWS = tpu_check.read(PATH)
+
+
+def compared():
+    return [pair for pair in tpu_check.comparisons(ROWS)]
+
+
+def changed(**changes):
+    """The stored rows with one merging row of VGG-19 changed."""
+    rows = copy.deepcopy(ROWS)
+    name = next(pair.row for pair in compared() if pair.row["model"] == "vgg19")
+    row = next(row for row in rows.values() if row["fingerprint"] == name["fingerprint"])
+    row |= {key: change(row[key]) for key, change in changes.items()}
+    return rows
+
+
+def test_the_stored_rows_keep_their_limits():
+    assert compared() and tpu_check.failures(ROWS) == []
+
+
+def test_merging_adds_no_collective():
+    for pair in compared():
+        assert pair.row["collectives"] == pair.plain["collectives"]
+        assert pair.plain["collectives"]["all-reduce"]["count"] > 0
+
+
+def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
+    page = tpu_check.markdown(ROWS)
+    for (network, step, quantity), known in tpu_check.KNOWN.items():
+        for pair in compared():
+            if (pair.network, pair.row["step"]) != (network, step):
+                continue
+            added = {name: (more, limit) for name, more, limit in pair.added()}
+            more, usual = added[quantity]
+            assert known.limit > usual
+            assert more <= usual or f"{network}, {step}, {quantity}: {known.why}" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flops": lambda x: 1.011 * x}, "more FLOPs, above 1 %"),
+        ({"bytes_moved": lambda x: 1.021 * x}, "more bytes moved, above 2 %"),
+        ({"memory": lambda x: x | {"temp": x["temp"] + 2**25}}, "more temporary memory"),
+        ({"memory": lambda x: x | {"total": 17 * 2**30}}, "of a chip's 17,179,869,184"),
+        ({"collectives": lambda x: x | {"all-gather": {"count": 1, "bytes": 4}}}, "collectives"),
+    ],
+)
+def test_a_violation_is_an_error(change, message, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(changed(**change)))
+    assert tpu_check.main(["--dry-run", "--output", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_violation_the_status_is_zero(capsys):
+    assert tpu_check.main(["--dry-run"]) == 0
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    text = """
+  %a = f32[2,64]{1,0:T(2,128)S(1)} all-reduce(%x), channel_id=1
+  %b = (f32[8]{0}, /*index=1*/bf16[4,2]{1,0}) all-reduce(%y, %z), channel_id=2
+  %c = (f32[4]{0:T(256)}, f32[16]{0:T(256)}, u32[]{:S(2)}, u32[]{:S(2)}) all-gather-start(%x)
+  %d = f32[16]{0} all-gather-done(%c)
+  %e = f32[3]{0} add(%p, %all-reduce.3)
+  %f = pred[5]{0} collective-permute(%q)
+"""
+    assert collectives(text) == {
+        "all-reduce": {"count": 2, "bytes": 512 + 32 + 16},
+        "all-gather": {"count": 1, "bytes": 64},
+        "collective-permute": {"count": 1, "bytes": 5},
+    }
+
+
+def test_the_small_cases_and_an_unknown_name():
+    small = tpu_check.chosen_cases(tpu_check.TpuCheckConfig(small=True))
+    assert [case.step for case in small] == ["plain", "random", "nearest"]
+    assert {(case.model, case.size, case.topology) for case in small} == {
+        ("resnet18", 28, "v5e:2x2")
+    }
+    with pytest.raises(InputError, match="--only lenet"):
+        tpu_check.chosen_cases(tpu_check.TpuCheckConfig(only=("lenet",)))
+
+
+def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: None)
+    assert tpu_check.main(["--output", str(tmp_path / "rows.json")]) == 2
+    assert "make tpu-check" in capsys.readouterr().err
