@@ -54,7 +54,7 @@ def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
     [
         ({"flops": lambda x: 1.011 * x}, "more FLOPs, above 1 %"),
         ({"bytes_moved": lambda x: 1.021 * x}, "more bytes moved, above 2 %"),
-        ({"memory": lambda x: x | {"temp": x["temp"] + 2**25}}, "more temporary memory"),
+        ({"memory": lambda x: x | {"temp": x["temp"] + 2**26}}, "more temporary memory"),
         ({"memory": lambda x: x | {"total": 17 * 2**30}}, "of a chip's 17,179,869,184"),
         ({"collectives": lambda x: x | {"all-gather": {"count": 1, "bytes": 4}}}, "collectives"),
     ],
