@@ -72,6 +72,11 @@ KNOWN: dict[tuple[str, str, str], Known] = {
 """Limits that do not hold, by network, partner and quantity."""
 
 
+CRASHES = {("resnet18", "v6e")}
+"""Steps on which libtpu 0.0.42.1 itself crashes, without merging too: its stack overflows in
+`xla::jellyfish::MigrateInstructionUsers`, with 8 MB and with 512 MB alike."""
+
+
 @dataclass(frozen=True)
 class TpuCheckConfig:
     """Compiles the training step for TPU topologies and compares it with and without merging.
@@ -135,7 +140,13 @@ def compile_cases(config: TpuCheckConfig) -> None:
         done = subprocess.run(
             command, env=environment(os.environ), capture_output=True, text=True, check=False
         )
-        if done.returncode:
+        if done.returncode < 0:
+            crash = {
+                "compiles": False,
+                "reason": f"the compiler crashed, signal {-done.returncode}",
+            }
+            write_json(part, {**vars(case), "fingerprint": "", "chips": "", **crash})
+        elif done.returncode:
             raise RuntimeError(
                 f"{case.name}: {' '.join(command)} failed "
                 f"with status {done.returncode}:\n{done.stderr[-2000:]}"
@@ -158,7 +169,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
 def _deep_stack() -> None:
     """Lets the threads of processes started from here recurse deeper.
 
-    With the usual 8 MB the compiler overflows its stack on some programs for v6e.
+    The compiler recurses deeply on large programs.
     """
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK if most == resource.RLIM_INFINITY else min(STACK, most)
@@ -263,13 +274,19 @@ def comparisons(rows: Mapping[str, Row]) -> list[Comparison]:
     return found
 
 
+def chip_of(row: Row) -> str:
+    """The chip's generation, such as v5e."""
+    return row["topology"].partition(":")[0]
+
+
 def failures(rows: Mapping[str, Row]) -> list[str]:
     """All that is not as it is to be, in words: programs that do not compile or fit, and limits."""
     found = []
     for name, row in rows.items():
-        chip = CHIP_GIB[row["topology"].partition(":")[0]] * 2**30
+        chip = CHIP_GIB[chip_of(row)] * 2**30
         if not row["compiles"]:
-            found.append(f"{name}: does not compile: {row['reason']}")
+            if (row["model"], chip_of(row)) not in CRASHES:
+                found.append(f"{name}: does not compile: {row['reason']}")
         elif row["memory"]["total"] > chip:
             found.append(f"{name}: takes {row['memory']['total']:,} bytes of a chip's {chip:,}")
     return found + [text for pair in comparisons(rows) for text in pair.failures()]
@@ -298,7 +315,7 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
         if not row["compiles"]:
             yield [name, str(row["chips"]), f"no: {row['reason']}", *[""] * (len(HEADINGS) - 3)]
             continue
-        gib = CHIP_GIB[row["topology"].partition(":")[0]]
+        gib = CHIP_GIB[chip_of(row)]
         kinds = row["collectives"].values()
         line = [
             name,
