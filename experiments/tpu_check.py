@@ -61,7 +61,7 @@ SMALL_STEP = (
 ALL_PAIRS = (
     "comparing all pairs of the deep kernels takes 9.8 GFLOP, beside 149 for 64 images of 28 px"
 )
-TWO_LAYERS = "the compiler holds parts of two layers' weights at once where activations are small"
+TWO_LAYERS = "1.3 layers' weights by the compiler's own plan of its memory"
 KNOWN: dict[tuple[str, str, str], Known] = {
     ("resnet18 28 px", "random", "bytes moved"): Known(0.09, SMALL_STEP),
     ("resnet18 28 px", "nearest", "bytes moved"): Known(0.10, SMALL_STEP),
