@@ -1,9 +1,9 @@
-"""Data sets and batches: MedMNIST files and the procedural chest phantom, in one shape."""
+"""Data sets and batches: MedMNIST, ChestX-ray14 and the chest phantom, in one shape."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import load_medmnist
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
@@ -20,6 +20,7 @@ __all__ = [
     "make_phantom",
     "steps_per_epoch",
     "train_batch",
+    "train_batches",
 ]
 
 
@@ -48,13 +49,17 @@ class DataConfig:
     """Which images to train on, and where they come from."""
 
     name: str = "phantom"
-    """"phantom" (made on the spot: no file, no network) or a 2-D MedMNIST subset: pathmnist,
+    """"phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files by
+    `python -m experiments.chestxray14 build`) or a 2-D MedMNIST subset: pathmnist,
     chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
     tissuemnist, organamnist, organcmnist, organsmnist."""
-    size: int = 28
-    """Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom."""
+    size: int | None = None
+    """Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom, both
+    28 by default; for chestxray14 what it was built with, or less, to which images are reduced as
+    they are read."""
     data_dir: Path = Path("~/.medmnist")
-    """Folder of MedMNIST files under their own names: breastmnist.npz, breastmnist_64.npz, ..."""
+    """Folder of MedMNIST files under their own names (breastmnist.npz, breastmnist_64.npz, ...), or
+    the output folder of a ChestX-ray14 build."""
     file: Path | None = None
     """Read the MedMNIST subset from this npz instead of the folder."""
     download: bool = True
@@ -65,12 +70,23 @@ class DataConfig:
     """Counts, findings and seed of the phantom."""
 
 
+DEFAULT_SIZE = 28
+"""Pixels of images where neither the options nor the files say otherwise."""
+
+
 def load_dataset(config: DataConfig) -> Dataset:
     """Loads or makes the data set that `config` describes.
 
     Raises:
       InputError: for an unknown name or size, or a file that is missing or not what it should be.
     """
+    if config.name == "chestxray14":
+        from inmerge_jax.data.chestxray14.records import load_chestxray14
+
+        if config.file is not None:
+            raise InputError(f"{config.file} (--file) is not read for chestxray14: give --data-dir")
+        return load_chestxray14(config.data_dir, size=config.size)
+    size = DEFAULT_SIZE if config.size is None else config.size
     if config.name == "phantom":
         if config.file is not None:
             raise InputError(
@@ -79,7 +95,7 @@ def load_dataset(config: DataConfig) -> Dataset:
             )
         chosen = config.phantom
         return make_phantom(
-            size=config.size,
+            size=size,
             train=chosen.train,
             val=chosen.val,
             test=chosen.test,
@@ -90,7 +106,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         )
     return load_medmnist(
         config.name,
-        size=config.size,
+        size=size,
         data_dir=config.data_dir,
         file=config.file,
         download=config.download,

@@ -1,15 +1,23 @@
-"""Batches as pure functions of (seed, step), so that a resumed run needs no iterator state."""
+"""Batches as pure functions of (seed, step, host), so that a resumed run needs no iterator state.
+
+`train_batch` says what batch number `step` is; `train_batches` gives the same ones in a row, read
+ahead by threads or worker processes.
+"""
 
 import functools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from inmerge_jax.data.dataset import Split
 from inmerge_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+_THREADS = 2
+"""Batches that one process reads at a time, where reading means files; as many wait, finished."""
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -38,32 +46,65 @@ def _index_stream(examples: int, seed: int, batch_size: int) -> grain.MapDataset
     return stream.batch(batch_size)
 
 
-def train_batch(split: Split, *, seed: int, step: int, batch_size: int) -> Batch:
+def train_batch(
+    split: Split, *, seed: int, step: int, batch_size: int, host: int = 0, hosts: int = 1
+) -> Batch:
     """Batch number `step` of the endless shuffled stream over `split`; depends on nothing else.
 
     The stream is pass after pass over the split, each in an order of its own and each holding
-    every example exactly once, cut into full batches; a batch may span two passes.
+    every example exactly once, cut into full batches; a batch may span two passes. Each host gets
+    its slice of every batch: host after host, they are the whole batch.
 
     Args:
       split: the training split, n >= batch_size examples.
       seed: selects the order; 0 <= seed < 2**32.
       step: 0-based count of batches since the stream's beginning, in any order of asking.
-      batch_size: B.
+      batch_size: of all hosts together; B = batch_size / hosts.
+      host: 0-based number of this host.
+      hosts: how many there are.
 
     Returns:
       "image" uint8 (B, h, w, c); "label" int32 (B,), or float32 (B, k) for multi-label;
       "index" int32 (B,), the examples' positions in the split.
 
     Raises:
-      InputError: where `batch_size` does not fit the split.
+      InputError: where `batch_size` does not fit the split or the hosts.
     """
-    steps_per_epoch(len(split), batch_size)
-    if step < 0:
-        raise ValueError(f"step {step}: batches are counted from 0")
-    return _take(split, np.asarray(_index_stream(len(split), seed, batch_size)[step]))
+    _check(split, batch_size, step, host, hosts)
+    index = np.asarray(_index_stream(len(split), seed, batch_size)[step])
+    return _take(split, _host_slice(index, host, hosts))
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def train_batches(
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """`train_batch` number start, start + 1, ... up to and without `stop`; None for no end.
+
+    The batches do not depend on `workers`, which is the number of processes that read and decode
+    images in advance; with 0, threads of this process do so, or nobody where all are in memory.
+    Closing the iterator ends them.
+
+    Raises:
+      InputError: as `train_batch`; and from the iterator, where an image cannot be read.
+    """
+    _check(split, batch_size, start, host, hosts)
+    stream = _index_stream(len(split), seed, batch_size)[start:stop]
+
+    def take(index: np.ndarray) -> Batch:
+        return _take(split, _host_slice(np.asarray(index), host, hosts))
+
+    return _read(stream.map(take), split, workers)
+
+
+def eval_batches(split: Split, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
     """The split once, in order; the last batch is filled up with masked copies of its last example.
 
     Yields:
@@ -71,18 +112,59 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
       `batch_size` rows, so that one compiled step serves all of them.
 
     Raises:
-      InputError: where `batch_size` is below 1.
+      InputError: where `batch_size` is below 1; from the iterator, where an image cannot be read.
     """
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
-    return _masked_batches(split, batch_size)
 
-
-def _masked_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(split), batch_size):
+    def take(start: int) -> Batch:
         rows = np.arange(start, start + batch_size)
         batch = _take(split, np.minimum(rows, len(split) - 1))
-        yield {**batch, "mask": (rows < len(split)).astype(np.float32)}
+        return {**batch, "mask": (rows < len(split)).astype(np.float32)}
+
+    stream = grain.MapDataset.source(range(0, len(split), batch_size)).map(take)
+    return _read(stream, split, workers)
+
+
+def _read(stream: grain.MapDataset, split: Split, workers: int) -> Iterator[Batch]:
+    """The stream's elements in order, read ahead."""
+    threads = 0 if split.in_memory else _THREADS
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    batches = stream.to_iter_dataset(options)
+    if not workers:
+        yield from batches
+        return
+    if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags, which are all at default here.
+        flags.FLAGS.mark_as_parsed()
+    # Grain spawns its workers: they inherit no thread and no device, and need none.
+    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    # Batches come through pipes: containers often have little shared memory, and Grain frees it so
+    # late that Python reports leaks at the end.
+    pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
+    batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
+    iterator = iter(batches.mp_prefetch(processes))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _check(split: Split, batch_size: int, step: int, host: int, hosts: int) -> None:
+    steps_per_epoch(len(split), batch_size)
+    if step < 0:
+        raise ValueError(f"step {step}: batches are counted from 0")
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts}: hosts are counted from 0")
+    if batch_size % hosts:
+        raise InputError(
+            f"--batch-size {batch_size} cannot be shared by {hosts} hosts: choose a multiple of "
+            f"{hosts}"
+        )
+
+
+def _host_slice(index: np.ndarray, host: int, hosts: int) -> np.ndarray:
+    size = len(index) // hosts
+    return index[host * size : (host + 1) * size]
 
 
 def _take(split: Split, index: np.ndarray) -> Batch:

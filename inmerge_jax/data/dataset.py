@@ -1,22 +1,40 @@
 """One shape of data set for every source."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 
 
+class Images(Protocol):
+    """What a split asks of its images: a NumPy array has it, and so has one that reads files."""
+
+    dtype: np.dtype
+    ndim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, height, width, channels)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split, all in memory.
+    """Images and labels of one split.
 
     Attributes:
-      images: uint8, (n, height, width, channels).
+      images: uint8, (n, height, width, channels); a NumPy array where all are in memory, or an
+        object that reads the rows it is indexed with (`chestxray14.records.RecordImages`).
       labels: int32 (n,), or uint8 (n, classes) of zeros and ones for multi-label tasks.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Images
     labels: np.ndarray
 
     def __post_init__(self):
@@ -37,6 +55,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are at hand, so that no batch waits for files."""
+        return isinstance(self.images, np.ndarray)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -52,6 +75,10 @@ class Dataset:
       test: what results are reported on.
       source: where the data came from: a file and its MD5, or a generator and its settings.
       note: what every reader of a result must know about the data; empty where nothing.
+      split_name: of the way the images were divided, where a data set knows several.
+      full_counts: images of each split in the whole data set; None where nothing can be missing.
+      fingerprint: a hash of the content, which a resumed run must find again; empty where the
+        options decide it.
     """
 
     name: str
@@ -63,6 +90,9 @@ class Dataset:
     test: Split
     source: str
     note: str = ""
+    split_name: str = ""
+    full_counts: Mapping[str, int] | None = None
+    fingerprint: str = ""
 
     def __post_init__(self):
         if self.task not in TASKS:

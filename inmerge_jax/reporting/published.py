@@ -35,6 +35,67 @@ MEDMNIST_28: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+@dataclass(frozen=True)
+class PublishedFindings:
+    """Published test AUROCs of the 14 findings of ChestX-ray14, and their mean as it was printed.
+
+    Attributes:
+      label: whose they are.
+      split: which images they were tested on.
+      same_as: the split by name that has these very test images; None where no split here has.
+      auc: in the order of the data set's classes.
+      mean: of them.
+    """
+
+    label: str
+    split: str
+    same_as: str | None
+    auc: tuple[float, ...]
+    mean: float
+
+
+CHESTXRAY14 = (
+    PublishedFindings(
+        "reproduce-chexnet, DenseNet-121",
+        "test images of chexnet",
+        "chexnet",
+        (
+            *(0.8180, 0.9090, 0.8827, 0.7156, 0.8377, 0.7756, 0.7617),
+            *(0.8776, 0.8002, 0.8945, 0.9316, 0.8251, 0.7889, 0.9175),
+        ),
+        0.838,
+    ),
+    PublishedFindings(
+        "CheXNet",
+        "its authors' own",
+        None,
+        (
+            *(0.8094, 0.9248, 0.8638, 0.7345, 0.8676, 0.7802, 0.7680),
+            *(0.8887, 0.7901, 0.8878, 0.9371, 0.8047, 0.8062, 0.9164),
+        ),
+        0.841,
+    ),
+    PublishedFindings(
+        "Wang 2017, as CheXNet quotes it",
+        "its authors' own",
+        None,
+        (
+            *(0.716, 0.807, 0.784, 0.609, 0.706, 0.671, 0.633),
+            *(0.806, 0.708, 0.835, 0.815, 0.769, 0.708, 0.767),
+        ),
+        0.738,
+    ),
+)
+
+
+def comparable_findings(dataset: dict) -> tuple[PublishedFindings, ...]:
+    """The published rows that were tested on exactly this run's test images."""
+    full = (dataset.get("full_counts") or {}).get("test")
+    if full is None or dataset.get("counts", {}).get("test") != full:
+        return ()
+    return tuple(row for row in CHESTXRAY14 if row.same_as == dataset.get("split"))
+
+
 def published_reference(dataset: dict, model: dict) -> Published | None:
     """The benchmark's number for this data set and network, or None where there is none.
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.reporting import wording
+from inmerge_jax.reporting.findings import Findings, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
 from inmerge_jax.reporting.summary import METRICS, Spread, Summary, summarize
 
@@ -24,7 +25,7 @@ class Table:
     """A table of finished cells, the same for every output.
 
     Attributes:
-      kinds: one per row: "arm", "difference", "published", "layer" or "total".
+      kinds: one per row: "arm", "difference", "published", "layer", "finding" or "total".
     """
 
     title: str
@@ -46,6 +47,9 @@ def make_report(run: Run, summary: Summary | None = None) -> Report:
     """The tables and sentences of a run."""
     summary = summary or summarize(run)
     tables = [comparison_table(run, summary), seed_table(run, summary)]
+    findings = rank_findings(run)
+    if findings is not None:
+        tables.append(findings_table(run, findings))
     if summary.layers:
         tables.append(layer_table(summary))
     notes = (
@@ -55,6 +59,7 @@ def make_report(run: Run, summary: Summary | None = None) -> Report:
         wording.merges_note(summary),
         wording.rule_note(run),
         f"Published row: {summary.published.source}." if summary.published else "",
+        *(wording.findings_notes(run, findings) if findings is not None else ()),
     )
     return Report(wording.headline(run, summary), tuple(tables), tuple(filter(None, notes)))
 
@@ -96,6 +101,30 @@ def seed_table(run: Run, summary: Summary) -> Table:
         kinds.append("difference")
     columns = ("arm", *(f"seed {seed}" for seed in run.seeds))
     return Table("Each seed's test AUC / ACC", columns, tuple(rows), tuple(kinds))
+
+
+def findings_table(run: Run, findings: Findings) -> Table:
+    """The 14 AUROCs and their mean, each arm with its interval and rank, beside published ones."""
+    rows = []
+    for index, name in enumerate(findings.names):
+        cells = (wording.ranked(findings.arms[arm][index]) for arm in findings.arms)
+        published = (wording.plain(row.values[index], 4) for row in findings.published)
+        rows.append((name, *cells, *published))
+    firsts = [sum(cell.rank == 1 for cell in cells) for cells in findings.arms.values()]
+    blank = ("" for _ in findings.published)
+    total = (f"first of {len(findings.names)}", *(str(count) for count in firsts), *blank)
+    columns = (
+        "test AUROC",
+        *findings.arms,
+        *(f"{row.label} ({row.split})" for row in findings.published),
+    )
+    return Table(
+        f"{run.dataset['name']}, {len(findings.names)} ranks: mean over seeds [bootstrap 95% "
+        "interval] (rank)",
+        columns,
+        (*rows, total),
+        (*("finding" for _ in rows), "total"),
+    )
 
 
 def _pair_name(pair: tuple[str, str]) -> str:

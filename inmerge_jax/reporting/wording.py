@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from inmerge_jax.reporting.findings import Cell, Findings
 from inmerge_jax.reporting.runs import Run
 from inmerge_jax.reporting.summary import RELEASED_RULE, Spread, Summary
 
@@ -197,6 +198,58 @@ def rule_note(run: Run) -> str:
             f"above {RELEASED_RULE['threshold']}{here}."
         )
     return text
+
+
+def ranked(cell: Cell) -> str:
+    """A finding's AUROC with its interval and its rank."""
+    if not math.isfinite(cell.auc):
+        return "n/a"
+    return f"{plain(cell.auc)} [{plain(cell.low)}, {plain(cell.high)}] ({cell.rank})"
+
+
+def findings_notes(run: Run, findings: Findings) -> tuple[str, ...]:
+    """How the ranks and intervals were made, and whether the published rows can be compared."""
+    images, resamples = findings.images, findings.resamples
+    among = "the arms"
+    if findings.comparable:
+        among += f" and {', '.join(findings.comparable)}"
+    lines = [
+        comparable_note(run, findings),
+        f"Intervals: percentiles of {resamples:,} bootstrap resamples of the {images:,} test "
+        "images, the same for every arm and seed; they cover the choice of images, not the "
+        f"training's randomness. Rank: among {among}, by the mean over seeds.",
+    ]
+    worst = max(cell.undefined for cells in findings.arms.values() for cell in cells)
+    if worst:
+        few = [
+            f"{name} in {max(cells[index].undefined for cells in findings.arms.values()):,}"
+            for index, name in enumerate(findings.names)
+            if any(cells[index].undefined for cells in findings.arms.values())
+        ]
+        lines.append(
+            f"Resamples without a positive or a negative image have no AUROC and were left out: "
+            f"{', '.join(few)} of {resamples:,}; the mean is over what a resample defines."
+        )
+    return tuple(lines)
+
+
+def comparable_note(run: Run, findings: Findings) -> str:
+    """One line: which published rows this run can be compared with, and why not with the rest."""
+    data = run.dataset
+    full = (data.get("full_counts") or {}).get("test")
+    if findings.comparable:
+        return (
+            f"Comparable with {', '.join(findings.comparable)}, the same {findings.images:,} test "
+            "images; not with the other published rows, which have other test images."
+        )
+    if full is not None and findings.images != full:
+        return (
+            f"NOT COMPARABLE with any published row: {findings.images:,} of the {full:,} test "
+            f"images of the split {data.get('split')}, a subset."
+        )
+    return (
+        f"NOT COMPARABLE with any published row: none was tested on the split {data.get('split')}."
+    )
 
 
 def _share(value: float) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.recipes import Recipe
+from inmerge_jax.training.recipes import Recipe, positive_weights
 from inmerge_jax.training.runfolder import cannot_write, environment, open_run
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
@@ -58,6 +59,7 @@ class Plan:
       deep: those that merging works on.
       init_sha256: of the file that the backbone's weights come from; None for random weights.
       notice: why there are none of these, where the released code has none; else "".
+      workers: processes that read images.
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class Plan:
     kernels: tuple[Kernel, ...]
     deep: tuple[Kernel, ...]
     notice: str
+    workers: int
     init_sha256: str | None = None
 
 
@@ -92,6 +95,12 @@ def plan_run(config: TrainConfig) -> Plan:
         )
     dataset = load_dataset(config.data)
     steps_per_epoch(len(dataset.train), recipe.batch_size)
+    workers = _workers(config, dataset)
+    if recipe.positive_weights is not None and not dataset.multi_label:
+        raise InputError(
+            f"--positive-weights is for data of several labels per image; {dataset.name} is "
+            f"{dataset.task}: leave it out"
+        )
     model = create_model(
         config.model.name,
         dataset.num_classes,
@@ -105,7 +114,9 @@ def plan_run(config: TrainConfig) -> Plan:
     kernels = _convolutions(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
-    plan = Plan(config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice)
+    plan = Plan(
+        config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
+    )
     if config.model.init_from is None:
         return plan
     plan = dataclasses.replace(plan, init_sha256=_sha256(config.model.init_from))
@@ -127,7 +138,7 @@ def train_arms(plan: Plan) -> dict[str, Any]:
         keep_freed_memory()
     folder = open_run(
         config.output,
-        config_dict(config, plan.recipe, len(plan.devices), plan.init_sha256),
+        _config_dict(plan),
         resume=config.resume,
         overwrite=config.overwrite,
     )
@@ -136,10 +147,9 @@ def train_arms(plan: Plan) -> dict[str, Any]:
         recipe=plan.recipe,
         devices=plan.devices,
         optimizer=make_optimizer(plan.recipe),
-        eval_step=make_eval_step(
-            plan.model, plan.recipe, multi_label=plan.dataset.multi_label, devices=plan.devices
-        ),
+        eval_step=make_eval_step(plan.model, plan.recipe, **_common(plan)),
         kernels=plan.kernels,
+        workers=plan.workers,
     )
     plain, merging, merging_eval = _steps(plan, setup)
     several, several_merging, _ = _steps(plan, setup, config.steps_per_call)
@@ -225,7 +235,7 @@ def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel
 def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
     per_call = {"steps_per_call": steps_per_call}
-    common = {"multi_label": plan.dataset.multi_label, "devices": plan.devices}
+    common = _common(plan)
     plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.deep:
         return plain, plain, None
@@ -234,6 +244,37 @@ def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any,
     if not plan.preset.merge_in_validation:
         return plain, merging, None
     return plain, merging, make_merging_eval_step(plan.model, plan.recipe, **common)
+
+
+def _common(plan: Plan) -> dict[str, Any]:
+    """What every step is made with."""
+    return {
+        "multi_label": plan.dataset.multi_label,
+        "devices": plan.devices,
+        "positive_weights": positive_weights(plan.recipe, plan.dataset.train.labels),
+    }
+
+
+def _workers(config: TrainConfig, dataset: Dataset) -> int:
+    """How many processes read images: as asked, or by the number of cores."""
+    if dataset.train.in_memory:
+        if config.workers:
+            raise InputError(
+                f"--workers {config.workers}: {dataset.name} is all in memory, so there is nothing "
+                "to read; leave it out"
+            )
+        return 0
+    return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
+
+
+def _config_dict(plan: Plan) -> dict[str, Any]:
+    return config_dict(
+        plan.config,
+        plan.recipe,
+        len(plan.devices),
+        plan.init_sha256,
+        plan.dataset.fingerprint or None,
+    )
 
 
 def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
@@ -330,7 +371,7 @@ def _headline(plan: Plan) -> str:
 
 def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     data = plan.dataset
-    values = config_dict(plan.config, plan.recipe, len(plan.devices), plan.init_sha256)
+    values = _config_dict(plan)
     counts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     return {
         "dataset": {
@@ -341,6 +382,8 @@ def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             "title": data.title,
             "source": data.source,
             "counts": counts,
+            **({"split": data.split_name} if data.split_name else {}),
+            **({"full_counts": dict(data.full_counts)} if data.full_counts else {}),
         },
         "model": values["model"],
         "recipe": values["recipe"],

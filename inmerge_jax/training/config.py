@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inmerge_jax.data import DataConfig
+from inmerge_jax.data import DEFAULT_SIZE, DataConfig
 from inmerge_jax.errors import InputError
 from inmerge_jax.merging import MergeRule
 from inmerge_jax.training.presets import PresetName, find_preset
@@ -19,7 +19,7 @@ from inmerge_jax.training.recipes import RECIPES, Recipe
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
-_NOT_COMPARED = ("output", "steps_per_call", "resume", "overwrite", "cache")
+_NOT_COMPARED = ("output", "steps_per_call", "workers", "resume", "overwrite", "cache")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
@@ -32,8 +32,9 @@ class DataOptions(DataConfig):
     """`DataConfig` whose name is the option --data.
 
     Attributes:
-      name: "phantom" (made on the spot: no file, no network) or a 2-D MedMNIST subset, such as
-        breastmnist, chestmnist or bloodmnist.
+      name: "phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files
+        by python -m experiments.chestxray14 build) or a 2-D MedMNIST subset, such as breastmnist,
+        chestmnist or bloodmnist.
     """
 
     name: Annotated[str, tyro.conf.arg(name="data", metavar="NAME")] = "phantom"
@@ -87,6 +88,9 @@ class RecipeConfig:
         more past the lowest validation loss.
       select: What makes a checkpoint the best: highest validation AUC or lowest validation loss.
       flip: Mirror training images left to right with probability 1/2.
+      positive_weights: For data of several labels per image: a label that is present counts as
+        often in the loss as there are training images without it for each one with it, but at most
+        this often. By default each counts once.
     """
 
     name: Annotated[
@@ -118,6 +122,7 @@ class RecipeConfig:
         None
     )
     flip: Annotated[bool | None, _of_recipe("{True,False}")] = None
+    positive_weights: Annotated[float | None, _of_recipe("FLOAT")] = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,9 @@ class TrainConfig:
       devices: Number of local devices that share every batch.
       steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
         host; an epoch's last few updates go one by one.
+      workers: Processes that read and decode images; 0 for threads of the training process. Only
+        for data that is read from files while it trains (chestxray14). By default one for every
+        three CPU cores there, at most 16.
       resume: Continue the unfinished run in the output folder, to the same results bit for bit.
       overwrite: Delete the run in the output folder first.
       cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
@@ -195,6 +203,10 @@ class TrainConfig:
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")
     ] = None
     steps_per_call: int = 1
+    workers: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="INT", help_behavior_hint="(default: by the number of CPU cores)"),
+    ] = None
     resume: bool = False
     overwrite: bool = False
     cache: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
@@ -216,7 +228,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def apply_preset(config: TrainConfig) -> TrainConfig:
-    """`config` with the preset's recipe and partner where none is named; again changes nothing.
+    """`config` with the defaults of its preset and data; applied again, it changes nothing.
+
+    These are the preset's recipe and partner, and the size of images; that of ChestX-ray14 stays
+    None, which stands for the size of its build.
 
     Raises:
       InputError: on an unknown preset.
@@ -224,7 +239,10 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
     rule = dataclasses.replace(config.rule, partner=config.rule.partner or preset.partner)
-    return dataclasses.replace(config, recipe=recipe, rule=rule)
+    data = config.data
+    if data.size is None and data.name != "chestxray14":
+        data = dataclasses.replace(data, size=DEFAULT_SIZE)
+    return dataclasses.replace(config, recipe=recipe, rule=rule, data=data)
 
 
 def resolve_recipe(config: RecipeConfig) -> Recipe:
@@ -245,6 +263,9 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         valid = rate is None or (rate > 0 and math.isfinite(rate))
         _require(valid, name, rate, "choose a positive number, such as 0.001")
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
+    cap = recipe.positive_weights
+    valid = cap is None or (cap > 0 and math.isfinite(cap))
+    _require(valid, "positive_weights", cap, "choose a positive number, such as 10")
     valid = 0 <= recipe.weight_decay < math.inf
     _require(valid, "weight_decay", recipe.weight_decay, "choose 0 or more")
     return recipe
@@ -277,6 +298,8 @@ def check_run(config: TrainConfig) -> None:
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
         raise InputError("--replace-head is for the head of a file: give --init-from too")
+    valid = config.workers is None or config.workers >= 0
+    _require(valid, "workers", config.workers, "choose 0 or more")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
 
@@ -296,11 +319,16 @@ def check_steps_per_call(steps: int, platform: str) -> None:
 
 
 def config_dict(
-    config: TrainConfig, recipe: Recipe, devices: int, init_sha256: str | None = None
+    config: TrainConfig,
+    recipe: Recipe,
+    devices: int,
+    init_sha256: str | None = None,
+    data_sha256: str | None = None,
 ) -> dict[str, Any]:
     """What config.json holds: the options that decide the results, resolved, JSON-ready.
 
-    `init_sha256` is that of the file --init-from, whose content decides the results too.
+    `init_sha256` is that of the file --init-from, and `data_sha256` that of images that were built
+    from files: their content decides the results too.
     """
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
@@ -309,6 +337,8 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
+    if data_sha256:
+        values["data"]["content_sha256"] = data_sha256
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
     values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
     values["devices"] = devices

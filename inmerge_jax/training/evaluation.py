@@ -25,7 +25,7 @@ def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarr
         scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
         losses.append(np.asarray(batch_losses, np.float64).sum())
 
-    for batch in eval_batches(images, setup.recipe.batch_size):
+    for batch in eval_batches(images, setup.recipe.batch_size, workers=setup.workers):
         batch = split(batch, setup.devices)
         in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
         if len(in_flight) > 2:

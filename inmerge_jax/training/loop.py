@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.data import Dataset, steps_per_epoch, train_batch
+from inmerge_jax.data import Dataset, steps_per_epoch, train_batches
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.redundancy import kernel_similarity
@@ -28,7 +28,7 @@ from inmerge_jax.training.checkpoints import (
 )
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.metrics import Metrics, compute_metrics
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
 from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
@@ -96,6 +96,7 @@ class Setup:
       optimizer: of `state.make_optimizer`.
       eval_step: of `steps.make_eval_step`.
       kernels: every convolution of the network, in the order of the forward pass.
+      workers: processes that read images; 0 for none.
     """
 
     dataset: Dataset
@@ -104,6 +105,7 @@ class Setup:
     optimizer: Any
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
+    workers: int = 0
 
 
 def train_stage(
@@ -139,6 +141,15 @@ def train_stage(
     history = read_metrics(metrics_file)
     state = replicate(host_state, devices)
     progress.skip(done * steps * recipe.batch_size)
+    batches = train_batches(
+        train,
+        seed=order,
+        batch_size=recipe.batch_size,
+        start=done * steps,
+        stop=stage.epochs * steps,
+        workers=setup.workers,
+    )
+    batches = ahead(batches, devices)
     del params, batch_stats, fresh, host_state
 
     for epoch in range(done + 1, stage.epochs + 1):
@@ -155,12 +166,7 @@ def train_stage(
         progress.start_epoch(stage.name, epoch, stage.epochs)
         started = time.monotonic()
         totals, in_flight = zeros, deque()
-        numbers = range((epoch - 1) * steps, epoch * steps)
-        batches = (
-            split(train_batch(train, seed=order, step=n, batch_size=recipe.batch_size), devices)
-            for n in numbers
-        )
-        for count, train_step, batch in _calls(stage, batches):
+        for count, train_step, batch in _calls(stage, itertools.islice(batches, steps)):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
             if len(in_flight) > 2:

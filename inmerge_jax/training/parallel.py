@@ -1,5 +1,7 @@
 """Data parallelism: which devices, and how a tree or a batch is laid out over them."""
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -62,6 +64,21 @@ def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict
         return jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), spread)
 
     return {name: divide(x) for name, x in batch.items()}
+
+
+def ahead(
+    batches: Iterator[dict[str, np.ndarray]], devices: tuple[jax.Device, ...], count: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches on the devices, see `split`, each put there up to `count` batches in advance.
+
+    So the copy to the devices, and the reading before it, go on while a step runs.
+    """
+    waiting: deque[dict[str, jax.Array]] = deque()
+    for batch in batches:
+        waiting.append(split(batch, devices))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:

@@ -56,6 +56,7 @@ def make_train_step(
     kernels: tuple[Kernel, ...] = (),
     rule: MergeRule | None = None,
     steps_per_call: int = 1,
+    positive_weights: Any = None,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
 
@@ -69,6 +70,7 @@ def make_train_step(
       rule: how; with None no merging is in the program.
       steps_per_call: above 1, the step is that many updates in a row: each array of `batch` has an
         axis of steps after that of devices. For GPU and TPU; see `config.check_steps_per_call`.
+      positive_weights: float32 (labels,), see `example_losses`.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
@@ -96,7 +98,7 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(key, DROPOUT)},
             )
-            losses = example_losses(logits, batch["label"], multi_label)
+            losses = example_losses(logits, batch["label"], multi_label, positive_weights)
             return jnp.mean(losses), updated.get("batch_stats", {})
 
         (loss, batch_stats), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
@@ -121,7 +123,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, recipe: Recipe, *, multi_label: bool, devices: tuple[jax.Device, ...]
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    positive_weights: Any = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Scores and loss of one batch, with the running batch statistics and without merging.
 
@@ -131,7 +138,7 @@ def make_eval_step(
     """
 
     def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        return _score(model, recipe, multi_label, params, batch_stats, batch)
+        return _score(model, recipe, multi_label, positive_weights, params, batch_stats, batch)
 
     return jax.pmap(step, axis_name=AXIS, devices=devices)
 
@@ -144,6 +151,7 @@ def make_merging_eval_step(
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...],
     rule: MergeRule,
+    positive_weights: Any = None,
 ) -> Callable[..., tuple[TrainState, Totals, tuple[jax.Array, jax.Array]]]:
     """One merge and then the evaluation of one image, as the released code validates.
 
@@ -160,7 +168,9 @@ def make_merging_eval_step(
         key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)
         key = jax.random.fold_in(key, batch["index"][0])
         params, stats = merge_kernels(state.params, key, kernels, rule)
-        scored = _score(model, recipe, multi_label, params, state.batch_stats, batch)
+        scored = _score(
+            model, recipe, multi_label, positive_weights, params, state.batch_stats, batch
+        )
         totals = _counted(totals, stats)._replace(steps=totals.steps + 1)
         return state._replace(params=params), totals, scored
 
@@ -178,13 +188,19 @@ def _counted(totals: Totals, stats: MergeStats) -> Totals:
 
 
 def _score(
-    model: nn.Module, recipe: Recipe, multi_label: bool, params: Any, batch_stats: Any, batch: Any
+    model: nn.Module,
+    recipe: Recipe,
+    multi_label: bool,
+    positive_weights: Any,
+    params: Any,
+    batch_stats: Any,
+    batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Probabilities (n, classes) and losses (n,), 0 where the mask is."""
     images = normalise(batch["image"], recipe)
     logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
     scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
-    losses = example_losses(logits, batch["label"], multi_label)
+    losses = example_losses(logits, batch["label"], multi_label, positive_weights)
     return scores, jnp.where(batch["mask"] > 0, losses, 0)
 
 
@@ -206,8 +222,17 @@ def flip(images: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
 
 
-def example_losses(logits: jax.Array, labels: jax.Array, multi_label: bool) -> jax.Array:
-    """Cross-entropy of each example, float32 (n,); the mean over the labels if multi-label."""
+def example_losses(
+    logits: jax.Array, labels: jax.Array, multi_label: bool, positive_weights: Any = None
+) -> jax.Array:
+    """Cross-entropy of each example, float32 (n,); the mean over the labels if multi-label.
+
+    With `positive_weights`, float32 (labels,), the loss of a label that is 1 counts that often, as
+    with the `pos_weight` of PyTorch's BCEWithLogitsLoss.
+    """
     if multi_label:
-        return optax.sigmoid_binary_cross_entropy(logits, labels).mean(-1)
+        losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+        if positive_weights is not None:
+            losses = losses * jnp.where(labels > 0, positive_weights, 1)
+        return losses.mean(-1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,9 +1,19 @@
+import dataclasses
+import os
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inmerge_jax.data import Split, eval_batches, steps_per_epoch, train_batch
+from inmerge_jax.data import (
+    Split,
+    eval_batches,
+    steps_per_epoch,
+    train_batch,
+    train_batches,
+)
 from inmerge_jax.errors import InputError
 
 
@@ -96,3 +106,112 @@ def test_batch_size_that_does_not_fit_is_named():
 def test_no_batch_comes_before_the_first():
     with pytest.raises(ValueError, match="step -1"):
         train_batch(numbered(30), seed=0, step=-1, batch_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """Images that are made when they are read, as those in files are."""
+
+    count: int
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    @property
+    def shape(self):
+        return (self.count, 2, 3, 1)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if 99 in np.atleast_1d(index):
+            raise InputError("image 99 is damaged")
+        # Workers must not take the accelerator: it belongs to the training process.
+        assert not jax_has_devices() or os.getpid() == PARENT
+        return (
+            np.ones(self.shape, np.uint8)[index]
+            * np.asarray(index, np.uint8)[..., None, None, None]
+        )
+
+
+PARENT = os.getpid()
+
+
+def jax_has_devices():
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized()
+
+
+def lazy(n):
+    return Split(Lazy(n), (np.arange(n)[:, None] >> np.arange(5) & 1).astype(np.uint8))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a
+    )
+
+
+@pytest.mark.parametrize("make", [numbered, lazy])
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (4, 6), (23, 30), (5, 5)])
+def test_batches_in_a_row_are_those_by_number(make, start, stop):
+    split = make(21)
+    options = {"seed": 3, "batch_size": 6}
+    row = list(train_batches(split, **options, start=start, stop=stop))
+    assert len(row) == stop - start
+    for step, batch in enumerate(row, start):
+        assert same(batch, train_batch(split, **options, step=step))
+    endless = train_batches(split, **options, start=start)
+    assert same(next(endless), train_batch(split, **options, step=start))
+    endless.close()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_change_nothing(workers):
+    import multiprocessing
+
+    split = lazy(21)
+    row = train_batches(split, seed=1, batch_size=6, start=2, stop=9, workers=workers)
+    for step, batch in enumerate(row, 2):
+        assert same(batch, train_batch(split, seed=1, batch_size=6, step=step))
+    assert step == 8
+    plain, by_workers = (list(eval_batches(split, 4, workers=count)) for count in (0, workers))
+    assert len(plain) == 6 and all(map(same, plain, by_workers))
+    endless = train_batches(split, seed=1, batch_size=6, workers=workers)
+    next(endless)
+    assert len(multiprocessing.active_children()) == workers
+    endless.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_every_batch(hosts):
+    split = lazy(21)
+    whole = list(train_batches(split, seed=2, batch_size=8, stop=7))
+    parts = [
+        list(train_batches(split, seed=2, batch_size=8, stop=7, host=host, hosts=hosts))
+        for host in range(hosts)
+    ]
+    for step, batch in enumerate(whole):
+        for name, value in batch.items():
+            shares = [part[step][name] for part in parts]
+            assert {len(share) for share in shares} == {8 // hosts}
+            np.testing.assert_array_equal(np.concatenate(shares), value)
+        again = train_batch(split, seed=2, batch_size=8, step=step, host=hosts - 1, hosts=hosts)
+        assert same(again, parts[-1][step])
+
+
+def test_hosts_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="--batch-size 8 cannot be shared by 3 hosts"):
+        next(train_batches(lazy(21), seed=0, batch_size=8, hosts=3))
+    with pytest.raises(ValueError, match="host 2 of 2"):
+        train_batch(lazy(21), seed=0, step=0, batch_size=8, host=2, hosts=2)
+    with pytest.raises(InputError, match="batch size 22 is larger"):
+        train_batches(lazy(21), seed=0, batch_size=22)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_stops_the_batches(workers):
+    row = train_batches(lazy(120), seed=0, batch_size=8, stop=40, workers=workers)
+    with pytest.raises(InputError, match="image 99 is damaged"):
+        list(row)

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 
@@ -53,16 +54,15 @@ def restore(folder, epoch):
 
 
 def interrupt_at(monkeypatch, step):
-    """Stops training as Ctrl-C would, in the middle of an epoch."""
-    train_batch = loop.train_batch
+    """Stops training from its start as Ctrl-C would, before that step."""
+    ahead = loop.ahead
 
-    def interrupted(*args, **kwargs):
-        if kwargs["step"] == step:
-            raise KeyboardInterrupt
-        return train_batch(*args, **kwargs)
+    def interrupted(*args):
+        yield from itertools.islice(ahead(*args), step)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train_batch", interrupted)
-    return lambda: monkeypatch.setattr(loop, "train_batch", train_batch)
+    monkeypatch.setattr(loop, "ahead", interrupted)
+    return lambda: monkeypatch.setattr(loop, "ahead", ahead)
 
 
 def test_a_stage_leaves_its_evidence(tmp_path):
@@ -226,19 +226,19 @@ def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
 
 
 def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
-    seen, train_batch = {}, loop.train_batch
+    seen, train_batches = {}, loop.train_batches
     setup = tiny.make_setup()
     for arm, number, seed in (("finetune", 1, 0), ("inmerge", 1, 0), ("x", 0, 0), ("y", 1, 1)):
         order = []
 
         def watched(*args, order=order, **kwargs):
-            batch = train_batch(*args, **kwargs)
-            order.append(batch["index"].tolist())
-            return batch
+            for batch in train_batches(*args, **kwargs):
+                order.append(batch["index"].tolist())
+                yield batch
 
-        monkeypatch.setattr(loop, "train_batch", watched)
+        monkeypatch.setattr(loop, "train_batches", watched)
         rule = tiny.ALWAYS if arm == "inmerge" else None
         run(tmp_path / arm, setup=setup, rule=rule, arm=arm, number=number, seed=seed, epochs=1)
         seen[arm] = order
-    assert seen["finetune"] == seen["inmerge"]
+    assert seen["finetune"] == seen["inmerge"] and len(seen["x"]) == 3
     assert seen["finetune"] != seen["x"] and seen["finetune"] != seen["y"]

@@ -1,0 +1,136 @@
+"""The measurements of `python -m experiments.chestxray14 measure`."""
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from inmerge_jax.data import Split, train_batches
+from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_image
+from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
+from inmerge_jax.data.chestxray14.records import load_chestxray14
+from inmerge_jax.data.chestxray14.reduce import end_with_parent
+from inmerge_jax.files import write_json
+
+if TYPE_CHECKING:
+    from experiments.chestxray14 import Measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How many images were done in how many seconds, by how many processes beside the main one."""
+
+    workers: int
+    images: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "images_per_second": self.images / self.seconds}
+
+
+def run_measure(config: "Measure") -> None:
+    """Measures, prints and stores.
+
+    Raises:
+      InputError: the folders are not what they should be.
+    """
+    from inmerge_jax.training.runfolder import environment
+
+    data = load_chestxray14(config.data_dir)
+    found: dict[str, Any] = {
+        "data": data.title,
+        "size": data.size,
+        "batch_size": config.batch_size,
+        "reading": [
+            read_rate(data.train, config.batch_size, workers, config.seconds).to_dict()
+            for workers in (0, 1, 2)
+        ],
+    }
+    if config.images is not None:
+        paths = sorted(find_images(config.images).values())
+        pixels = image_size(paths[0])
+        found["reducing"] = {
+            "from": list(pixels),
+            "to": data.size,
+            "files": len(paths),
+            "rates": [
+                reduce_rate(paths, data.size, workers, config.seconds).to_dict()
+                for workers in (1, 2)
+            ],
+        }
+    found["environment"] = environment()
+    write_json(config.output, found)
+    console = Console()
+    console.print(table(found))
+    console.print(f"stored in {config.output}", highlight=False)
+
+
+def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Rate:
+    """Reads training batches for about `seconds`, after the first few of every worker."""
+    batches = train_batches(split, seed=0, batch_size=batch_size, workers=workers)
+    for _ in range(2 + 2 * workers):
+        next(batches)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        count += len(next(batches)["index"])
+    taken = time.perf_counter() - started
+    batches.close()
+    return Rate(workers, count, taken)
+
+
+def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> Rate:
+    """Reduces the files again and again for about `seconds`, after one round to start up."""
+    spawn = multiprocessing.get_context("spawn")
+    expected = image_size(paths[0])
+    with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
+
+        def once() -> Iterable[int]:
+            sizes, wanted = [size] * len(paths), [expected] * len(paths)
+            return pool.map(_reduced_bytes, paths, sizes, wanted)
+
+        list(once())
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            count += len(list(once()))
+        return Rate(workers, count, time.perf_counter() - started)
+
+
+def _reduced_bytes(path: Path, size: int, expected: tuple[int, int]) -> int:
+    return len(reduce_image(path, size, expected))
+
+
+def rows(stored: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What was done, processes, images per second, and hours for all of ChestX-ray14."""
+    found = []
+    for rate in stored["reading"]:
+        what = f"reading and decoding at {stored['size']} px, batch {stored['batch_size']}"
+        workers = f"{rate['workers']}" if rate["workers"] else "0 (threads)"
+        found.append((what, workers, rate["images_per_second"]))
+    reducing = stored.get("reducing", {"rates": []})
+    for rate in reducing["rates"]:
+        what = f"reducing {' x '.join(map(str, reducing['from']))} to {reducing['to']} px"
+        found.append((what, f"{rate['workers']}", rate["images_per_second"]))
+    return [
+        (what, workers, f"{rate:,.1f}", f"{ALL_IMAGES / rate / 3600:.2f} h")
+        for what, workers, rate in found
+    ]
+
+
+_COLUMNS = ("", "worker processes", "images/s", f"{ALL_IMAGES:,} images, extrapolated")
+
+
+def table(stored: dict[str, Any]) -> Table:
+    """The stored rates for the terminal."""
+    drawn = Table(title=stored["data"], title_justify="left")
+    for index, column in enumerate(_COLUMNS):
+        drawn.add_column(column, justify="right" if index else "left")
+    for row in rows(stored):
+        drawn.add_row(*row)
+    return drawn

@@ -1,0 +1,321 @@
+"""Builds the data set: reduce in parallel, write shards, verify; and all of it again after a kill.
+
+The output folder has the TFDS folder, `index.npz` (names, labels and patients in the order of the
+records) and, written last, `manifest.json`: a folder without it is not finished.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from inmerge_jax.data.chestxray14.images import find_images
+from inmerge_jax.data.chestxray14.labels import (
+    ALL_IMAGES,
+    FINDINGS,
+    Labels,
+    find_labels,
+    read_labels,
+    some,
+)
+from inmerge_jax.data.chestxray14.meter import Meter
+from inmerge_jax.data.chestxray14.reduce import Reduced, plan_parts, reduce_parts
+from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_bytes, write_json
+
+MANIFEST, INDEX, REDUCED, RECORDS = "manifest.json", "index.npz", "reduced", "records"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build.
+
+    Attributes:
+      images: NIH's folder, `images_*/images/*.png` or flat.
+      labels: Data_Entry_2017*.csv(.gz), or the folder that holds it.
+      split: chexnet, nih_official or patient_hash.
+      lists: folder of the split's lists; None for patient_hash.
+      size: height and width in pixels to reduce to.
+      output: folder for the data set.
+      workers: processes that reduce images.
+      allow_missing: build what there is, where images are missing.
+    """
+
+    images: Path
+    labels: Path
+    split: str
+    lists: Path | None
+    size: int
+    output: Path
+    workers: int
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has made, and how fast.
+
+    Attributes:
+      manifest: what manifest.json holds.
+      reduced: None where the data set was finished before.
+      write_seconds: spent on writing the shards and verifying them.
+    """
+
+    manifest: dict[str, Any]
+    reduced: Reduced | None
+    write_seconds: float
+
+    def speed(self) -> str:
+        """Images per second, and what all of ChestX-ray14 would take at that rate."""
+        if self.reduced is None or not self.reduced.images:
+            return "no image was reduced now: the build was finished, or went on after that"
+        reducing = self.reduced.images_per_second
+        writing = sum(self.manifest["counts"].values()) / self.write_seconds
+        hours = ALL_IMAGES * (1 / reducing + 1 / writing) / 3600
+        return (
+            f"reduced {self.reduced.images:,} images at {reducing:,.1f} images/s in "
+            f"{self.reduced.workers} processes (without their start), wrote and verified "
+            f"{writing:,.0f} images/s; extrapolated, {ALL_IMAGES:,} such images take {hours:.1f} h"
+        )
+
+
+def build(request: Request, console: Console) -> Built:
+    """Builds the data set in `request.output`, or what an interrupted build has left to do.
+
+    Raises:
+      InputError: anything about labels, lists, images or the folder that the user can mend.
+    """
+    if request.workers < 1 or request.size < 1:
+        raise InputError(
+            f"--workers {request.workers}, --size {request.size}: each must be 1 or more"
+        )
+    output = Path(request.output).expanduser()
+    labels = read_labels(find_labels(request.labels))
+    wanted = assign(request.split, labels, request.lists)
+    rows, sources = _present(request, labels, wanted, console)
+    identity = _identity(request, labels, wanted, rows)
+    manifest = _finished(output, identity)
+    if manifest is not None:
+        shutil.rmtree(output / REDUCED, ignore_errors=True)
+        return Built(manifest, None, 0.0)
+
+    parts = plan_parts(rows, sources, request.size, output / REDUCED)
+    reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
+    started = time.perf_counter()
+    folder = _write_records(request, output, labels, reduced, console)
+    manifest = {**identity, **_verify(folder, output, labels, rows, console)}
+    write_json(output / MANIFEST, manifest)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(output / REDUCED)
+    return Built(manifest, reduced, seconds)
+
+
+def summary(manifest: Mapping[str, Any]) -> Table:
+    """Images, patients and positive images per finding of every split, for the terminal."""
+    table = Table(
+        title=f"ChestX-ray14, split {manifest['split']}, {manifest['size']} px",
+        title_justify="left",
+    )
+    for index, column in enumerate(("", *PARTS)):
+        table.add_column(column, justify="right" if index else "left")
+    for name, counts in (
+        ("images", manifest["counts"]),
+        ("of", manifest["full_counts"]),
+        ("patients", manifest["patients"]),
+    ):
+        table.add_row(name, *(f"{counts[part]:,}" for part in PARTS), end_section=name != "images")
+    for finding in FINDINGS:
+        table.add_row(finding, *(f"{manifest['positives'][part][finding]:,}" for part in PARTS))
+    return table
+
+
+def _present(
+    request: Request, labels: Labels, wanted: Mapping[str, np.ndarray], console: Console
+) -> tuple[dict[str, np.ndarray], list[Path | None]]:
+    """The rows that have an image, and each row's file; complains about the others."""
+    found = find_images(request.images)
+    sources = [found.get(name) for name in labels.names]
+    rows, missing = {}, []
+    for part, chosen in wanted.items():
+        there = np.array([sources[row] is not None for row in chosen.tolist()], bool)
+        rows[part] = chosen[there]
+        missing += [labels.names[row] for row in chosen[~there].tolist()]
+    total = sum(map(len, wanted.values()))
+    if missing and not request.allow_missing:
+        raise InputError(
+            f"--images {request.images}: {some(missing, 'image')} of the {total:,} in the split "
+            f"{request.split} are missing; fetch them, or build what there is with --allow-missing"
+        )
+    empty = [part for part, chosen in rows.items() if not len(chosen)]
+    if empty:
+        raise InputError(
+            f"--images {request.images} has no image of {' and '.join(empty)} in the split "
+            f"{request.split}; give more images, or choose another --split"
+        )
+    used = sum(map(len, rows.values()))
+    unused = f"; {len(found) - used:,} other PNGs are not used" if len(found) > used else ""
+    console.print(
+        f"{used:,} of the {total:,} images in the split {request.split} are there{unused}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return rows, sources
+
+
+def _identity(
+    request: Request,
+    labels: Labels,
+    wanted: Mapping[str, np.ndarray],
+    rows: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """What makes two requests the same data set."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(part.encode())
+        for row in rows[part].tolist():
+            digest.update(f"{labels.names[row]} {labels.patients[row]} ".encode())
+            digest.update(labels.findings[row].tobytes())
+    counts = {part: len(rows[part]) for part in PARTS}
+    full = {part: len(wanted[part]) for part in PARTS}
+    return {
+        "format": FORMAT,
+        "split": request.split,
+        "size": request.size,
+        "counts": counts,
+        "full_counts": full,
+        "selection_sha256": digest.hexdigest(),
+    }
+
+
+def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished build of the same data set; None where it is not finished."""
+    path = output / MANIFEST
+    if not path.exists():
+        known = {REDUCED, RECORDS, INDEX}
+        if output.exists() and not output.is_dir():
+            raise InputError(f"--output {output} is a file; choose a folder")
+        there = {entry.name for entry in output.iterdir()} if output.exists() else set()
+        strange = sorted(name for name in there - known if not name.startswith("."))
+        if strange:
+            raise InputError(
+                f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
+            )
+        return None
+    manifest = json.loads(path.read_bytes())
+    differing = [name for name, value in identity.items() if manifest.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"--output {output} holds another data set: its {name} is {manifest.get(name)}, asked "
+            f"for is {identity[name]}; choose another folder, or delete it"
+        )
+    return manifest
+
+
+def _write_records(
+    request: Request, output: Path, labels: Labels, reduced: Reduced, console: Console
+) -> Path:
+    """Has TFDS write the shards anew, and returns their folder; one cut short is thrown away."""
+    import tensorflow_datasets as tfds
+
+    from inmerge_jax.data.chestxray14.builder import ChestXray14
+
+    shutil.rmtree(output / RECORDS, ignore_errors=True)
+    images = sum(len(part) for parts in reduced.parts.values() for part in parts)
+    tfds.disable_progress_bar()
+    # TFDS announces what it does by plain prints.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with Meter("writing shards", images, 0, console) as meter:
+
+        def advance(count: int) -> None:
+            meter.advance(count)
+            meter.show()
+
+        builder = ChestXray14(
+            labels=labels,
+            parts=reduced.parts,
+            advance=advance,
+            data_dir=output / RECORDS,
+            config=ChestXray14.config_for(request.split, request.size),
+        )
+        try:
+            with quiet:
+                builder.download_and_prepare(file_format="array_record")
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {output}: {error.strerror or error}; make room or give rights "
+                "there, then build again: what is done is kept"
+            ) from error
+    return Path(builder.data_dir)
+
+
+def _verify(
+    folder: Path,
+    output: Path,
+    labels: Labels,
+    rows: Mapping[str, np.ndarray],
+    console: Console,
+) -> dict[str, Any]:
+    """Reads every record back, compares it with the labels, and writes the index."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    skip = {"image": tfds.decode.SkipDecoding()}
+    content, arrays, shards = hashlib.sha256(), {}, {}
+    with Meter("verifying", sum(map(len, rows.values())), 0, console) as meter:
+        for part in PARTS:
+            source = builder.as_data_source(part, decoders=skip)
+            _require(len(source) == len(rows[part]), f"{len(source)} {part} images", output)
+            for index, row in enumerate(rows[part].tolist()):
+                example = source[index]
+                name, patient = example["name"].decode(), int(example["patient"])
+                same = name == labels.names[row] and patient == labels.patients[row]
+                same &= np.array_equal(example["labels"], labels.findings[row])
+                _require(same, f"{part} record {index}, {name}", output)
+                content.update(f"{part} {name} ".encode() + example["labels"].tobytes())
+                content.update(example["image"])
+                meter.advance(1)
+                meter.show()
+            arrays[f"{part}_names"] = np.array([labels.names[row] for row in rows[part].tolist()])
+            arrays[f"{part}_labels"] = labels.findings[rows[part]]
+            arrays[f"{part}_patients"] = labels.patients[rows[part]]
+            for instruction in builder.info.splits[part].file_instructions:
+                path = Path(instruction.filename)
+                shards[path.name] = {
+                    "split": part,
+                    "records": instruction.examples_in_shard,
+                    "bytes": path.stat().st_size,
+                }
+    check_patients({part: arrays[f"{part}_patients"] for part in PARTS}, str(output))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(output / INDEX, buffer.getvalue())
+    positives = {
+        part: dict(zip(FINDINGS, arrays[f"{part}_labels"].sum(0).tolist(), strict=True))
+        for part in PARTS
+    }
+    return {
+        "patients": {part: len(np.unique(arrays[f"{part}_patients"])) for part in PARTS},
+        "positives": positives,
+        "records": str(folder.relative_to(output)),
+        "shards": shards,
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "content_sha256": content.hexdigest(),
+    }
+
+
+def _require(valid: bool, what: str, output: Path) -> None:
+    if not valid:
+        raise InputError(f"{output} was not written as it should be: {what}; delete it, build anew")

@@ -1,0 +1,121 @@
+"""The TensorFlow Datasets builder; it neither needs nor imports TensorFlow."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from inmerge_jax.data.chestxray14.labels import FINDINGS, Labels
+from inmerge_jax.data.chestxray14.reduce import Part
+from inmerge_jax.data.chestxray14.splits import SPLITS
+
+SIZES = (224, 256, 512)
+
+_DESCRIPTION = """\
+ChestX-ray14: 112,120 frontal chest radiographs of 30,805 patients, labelled with 14 findings that
+were mined from the reports, reduced to one size.
+"""
+_HOMEPAGE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
+_CITATION = """\
+@inproceedings{wang2017chestxray,
+  title = {ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised
+           Classification and Localization of Common Thorax Diseases},
+  author = {Wang, Xiaosong and Peng, Yifan and Lu, Le and Lu, Zhiyong and Bagheri, Mohammadhadi and
+            Summers, Ronald M.},
+  booktitle = {CVPR}, year = {2017}
+}
+"""
+
+
+@dataclass(kw_only=True)
+class ChestXray14Config(tfds.core.BuilderConfig):
+    """Which split, and the images' height and width in pixels."""
+
+    split: str = "chexnet"
+    size: int = 224
+
+
+def _config(split: str, size: int) -> ChestXray14Config:
+    description = f"Split {split}, {size} x {size} pixels."
+    return ChestXray14Config(
+        name=f"{split}_{size}", description=description, split=split, size=size
+    )
+
+
+class ChestXray14(tfds.core.GeneratorBasedBuilder):
+    """Writes reduced images and their labels; `build.build` makes and verifies the whole.
+
+    Examples have "image", the PNG of 8-bit grey; "labels", uint8 (14,) in the order of `FINDINGS`;
+    "name", that of NIH's file; and "patient", NIH's number. They are in the order of the names.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [_config(split, size) for split in SPLITS for size in SIZES]  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        labels: Labels | None = None,
+        parts: Mapping[str, Sequence[Part]] | None = None,
+        advance: Callable[[int], None] = lambda images: None,
+        **options: Any,
+    ) -> None:
+        """Prepares to write.
+
+        Args:
+          labels: of every image.
+          parts: of `reduce.reduce_parts`, all of them done, by split.
+          advance: is called with 1 after each example.
+          **options: of TFDS, data_dir and config among them.
+        """
+        self._labels, self._parts, self._advance = labels, parts, advance
+        super().__init__(**options)
+
+    @classmethod
+    def config_for(cls, split: str, size: int) -> ChestXray14Config:
+        """The configuration of one split and size, any size."""
+        config = _config(split, size)
+        return cls.builder_configs.get(config.name, config)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.size
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            homepage=_HOMEPAGE,
+            citation=_CITATION,
+            disable_shuffling=True,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 1), encoding_format="png"),
+                    "labels": tfds.features.Tensor(shape=(len(FINDINGS),), dtype=np.uint8),
+                    "name": tfds.features.Text(),
+                    "patient": tfds.features.Scalar(dtype=np.int64),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+        del dl_manager  # NIH's files come from the user.
+        if self._labels is None or self._parts is None:
+            raise ValueError("the builder needs labels and parts: inmerge_jax's `build` gives them")
+        return {split: self._generate_examples(parts) for split, parts in self._parts.items()}
+
+    def _generate_examples(self, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
+        assert self._labels is not None
+        for part in parts:
+            for row, png in zip(part.rows.tolist(), part.read(), strict=True):
+                yield (
+                    row,
+                    {
+                        # An open file, because TFDS would need TensorFlow to encode an array.
+                        "image": io.BytesIO(png),
+                        "labels": self._labels.findings[row],
+                        "name": self._labels.names[row],
+                        "patient": int(self._labels.patients[row]),
+                    },
+                )
+                self._advance(1)

@@ -1,0 +1,155 @@
+"""NIH's label file: which findings each image shows, and of which patient it is."""
+
+import csv
+import gzip
+import io
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inmerge_jax.errors import InputError
+
+FINDINGS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
+"""The 14 findings in the order of the published tables, and of the columns of every label array."""
+NO_FINDING = "No Finding"
+ALL_IMAGES = 112_120
+"""Images in the whole data set."""
+_NAME, _FINDINGS, _PATIENT = "Image Index", "Finding Labels", "Patient ID"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label file's rows, sorted by the image's name.
+
+    Attributes:
+      names: of the image files, "00000001_000.png"; n of them, no two alike.
+      findings: uint8 (n, 14), 1 where the image shows the finding of `FINDINGS`.
+      patients: int64 (n,), the patient's number.
+      path: what they were read from.
+    """
+
+    names: tuple[str, ...]
+    findings: np.ndarray
+    patients: np.ndarray
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def find_labels(place: Path) -> Path:
+    """The label file that `place` is, or the one Data_Entry_2017*.csv or .csv.gz in that folder.
+
+    Raises:
+      InputError: there is none, or more than one.
+    """
+    place = Path(place).expanduser()
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise InputError(f"there are no labels at {place}; give NIH's Data_Entry_2017*.csv(.gz)")
+    found = sorted([*place.glob("Data_Entry_2017*.csv"), *place.glob("Data_Entry_2017*.csv.gz")])
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "none"
+        raise InputError(
+            f"{place} should hold one Data_Entry_2017*.csv or .csv.gz; there: {there}. Name the "
+            "label file itself with --labels"
+        )
+    return found[0]
+
+
+def read_labels(path: Path) -> Labels:
+    """Reads NIH's Data_Entry_2017*.csv, plain or gzipped.
+
+    Raises:
+      InputError: the file cannot be read, lacks a column, holds no row, names an image twice, or a
+        finding that is none of the 14; the message names the file, the row and the value.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    columns = reader.fieldnames or ()
+    absent = [name for name in (_NAME, _FINDINGS, _PATIENT) if name not in columns]
+    if absent:
+        raise InputError(
+            f"{path} lacks the column {' and '.join(map(repr, absent))}; its header is "
+            f"{', '.join(columns) or 'empty'}. Give NIH's Data_Entry_2017*.csv"
+        )
+    rows = [_parse(path, reader.line_num, row) for row in reader]
+    if not rows:
+        raise InputError(f"{path} holds a header and no image")
+    rows.sort()
+    names = tuple(name for name, _, _ in rows)
+    refuse_duplicates(path, names)
+    columns_of = {finding: index for index, finding in enumerate(FINDINGS)}
+    findings = np.zeros((len(rows), len(FINDINGS)), np.uint8)
+    for index, (_, found, _) in enumerate(rows):
+        findings[index, [columns_of[finding] for finding in found]] = 1
+    return Labels(names, findings, np.array([row[2] for row in rows], np.int64), Path(path))
+
+
+def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tuple[str, ...], int]:
+    name, found, patient = (row[column] for column in (_NAME, _FINDINGS, _PATIENT))
+    where = f"{path}, line {line}"
+    if not name or found is None or patient is None:
+        raise InputError(f"{where} is cut short or empty: it needs an image, findings, a patient")
+    findings = tuple(found.split("|"))
+    if findings == (NO_FINDING,):
+        findings = ()
+    for finding in findings:
+        if finding not in FINDINGS:
+            raise InputError(
+                f"{where}: {name} has the unknown finding {finding!r}; known: "
+                f"{', '.join(FINDINGS)}, or {NO_FINDING} alone"
+            )
+    try:
+        return name, findings, int(patient)
+    except ValueError as error:
+        raise InputError(f"{where}: the patient of {name} is {patient!r}, no number") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, plain or gzipped by its content.
+
+    Raises:
+      InputError: it is absent, damaged or no text.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; fetch it again") from error
+
+
+def refuse_duplicates(path: Path, names: Sequence[str]) -> None:
+    """Raises InputError where `names`, read from `path`, holds one twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} names {some(twice, 'image')} more than once; remove the surplus")
+
+
+def some(names: Sequence[str], what: str) -> str:
+    """How many there are, and the first few: "7 images (a, b, c, ...)"."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names):,} {what}{'s' if len(names) != 1 else ''} ({shown})"

@@ -1,0 +1,177 @@
+"""Reading a built data set: labels in memory, images from the shards one by one."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax.data.chestxray14.build import FORMAT, INDEX, MANIFEST
+from inmerge_jax.data.chestxray14.images import decode
+from inmerge_jax.data.chestxray14.labels import FINDINGS
+from inmerge_jax.data.chestxray14.splits import PARTS
+from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.errors import InputError
+
+BUILD = "python -m experiments.chestxray14 build"
+
+
+def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
+    """Opens what `build` made.
+
+    Args:
+      folder: the build's output.
+      size: height and width in pixels to reduce images to as they are read; None for those of the
+        build.
+
+    Raises:
+      InputError: the folder is no finished build; a shard or the index is absent or was cut short
+        since; `size` exceeds the build's.
+    """
+    folder = Path(folder).expanduser()
+    manifest = _read_manifest(folder)
+    _check_shards(folder, manifest)
+    arrays = _read_index(folder, manifest)
+    size = manifest["size"] if size is None else size
+    if not 1 <= size <= manifest["size"]:
+        raise InputError(
+            f"--size {size}: {folder} was built at {manifest['size']} px; choose 1 to "
+            f"{manifest['size']}, or build it anew at {size}"
+        )
+    splits = {
+        part: Split(
+            RecordImages(folder / manifest["records"], part, arrays[f"{part}_names"], size),
+            arrays[f"{part}_labels"],
+        )
+        for part in PARTS
+    }
+    here, full = (sum(manifest[name].values()) for name in ("counts", "full_counts"))
+    subset = f", a subset: {here:,} of its {full:,} images" if here < full else ""
+    return Dataset(
+        name="chestxray14",
+        size=size,
+        task="multi-label, binary-class",
+        classes=FINDINGS,
+        **splits,
+        source=f"{folder.name}, content SHA-256 {manifest['content_sha256']}",
+        note=f"split {manifest['split']}{subset}",
+        split_name=manifest["split"],
+        full_counts=manifest["full_counts"],
+        fingerprint=manifest["content_sha256"],
+    )
+
+
+@dataclass(frozen=True)
+class RecordImages:
+    """The images of one split as an array of uint8 (n, size, size, 1) that is read on indexing.
+
+    It can be pickled, for worker processes: each opens the shards for itself.
+
+    Attributes:
+      folder: of TFDS's files.
+      split: "train", "val" or "test".
+      names: of the images, in the order of the records.
+      size: height and width in pixels.
+    """
+
+    folder: Path
+    split: str
+    names: np.ndarray
+    size: int
+    _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As a NumPy array's."""
+        return (len(self.names), self.size, self.size, 1)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """One image (size, size, 1) for an integer, else (k, size, size, 1).
+
+        Raises:
+          InputError: a record cannot be read, or is another image than it was.
+        """
+        if isinstance(index, int | np.integer):
+            return self._read(range(len(self))[index])
+        rows = np.arange(len(self))[index]
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            images[place] = self._read(row)
+        return images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def _read(self, row: int) -> np.ndarray:
+        where = f"{self.folder}: record {row} of {self.split}, {self.names[row]},"
+        try:
+            example = self._source()[row]
+        except RuntimeError as error:
+            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+        found = example["name"].decode()
+        if found != self.names[row]:
+            raise InputError(f"{where} is {found} instead; build the data set anew")
+        try:
+            return decode(example["image"], self.size)[..., None]
+        except ValueError as error:
+            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+
+    def _source(self) -> Any:
+        if "source" not in self._opened:
+            import tensorflow_datasets as tfds
+
+            builder = tfds.builder_from_directory(self.folder)
+            skip = {"image": tfds.decode.SkipDecoding()}
+            self._opened["source"] = builder.as_data_source(self.split, decoders=skip)
+        return self._opened["source"]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"--data-dir {folder}: there is no finished ChestX-ray14 in it ({MANIFEST} is "
+            f"missing); build it with {BUILD} --output {folder}, which goes on where it stopped"
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; build the data set anew") from error
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is of another version of this program; build the data set anew")
+    return manifest
+
+
+def _check_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """Every shard must be as long as it was; what is in it has hashes that reading verifies."""
+    for name, shard in manifest["shards"].items():
+        path = folder / manifest["records"] / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise InputError(
+                f"{path} was cut short or changed: it has {size:,} bytes, {shard['bytes']:,} when "
+                f"it was built; delete {folder} and build the data set anew"
+            )
+
+
+def _read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    path = folder / INDEX
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
+        raise InputError(f"{path} is missing or damaged; delete {folder}, build the data set anew")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

@@ -1,0 +1,160 @@
+"""The ranks of ChestX-ray14: 14 AUROCs and their mean, with intervals, beside published ones."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from inmerge_jax.reporting.published import CHESTXRAY14, comparable_findings
+from inmerge_jax.reporting.runs import Run, number
+from inmerge_jax.reporting.summary import CONFIDENCE
+
+RESAMPLES = 1000
+_AT_ONCE = 50
+"""Resamples held in memory together."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm's AUROC of one finding, mean over seeds.
+
+    Attributes:
+      auc: NaN where the test split has one kind of answer only.
+      low: lower end of the bootstrap interval, NaN without test scores.
+      high: upper end.
+      undefined: resamples in which it has no value.
+      rank: 1 for the highest of the arms and the comparable published rows; equals share a rank. 0
+        where `auc` is NaN.
+    """
+
+    auc: float
+    low: float
+    high: float
+    undefined: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A published row: values in the order of `Findings.names`, the mean last."""
+
+    label: str
+    split: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The ranks of one run.
+
+    Attributes:
+      names: of the findings, and "mean".
+      arms: by arm, one cell per name.
+      published: every published row.
+      comparable: labels of those that were tested on the same images.
+      images: in the test split.
+      resamples: of the bootstrap.
+    """
+
+    names: tuple[str, ...]
+    arms: Mapping[str, tuple[Cell, ...]]
+    published: tuple[PublishedRow, ...]
+    comparable: tuple[str, ...]
+    images: int
+    resamples: int
+
+
+def rank_findings(run: Run, resamples: int = RESAMPLES) -> Findings | None:
+    """The ranks of a run on ChestX-ray14; None for another data set."""
+    if run.dataset["name"] != "chestxray14":
+        return None
+    names = (*run.dataset["classes"], "mean")
+    comparable = comparable_findings(run.dataset)
+    rivals = [(*row.auc, row.mean) for row in comparable]
+    values = {arm: _mean_aucs(run, arm) for arm in run.arms}
+    ends = {arm: _intervals(run, arm, len(names), resamples) for arm in run.arms}
+    arms = {}
+    for arm, aucs in values.items():
+        cells = []
+        for index, auc in enumerate(aucs):
+            others = [found[index] for found in (*values.values(), *rivals)]
+            rank = 0 if math.isnan(auc) else 1 + sum(other > auc for other in others)
+            low, high, undefined = ends[arm][index]
+            cells.append(Cell(auc, low, high, undefined, rank))
+        arms[arm] = tuple(cells)
+    return Findings(
+        names=names,
+        arms=arms,
+        published=tuple(
+            PublishedRow(row.label, row.split, (*row.auc, row.mean)) for row in CHESTXRAY14
+        ),
+        comparable=tuple(row.label for row in comparable),
+        images=run.dataset["counts"]["test"],
+        resamples=resamples,
+    )
+
+
+def bootstrap_auroc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AUROC in resamples of the images; ties count half.
+
+    Args:
+      positive: bool (n,).
+      scores: float (n,).
+      counts: integers (resamples, n), how often each image is in each resample.
+
+    Returns:
+      float64 (resamples,), NaN where a resample lacks positive or negative images.
+    """
+    order = np.argsort(scores, kind="stable")
+    ranked, counts = scores[order], counts[:, order].astype(np.float64)
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    ones = np.add.reduceat(counts * positive[order], starts, axis=1)
+    zeros = np.add.reduceat(counts * ~positive[order], starts, axis=1)
+    below = np.cumsum(zeros, axis=1) - zeros / 2
+    pairs = ones.sum(1) * zeros.sum(1)
+    wins = (ones * below).sum(1)
+    return np.where(pairs > 0, wins / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+def _mean_aucs(run: Run, arm: str) -> tuple[float, ...]:
+    """AUROC of every finding, and "auc", mean over the seeds that define it."""
+    tests = [result["test"] for result in run.arm(arm).values()]
+    columns = [[number(auc) for auc in test["auc_per_class"]] for test in tests]
+    columns = [[*column, number(test["auc"])] for column, test in zip(columns, tests, strict=True)]
+    return tuple(_mean(values) for values in zip(*columns, strict=True))
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    defined = [value for value in values if math.isfinite(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+def _intervals(run: Run, arm: str, width: int, resamples: int) -> list[tuple[float, float, int]]:
+    """(low, high, undefined resamples) of every finding and of their mean, mean over seeds."""
+    labels = run.test_labels
+    scores = [s for (_, a), s in run.test_scores.items() if a == arm]
+    if labels is None or not scores or any(s.shape != labels.shape for s in scores):
+        return [(math.nan, math.nan, 0)] * width
+    rng = np.random.default_rng(0)
+    found = []
+    for start in range(0, resamples, _AT_ONCE):
+        some = min(_AT_ONCE, resamples - start)
+        counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=some)
+        each = [
+            [bootstrap_auroc(labels[:, k] == 1, s[:, k], counts) for k in range(width - 1)]
+            for s in scores
+        ]
+        # Whether a resample defines an AUROC hangs on labels alone: it is the same for all seeds.
+        found.append(np.mean(each, axis=0))
+    values = np.concatenate(found, axis=1)
+    defined = np.isfinite(values)
+    total = np.where(defined, values, 0).sum(0)
+    mean = np.where(defined.any(0), total / np.maximum(defined.sum(0), 1), np.nan)
+    tail = 50 * (1 - CONFIDENCE)
+    ends = []
+    for row in (*values, mean):
+        known = row[np.isfinite(row)]
+        low, high = np.percentile(known, (tail, 100 - tail)) if known.size else (math.nan, math.nan)
+        ends.append((float(low), float(high), int(row.size - known.size)))
+    return ends
