@@ -2,9 +2,12 @@
 
 What was measured against XLA's CPU convolution decides which way a shape goes:
 
-- Output maps of at most 8x8 pixels, and 1x1 kernels: patches times weights. On the smallest maps
-  the native operation loses an order of magnitude.
-- Other 3x3 kernels: the native operation forward and for the gradient of the images,
+- 3x3 kernels of stride 1 with 32 channels or more on both sides, in float32: Winograd's, with fewer
+  than half the products, unless there are few tiles to share its transforms of the weight, or so
+  many that they leave the processor's cache.
+- Of the others, output maps of at most 8x8 pixels, and 1x1 kernels: patches times weights. On the
+  smallest maps the native operation loses an order of magnitude.
+- Of the rest, 3x3 kernels: the native operation forward and for the gradient of the images,
   and a sum over blocks of rows for the gradient of the weight. There the native one treats the
   whole map as a kernel and takes two to four times as long.
 - Everything else, and every other platform: the native operation.
@@ -16,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from inmerge_jax.models.winograd import Pads, winograd
+
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _SMALL_MAP = 8 * 8
 _ROWS_PER_PRODUCT = 1024
-
-Pads = tuple[tuple[int, int], ...]
+_WINOGRAD_CHANNELS, _WINOGRAD_MAP, _WINOGRAD_TILES = 32, range(5 * 5, 128 * 128), 128
 
 
 def conv_general_dilated(
@@ -75,6 +79,9 @@ def conv_general_dilated(
     def rows(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return _with_weight_gradient_by_rows(native, strides, pads, precision)(lhs, rhs)
 
+    if window == (3, 3) and strides == (1, 1) and _suits_winograd(lhs, rhs, height, width):
+        tiled = winograd(pads, precision)
+        return lax.platform_dependent(lhs, rhs, cpu=tiled, default=native)
     if height * width <= _SMALL_MAP or window == (1, 1):
         return lax.platform_dependent(lhs, rhs, cpu=product, default=native)
     if window == (3, 3):
@@ -93,6 +100,16 @@ def _output_size(
         )
     )
     return height, width
+
+
+def _suits_winograd(lhs: jax.Array, rhs: jax.Array, height: int, width: int) -> bool:
+    tiles = lhs.shape[0] * -(-height // 2) * -(-width // 2)
+    return (
+        min(rhs.shape[2:]) >= _WINOGRAD_CHANNELS
+        and height * width in _WINOGRAD_MAP
+        and tiles >= _WINOGRAD_TILES
+        and min(jnp.finfo(x.dtype).bits for x in (lhs, rhs)) >= 32
+    )
 
 
 def _patches(
