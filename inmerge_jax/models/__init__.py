@@ -46,7 +46,7 @@ def create_model(
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> nn.Module:
-    """A classifier: float NHWC images to float32 logits of shape (batch, num_classes).
+    """A classifier: float NHWC images to logits (batch, num_classes), at least float32.
 
     Call it as `model.apply(variables, images, train=...)`. With `train=True`, batch normalisation
     writes the collection "batch_stats" (all but the plain VGGs have it), and VGGs with the imagenet
@@ -61,7 +61,9 @@ def create_model(
         change, a 3x3 stem of stride 1 without max-pool; for VGGs the same convolutions with a
         pooled linear head.
       width: factor on the number of channels of every layer.
-      dtype: what activations are computed in; parameters and batch statistics stay float32.
+      dtype: what activations are computed in. With bfloat16 parameters, batch statistics and logits
+        stay float32. float64, under JAX's 64-bit mode and given float64 variables, is float64
+        throughout.
       axis_name: the mapped axis over whose devices batch statistics are averaged.
 
     Raises:

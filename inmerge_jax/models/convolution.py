@@ -172,7 +172,7 @@ def _weight_gradient(
     """
     (down, across, inputs, outputs), (batch, height) = shape, lhs.shape[:2]
     (top, _), (left, right) = pads
-    width = gradient.shape[2]
+    width, sums = gradient.shape[2], jnp.promote_types(lhs.dtype, jnp.float32)
     zero = jnp.zeros((), lhs.dtype)
     # Spread so that row r of the images meets row r + down - 1 - i of the gradient in tap i.
     above = down - 1 - top
@@ -193,11 +193,11 @@ def _weight_gradient(
             g.reshape(-1, down * outputs),
             (((0,), (0,)), ((), ())),
             precision=precision,
-            preferred_element_type=jnp.float32,
+            preferred_element_type=sums,
         )
         return total + product, None
 
-    total = jnp.zeros((across * inputs, down * outputs), jnp.float32)
+    total = jnp.zeros((across * inputs, down * outputs), sums)
     total, _ = lax.scan(add_block, total, jnp.arange(0, height, block))
     return total.reshape(across, inputs, down, outputs).transpose(2, 0, 1, 3).astype(lhs.dtype)
 

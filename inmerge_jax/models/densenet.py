@@ -10,7 +10,14 @@ from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.models.layers import BatchNorm, Linear, average_pool_2x2, conv, scaled
+from inmerge_jax.models.layers import (
+    BatchNorm,
+    Linear,
+    at_least_float32,
+    average_pool_2x2,
+    conv,
+    scaled,
+)
 
 _KAIMING_FAN_IN = variance_scaling(2.0, "fan_in", "normal")
 _BOTTLENECK = 4
@@ -67,7 +74,7 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images (batch, h, w, c) to float32 logits (batch, num_classes)."""
+        """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
         make_conv = partial(conv, kernel_init=_KAIMING_FAN_IN, dtype=self.dtype)
         make_norm = partial(BatchNorm, train, dtype=self.dtype, axis_name=self.axis_name)
         imagenet = self.stem == "imagenet"
@@ -93,4 +100,4 @@ class DenseNet(nn.Module):
         x = nn.relu(make_norm(name="norm5")(x))
         x = jnp.mean(x, axis=(1, 2))
         head = Linear(self.num_classes, self.dtype, nn.initializers.zeros, name="classifier")
-        return head(x).astype(jnp.float32)
+        return at_least_float32(head(x))

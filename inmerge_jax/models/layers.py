@@ -21,6 +21,11 @@ TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 _MOMENTUM, _EPSILON = 0.1, 1e-5
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 if it has that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def scaled(channels: int, width: float) -> int:
     """`channels` times `width`, rounded, at least 1."""
     return max(1, round(channels * width))
@@ -62,7 +67,7 @@ class BatchNorm(nn.Module):
 
     Attributes:
       train: normalise with the batch's statistics and update the running ones.
-      dtype: of the result; statistics are always float32.
+      dtype: of the result; statistics are float32, or float64 where `x` is.
       axis_name: the mapped axis over whose devices batch statistics are averaged.
     """
 
@@ -97,7 +102,7 @@ class BatchNorm(nn.Module):
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         """Mean, biased variance and number of values per channel, over all devices."""
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
         axes = tuple(range(x.ndim - 1))
         moments = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
         count = x.size // x.shape[-1]

@@ -13,6 +13,7 @@ from inmerge_jax.models.layers import (
     TORCH_DEFAULT,
     BatchNorm,
     Linear,
+    at_least_float32,
     conv,
     scaled,
 )
@@ -90,7 +91,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images (batch, h, w, c) to float32 logits (batch, num_classes)."""
+        """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
         imagenet = self.stem == "imagenet"
         make_conv = partial(
             conv, kernel_init=KAIMING_FAN_OUT if imagenet else TORCH_DEFAULT, dtype=self.dtype
@@ -109,4 +110,4 @@ class ResNet(nn.Module):
                 name = f"layer{stage + 1}_{index}"
                 x = self.block(channels, stride, make_conv, make_norm, name=name)(x)
         x = jnp.mean(x, axis=(1, 2))
-        return Linear(self.num_classes, self.dtype, name="fc")(x).astype(jnp.float32)
+        return at_least_float32(Linear(self.num_classes, self.dtype, name="fc")(x))

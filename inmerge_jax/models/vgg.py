@@ -11,6 +11,7 @@ from inmerge_jax.models.layers import (
     Dropout,
     Linear,
     adaptive_average_pool,
+    at_least_float32,
     conv,
     max_pool_2x2,
     scaled,
@@ -39,7 +40,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images (batch, h, w, c) to float32 logits (batch, num_classes)."""
+        """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
         imagenet = self.stem == "imagenet"
         if imagenet and min(x.shape[1:3]) < 32:
             raise InputError(
@@ -69,7 +70,7 @@ class VGG(nn.Module):
         else:
             x = jnp.mean(x, axis=(1, 2))
             head = Linear(self.num_classes, self.dtype, name="fc")
-        return head(x).astype(jnp.float32)
+        return at_least_float32(head(x))
 
     def _hidden_layers(self, x: jax.Array, train: bool) -> jax.Array:
         """The first two of torchvision's classifier layers, on maps flattened as h, w, c."""

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,6 +59,6 @@ def set_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
     if isinstance(old, jax.Array):
         new = jax.device_put(np.full(old.shape, learning_rate, old.dtype), old.sharding)
     else:
-        new = np.asarray(learning_rate, jnp.float32)
+        new = np.asarray(learning_rate, old.dtype)
     hyperparams = {**state.opt_state.hyperparams, "learning_rate": new}
     return state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))

@@ -10,7 +10,7 @@ from inmerge_jax.models.layers import Dropout
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
 from tests.oracles.torch_networks import create_network
 
-CLASSES, BATCH, DRAWS = 5, 4, 4
+CLASSES, BATCH = 5, 4
 # LLVM's optimisations change nothing that is looked at here, and take a minute.
 CHEAP = {"xla_backend_optimization_level": 0}
 
@@ -127,7 +127,7 @@ class Masked(torch.nn.Module):
 def run_theirs(network, state_dict, images, weights, kept):
     """The same of PyTorch's network, with what training gives by its names."""
     network.load_state_dict(state_dict)
-    network.zero_grad()
+    network.to(torch.from_numpy(weights).dtype).zero_grad()
     with torch.no_grad():
         evaluation = network.eval()(nchw(images)).numpy()
     for place, mask in zip((2, 5), kept, strict=False):
@@ -156,42 +156,42 @@ def check_network(name, stem):
     """Asserts that a network equals PyTorch's to rounding, and comes back from here bit for bit.
 
     At the kink of a ReLU and among equals in a max-pool, rounding decides which way a gradient
-    goes: in some draws of the images PyTorch's own float32 gradients are off by 1e-2 from its
-    float64 ones. So each gradient has a few draws to agree in; a wrong one agrees in none.
+    goes: PyTorch's own float32 gradients are off by up to 1.5e-2 from its float64 ones. So
+    gradients are compared in float64, to 1e-6; those of float32 to 5e-2, and half of them to 1e-3.
     """
     rng = np.random.default_rng(0)
     network, width = make_theirs(name, stem, random_images(rng, stem)), width_of(name, stem)
     state_dict = {key: entry.clone() for key, entry in network.state_dict().items()}
     names = "medmnist" if (name[0], stem) == ("r", "small") else "torchvision"
     variables = from_state_dict(name, state_dict, width=width)
-    model = create_model(name, CLASSES, stem=stem, width=width)
+    images = random_images(rng, stem)
+    weights = rng.normal(size=(BATCH, CLASSES)).astype(np.float32)
 
-    run, errors = None, {}
-    for _ in range(DRAWS):
-        images = random_images(rng, stem)
-        weights = rng.normal(size=(BATCH, CLASSES)).astype(np.float32)
-        run = run or compile_ours(model, variables, images, weights)
-        evaluation, logits, trained, kept = jax.device_get(run(variables, images, weights))
+    for dtype, atol in (("float32", 1e-4), ("float64", 1e-9)):
+        model = create_model(name, CLASSES, stem=stem, width=width, dtype=jnp.dtype(dtype))
+        given = jax.tree.map(lambda x: x.astype(dtype), (variables, images, weights))  # noqa: B023
+        with jax.enable_x64(dtype == "float64"):
+            evaluation, logits, trained, kept = jax.device_get(compile_ours(model, *given)(*given))
+        theirs = run_theirs(network, state_dict, *given[1:], kept)
+        assert evaluation.dtype == logits.dtype == theirs[1].dtype == dtype
         trained = to_state_dict(name, trained, names=names)
-        theirs = run_theirs(network, state_dict, images, weights, kept)
-        check_forward(evaluation, logits, trained, theirs, state_dict)
+        check_forward(evaluation, logits, trained, theirs, state_dict, atol)
         parameters = {key: theirs[2][key] for key, _ in network.named_parameters()}
-        found = relative_errors(trained, parameters)
-        errors = {key: min(error, errors.get(key, error)) for key, error in found.items()}
-        if max(errors.values()) <= 1e-3:
-            break
-    assert max(errors.values()) <= 1e-3, {k: v for k, v in errors.items() if v > 1e-3}
+        errors = relative_errors(trained, parameters)
+        limit = 1e-6 if dtype == "float64" else 5e-2
+        assert max(errors.values()) <= limit, {k: v for k, v in errors.items() if v > limit}
+        assert np.median(list(errors.values())) <= 1e-3
 
     back = to_state_dict(name, variables, names=names)
     assert back.keys() == state_dict.keys()
     assert all(back[key].tobytes() == x.numpy().tobytes() for key, x in state_dict.items())
 
 
-def check_forward(evaluation, logits, trained, theirs, before):
+def check_forward(evaluation, logits, trained, theirs, before, atol):
     """Logits of both modes, and the running statistics, which must have moved."""
     assert np.ptp(theirs[0]) > 0.1 and np.ptp(theirs[1]) > 0.1
-    np.testing.assert_allclose(evaluation, theirs[0], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(logits, theirs[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(evaluation, theirs[0], rtol=0, atol=atol)
+    np.testing.assert_allclose(logits, theirs[1], rtol=0, atol=atol)
     statistics = [key for key in theirs[2] if "running" in key]
     assert statistics == [key for key in before if "running" in key]
     for key in statistics:

@@ -1,7 +1,4 @@
-"""Training in plain PyTorch, by PyTorch's own optimizers: what ours must repeat to rounding.
-
-The networks are `inmerge_jax.models`' VGGs with fewer channels, made from torchvision's parts.
-"""
+"""Training in plain PyTorch, by PyTorch's own optimizers: what ours must repeat to rounding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,52 +7,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
-from torchvision.models.vgg import make_layers
-
-_STAGE_SIZES = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-_STAGE_CHANNELS = (64, 128, 256, 512, 512)
-
-
-def narrow_network(name: str, width: float, num_classes: int, size: int) -> nn.Module:
-    """The VGG of `create_model(name, num_classes, width=width)` for RGB images of `size` px."""
-    plan: list[int | str] = []
-    for channels, convolutions in zip(_STAGE_CHANNELS, _STAGE_SIZES[name[:5]], strict=True):
-        plan += [round(channels * width)] * convolutions
-        if size >= 4:
-            plan.append("M")
-            size //= 2
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(round(512 * width), num_classes)]
-    network = nn.Sequential(make_layers(plan, batch_norm=name.endswith("_bn")), *head)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # as torchvision's VGG
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-    return network
-
-
-def module_names(name: str, network: nn.Module) -> dict[str, str]:
-    """The network's layers in order of definition: our name to PyTorch's."""
-    leaves = [n for n, m in network.named_modules() if not list(m.children()) and m.state_dict()]
-    places = [f"{i}_{j + 1}" for i, n in enumerate(_STAGE_SIZES[name[:5]], 1) for j in range(n)]
-    kinds = ("conv", "bn") if name.endswith("_bn") else ("conv",)
-    ours = [kind + place for place in places for kind in kinds] + ["fc"]
-    return dict(zip(ours, leaves, strict=True))
-
-
-def to_jax(name: str, network: nn.Module) -> tuple[dict, dict]:
-    """The network's weights as our nested parameters and batch statistics, NumPy copies."""
-    params, stats = {}, {}
-    for ours, theirs in module_names(name, network).items():
-        state = network.get_submodule(theirs).state_dict()
-        arrays = {key: value.numpy().copy() for key, value in state.items()}
-        weight = arrays["weight"]
-        if "running_mean" in arrays:
-            params[ours] = {"scale": weight, "bias": arrays["bias"]}
-            stats[ours] = {"mean": arrays["running_mean"], "var": arrays["running_var"]}
-            continue
-        kernel = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
-        params[ours] = {"kernel": kernel, "bias": arrays["bias"]}
-    return params, stats
 
 
 @torch.no_grad()
@@ -68,10 +19,10 @@ def merge(
 ) -> tuple[int, float]:
     """Merges one layer (OIHW) in place with the given draws; None takes the most similar partner.
 
-    Returns how many kernels were mixed, and how near a selected pair's similarity came to the
-    threshold.
+    Computed in float32 whatever the weight's type, as ours is. Returns how many kernels were mixed,
+    and how near a selected pair's similarity came to the threshold.
     """
-    kernels = weight.flatten(1).clone()
+    kernels = weight.flatten(1).float()
     if partner is None:
         unit = normalize(kernels, dim=1)
         chosen = (unit @ unit.T).fill_diagonal_(-2).argmax(1)
@@ -80,9 +31,11 @@ def merge(
     similarity = cosine_similarity(kernels, kernels[chosen])
     gate = torch.tensor(np.array(selected))
     mixed = gate & (similarity > threshold)
-    new = torch.where(mixed[:, None], alpha * kernels + (1 - alpha) * kernels[chosen], kernels)
-    weight.copy_(new.view_as(weight))
-    return int(mixed.sum()), float((similarity - threshold).abs()[gate].min())
+    share = torch.tensor(alpha)
+    new = (share * kernels + (1 - share) * kernels[chosen]).to(weight.dtype)
+    weight.copy_(torch.where(mixed[:, None], new, weight.flatten(1)).view_as(weight))
+    margins = (similarity - threshold).abs()[gate]
+    return int(mixed.sum()), float(margins.min()) if len(margins) else 1.0
 
 
 @dataclass
