@@ -307,7 +307,8 @@ def _copy(view: np.ndarray) -> np.ndarray:
         return copy
     for i in range(0, view.shape[0], _SQUARE):
         for j in range(0, view.shape[-1], _SQUARE):
-            copy[i : i + _SQUARE, ..., j : j + _SQUARE] = view[i : i + _SQUARE, ..., j : j + _SQUARE]
+            square = (slice(i, i + _SQUARE), ..., slice(j, j + _SQUARE))
+            copy[square] = view[square]
     return copy
 
 
