@@ -15,7 +15,7 @@ from inmerge_jax.data import Split, train_batches
 from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_image
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
-from inmerge_jax.data.chestxray14.reduce import end_with_parent
+from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.files import write_json
 
 if TYPE_CHECKING:

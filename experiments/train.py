@@ -11,7 +11,12 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the status: 0, 1 (diverged), 2 (bad input), 130 (Ctrl-C)."""
+    """Runs the command line; returns the status.
+
+    That is 0; 1 where training diverged; 2 on bad input, a full disk too; 143 where SIGTERM stopped
+    it (preemption) and 130 where Ctrl-C did, after either of which `--resume` goes on with the
+    update that was the last.
+    """
     from inmerge_jax.training.config import parse_config
 
     config = parse_config(arguments)
@@ -31,9 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.runfolder import cannot_write
+    from inmerge_jax.training.stopping import Stopped, StopSignals
 
+    stop = StopSignals()
     try:
-        train_arms(plan_run(config))
+        plan = plan_run(config)
+        with stop:
+            train_arms(plan, stop)
         page = write_report(config.output)
         report = make_report(read_run(config.output))
         write_text(config.output / "table.md", to_markdown(report))
@@ -48,8 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"{stopped}; the same command with --resume goes on", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        print("stopped at once; the same command with --resume goes on", file=sys.stderr)
         return 130
     rich_print(to_rich(report))
     print(f"report: {page}")

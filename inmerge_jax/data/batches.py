@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from inmerge_jax.data.dataset import Split
+from inmerge_jax.data.workers import end_with_parent, leave_signals_to_parent
 from inmerge_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -142,11 +143,16 @@ def _read(stream: grain.MapDataset, split: Split, workers: int) -> Iterator[Batc
     # late that Python reports leaks at the end.
     pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
     batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
-    iterator = iter(batches.mp_prefetch(processes))
+    iterator = iter(batches.mp_prefetch(processes, _in_worker))
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _in_worker(index: int, count: int) -> None:
+    leave_signals_to_parent()
+    end_with_parent()
 
 
 def _check(split: Split, batch_size: int, step: int, host: int, hosts: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from inmerge_jax.training.recipes import Recipe, positive_weights
 from inmerge_jax.training.runfolder import cannot_write, environment, open_run
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
+from inmerge_jax.training.stopping import never
 
 _SAMPLES_PER_CLASS = 4
 
@@ -124,7 +126,7 @@ def plan_run(config: TrainConfig) -> Plan:
     return plan
 
 
-def train_arms(plan: Plan) -> dict[str, Any]:
+def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str, Any]:
     """Runs what `plan_run` has checked and returns what results.json holds.
 
     The run's folder is `plan.config.output`. Arms that it already holds are not trained again.
@@ -132,6 +134,7 @@ def train_arms(plan: Plan) -> dict[str, Any]:
     Raises:
       InputError: the folder does not fit the options, or cannot be written to.
       NonFiniteLossError: training diverged.
+      Stopped: `should_stop` said so, see `loop.Setup`; the run can be resumed.
     """
     config = plan.config
     if plan.devices[0].platform == "cpu":
@@ -150,6 +153,7 @@ def train_arms(plan: Plan) -> dict[str, Any]:
         eval_step=make_eval_step(plan.model, plan.recipe, **_common(plan)),
         kernels=plan.kernels,
         workers=plan.workers,
+        should_stop=should_stop,
     )
     plain, merging, merging_eval = _steps(plan, setup)
     several, several_merging, _ = _steps(plan, setup, config.steps_per_call)

@@ -162,6 +162,10 @@ class TrainConfig:
     The output folder gets the configuration, the environment, metrics, scores and checkpoints of
     every arm, results.json and report.html.
 
+    SIGTERM and Ctrl-C end it after the update under way, with a checkpoint of it; the exit status
+    is then 143 or 130, and the same command with --resume goes on. Other statuses: 0 done, 1
+    training diverged, 2 bad input or a disk that is full.
+
     Attributes:
       preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
         and --partner. paper: the convolutions after the first --skip, with the most similar

@@ -11,13 +11,18 @@ from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.training.parallel import replicate, split, unreplicate
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals
+from inmerge_jax.training.stopping import Stopped, never
 
 if TYPE_CHECKING:
     from inmerge_jax.training.loop import Setup
 
 
 def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarray, float]:
-    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated."""
+    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated.
+
+    Raises:
+      Stopped: `setup.should_stop` said so.
+    """
     scores, losses, in_flight = [], [], deque()
 
     def fetch() -> None:
@@ -26,6 +31,8 @@ def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarr
         losses.append(np.asarray(batch_losses, np.float64).sum())
 
     for batch in eval_batches(images, setup.recipe.batch_size, workers=setup.workers):
+        if setup.should_stop():
+            raise Stopped("stopped in an evaluation")
         batch = split(batch, setup.devices)
         in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
         if len(in_flight) > 2:
@@ -42,6 +49,7 @@ def evaluate_merging(
     images: Split,
     root: jax.Array,
     devices: tuple[jax.Device, ...],
+    should_stop: Callable[[], bool] = never,
 ) -> tuple[TrainState, Totals, np.ndarray, float]:
     """Merges before every image and evaluates it: image k sees weights after k merges.
 
@@ -52,13 +60,19 @@ def evaluate_merging(
       images: the split, of which every device evaluates every image.
       root: the stage's key.
       devices: what the step runs on.
+      should_stop: asked before every image.
 
     Returns:
       The state with the merged weights; the totals, as NumPy arrays; scores, float32 (n, classes);
       the mean loss.
+
+    Raises:
+      Stopped: `should_stop` said so.
     """
     kept: list[tuple[jax.Array, jax.Array]] = []
     for batch in eval_batches(images, 1):
+        if should_stop():
+            raise Stopped("stopped in an evaluation")
         state, totals, scored = step(state, totals, replicate(batch, devices), root)
         kept.append(scored)
         if len(kept) > 2:  # No device waits for the host, and no queue grows without bound.

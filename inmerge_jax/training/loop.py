@@ -1,5 +1,6 @@
 """The loop: one stage of training from its first epoch to its scores, readable top to bottom."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,22 +20,18 @@ from inmerge_jax.data import Dataset, steps_per_epoch, train_batches
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.redundancy import kernel_similarity
-from inmerge_jax.training.checkpoints import (
-    DamagedError,
-    newest_whole,
-    prune,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.metrics import Metrics, compute_metrics
 from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
+from inmerge_jax.training.resuming import drop_updates, find_start, keep_updates
 from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
 from inmerge_jax.training.scores import write_scores
 from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
 from inmerge_jax.training.steps import Totals, zero_totals
+from inmerge_jax.training.stopping import Stopped, never
 
 
 class NonFiniteLossError(RuntimeError):
@@ -97,6 +94,8 @@ class Setup:
       eval_step: of `steps.make_eval_step`.
       kernels: every convolution of the network, in the order of the forward pass.
       workers: processes that read images; 0 for none.
+      should_stop: whether to keep what is done and stop: asked before each call of a step and each
+        batch of an evaluation. Of several processes, all have to get the same answers.
     """
 
     dataset: Dataset
@@ -106,6 +105,7 @@ class Setup:
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
     workers: int = 0
+    should_stop: Callable[[], bool] = never
 
 
 def train_stage(
@@ -123,39 +123,43 @@ def train_stage(
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
       InputError: a file cannot be written.
+      Stopped: `setup.should_stop` said so; every update that was done is kept.
     """
     recipe, devices, train = setup.recipe, setup.devices, setup.dataset.train
     metrics_file = stage.folder / "metrics.jsonl"
     steps = steps_per_epoch(len(train), recipe.batch_size)
     order = _order_seed(stage)
     root = broadcast(jax.random.fold_in(jax.random.key(stage.seed), stage.number), devices)
-    zeros = replicate(zero_totals(len(stage.deep)), devices)
+    no_totals = zero_totals(len(stage.deep))
+    zeros = replicate(no_totals, devices)
     before = _similarity(params, setup.kernels)
 
     # ---- start, or go on from the newest whole checkpoint
     fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
-    host_state, done, warnings = _newest(stage, fresh, progress)
-    if stage.notice and not done:
+    start = find_start(stage, fresh, no_totals, progress)
+    done, warnings = start.epochs, start.warnings
+    if stage.notice and stage.notice not in warnings:
         warnings.append(stage.notice)
     truncate_metrics(metrics_file, done)
     history = read_metrics(metrics_file)
-    state = replicate(host_state, devices)
-    progress.skip(done * steps * recipe.batch_size)
+    state, totals = replicate(start.state, devices), replicate(start.totals, devices)
+    taken, seconds = int(start.totals.steps), start.seconds
+    progress.skip((done * steps + taken) * recipe.batch_size)
     batches = train_batches(
         train,
         seed=order,
         batch_size=recipe.batch_size,
-        start=done * steps,
+        start=done * steps + taken,
         stop=stage.epochs * steps,
         workers=setup.workers,
     )
     batches = ahead(batches, devices)
-    del params, batch_stats, fresh, host_state
+    del params, batch_stats, fresh, start
 
     for epoch in range(done + 1, stage.epochs + 1):
         # ---- learning rate of this epoch
         rate, restart = next_learning_rate(recipe, stage.learning_rate, stage.epochs, history)
-        if restart:
+        if restart and not taken:
             host = unreplicate(state)
             host = new_state(host.params, host.batch_stats, setup.optimizer, rate)
             state = replicate(host._replace(step=np.int32((epoch - 1) * steps)), devices)
@@ -164,9 +168,9 @@ def train_stage(
 
         # ---- train; two calls are kept in flight, so that no device waits for the host
         progress.start_epoch(stage.name, epoch, stage.epochs)
-        started = time.monotonic()
-        totals, in_flight = zeros, deque()
-        for count, train_step, batch in _calls(stage, itertools.islice(batches, steps)):
+        started, in_flight = time.monotonic() - seconds, deque()
+        rest = itertools.islice(batches, steps - taken)
+        for count, train_step, batch in _calls(stage, rest, setup.should_stop):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
             if len(in_flight) > 2:
@@ -177,19 +181,34 @@ def train_stage(
                     progress.show(*_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
+        keep = functools.partial(keep_updates, stage, epoch, sums, started, warnings)
+        if setup.should_stop():
+            raise keep(unreplicate(state))
         figures = _figures(stage, sums, recipe.batch_size, started)
-        del totals, in_flight
+        totals, taken, seconds = zeros, 0, 0.0
+        del in_flight
 
-        # ---- evaluate
+        # ---- evaluate; merging gives the state away, so a stop meanwhile needs a copy of it
         train_loss = float(sums.loss) / steps
         _require_finite("training", train_loss, stage, epoch, rate, history)
-        val_sums = None
-        if stage.merging_eval_step is None:
-            scores, val_loss = evaluate(setup, state, setup.dataset.val)
-        else:
-            state, val_sums, scores, val_loss = evaluate_merging(
-                stage.merging_eval_step, state, zeros, setup.dataset.val, root, devices
-            )
+        val_sums, copy = None, None
+        try:
+            if stage.merging_eval_step is None:
+                scores, val_loss = evaluate(setup, state, setup.dataset.val)
+            else:
+                copy = jax.tree.map(np.array, unreplicate(state))
+                state, val_sums, scores, val_loss = evaluate_merging(
+                    stage.merging_eval_step,
+                    state,
+                    zeros,
+                    setup.dataset.val,
+                    root,
+                    devices,
+                    setup.should_stop,
+                )
+        except Stopped as stopped:
+            raise keep(unreplicate(state) if copy is None else copy) from stopped
+        del copy
         _require_finite("validation", val_loss, stage, epoch, rate, history)
         val = compute_metrics(setup.dataset.val.labels, scores, setup.dataset.task)
 
@@ -228,6 +247,7 @@ def train_stage(
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
         save_checkpoint(stage.checkpoints, epoch, unreplicate(state), meta)
+        drop_updates(stage)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
         prune(stage.checkpoints, {epoch, epoch - 1, best, earlier})
 
@@ -277,12 +297,15 @@ def train_stage(
     return result
 
 
-def _calls(stage: Stage, batches: Iterator[Any]) -> Iterator[tuple[int, Callable[..., Any], Any]]:
+def _calls(
+    stage: Stage, batches: Iterator[Any], should_stop: Callable[[], bool]
+) -> Iterator[tuple[int, Callable[..., Any], Any]]:
     """An epoch's batches as calls: the number of updates, the step that does them, its batch.
 
     What is left of the epoch when no full call is goes by single steps.
     """
-    while group := list(itertools.islice(batches, stage.steps_per_call)):
+    # Asked before batches are, because the signal may have ended the processes that read them.
+    while not should_stop() and (group := list(itertools.islice(batches, stage.steps_per_call))):
         if stage.several_steps is not None and len(group) == stage.steps_per_call:
             together = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *group)
             yield len(group), stage.several_steps, together
@@ -294,28 +317,6 @@ def _order_seed(stage: Stage) -> int:
     """The seed of the stage's batches: the same for the two arms of a second stage."""
     digest = hashlib.sha256(f"{stage.seed}/{stage.number}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def _newest(
-    stage: Stage, fresh: TrainState, progress: ProgressLine
-) -> tuple[TrainState, int, list[str]]:
-    """The state to go on from, the epochs that it has behind it, and the warnings so far."""
-    path, damaged = newest_whole(stage.checkpoints)
-    warnings = list(damaged)
-    state, meta = fresh, {"epoch": 0, "warnings": []}
-    if path is not None:
-        state, meta = restore_checkpoint(path, fresh)
-        try:
-            best = stage.checkpoints / str(meta["best_epoch"])
-            restore_checkpoint(best, fresh)
-        except DamagedError as error:
-            warnings.append(str(error))
-            state, meta = fresh, {"epoch": 0, "warnings": []}
-    for message in warnings:
-        progress.say(f"WARNING: {message}", style="bold yellow")
-    if warnings or meta["epoch"]:
-        progress.say(f"{stage.name}: goes on from epoch {meta['epoch']} of {stage.epochs}")
-    return state, meta["epoch"], meta["warnings"] + warnings
 
 
 def _figures(

@@ -38,9 +38,9 @@ def train(output, *options):
     )
 
 
-def kill_mid_epoch(output, arm, *options):
-    """Starts a run and kills it soon after the arm's first checkpoint is whole."""
-    checkpoint = output / "seed7" / arm / "checkpoints" / "1"
+def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1):
+    """Starts a run and signals it soon after the arm's checkpoint is whole; what it said."""
+    checkpoint = output / "seed7" / arm / "checkpoints" / str(epoch)
     with subprocess.Popen(
         command(output, *options),
         cwd=REPOSITORY,
@@ -54,9 +54,14 @@ def kill_mid_epoch(output, arm, *options):
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
             time.sleep(0.1)
+            for number in signals:
+                process.send_signal(number)
+            said = process.communicate(timeout=100)[0].decode()
         finally:
-            process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+            process.kill()
+    status = -signals[0] if signals[0] == signal.SIGKILL else 128 + signals[0]
+    assert process.returncode == status, said
+    return said
 
 
 def timeless(value):
@@ -105,6 +110,21 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 inmerge: goes on from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
+    assert evidence(output) == evidence(whole)
+
+
+def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
+    output = tmp_path / "parts"
+    said = kill_mid_epoch(output, "backbone", signals=(signal.SIGTERM, signal.SIGTERM))
+    assert said.count("SIGTERM: stopping after this update") == 1
+    assert "seed 7 backbone: stopped after update" in said and "--resume goes on" in said
+    (kept,) = (output / "seed7" / "backbone" / "mid_epoch").iterdir()
+    assert 30 < int(kept.name) < 90 and f"kept in {kept}" in said
+    said = kill_mid_epoch(output, "inmerge", "--resume", signals=(signal.SIGINT,), epoch=2)
+    assert "seed 7 backbone: goes on from epoch" in said and "of the next" in said
+    assert "seed 7 inmerge: stopped" in said
+    done = train(output, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert evidence(output) == evidence(whole)
 
 

@@ -7,8 +7,6 @@ name is a hash of what it was made from, so a part that is there is a part that 
 import hashlib
 import json
 import multiprocessing
-import os
-import threading
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from rich.console import Console
 
 from inmerge_jax.data.chestxray14.images import image_size, reduce_image
 from inmerge_jax.data.chestxray14.meter import Meter
+from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes
 
@@ -169,15 +168,3 @@ def reduce_part(part: Part, size: int, expected: tuple[int, int]) -> tuple[int, 
             "then build again: what is done is kept"
         ) from error
     return len(part), time.perf_counter() - started
-
-
-def end_with_parent() -> None:
-    """In a worker process: ends it as soon as the process that started it is gone."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
