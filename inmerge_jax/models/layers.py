@@ -172,13 +172,22 @@ class Dropout(nn.Module):
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """Largest of each 2x2 window, stride 2; an odd last row or column is left out.
 
-    Where entries of a window tie, they share the gradient. This form differentiates to plain
-    arithmetic; the gradient of `lax.reduce_window` is slow on CPU.
+    On CPU, where the gradient of `lax.reduce_window` is slow, by slices, which differentiate to
+    plain arithmetic; entries of a window that tie share the gradient there, and elsewhere the first
+    has it. On a TPU the slices would add a third to the bytes that VGG-19's training step moves.
     """
+    return lax.platform_dependent(x, cpu=_max_of_slices, default=_max_of_windows)
+
+
+def _max_of_slices(x: jax.Array) -> jax.Array:
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     upper, lower = x[:, 0:height:2], x[:, 1:height:2]
     tall = jnp.maximum(upper, lower)[:, :, :width]
     return jnp.maximum(tall[:, :, 0::2], tall[:, :, 1::2])
+
+
+def _max_of_windows(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (2, 2), (2, 2))
 
 
 def average_pool_2x2(x: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.layers import (
     Dropout,
+    _max_of_slices,
+    _max_of_windows,
     adaptive_average_pool,
     average_pool_2x2,
     max_pool_2x2,
@@ -398,3 +400,20 @@ def test_imagenet_stem_refuses_images_that_vanish(name):
 def test_small_densenet_refuses_images_that_vanish():
     with pytest.raises(InputError, match="7x7.*small stem 8 px or more"):
         abstract_variables(create_model("densenet121", 2), 7)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_both_forms_of_the_max_pool_agree(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    actual, pull = jax.vjp(_max_of_slices, x)
+    expected, pull_expected = jax.vjp(_max_of_windows, x)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(pull(jnp.cos(actual))[0], pull_expected(jnp.cos(actual))[0])
+
+
+@pytest.mark.parametrize(("platform", "windows"), [("cpu", 0), ("tpu", 1), ("cuda", 1)])
+def test_only_the_cpu_pools_by_slices(platform, windows):
+    lowered = (
+        jax.jit(max_pool_2x2).trace(jnp.zeros((1, 4, 4, 1))).lower(lowering_platforms=(platform,))
+    )
+    assert lowered.as_text().count("stablehlo.reduce_window") == windows
