@@ -77,7 +77,7 @@ class Dataset:
       note: what every reader of a result must know about the data; empty where nothing.
       split_name: of the way the images were divided, where a data set knows several.
       full_counts: images of each split in the whole data set; None where nothing can be missing.
-      fingerprint: a hash of the content, which a resumed run must find again; empty where the
+      fingerprint: SHA-256 of the content, which a resumed run must find again; empty where the
         options decide it.
     """
 

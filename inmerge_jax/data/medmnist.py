@@ -100,6 +100,7 @@ def load_medmnist(
         classes=classes,
         source=f"{path.name}, MD5 {md5}",
         note=note,
+        fingerprint=_digest(path, "sha256") if note else "",
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],
@@ -176,13 +177,17 @@ def _checked_md5(path: Path, remedy: str) -> str:
     """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
     if not path.is_file():
         raise InputError(f"{path} is missing or is no file: {remedy}")
-    with open(path, "rb") as stream:
-        md5 = hashlib.file_digest(stream, "md5").hexdigest()
+    md5 = _digest(path, "md5")
     if not zipfile.is_zipfile(path):
         raise InputError(
             f"{path} is truncated or is no npz ({path.stat().st_size} bytes, MD5 {md5}): {remedy}"
         )
     return md5
+
+
+def _digest(path: Path, kind: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, kind).hexdigest()
 
 
 def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.ndarray]:

@@ -129,6 +129,7 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
             data = load_medmnist("breastmnist", **place, allow_unverified=True)
         assert data.title == "breastmnist (unverified file breastmnist.npz)"
         assert md5 in data.source
+        assert data.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

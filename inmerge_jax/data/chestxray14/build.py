@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from inmerge_jax.data.chestxray14.labels import (
     some,
 )
 from inmerge_jax.data.chestxray14.meter import Meter
-from inmerge_jax.data.chestxray14.reduce import Reduced, plan_parts, reduce_parts
+from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
@@ -105,13 +105,13 @@ def build(request: Request, console: Console) -> Built:
     labels = read_labels(find_labels(request.labels))
     wanted = assign(request.split, labels, request.lists)
     rows, sources = _present(request, labels, wanted, console)
-    identity = _identity(request, labels, wanted, rows)
+    parts = plan_parts(rows, sources, request.size, output / REDUCED)
+    identity = _identity(request, labels, wanted, rows, parts)
     manifest = _finished(output, identity)
     if manifest is not None:
         shutil.rmtree(output / REDUCED, ignore_errors=True)
         return Built(manifest, None, 0.0)
 
-    parts = plan_parts(rows, sources, request.size, output / REDUCED)
     reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
@@ -179,14 +179,16 @@ def _identity(
     labels: Labels,
     wanted: Mapping[str, np.ndarray],
     rows: Mapping[str, np.ndarray],
+    parts: Mapping[str, Sequence[Part]],
 ) -> dict[str, Any]:
-    """What makes two requests the same data set."""
+    """What makes two requests the same data set; of the images, name, size and time of change."""
     digest = hashlib.sha256()
     for part in PARTS:
         digest.update(part.encode())
         for row in rows[part].tolist():
             digest.update(f"{labels.names[row]} {labels.patients[row]} ".encode())
             digest.update(labels.findings[row].tobytes())
+    files = "".join(part.path.stem for some in parts.values() for part in some)
     counts = {part: len(rows[part]) for part in PARTS}
     full = {part: len(wanted[part]) for part in PARTS}
     return {
@@ -196,6 +198,7 @@ def _identity(
         "counts": counts,
         "full_counts": full,
         "selection_sha256": digest.hexdigest(),
+        "files_sha256": hashlib.sha256(files.encode()).hexdigest(),
     }
 
 
@@ -217,6 +220,12 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     differing = [name for name, value in identity.items() if manifest.get(name) != value]
     if differing:
         name = differing[0]
+        if name == "files_sha256":
+            raise InputError(
+                f"--output {output} was built from other files of these images: since then the "
+                "size or the time of change of one became another; delete it to build it anew, or "
+                "train on it as it is"
+            )
         raise InputError(
             f"--output {output} holds another data set: its {name} is {manifest.get(name)}, asked "
             f"for is {identity[name]}; choose another folder, or delete it"

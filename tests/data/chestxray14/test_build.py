@@ -301,6 +301,46 @@ def test_a_damaged_index_or_manifest_is_refused(copy):
         load_chestxray14(copy)
 
 
+def change(path):
+    """Another image of as many bytes, as far as their number can be kept."""
+    size = path.stat().st_size
+    Image.fromarray(pixels(99)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+
+
+def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tmp_path):
+    place = shutil.copytree(nih, tmp_path / "nih")
+    make(place, tmp_path / "out")
+    victim = sorted(find_images(place).values())[7]
+    whole, times = victim.read_bytes(), victim.stat()
+    change(victim)
+    with pytest.raises(InputError, match="out was built from other files .* delete it"):
+        make(place, tmp_path / "out")
+    victim.write_bytes(whole)
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert make(place, tmp_path / "out")[0].reduced is None
+
+
+def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
+    from experiments.train import main as train
+    from inmerge_jax.training.arms import plan_run, train_arms
+    from inmerge_jax.training.config import parse_config
+    from inmerge_jax.training.stopping import Stopped
+
+    place = shutil.copytree(nih, tmp_path / "nih")
+    data, output = tmp_path / "data", tmp_path / "run"
+    make(place, data)
+    options = ["--data", "chestxray14", "--data-dir", str(data), "--output", str(output)]
+    options += "--model vgg11 --width 0.05 --skip 4 --batch-size 8 --devices 1 --workers 0".split()
+    with pytest.raises(Stopped):
+        train_arms(plan_run(parse_config(options)), lambda: True)
+    change(sorted(find_images(place).values())[7])
+    shutil.rmtree(data)
+    make(place, data)
+    assert train([*options, "--resume"]) == 2
+    assert "started with another configuration:\n  data.content_sha256" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch):
     from inmerge_jax.data.chestxray14 import reduce
 
