@@ -20,7 +20,8 @@ from experiments.timing import Row, Target, ratio_row
 from inmerge_jax.files import write_json
 
 _ROOT = Path(__file__).parents[1]
-_PROGRAM = "/jax/core/compile/backend_compile_duration"
+PROGRAM = "/jax/core/compile/backend_compile_duration"
+"""The event of a program that is compiled, or loaded from the cache."""
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -97,14 +98,14 @@ def main(arguments: Sequence[str]) -> int:
     jax.monitoring.register_event_listener(count)
     jax.monitoring.register_event_duration_secs_listener(add)
     status = importlib.import_module(module).main(options)
-    programs, hits = events[_PROGRAM], events[_HIT]
+    programs, hits = events[PROGRAM], events[_HIT]
     write_json(
         Path(counts),
         {
             "programs": programs,
             "from_cache": hits,
             "compiled": programs - hits,
-            "seconds_compiling_or_loading": seconds[_PROGRAM],
+            "seconds_compiling_or_loading": seconds[PROGRAM],
         },
     )
     return status

@@ -8,6 +8,12 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_TABLE = "table.md"
+
+
+def only_unreported(folder: Path) -> bool:
+    """Whether the run in `folder` was stopped between its results and the last of its report."""
+    return (folder / "results.json").exists() and not (folder / _TABLE).exists()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,12 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     stop = StopSignals()
     try:
-        plan = plan_run(config)
-        with stop:
-            train_arms(plan, stop)
+        if not (config.resume and only_unreported(config.output)):
+            plan = plan_run(config)
+            with stop:
+                train_arms(plan, stop)
         page = write_report(config.output)
         report = make_report(read_run(config.output))
-        write_text(config.output / "table.md", to_markdown(report))
+        write_text(config.output / _TABLE, to_markdown(report))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ from inmerge_jax.training.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
+from tests.training.disk import small_disk
 
 REPOSITORY = Path(__file__).parents[2]
 META = {"epoch": 3, "best_epoch": 2, "val_auc": 0.1 + 0.2, "note": None}
@@ -353,33 +354,18 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
     assert not caplog.records
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 1 MB."""
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root and mount")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"]
-    done = subprocess.run([mount, *options, folder], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mount refused: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("looks_first", [True, False])
-def test_really_full_disk(small_disk, monkeypatch, looks_first):
+def test_really_full_disk(tmp_path, monkeypatch, looks_first):
     if not looks_first:
         monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
-    first = save_checkpoint(small_disk, 1, {"w": np.ones(10_000)}, {})
-    before = bits(first)
-    with pytest.raises(InputError, match=f"{small_disk / '2'}: No space left on device"):
-        save_checkpoint(small_disk, 2, {"w": np.ones(200_000)}, {})
-    assert os.listdir(small_disk) == ["1"] and bits(first) == before
-    assert newest_whole(small_disk) == (first, ())
-    save_checkpoint(small_disk, 2, {"w": np.ones(10_000)}, {})
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        first = save_checkpoint(disk, 1, {"w": np.ones(10_000)}, {})
+        before = bits(first)
+        with pytest.raises(InputError, match=f"{disk / '2'}: No space left on device"):
+            save_checkpoint(disk, 2, {"w": np.ones(200_000)}, {})
+        assert os.listdir(disk) == ["1"] and bits(first) == before
+        assert newest_whole(disk) == (first, ())
+        save_checkpoint(disk, 2, {"w": np.ones(10_000)}, {})
 
 
 def test_another_fault_keeps_its_own_error(tmp_path, monkeypatch):

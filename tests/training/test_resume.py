@@ -12,24 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import export
+from experiments import export, kills
 from experiments.train import main
-from inmerge_jax.training.checkpoints import checkpoint_epochs
 from inmerge_jax.training.runfolder import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
-OPTIONS = (
-    "--size 16 --phantom.train 480 --phantom.val 32 --phantom.test 32 --model vgg16_bn "
-    "--width 0.1 --skip 8 --batch-size 16 --epochs 3 --merging-epochs 3 --arms inmerge --devices 1 "
-    "--recipe released --learning-rate 0.01 --threshold 0.1 --seeds 7"
-).split()
-TIMINGS = {"seconds", "images_per_second", "environment"}
 
 
 def command(output, *options):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     start = [sys.executable, "-m", "experiments.train", "--output", str(output), "--cache", cache]
-    return [*start, *OPTIONS, *options]
+    return [*start, *kills.TRAINING, *options]
 
 
 def train(output, *options):
@@ -64,33 +57,6 @@ def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1):
     return said
 
 
-def timeless(value):
-    if isinstance(value, dict):
-        return {key: timeless(inner) for key, inner in value.items() if key not in TIMINGS}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
-
-
-def evidence(output):
-    found = {"results": timeless(json.loads((output / "results.json").read_text()))}
-    for arm in ("backbone", "inmerge"):
-        folder = output / "seed7" / arm
-        found[f"{arm} metrics"] = timeless(read_metrics(folder / "metrics.jsonl"))
-        for path in (folder / "scores").iterdir():
-            found[f"{arm} {path.name}"] = path.read_bytes()
-        for epoch in checkpoint_epochs(folder / "checkpoints"):
-            found[f"{arm} {epoch}"] = arrays(folder / "checkpoints" / str(epoch))
-        found[f"{arm} similarity"] = (folder / "similarity.json").read_bytes()
-    return found
-
-
-def arrays(checkpoint):
-    import orbax.checkpoint as ocp
-
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
-    tree = ocp.Checkpointer(handler).restore((checkpoint / "tree").absolute())
-    return {name: np.asarray(value).tobytes() for name, value in tree.items()}
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "whole"
@@ -110,7 +76,14 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 inmerge: goes on from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
-    assert evidence(output) == evidence(whole)
+    assert kills.run_evidence(output) == kills.run_evidence(whole)
+
+
+def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole, tmp_path):
+    job = kills.training(tmp_path / "run", Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    row = kills.kill_and_resume(job, 0.0, kills.CHECKPOINT, kills.run_evidence(whole))
+    assert row["doing"] == kills.CHECKPOINT and row["differences"] == []
+    assert row["resumed_from"] in ("the beginning", "epoch 1 of 3")
 
 
 def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
@@ -125,7 +98,7 @@ def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     assert "seed 7 inmerge: stopped" in said
     done = train(output, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert evidence(output) == evidence(whole)
+    assert kills.run_evidence(output) == kills.run_evidence(whole)
 
 
 def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, capsys):
@@ -143,7 +116,7 @@ def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, caps
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 backbone: goes on from epoch 1" in done.stdout
     assert main(command(tmp_path / "whole", *options)[3:]) == 0
-    assert evidence(parts) == evidence(tmp_path / "whole")
+    assert kills.run_evidence(parts) == kills.run_evidence(tmp_path / "whole")
     first = [read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (parts, whole)]
     assert first[0][0]["train_loss"] < first[1][0]["train_loss"], "it starts from the file"
 
@@ -154,7 +127,7 @@ def test_a_run_leaves_everything_that_its_report_needs(whole):
     assert names >= files | {"samples.npz", "labels.npz", "seed7"}
     results = json.loads((whole / "results.json").read_text())
     assert list(results["arms"]) == ["backbone", "inmerge"] and results["seeds"] == [7]
-    assert results["dataset"]["counts"] == {"train": 480, "val": 32, "test": 32}
+    assert results["dataset"]["counts"] == {"train": 480, "val": 128, "test": 32}
     (inmerge,) = results["arms"]["inmerge"]
     assert len(inmerge["layers"]) == 5 and sum(inmerge["merged"]) > 0
     with np.load(whole / "samples.npz") as samples:
@@ -172,6 +145,15 @@ def test_a_finished_run_is_not_touched(whole, capsys):
         assert main(command(whole, *options)[3:]) == 2
         assert "--overwrite" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
+    output = Path(shutil.copytree(whole, tmp_path / "run"))
+    for name in ("report.html", "table.md"):
+        (output / name).unlink()
+    assert main(command(output, "--resume")[3:]) == 0
+    assert (output / "table.md").read_bytes() == (whole / "table.md").read_bytes()
+    assert (output / "report.html").exists()
 
 
 def test_resuming_with_another_configuration_names_the_difference(whole, tmp_path, capsys):

@@ -1,0 +1,366 @@
+"""Kills training and a data-set build at seeded random moments, resumes, and compares every bit.
+
+A moment is drawn uniformly; where a phase is named, such as a checkpoint's write, the kill waits
+from then on until the process is in it. What the process is doing is read off its Python stack just
+before the kill. The stored rows are kept: the same command goes on with those that are missing.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from inmerge_jax.files import write_json
+from inmerge_jax.training.runfolder import environment
+
+_ROOT = Path(__file__).parents[1]
+TRAINING = (
+    "--size 16 --phantom.train 480 --phantom.val 128 --phantom.test 32 --model vgg16_bn "
+    "--width 0.1 --skip 8 --batch-size 16 --epochs 3 --merging-epochs 3 --arms inmerge --devices 1 "
+    "--recipe released --learning-rate 0.01 --threshold 0.1 --seeds 7"
+).split()
+TIMINGS = {"seconds", "images_per_second", "environment"}
+"""What results and metrics say that may differ between equal runs."""
+
+STEP, EVALUATION, CHECKPOINT = "step", "evaluation", "checkpoint write"
+REDUCING, SHARDS, VERIFYING = "reducing images", "writing shards", "verifying"
+_AIMS = {
+    "training": [None] * 4 + [STEP] * 4 + [EVALUATION] * 3 + [CHECKPOINT] * 4,
+    "build": [None, None, REDUCING, SHARDS, VERIFYING],
+}
+ROWS = tuple((name, phase) for name, phases in _AIMS.items() for phase in phases)
+"""What each kill is aimed at; None is whatever comes."""
+
+# The first of these whose functions are on the stack; the last stands for none of them.
+_PHASES = {
+    "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
+    CHECKPOINT: {"save_checkpoint", "prune"},
+    EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
+    "reading a checkpoint": {"restore_checkpoint", "newest_whole"},
+    "similarity of kernels": {"_similarity"},
+    "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
+    STEP: {"train_stage"},
+    "data and network": {"plan_run", "train_arms"},
+    VERIFYING: {"_verify"},
+    SHARDS: {"_write_records"},
+    REDUCING: {"reduce_parts"},
+    "labels and lists": {"build"},
+    "start or end": set(),
+}
+_STARTER = """
+import os, runpy, signal, sys
+
+stack = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+
+def note(_, frame):
+    lines = []
+    while frame is not None:
+        lines.append(frame.f_code.co_filename + "\\t" + frame.f_code.co_name)
+        frame = frame.f_back
+    os.write(stack, ("\\n".join(lines) + "\\n\\n").encode())
+
+signal.signal(signal.SIGUSR1, note)
+open(sys.argv[1] + ".ready", "w").close()
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+_PATIENCE = 0.1
+"""Seconds that a process may take to tell its stack: Python does so between two calls of C code."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that is killed and goes on.
+
+    Attributes:
+      module: for `python -m`.
+      options: with the output folder; without what makes it go on.
+      output: that folder.
+      resume: options that make it go on, once there is something in the folder.
+      finished: the file that it writes last.
+      evidence: reads what must come out the same.
+    """
+
+    module: str
+    options: tuple[str, ...]
+    output: Path
+    resume: tuple[str, ...]
+    finished: str
+    evidence: Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What a kill has met.
+
+    Attributes:
+      seconds: from the start of the process's own code to the kill.
+      doing: the phase.
+      innermost: the innermost function of this project on the main thread's stack.
+    """
+
+    seconds: float
+    doing: str
+    innermost: str
+
+
+def training(output: Path, cache: Path) -> Job:
+    """A training command of two arms on the phantom: a few seconds without its start."""
+    options = (*TRAINING, "--output", str(output), "--cache", str(cache))
+    return Job("experiments.train", options, output, ("--resume",), "table.md", run_evidence)
+
+
+def building(output: Path, images: Path) -> Job:
+    """A build of what `write_radiographs` has written."""
+    options = ("build", "--images", str(images), "--split", "patient_hash", "--size", "224")
+    options += ("--workers", "2", "--output", str(output))
+    return Job("experiments.chestxray14", options, output, (), "manifest.json", build_evidence)
+
+
+def run_evidence(output: Path) -> dict[str, Any]:
+    """Checkpoints' arrays, metrics, scores and results of a run; no times."""
+    from inmerge_jax.training.checkpoints import checkpoint_epochs, read_arrays
+    from inmerge_jax.training.runfolder import read_metrics
+
+    found = {"results": timeless(json.loads((output / "results.json").read_text()))}
+    for folder in sorted(output.glob("seed*/*")):
+        name = str(folder.relative_to(output))
+        found[f"metrics {name}"] = timeless(read_metrics(folder / "metrics.jsonl"))
+        found[f"similarity {name}"] = (folder / "similarity.json").read_bytes()
+        for path in (folder / "scores").iterdir():
+            found[f"scores {name} {path.name}"] = path.read_bytes()
+        for epoch in checkpoint_epochs(folder / "checkpoints"):
+            arrays = read_arrays(folder / "checkpoints" / str(epoch)).items()
+            found[f"parameters {name} {epoch}"] = {key: x.tobytes() for key, x in arrays}
+    return found
+
+
+def build_evidence(output: Path) -> dict[str, Any]:
+    """The manifest of a build, with its hash of all records, and the shards' bytes."""
+    manifest = json.loads((output / "manifest.json").read_text())
+    folder = output / manifest["records"]
+    return {"manifest": manifest} | {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in manifest["shards"]
+    }
+
+
+def timeless(value: Any) -> Any:
+    """JSON without the fields in `TIMINGS`."""
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if key not in TIMINGS}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def write_radiographs(folder: Path, count: int = 640, size: int = 400) -> Path:
+    """A folder as NIH's is, of `count` names for eight images of noise."""
+    from PIL import Image
+
+    from inmerge_jax.data.chestxray14.labels import FINDINGS
+
+    folder.mkdir(parents=True)
+    for index in range(8):
+        noise = np.random.default_rng(index).integers(0, 256, (size, size), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.bin", "PNG")
+    with open(folder / "Data_Entry_2017.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Image Index", "Finding Labels", "Patient ID"])
+        for patient in range(1, count + 1):
+            name = f"{patient:08}_000.png"
+            writer.writerow([name, FINDINGS[patient % 14], patient])
+            os.link(folder / f"{patient % 8}.bin", folder / name)
+    return folder
+
+
+def run(job: Job, *more: str) -> str:
+    """Runs the command to its end and returns what it said.
+
+    Raises:
+      RuntimeError: its status is not 0.
+    """
+    command = [sys.executable, "-m", job.module, *job.options, *more]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def kill(job: Job, moment: float, phase: str | None) -> Kill | None:
+    """Starts the command and kills it in `phase`, at `moment` or later; None where it ended first.
+
+    Args:
+      job: what to start.
+      moment: seconds since the start of its own code.
+      phase: one of those above; None for whatever it is in.
+    """
+    with _started(job) as (process, stack):
+        began = time.monotonic()
+        time.sleep(moment)
+        while process.poll() is None:
+            frames = _frames(process, stack)
+            functions = {name for _, name in frames}
+            doing = next((p for p, some in _PHASES.items() if some & functions), "start or end")
+            if not frames:
+                doing = "one long call, such as an import or a compilation"
+            if phase in (None, doing):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                ours = [name for file, name in frames if file.startswith(str(_ROOT))]
+                return Kill(time.monotonic() - began, doing, ours[0] if ours else "")
+    return None
+
+
+def kill_and_resume(job: Job, moment: float, phase: str | None, whole: dict[str, Any]) -> dict:
+    """The row of one kill: see `kill`; and what the resumed command has in common with `whole`."""
+    while (killed := kill(job, moment, phase)) is None:
+        moment *= 0.8  # It ended before that.
+        shutil.rmtree(job.output)
+    there = {path.name for path in job.output.glob("*")}
+    resumed_from = "nothing was left to do"
+    if job.finished not in there:
+        said = run(job, *(job.resume if {"config.json", "environment.json"} <= there else ()))
+        found = re.findall(
+            "(?:: goes on from|reducing images:) (epoch.*|.* are there already)", said
+        )
+        beginning = "the results" if "results.json" in there else "the beginning"
+        resumed_from = "; ".join(found) or beginning
+    row = {"command": job.module, **dataclasses.asdict(killed), "resumed_from": resumed_from}
+    evidence = job.evidence(job.output)
+    row["differences"] = sorted(
+        name for name in whole.keys() | evidence.keys() if whole.get(name) != evidence.get(name)
+    )
+    shutil.rmtree(job.output)
+    return row
+
+
+@contextlib.contextmanager
+def _started(job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The process once its own code begins, and the file that its stack goes to on SIGUSR1."""
+    with tempfile.TemporaryDirectory() as folder:
+        stack = Path(folder) / "stack"
+        command = [sys.executable, "-c", _STARTER, str(stack), job.module, *job.options]
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, cwd=_ROOT, stdout=quiet, stderr=quiet) as process:
+            try:
+                while not Path(f"{stack}.ready").exists():
+                    time.sleep(0.001)
+                yield process, stack
+            finally:
+                process.kill()
+
+
+def _frames(process: subprocess.Popen[bytes], stack: Path) -> list[tuple[str, str]]:
+    """File and function of the main thread's frames, innermost first; [] where it does not tell."""
+    before, asked = stack.stat().st_size, time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    while process.poll() is None and time.monotonic() - asked < _PATIENCE:
+        told = stack.read_bytes()[before:].decode()
+        if told.endswith("\n\n"):
+            return [tuple(line.split("\t")) for line in told.split("\n\n")[-2].splitlines()]
+        time.sleep(0.001)
+    return []
+
+
+@dataclass(frozen=True)
+class KillsConfig:
+    """Kills training and a data-set build at random moments, resumes, and compares every bit.
+
+    Attributes:
+      seed: Selects the moments.
+      rows: How many of the kills to do; all of them by default.
+      output: The JSON file; rows that it holds already, of the same seed, are not done again.
+      minutes: After that time no further kill is begun.
+    """
+
+    seed: int = 0
+    rows: int = len(ROWS)
+    output: Path = Path("experiments/results/kills.json")
+    minutes: float = 60
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does what is missing; 0 where everything was identical, 1 where not, 2 on bad input."""
+    config = tyro.cli(KillsConfig, prog="python -m experiments.kills", args=arguments)
+    stored = read(config.output) if config.output.exists() else {"seed": config.seed, "rows": []}
+    if stored["seed"] != config.seed:
+        print(f"error: {config.output} is of the seed {stored['seed']}", file=sys.stderr)
+        return 2
+    began, whole = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for index in range(len(stored["rows"]), config.rows):
+            if time.monotonic() - began > 60 * config.minutes:
+                break
+            name, phase = ROWS[index]
+            if name not in whole:
+                whole[name] = _whole(name, place)
+            reference, seconds = whole[name]
+            moment = seconds * np.random.default_rng([config.seed, index]).random()
+            job = _job(name, place, "killed")
+            row = kill_and_resume(job, moment, phase, reference)
+            row = {"aimed_at": phase or "any moment", **row}
+            stored["rows"].append(row)
+            stored["environment"] = environment()
+            write_json(config.output, stored)
+            print(json.dumps(row), flush=True)
+    differing = [row for row in stored["rows"] if row["differences"]]
+    print(f"{len(stored['rows'])} kills, {len(differing)} with differences")
+    return 1 if differing else 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The stored rows."""
+    return json.loads(path.read_bytes())
+
+
+def markdown(stored: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| command | aimed at | killed after | in | resumed from | the same |",
+        "| --- | --- | ---: | --- | --- | --- |",
+    ]
+    for row in stored["rows"]:
+        doing = row["doing"] + (f" (`{row['innermost']}`)" if row["innermost"] else "")
+        same = f"**no: {', '.join(row['differences'])}**" if row["differences"] else "yes"
+        cells = (row["command"].rpartition(".")[2], row["aimed_at"], f"{row['seconds']:.2f} s")
+        lines.append(f"| {' | '.join(cells)} | {doing} | {row['resumed_from']} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+def _job(name: str, place: Path, output: str) -> Job:
+    if name == "training":
+        return training(place / output, place / "cache")
+    images = place / "radiographs"
+    return building(place / output, images if images.exists() else write_radiographs(images))
+
+
+def _whole(name: str, place: Path) -> tuple[dict[str, Any], float]:
+    """The evidence of an undisturbed command, and how long its second start takes."""
+    for output in ("first", "second"):
+        job, began = _job(name, place, f"{name}-{output}"), time.monotonic()
+        run(job)
+    seconds = time.monotonic() - began
+    evidence = job.evidence(job.output)
+    if evidence != job.evidence(place / f"{name}-first"):
+        raise RuntimeError(f"two undisturbed runs of {job.module} differ")
+    return evidence, seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Trains for 2,000 steps, and holds memory, compilations, threads and open files to no growth.
+
+One merging stage of the library's own loop on the phantom, with an evaluation and a checkpoint
+every 100 steps; what the process holds is read at the end of each evaluation.
+"""
+
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import tyro
+
+from experiments.startup import PROGRAM
+from inmerge_jax import MergeRule, deep_kernels, find_kernels
+from inmerge_jax.data import make_phantom
+from inmerge_jax.files import write_json
+from inmerge_jax.models import create_model
+from inmerge_jax.training.loop import Setup, Stage, train_stage
+from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.parallel import AXIS
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.recipes import RECIPES
+from inmerge_jax.training.runfolder import environment
+from inmerge_jax.training.state import make_optimizer
+from inmerge_jax.training.steps import make_eval_step, make_train_step
+
+WARM_UP = 5
+"""Evaluations until everything has happened, and the allocator and the pools have settled."""
+GROWTH = 0.05
+"""How far resident memory may go above what it was at the warm-up's end, and below."""
+COUNTS = {"programs": "programs compiled", "threads": "threads", "files": "open files"}
+_POOL = "ts_pool_worker"
+POOL_LIMIT = 2 * max(4, os.cpu_count() or 1)
+"""TensorStore starts threads when it needs them, up to max(4, cores) for each of its two pools."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SoakConfig:
+    """Trains a small VGG on the phantom and watches the process.
+
+    Attributes:
+      steps: Updates in all.
+      every: Updates between two evaluations.
+      batch_size: Images of an update.
+      width: Factor on the network's channels.
+      size: Height and width of the images.
+      output: The JSON file to write.
+    """
+
+    steps: int = 2000
+    every: int = 100
+    batch_size: int = 16
+    width: float = 0.1
+    size: int = 16
+    output: Path = Path("experiments/results/soak.json")
+
+
+class Watch(ProgressLine):
+    """A progress line that also notes what the process holds whenever an epoch has ended."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__(images)
+        self.rows: list[dict[str, Any]] = []
+        self._programs = 0
+        self._began = time.monotonic()
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration: float, **_: Any) -> None:
+        self._programs += event == PROGRAM
+
+    def end_epoch(self, loss: float, merged: int | None, rate: float, validation: str) -> None:
+        """As the line's own."""
+        super().end_epoch(loss, merged, rate, validation)
+        tasks = [_name(task) for task in Path("/proc/self/task").iterdir()]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.rows.append(
+            {
+                "seconds": round(time.monotonic() - self._began, 1),
+                "resident_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1),
+                "programs": self._programs,
+                "threads": len(tasks) - tasks.count(_POOL),
+                "tensorstore_threads": tasks.count(_POOL),
+                "files": len(os.listdir("/proc/self/fd")),
+            }
+        )
+
+
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:  # It ended while the others were read.
+        return ""
+
+
+def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
+    """Trains in `folder`; one row per evaluation, whose "steps" are the updates before it."""
+    epochs = config.steps // config.every
+    recipe = dataclasses.replace(
+        RECIPES["released"],
+        batch_size=config.batch_size,
+        learning_rate=0.01,
+        merging_epochs=epochs,
+    )
+    data = make_phantom(size=config.size, train=config.every * config.batch_size, val=128, test=128)
+    devices = tuple(jax.local_devices()[:1])
+    model = create_model("vgg16_bn", data.num_classes, width=config.width, axis_name=AXIS)
+    images = jnp.zeros((1, config.size, config.size, len(recipe.mean)))
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    variables = jax.device_get(variables)
+
+    def forward(params: Any, batch_stats: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+
+    kernels = find_kernels(forward, variables["params"], variables["batch_stats"])
+    deep, optimizer = deep_kernels(kernels, skip=8), make_optimizer(recipe)
+    common = {"multi_label": data.multi_label, "devices": devices}
+    rule = MergeRule(threshold=0.1)
+    setup = Setup(
+        dataset=data,
+        recipe=recipe,
+        devices=devices,
+        optimizer=optimizer,
+        eval_step=make_eval_step(model, recipe, **common),
+        kernels=kernels,
+    )
+    stage = Stage(
+        arm="inmerge",
+        seed=0,
+        number=1,
+        folder=folder,
+        epochs=epochs,
+        learning_rate=recipe.learning_rate,
+        train_step=make_train_step(model, optimizer, recipe, kernels=deep, rule=rule, **common),
+        deep=deep,
+    )
+    with Watch(config.batch_size * config.steps) as watch:
+        train_stage(setup, stage, variables["params"], variables["batch_stats"], watch)
+    steps = range(config.every, config.steps + 1, config.every)
+    return [{"steps": step, **row} for step, row in zip(steps, watch.rows, strict=True)]
+
+
+def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the figures after the warm-up are beside those within it, and whether that is allowed.
+
+    Returns:
+      "memory": lowest and highest share by which resident memory differs from that at the
+      warm-up's end; "grown": how far the counts rise above their highest within it, TensorStore's
+      threads aside, which have a limit; "passed".
+    """
+    early, later = rows[:WARM_UP], rows[WARM_UP:]
+    base = early[-1]["resident_mb"]
+    changes = [row["resident_mb"] / base - 1 for row in later]
+    grown = {name: max(r[name] for r in later) - max(r[name] for r in early) for name in COUNTS}
+    passed = (
+        max(map(abs, changes)) <= GROWTH
+        and max(grown.values()) <= 0
+        and max(row["tensorstore_threads"] for row in rows) <= POOL_LIMIT
+    )
+    return {
+        "memory": [round(min(changes), 4), round(max(changes), 4)],
+        "grown": grown,
+        "passed": passed,
+    }
+
+
+def markdown(stored: dict[str, Any]) -> str:
+    """Some of the stored rows, and the verdict."""
+    rows, verdict = stored["rows"], stored["verdict"]
+    names = {**COUNTS, "tensorstore_threads": "TensorStore's threads"}
+    lines = ["| after step | resident memory | " + " | ".join(names.values()) + " |"]
+    lines.append("| ---: " * (2 + len(names)) + "|")
+    for index, row in enumerate(rows, 1):
+        if index <= 2 or index % 5 == 0:
+            counts = " | ".join(f"{row[name]:,}" for name in names)
+            lines.append(f"| {row['steps']:,} | {row['resident_mb']:,.0f} MB | {counts} |")
+    low, high = verdict["memory"]
+    grown = ", ".join(f"{label} {verdict['grown'][name]:+d}" for name, label in COUNTS.items())
+    return (
+        "\n".join(lines)
+        + f"\n\nAfter step {rows[WARM_UP - 1]['steps']:,}, memory stayed within {low:+.1%} and "
+        f"{high:+.1%} of what it was there; the highest counts, beside the highest up to there: "
+        f"{grown}. {'Passed' if verdict['passed'] else '**Not passed**'}.\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the soak; 0 where nothing grew, else 1."""
+    config = tyro.cli(SoakConfig, prog="python -m experiments.soak", args=arguments)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = soak(config, Path(folder))
+    chosen = {name: value for name, value in vars(config).items() if name != "output"}
+    verdict = judge(rows)
+    stored = {"options": chosen, "verdict": verdict, "rows": rows, "environment": environment()}
+    write_json(config.output, stored)
+    print(markdown(stored), end="")
+    return 0 if verdict["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

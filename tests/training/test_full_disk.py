@@ -1,0 +1,79 @@
+"""A disk that fills up while a run writes: the run says so, and goes on once there is room."""
+
+import dataclasses
+import errno
+import os
+
+import pytest
+
+from experiments.train import main
+from inmerge_jax.errors import InputError
+from inmerge_jax.training import checkpoints, loop
+from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole
+from tests.training import tiny
+from tests.training.disk import small_disk
+from tests.training.test_loop import evidence, run
+from tests.training.test_stopping import after
+
+COMMAND = (
+    "--size 16 --phantom.train 32 --phantom.val 8 --phantom.test 8 --model vgg11 --width 0.1 "
+    "--skip 4 --batch-size 16 --epochs 3 --merging-epochs 1 --arms backbone --devices 1"
+).split()
+
+
+def full_at(monkeypatch, save):
+    """Lets the disk be full at the end of that write of arrays, counted from 1."""
+    write, calls = checkpoints._write_arrays, []
+
+    def failing(path, arrays):
+        write(path, arrays)
+        calls.append(path)
+        if len(calls) == save:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "_write_arrays", failing)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "mid-epoch"])
+def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, stopped):
+    run(tmp_path / "whole")
+    folder, setup = tmp_path / "parts", tiny.make_setup()
+    full_at(monkeypatch, 2)
+    setup = dataclasses.replace(setup, should_stop=after(8)) if stopped else setup
+    place = folder / "mid_epoch" / "4" if stopped else folder / "checkpoints" / "2"
+    with pytest.raises(InputError, match=f"cannot write {place}: No space left.*make room"):
+        run(folder, setup=setup)
+    assert newest_whole(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
+    assert os.listdir(place.parent) == ([] if stopped else ["1"])
+    _, text = run(folder)
+    assert "goes on from epoch 1 of 3\n" in text and "damaged" not in text
+    assert evidence(folder) == evidence(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys, looks_first):
+    if not looks_first:
+        monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+    append = loop.append_metrics
+
+    def fill_up(path, line):
+        append(path, line)
+        free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
+        if line["epoch"] == 2:
+            ballast.write_bytes(bytes(max(free - 100_000, 0)))
+
+    with small_disk(tmp_path / "disk", megabytes=8) as disk:
+        ballast, output = disk / "ballast", disk / "run"
+        command = [*COMMAND, "--output", str(output)]
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "append_metrics", fill_up)
+            assert main(command) == 2
+        said = capsys.readouterr().err
+        place = output / "seed0" / "backbone" / "checkpoints"
+        assert f"error: cannot write {place / '2'}: No space left" in said
+        assert "make room" in said and "--resume goes on" in said
+        assert os.listdir(place) == ["1"] and newest_whole(place) == (place / "1", ())
+        ballast.unlink()
+        assert main([*command, "--resume"]) == 0
+        assert "goes on from epoch 1 of 3" in capsys.readouterr().out
+        assert 3 in checkpoint_epochs(place)
