@@ -43,12 +43,14 @@ POOL_LIMIT = 2 * max(4, os.cpu_count() or 1)
 
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
-    """Trains a small VGG on the phantom and watches the process.
+    """Trains a small network on the phantom and watches the process.
 
     Attributes:
       steps: Updates in all.
       every: Updates between two evaluations.
       batch_size: Images of an update.
+      model: The network.
+      skip: Its convolutions that do not merge.
       width: Factor on the network's channels.
       size: Height and width of the images.
       output: The JSON file to write.
@@ -57,6 +59,8 @@ class SoakConfig:
     steps: int = 2000
     every: int = 100
     batch_size: int = 16
+    model: str = "vgg16_bn"
+    skip: int = 8
     width: float = 0.1
     size: int = 16
     output: Path = Path("experiments/results/soak.json")
@@ -110,16 +114,17 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     )
     data = make_phantom(size=config.size, train=config.every * config.batch_size, val=128, test=128)
     devices = tuple(jax.local_devices()[:1])
-    model = create_model("vgg16_bn", data.num_classes, width=config.width, axis_name=AXIS)
+    model = create_model(config.model, data.num_classes, width=config.width, axis_name=AXIS)
     images = jnp.zeros((1, config.size, config.size, len(recipe.mean)))
     variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
     variables = jax.device_get(variables)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
 
     def forward(params: Any, batch_stats: Any) -> Any:
         return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
 
-    kernels = find_kernels(forward, variables["params"], variables["batch_stats"])
-    deep, optimizer = deep_kernels(kernels, skip=8), make_optimizer(recipe)
+    kernels = find_kernels(forward, params, batch_stats)
+    deep, optimizer = deep_kernels(kernels, skip=config.skip), make_optimizer(recipe)
     common = {"multi_label": data.multi_label, "devices": devices}
     rule = MergeRule(threshold=0.1)
     setup = Setup(
@@ -141,7 +146,7 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
         deep=deep,
     )
     with Watch(config.batch_size * config.steps) as watch:
-        train_stage(setup, stage, variables["params"], variables["batch_stats"], watch)
+        train_stage(setup, stage, params, batch_stats, watch)
     steps = range(config.every, config.steps + 1, config.every)
     return [{"steps": step, **row} for step, row in zip(steps, watch.rows, strict=True)]
 

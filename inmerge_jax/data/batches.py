@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from inmerge_jax.data.dataset import Split
-from inmerge_jax.data.workers import end_with_parent, leave_signals_to_parent
+from inmerge_jax.data.workers import end_with_parent, unsignalled_processes
 from inmerge_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -145,13 +145,16 @@ def _read(stream: grain.MapDataset, split: Split, workers: int) -> Iterator[Batc
     batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
     iterator = iter(batches.mp_prefetch(processes, _in_worker))
     try:
-        yield from iterator
+        with unsignalled_processes():
+            first = next(iterator, None)  # This starts them.
+        if first is not None:
+            yield first
+            yield from iterator
     finally:
         iterator.close()
 
 
 def _in_worker(index: int, count: int) -> None:
-    leave_signals_to_parent()
     end_with_parent()
 
 

@@ -1,6 +1,8 @@
 import dataclasses
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +183,25 @@ def test_worker_processes_change_nothing(workers):
     next(endless)
     assert len(multiprocessing.active_children()) == workers
     endless.close()
+    assert not multiprocessing.active_children()
+
+
+def test_signals_to_the_whole_group_do_not_reach_workers():
+    import multiprocessing
+    import signal
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    split = lazy(21)
+    row = train_batches(split, seed=1, batch_size=6, stop=9, workers=1)
+    assert same(next(row), train_batch(split, seed=1, batch_size=6, step=0))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    (worker,) = multiprocessing.active_children()
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    blocked = int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert blocked >> (number - 1) & 1, "from the start, before the worker runs any code"
+        os.kill(worker.pid, number)
+    assert len(list(row)) == 8
     assert not multiprocessing.active_children()
 
 

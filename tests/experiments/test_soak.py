@@ -22,7 +22,7 @@ def rows(change=None, at=12):
 
 def test_a_short_one_measures_every_evaluation(tmp_path):
     # One evaluation more than the warm-up; on 48 steps memory has not settled, so no verdict.
-    config = soak.SoakConfig(steps=48, every=8, batch_size=8, width=0.05)
+    config = soak.SoakConfig(48, every=8, batch_size=8, model="vgg11", skip=6, width=0.05)
     found = soak.soak(config, tmp_path)
     assert [row["steps"] for row in found] == [8, 16, 24, 32, 40, 48]
     assert len({row["programs"] for row in found[1:]}) == 1 and found[0]["programs"] > 1
