@@ -285,40 +285,42 @@ class KillsConfig:
       seed: Selects the moments.
       rows: How many of the kills to do; all of them by default.
       output: The JSON file; rows that it holds already, of the same seed, are not done again.
+      work: Folder of the runs. The undisturbed ones stay there for the next start.
       minutes: After that time no further kill is begun.
     """
 
     seed: int = 0
     rows: int = len(ROWS)
     output: Path = Path("experiments/results/kills.json")
+    work: Path = Path("runs/kills")
     minutes: float = 60
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Does what is missing; 0 where everything was identical, 1 where not, 2 on bad input."""
     config = tyro.cli(KillsConfig, prog="python -m experiments.kills", args=arguments)
-    stored = read(config.output) if config.output.exists() else {"seed": config.seed, "rows": []}
+    stored = read(config.output) if config.output.exists() else {}
+    stored = {"seed": config.seed, "seconds": {}, "rows": []} | stored
     if stored["seed"] != config.seed:
         print(f"error: {config.output} is of the seed {stored['seed']}", file=sys.stderr)
         return 2
-    began, whole = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        for index in range(len(stored["rows"]), config.rows):
-            if time.monotonic() - began > 60 * config.minutes:
-                break
-            name, phase = ROWS[index]
-            if name not in whole:
-                whole[name] = _whole(name, place)
-            reference, seconds = whole[name]
-            moment = seconds * np.random.default_rng([config.seed, index]).random()
-            job = _job(name, place, "killed")
-            row = kill_and_resume(job, moment, phase, reference)
-            row = {"aimed_at": phase or "any moment", **row}
-            stored["rows"].append(row)
-            stored["environment"] = environment()
-            write_json(config.output, stored)
-            print(json.dumps(row), flush=True)
+    began, place = time.monotonic(), config.work.absolute()
+    for index in range(len(stored["rows"]), config.rows):
+        if time.monotonic() - began > 60 * config.minutes:
+            break
+        name, phase = ROWS[index]
+        whole = _whole(name, place, stored["seconds"])
+        share = np.random.default_rng([config.seed, index]).random()
+        # The first half of a command is its start, where no phase that is aimed at comes.
+        moment = stored["seconds"][name] * (share if phase is None else (1 + share) / 2)
+        job = _job(name, place, "killed")
+        shutil.rmtree(job.output, ignore_errors=True)
+        row = kill_and_resume(job, moment, phase, whole)
+        row = {"aimed_at": phase or "any moment", **row}
+        stored["rows"].append(row)
+        stored["environment"] = environment()
+        write_json(config.output, stored)
+        print(json.dumps(row), flush=True)
     differing = [row for row in stored["rows"] if row["differences"]]
     print(f"{len(stored['rows'])} kills, {len(differing)} with differences")
     return 1 if differing else 0
@@ -350,16 +352,19 @@ def _job(name: str, place: Path, output: str) -> Job:
     return building(place / output, images if images.exists() else write_radiographs(images))
 
 
-def _whole(name: str, place: Path) -> tuple[dict[str, Any], float]:
-    """The evidence of an undisturbed command, and how long its second start takes."""
-    for output in ("first", "second"):
-        job, began = _job(name, place, f"{name}-{output}"), time.monotonic()
-        run(job)
-    seconds = time.monotonic() - began
-    evidence = job.evidence(job.output)
-    if evidence != job.evidence(place / f"{name}-first"):
-        raise RuntimeError(f"two undisturbed runs of {job.module} differ")
-    return evidence, seconds
+def _whole(name: str, place: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """The evidence of an undisturbed command; `seconds` gets what its second start takes."""
+    jobs = [_job(name, place, f"{name}-{start}") for start in ("first", "second")]
+    for job in jobs:
+        if name not in seconds or not (job.output / job.finished).exists():
+            shutil.rmtree(job.output, ignore_errors=True)
+            began = time.monotonic()
+            run(job)
+            seconds[name] = time.monotonic() - began
+    first, second = (job.evidence(job.output) for job in jobs)
+    if first != second:
+        raise RuntimeError(f"two undisturbed runs of {jobs[0].module} differ")
+    return second
 
 
 if __name__ == "__main__":

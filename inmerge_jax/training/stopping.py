@@ -1,8 +1,8 @@
 """Stopping when the system asks (SIGTERM) or the user does (Ctrl-C), at the end of an update."""
 
+import contextlib
 import os
 import signal
-import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -57,5 +57,7 @@ class StopSignals:
         self.signal = signal.Signals(number)
         hint = "; Ctrl-C again stops at once, and loses it" if number == signal.SIGINT else ""
         message = f"{self.signal.name}: stopping after this update, which is kept{hint}\n"
-        # Not print: the signal may have come in the middle of another one.
-        os.write(sys.__stderr__.fileno(), message.encode())
+        # Not print, in the middle of which the signal may have come. That nobody reads it, as when
+        # the terminal is gone, is no reason to lose the update.
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())

@@ -128,3 +128,18 @@ def test_signals_are_noted_and_only_a_second_ctrl_c_interrupts(capfd):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
     assert "Ctrl-C again" in capfd.readouterr().err
+
+
+def test_a_signal_is_noted_though_nobody_can_read_the_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writer)
+    assert stop.signal == signal.SIGTERM
