@@ -1,0 +1,44 @@
+import pytest
+
+from experiments import kills
+
+
+def job(output):
+    def evidence(folder):
+        return {"count": (folder / "count").read_text()}
+
+    options, resume = (str(output),), ("--resume",)
+    return kills.Job("tests.experiments.slow_count", options, output, resume, "done", evidence)
+
+
+@pytest.mark.parametrize(
+    ("phase", "moment", "innermost"),
+    [(kills.EVALUATION, 0.0, "evaluate"), (kills.STEP, 0.1, "train_stage")],
+)
+def test_a_command_is_killed_where_it_was_aimed_at_and_goes_on(tmp_path, phase, moment, innermost):
+    output = tmp_path / "run"
+    row = kills.kill_and_resume(job(output), moment, phase, {"count": "10"})
+    assert row["doing"] == phase and row["innermost"] == innermost
+    assert row["seconds"] >= moment and not output.exists()
+    assert row["resumed_from"].startswith("epoch 3" if phase == kills.EVALUATION else "epoch ")
+    assert row["differences"] == []
+
+
+def test_a_moment_after_the_end_is_drawn_forward_and_a_difference_is_told(tmp_path):
+    row = kills.kill_and_resume(job(tmp_path / "run"), 2.0, kills.STEP, {"count": "9", "more": 1})
+    assert row["seconds"] < 2.0 and row["doing"] == kills.STEP
+    assert row["differences"] == ["count", "more"]
+    stored = {"rows": [{"aimed_at": kills.STEP, **row}]}
+    assert "**no: count, more**" in kills.markdown(stored)
+
+
+def test_twenty_kills_cover_every_phase():
+    assert len(kills.ROWS) == 20
+    phases = {phase for _, phase in kills.ROWS}
+    assert phases >= {kills.STEP, kills.EVALUATION, kills.CHECKPOINT, kills.REDUCING}
+    assert phases - {None} <= set(kills._PHASES)
+
+
+def test_times_are_no_evidence():
+    line = {"epoch": 1, "seconds": 2.5, "inner": [{"images_per_second": 3.0, "loss": 0.5}]}
+    assert kills.timeless(line) == {"epoch": 1, "inner": [{"loss": 0.5}]}
