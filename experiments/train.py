@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import traceback
 from pathlib import Path
 
 from inmerge_jax.errors import InputError
@@ -11,17 +12,18 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 _TABLE = "table.md"
 
 
-def only_unreported(folder: Path) -> bool:
-    """Whether the run in `folder` was stopped between its results and the last of its report."""
-    return (folder / "results.json").exists() and not (folder / _TABLE).exists()
+def only_unreported(folder: Path, resume: bool) -> bool:
+    """Whether to resume a run that was stopped between its results and the last of its report."""
+    return resume and (folder / "results.json").exists() and not (folder / _TABLE).exists()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the status.
 
-    That is 0; 1 where training diverged; 2 on bad input, a full disk too; 143 where SIGTERM stopped
-    it (preemption) and 130 where Ctrl-C did, after either of which `--resume` goes on with the
-    update that was the last.
+    That is 0; 1 where training diverged, or one of several processes broke; 2 on bad input, a full
+    disk too; 3 where another process of the run was lost; 143 where SIGTERM stopped it (preemption)
+    and 130 where Ctrl-C did, after either of which `--resume` goes on with the update that was the
+    last.
     """
     from inmerge_jax.training.config import parse_config
 
@@ -34,25 +36,27 @@ def main(arguments: list[str] | None = None) -> int:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-    from rich import print as rich_print
-
-    from inmerge_jax.reporting.html import write_report
-    from inmerge_jax.reporting.runs import read_run
-    from inmerge_jax.reporting.tables import make_report, to_markdown, to_rich
     from inmerge_jax.training.arms import plan_run, train_arms
+    from inmerge_jax.training.hosts import (
+        LOST,
+        StopTogether,
+        by_first,
+        connect,
+        is_loss,
+        together,
+    )
     from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.runfolder import cannot_write
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
     stop = StopSignals()
     try:
-        if not (config.resume and only_unreported(config.output)):
-            plan = plan_run(config)
+        connect(config.coordinator, config.num_processes, config.process_id)
+        if not by_first(only_unreported, config.output, config.resume):
+            plan = together(plan_run, config)
             with stop:
-                train_arms(plan, stop)
-        page = write_report(config.output)
-        report = make_report(read_run(config.output))
-        write_text(config.output / _TABLE, to_markdown(report))
+                train_arms(plan, StopTogether(stop))
+        by_first(_report, config.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,10 +74,39 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the same command with --resume goes on", file=sys.stderr)
         return 130
-    rich_print(to_rich(report))
-    print(f"report: {page}")
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        # Not raised: the interpreter's end would wait for processes that wait for this one.
+        if not is_loss(error):
+            traceback.print_exc()
+            return 1
+        print(
+            f"error: process {jax.process_index()} lost another process of the run "
+            f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
+            file=sys.stderr,
+        )
+        return LOST
     return 0
 
 
+def _report(folder: Path) -> None:
+    """Writes the report and the table of a finished run, and prints the table."""
+    from rich import print as rich_print
+
+    from inmerge_jax.reporting.html import write_report
+    from inmerge_jax.reporting.runs import read_run
+    from inmerge_jax.reporting.tables import make_report, to_markdown, to_rich
+
+    page = write_report(folder)
+    report = make_report(read_run(folder))
+    write_text(folder / _TABLE, to_markdown(report))
+    rich_print(to_rich(report))
+    print(f"report: {page}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    from inmerge_jax.training.hosts import leave
+
+    sys.exit(leave(status))

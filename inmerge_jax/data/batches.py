@@ -105,21 +105,27 @@ def train_batches(
     return _read(stream.map(take), split, workers)
 
 
-def eval_batches(split: Split, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    split: Split, batch_size: int, *, host: int = 0, hosts: int = 1, workers: int = 0
+) -> Iterator[Batch]:
     """The split once, in order; the last batch is filled up with masked copies of its last example.
+
+    Each host gets its slice of every batch, as in training.
 
     Yields:
       As `train_batch`, and "mask" float32 (B,): 1 for an example, 0 for filling. Every batch has
-      `batch_size` rows, so that one compiled step serves all of them.
+      `batch_size` rows over all hosts, so that one compiled step serves all of them.
 
     Raises:
-      InputError: where `batch_size` is below 1; from the iterator, where an image cannot be read.
+      InputError: where `batch_size` is below 1 or does not fit the hosts; from the iterator, where
+        an image cannot be read.
     """
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
+    _check_hosts(batch_size, host, hosts)
 
     def take(start: int) -> Batch:
-        rows = np.arange(start, start + batch_size)
+        rows = _host_slice(np.arange(start, start + batch_size), host, hosts)
         batch = _take(split, np.minimum(rows, len(split) - 1))
         return {**batch, "mask": (rows < len(split)).astype(np.float32)}
 
@@ -162,6 +168,10 @@ def _check(split: Split, batch_size: int, step: int, host: int, hosts: int) -> N
     steps_per_epoch(len(split), batch_size)
     if step < 0:
         raise ValueError(f"step {step}: batches are counted from 0")
+    _check_hosts(batch_size, host, hosts)
+
+
+def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
     if not 0 <= host < hosts:
         raise ValueError(f"host {host} of {hosts}: hosts are counted from 0")
     if batch_size % hosts:

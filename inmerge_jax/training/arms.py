@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import InputError
@@ -30,6 +31,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
+from inmerge_jax.training.hosts import by_first, is_first, require_same
 from inmerge_jax.training.loop import Setup, Stage, read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, choose_devices
@@ -139,7 +141,11 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     config = plan.config
     if plan.devices[0].platform == "cpu":
         keep_freed_memory()
-    folder = open_run(
+    require_same(
+        {**_config_dict(plan), "steps_per_call": config.steps_per_call, "jax": jax.__version__}
+    )
+    folder = by_first(
+        open_run,
         config.output,
         _config_dict(plan),
         resume=config.resume,
@@ -160,21 +166,22 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     if config.steps_per_call == 1:
         several = several_merging = None
     labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
-    _write_arrays(folder / "labels.npz", labels)
-    _write_arrays(folder / "samples.npz", _samples(plan.dataset))
+    by_first(_write_arrays, folder / "labels.npz", labels)
+    by_first(_write_arrays, folder / "samples.npz", _samples(plan.dataset))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
     batch_size = plan.recipe.batch_size
     images = batch_size * steps_per_epoch(len(plan.dataset.train), batch_size)
     epochs = plan.recipe.epochs + plan.recipe.merging_epochs * (len(arms) - 1)
-    with ProgressLine(images * epochs * len(config.seeds)) as progress:
+    console = None if is_first() else Console(quiet=True)
+    with ProgressLine(images * epochs * len(config.seeds), console) as progress:
         progress.say(_headline(plan))
         if plan.notice and "inmerge" in arms:
             progress.say(f"WARNING: {plan.notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
-            params, batch_stats = _initial(plan, seed)
+            params, batch_stats = by_first(_initial, plan, seed)
             backbone = Stage(
                 arm="backbone",
                 seed=seed,
@@ -186,11 +193,11 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
                 several_steps=several,
                 steps_per_call=config.steps_per_call,
             )
-            result = read_result(backbone.folder)
-            best = _best(setup, backbone, result, params, batch_stats)
+            result = by_first(read_result, backbone.folder)
+            best = by_first(_best, setup, backbone, result, params, batch_stats)
             if best is None:
                 result = train_stage(setup, backbone, params, batch_stats, progress)
-                best = _best(setup, backbone, result, params, batch_stats)
+                best = by_first(_best, setup, backbone, result, params, batch_stats)
             else:
                 progress.skip(images * backbone.epochs)
             arms["backbone"].append(result)
@@ -211,7 +218,7 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
                     several_steps=several_merging if arm == "inmerge" else several,
                     steps_per_call=config.steps_per_call,
                 )
-                result = read_result(stage.folder)
+                result = by_first(read_result, stage.folder)
                 if result is None:
                     result = train_stage(setup, stage, params, batch_stats, progress)
                 else:
@@ -219,7 +226,7 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
                 arms[arm].append(result)
 
     results = _results(plan, arms)
-    write_json(folder / "results.json", results)
+    by_first(write_json, folder / "results.json", results)
     return results
 
 

@@ -224,9 +224,14 @@ def _checkpointer() -> Any:
 
     # One file system, one writer, and weights that hardly compress: zarr 2 inside OCDBT without
     # compression is the fastest of the eight combinations to write and to read, in few files.
-    return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+    # It runs in one process of a run that may have several: Orbax would wait for all of them.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=False, use_compression=False, multiprocessing_options=alone
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 @contextlib.contextmanager

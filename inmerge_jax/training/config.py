@@ -20,6 +20,7 @@ Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
 _NOT_COMPARED = ("output", "steps_per_call", "workers", "resume", "overwrite", "cache")
+_NOT_COMPARED += ("coordinator", "num_processes", "process_id")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
@@ -179,12 +180,17 @@ class TrainConfig:
       seeds: One backbone, and one of each other arm, per seed, such as 0 1 2.
       arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
         the others start from it.
-      devices: Number of local devices that share every batch.
+      devices: Number of local devices that share every batch; with several processes, all do.
       steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
         host; an epoch's last few updates go one by one.
       workers: Processes that read and decode images; 0 for threads of the training process. Only
         for data that is read from files while it trains (chestxray14). By default one for every
         three CPU cores there, at most 16.
+      coordinator: Address of process 0 as HOST:PORT, where several processes share every batch.
+        Each is started with this, --num-processes and --process-id; process 0 alone writes the
+        output folder. On a TPU pod, start the same command on every host without these three.
+      num_processes: How many processes there are.
+      process_id: Which of them this one is, from 0.
       resume: Continue the unfinished run in the output folder, to the same results bit for bit.
       overwrite: Delete the run in the output folder first.
       cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
@@ -211,6 +217,9 @@ class TrainConfig:
         int | None,
         tyro.conf.arg(metavar="INT", help_behavior_hint="(default: by the number of CPU cores)"),
     ] = None
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     resume: bool = False
     overwrite: bool = False
     cache: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")

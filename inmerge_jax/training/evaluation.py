@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from inmerge_jax.data import Split, eval_batches
+from inmerge_jax.training.hosts import gather_rows
 from inmerge_jax.training.parallel import replicate, split, unreplicate
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarray, float]:
     """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated.
 
+    Each process evaluates its rows of every batch, and gets the results of all.
+
     Raises:
       Stopped: `setup.should_stop` said so.
     """
@@ -28,9 +31,16 @@ def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarr
     def fetch() -> None:
         batch_scores, batch_losses = in_flight.popleft()
         scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
-        losses.append(np.asarray(batch_losses, np.float64).sum())
+        losses.append(np.asarray(batch_losses).reshape(-1))
 
-    for batch in eval_batches(images, setup.recipe.batch_size, workers=setup.workers):
+    batches = eval_batches(
+        images,
+        setup.recipe.batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=setup.workers,
+    )
+    for batch in batches:
         if setup.should_stop():
             raise Stopped("stopped in an evaluation")
         batch = split(batch, setup.devices)
@@ -39,7 +49,9 @@ def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarr
             fetch()
     while in_flight:
         fetch()
-    return np.concatenate(scores)[: len(images)], float(sum(losses)) / len(images)
+    all_scores, all_losses = gather_rows(np.stack(scores)), gather_rows(np.stack(losses))
+    loss = all_losses.astype(np.float64).sum(1).sum() / len(images)
+    return all_scores.reshape(-1, all_scores.shape[-1])[: len(images)], float(loss)
 
 
 def evaluate_merging(
@@ -57,7 +69,7 @@ def evaluate_merging(
       step: of `steps.make_merging_eval_step`.
       state: replicated; given away.
       totals: replicated zeros.
-      images: the split, of which every device evaluates every image.
+      images: the split, of which every device of every process evaluates every image.
       root: the stage's key.
       devices: what the step runs on.
       should_stop: asked before every image.

@@ -22,6 +22,7 @@ from inmerge_jax.kernels import Kernel
 from inmerge_jax.redundancy import kernel_similarity
 from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
+from inmerge_jax.training.hosts import by_first
 from inmerge_jax.training.metrics import Metrics, compute_metrics
 from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
 from inmerge_jax.training.progress import ProgressLine
@@ -136,12 +137,12 @@ def train_stage(
 
     # ---- start, or go on from the newest whole checkpoint
     fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
-    start = find_start(stage, fresh, no_totals, progress)
+    start = by_first(find_start, stage, fresh, no_totals, progress)
     done, warnings = start.epochs, start.warnings
     if stage.notice and stage.notice not in warnings:
         warnings.append(stage.notice)
-    truncate_metrics(metrics_file, done)
-    history = read_metrics(metrics_file)
+    by_first(truncate_metrics, metrics_file, done)
+    history = by_first(read_metrics, metrics_file)
     state, totals = replicate(start.state, devices), replicate(start.totals, devices)
     taken, seconds = int(start.totals.steps), start.seconds
     progress.skip((done * steps + taken) * recipe.batch_size)
@@ -151,6 +152,8 @@ def train_stage(
         batch_size=recipe.batch_size,
         start=done * steps + taken,
         stop=stage.epochs * steps,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
         workers=setup.workers,
     )
     batches = ahead(batches, devices)
@@ -181,7 +184,7 @@ def train_stage(
                     progress.show(*_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
-        keep = functools.partial(keep_updates, stage, epoch, sums, started, warnings)
+        keep = functools.partial(by_first, keep_updates, stage, epoch, sums, started, warnings)
         if setup.should_stop():
             raise keep(unreplicate(state))
         figures = _figures(stage, sums, recipe.batch_size, started)
@@ -233,7 +236,7 @@ def train_stage(
             line["val_passes"] = int(val_sums.steps)
             line["val_selected"] = val_sums.selected.tolist()
             line["val_merged"] = val_sums.merged.tolist()
-        append_metrics(metrics_file, line)
+        by_first(append_metrics, metrics_file, line)
         history.append(line)
         progress.end_epoch(*figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
@@ -246,15 +249,15 @@ def train_stage(
         # ---- checkpoint: the newest two, and the best epoch that each of them knows
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
-        save_checkpoint(stage.checkpoints, epoch, unreplicate(state), meta)
-        drop_updates(stage)
+        by_first(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
+        by_first(drop_updates, stage)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
-        prune(stage.checkpoints, {epoch, epoch - 1, best, earlier})
+        by_first(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
 
     # ---- the best checkpoint meets the test images, once
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-    host_state, _ = restore_checkpoint(stage.checkpoints / str(best), template)
+    host_state, _ = by_first(restore_checkpoint, stage.checkpoints / str(best), template)
     state = replicate(host_state, devices)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
@@ -262,7 +265,8 @@ def train_stage(
         scores, _ = evaluate(setup, state, images)
         metrics = compute_metrics(images.labels, scores, setup.dataset.task)
         result[name] = _metrics_dict(metrics)
-        path = write_scores(
+        path = by_first(
+            write_scores,
             stage.folder / "scores",
             setup.dataset.name,
             setup.dataset.size,
@@ -275,7 +279,7 @@ def train_stage(
 
     # ---- result.json, written last, marks the stage finished
     after = _similarity(host_state.params, setup.kernels)
-    write_json(stage.folder / "similarity.json", {"before": before, "after": after})
+    by_first(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
     result |= {
         "best_epoch": best,
         "epochs": stage.epochs,
@@ -291,8 +295,8 @@ def train_stage(
         "warnings": warnings,
         "scores": files,
     }
-    write_json(stage.folder / "result.json", result)
-    prune(stage.checkpoints, {best, stage.epochs})
+    by_first(write_json, stage.folder / "result.json", result)
+    by_first(prune, stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
 

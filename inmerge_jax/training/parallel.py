@@ -15,12 +15,17 @@ AXIS = "devices"
 
 
 def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
-    """The first `count` local devices, or all of them for None.
+    """The first `count` local devices, or all for None; with several processes, all of them.
+
+    Those of process 0 come first, then those of process 1, and so on.
 
     Raises:
-      InputError: `count` is below 1 or above the number of local devices.
+      InputError: `count` is below 1 or above the number of local devices; with several processes,
+        it is not the number of all devices, or they do not have equally many.
     """
     available = jax.local_devices()
+    if jax.process_count() > 1:
+        return _of_all_processes(count)
     if count is None:
         return tuple(available)
     if not 1 <= count <= len(available):
@@ -34,13 +39,33 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
     return tuple(available[:count])
 
 
+def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
+    groups = [jax.local_devices(number) for number in range(jax.process_count())]
+    numbers = [len(group) for group in groups]
+    if len(set(numbers)) > 1:
+        raise InputError(
+            f"the processes have {', '.join(map(str, numbers))} devices: give each the same number"
+        )
+    if count not in (None, sum(numbers)):
+        raise InputError(
+            f"--devices {count}: {len(groups)} processes train on all of their {sum(numbers)} "
+            "devices; leave it out"
+        )
+    return tuple(device for group in groups for device in group)
+
+
 def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
-    """One copy per device of every array: shape (...) becomes (devices, ...), for `jax.pmap`."""
+    """One copy per device of every array: shape (...) becomes (devices, ...), for `jax.pmap`.
+
+    As `jax.pmap` has it, what a process holds is the part of its own devices: here and in the
+    other functions, an axis of devices is as long as this process has of them.
+    """
     spread = _sharding(devices, PartitionSpec(AXIS))
+    count = spread.mesh.size
 
     def copy(x: Any) -> jax.Array:
         x = np.asarray(x)
-        return jax.device_put(np.broadcast_to(x, (len(devices), *x.shape)), spread)
+        return jax.device_put(np.broadcast_to(x, (count, *x.shape)), spread)
 
     return jax.tree.map(copy, tree)
 
@@ -57,11 +82,12 @@ def broadcast(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
 
 
 def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict[str, jax.Array]:
-    """A global batch (n, ...) as (devices, n / devices, ...), each row block on its device."""
+    """This process's rows of a batch, (n, ...), as (devices, n / devices, ...), one block each."""
     spread = _sharding(devices, PartitionSpec(AXIS))
+    count = spread.mesh.size
 
     def divide(x: np.ndarray) -> jax.Array:
-        return jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), spread)
+        return jax.device_put(x.reshape(count, -1, *x.shape[1:]), spread)
 
     return {name: divide(x) for name, x in batch.items()}
 
@@ -82,4 +108,6 @@ def ahead(
 
 
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(devices), (AXIS,)), spec)
+    """Over those of `devices` that this process has."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    return NamedSharding(Mesh(np.array(local), (AXIS,)), spec)

@@ -222,7 +222,22 @@ def test_hosts_share_every_batch(hosts):
         assert same(again, parts[-1][step])
 
 
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_an_evaluation(hosts):
+    split = lazy(17)
+    whole = list(eval_batches(split, 8))
+    parts = [list(eval_batches(split, 8, host=host, hosts=hosts)) for host in range(hosts)]
+    for step, batch in enumerate(whole):
+        for name, value in batch.items():
+            shares = [part[step][name] for part in parts]
+            assert {len(share) for share in shares} == {8 // hosts}
+            np.testing.assert_array_equal(np.concatenate(shares), value)
+    assert not parts[-1][-1]["mask"].any(), "a host may have nothing but filling"
+
+
 def test_hosts_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="--batch-size 8 cannot be shared by 3 hosts"):
+        eval_batches(lazy(21), 8, hosts=3)
     with pytest.raises(InputError, match="--batch-size 8 cannot be shared by 3 hosts"):
         next(train_batches(lazy(21), seed=0, batch_size=8, hosts=3))
     with pytest.raises(ValueError, match="host 2 of 2"):

@@ -32,18 +32,27 @@ def train(count, devices, recipe=tiny.RECIPE, rule=None, multi_label=False):
     return state, totals, losses
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_one_and_eight_devices_train_the_same(multi_label):
+@pytest.mark.parametrize(
+    ("devices", "multi_label"), [(2, False), (4, False), (8, False), (8, True)]
+)
+def test_more_devices_train_the_same(devices, multi_label):
     one, one_totals, one_losses = train(4, 1, rule=tiny.ALWAYS, multi_label=multi_label)
-    eight, totals, losses = train(4, 8, rule=tiny.ALWAYS, multi_label=multi_label)
+    many, totals, losses = train(4, devices, rule=tiny.ALWAYS, multi_label=multi_label)
     np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
     np.testing.assert_array_equal(unreplicate(totals).merged, unreplicate(one_totals).merged)
     assert unreplicate(totals).merged.sum() > 0
-    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        assert len(a) == devices
         np.testing.assert_allclose(a[0], b[0], rtol=2e-4, atol=2e-6)
-    for leaf in jax.tree.leaves((eight, totals)):
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_replicas_are_bit_equal_after_fifty_merging_steps(devices):
+    state, totals, losses = train(50, devices, rule=tiny.ALWAYS)
+    assert unreplicate(totals).merged.sum() > 50 and np.isfinite(losses).all()
+    for leaf in jax.tree.leaves((state, totals)):
         leaf = np.asarray(leaf)
-        assert all(np.array_equal(leaf[0], other) for other in leaf[1:])
+        assert len(leaf) == devices and all(np.array_equal(leaf[0], other) for other in leaf[1:])
 
 
 def test_merging_happens_before_the_forward_pass_and_nowhere_else():

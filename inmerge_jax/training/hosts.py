@@ -1,0 +1,269 @@
+"""Several processes of one run: how they meet, agree, and let process 0 do the writing.
+
+All processes compute the same; process 0 alone reads and writes the run's folder, and the others
+get what it read. So a run resumes from the folder of process 0, and needs no shared storage.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.training.runfolder import differences
+from inmerge_jax.training.stopping import StopSignals
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOST = 3
+"""Exit status of a process whose run ended because another process was lost."""
+
+_CHUNK = 2**24
+_SHUTDOWN_SECONDS = 60
+_PATIENCE_SECONDS = 2.0
+_ASK_EVERY = 8
+
+
+def check_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Checks --coordinator, --num-processes and --process-id.
+
+    Raises:
+      InputError: some but not all of them are given, or one is out of range.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} missing: a run of several processes needs --coordinator "
+            "HOST:PORT, --num-processes and --process-id in each of them (a TPU pod needs none)"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise InputError(
+            f"--coordinator {coordinator}: give the address of process 0 and a free port of it, "
+            "such as 10.0.0.1:9876"
+        )
+    if num_processes < 1:
+        raise InputError(f"--num-processes {num_processes}: choose 1 or more")
+    if not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process-id {process_id}: choose 0 to {num_processes - 1}, another one in each of "
+            f"the {num_processes} processes"
+        )
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of a run's; call it before anything else is asked of JAX.
+
+    With all three None, a process on a TPU joins the others of its slice, as the environment names
+    them, and any other process stays alone.
+
+    Raises:
+      InputError: see `check_hosts`; or the processes do not find each other.
+    """
+    check_hosts(coordinator, num_processes, process_id)
+    # JAX would take SIGTERM for itself, and processes would not end by it.
+    jax.config.update("jax_enable_preemption_service", False)
+    options = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+    if coordinator is None:
+        # JAX has put "tpu" there if it found chips and libtpu on this machine.
+        if "tpu" not in (jax.config.jax_platforms or "").split(","):
+            return
+        try:
+            jax.distributed.initialize(**options)
+        except (ValueError, OSError) as error:
+            print(f"no TPU pod found ({error}): this process trains alone", file=sys.stderr)
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    print(f"process {process_id} of {num_processes} meets the others at {coordinator}", flush=True)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+    except RuntimeError as error:
+        raise InputError(
+            f"--coordinator {coordinator}: process {process_id} of {num_processes} did not find "
+            f"the others: {str(error).splitlines()[0]}; is the port free on the machine of process "
+            "0 and reachable from here, and has each process another --process-id?"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes the run's folder and talks to people."""
+    return jax.process_index() == 0
+
+
+def by_first(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls `function` in process 0; every process gets its result, or its error.
+
+    No process goes on before it has ended. The result has to be picklable.
+
+    Raises:
+      InputError, OSError: in every process, where process 0 met one.
+    """
+    if jax.process_count() == 1:
+        return function(*args, **kwargs)
+    answer: Any = None
+    if is_first():
+        try:
+            answer = function(*args, **kwargs), None
+        except (InputError, OSError) as error:
+            answer = None, error
+    result, error = pickle.loads(_broadcast(pickle.dumps(answer)))
+    if error is not None:
+        raise error
+    return result
+
+
+def together(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls `function` in every process; if it fails in one, it fails in all.
+
+    Raises:
+      InputError: this process's, or that of the first process that met one.
+    """
+    if jax.process_count() == 1:
+        return function(*args, **kwargs)
+    own = result = None
+    try:
+        result = function(*args, **kwargs)
+    except InputError as error:
+        own = error
+    messages = _gather(b"" if own is None else str(own).encode())
+    if own is not None:
+        raise own
+    for number, message in enumerate(messages):
+        if message:
+            raise InputError(f"stopped, because process {number} did: {message.decode()}")
+    return result
+
+
+def require_same(config: dict[str, Any]) -> None:
+    """Checks that every process has the configuration of process 0.
+
+    Args:
+      config: nested dicts of what JSON can hold.
+
+    Raises:
+      InputError: in every process, with the differing fields.
+    """
+    first = json.loads(by_first(json.dumps, config))
+
+    def compare() -> None:
+        if lines := "".join(
+            f"\n  {name}: {there} there, {here} here"
+            for name, there, here in differences(first, config)
+        ):
+            raise InputError(
+                f"process {jax.process_index()} was started with other options than process 0:"
+                f"{lines}\ngive every process the same, but for --process-id"
+            )
+
+    together(compare)
+
+
+def gather_rows(values: np.ndarray) -> np.ndarray:
+    """The rows of all processes, for each batch those of process 0, then 1, and so on.
+
+    Args:
+      values: (batches, rows, ...) of this process, of a dtype that JAX has without 64-bit mode.
+
+    Returns:
+      (batches, processes * rows, ...), the same in every process.
+    """
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental.multihost_utils import process_allgather
+
+    stacked = np.moveaxis(process_allgather(values), 0, 1)
+    return stacked.reshape(len(values), -1, *values.shape[2:])
+
+
+class StopTogether:
+    """`stop`, answered alike in every process, once it is true in any of them.
+
+    Every process has to call it equally often. They ask each other at every eighth call: each
+    question waits for the updates that are under way.
+
+    Attributes:
+      stop: of this process; its `signal` is set where it came to another one.
+    """
+
+    def __init__(self, stop: StopSignals) -> None:
+        self.stop = stop
+        self._calls = 0
+        self._agreed = False
+
+    def __call__(self) -> bool:
+        """Whether all are to stop."""
+        if jax.process_count() == 1:
+            return self.stop()
+        if not self._agreed and self._calls % _ASK_EVERY == 0:
+            from jax.experimental.multihost_utils import process_allgather
+
+            numbers = process_allgather(np.array(self.stop.signal or 0, np.int32))
+            if numbers.any():
+                self._agreed = True
+                self.stop.signal = self.stop.signal or signal.Signals(int(numbers.max()))
+        self._calls += 1
+        return self._agreed
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether `error` is JAX's word for a process that does not answer, of whatever type it is."""
+    return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination"))
+
+
+def leave(status: int) -> int:
+    """The status to exit with; a failed process of several ends here, without waiting for others.
+
+    JAX's own end waits for all processes, so those that wait for the failed one in a collective
+    would never know. This one's end breaks their connection to it, and they end too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status and jax.distributed.is_initialized() and jax.process_count() > 1:
+        # Where all failed alike, each has the time to say so before process 0 takes the rest down.
+        time.sleep(_PATIENCE_SECONDS)
+        os._exit(status)
+    return status
+
+
+def _broadcast(data: bytes) -> bytes:
+    """The `data` of process 0, whatever that of the others is."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    # Sizes are sent as two numbers, since JAX has no 64-bit ones.
+    size = divmod(len(data), _CHUNK)
+    chunks, rest = map(int, broadcast_one_to_all(np.array(size, np.uint32)))
+    parts = []
+    for number, length in enumerate([_CHUNK] * chunks + [rest]):
+        # Lengths are rounded up to a power of 2: JAX compiles anew for each that it meets.
+        part = np.zeros(2 ** max(10, (length - 1).bit_length()), np.uint8)
+        if is_first():
+            start = number * _CHUNK
+            part[:length] = np.frombuffer(data, np.uint8, length, start)
+        parts.append(broadcast_one_to_all(part)[:length].tobytes())
+    return b"".join(parts)
+
+
+def _gather(data: bytes) -> list[bytes]:
+    """The `data` of every process, short enough to be gathered whole."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    lengths = process_allgather(np.array(len(data), np.int32))
+    padded = np.zeros(max(1, lengths.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]

@@ -1,0 +1,183 @@
+"""Several processes of one run, on this machine, against one process with as many devices."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import kills
+from experiments.train import main
+from inmerge_jax.errors import InputError
+from inmerge_jax.training import hosts
+from tests.training import host_worker
+from tests.training.test_resume import REPOSITORY
+
+OPTIONS = (
+    "--size 16 --phantom.train 96 --phantom.val 27 --phantom.test 21 --model vgg11_bn "
+    "--width 0.1 --skip 5 --batch-size 16 --epochs 2 --merging-epochs 1 --arms inmerge "
+    "--recipe released --learning-rate 0.01 --threshold 0 --seeds 7"
+).split()
+
+
+def environment(devices):
+    # Cheap to compile; the same for all that are compared.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return {**os.environ, "XLA_FLAGS": flags}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments, devices):
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_all(output, *options, count=2):
+    """The processes of a run of `experiments.train` with `count` devices in all."""
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    command = ["experiments.train", "--output", str(output), "--cache", cache, *OPTIONS, *options]
+    if count == 1:
+        return [start(command, 2)]
+    meeting = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
+    return [start([*command, *meeting, "--process-id", str(i)], 1) for i in range(count)]
+
+
+def finish(processes, timeout=200):
+    """Statuses and outputs; whatever still runs at the end is killed."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+        return [process.returncode for process in processes], said
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_agree_and_compute_what_one_does(tmp_path):
+    port = str(free_port())
+    outputs = [tmp_path / f"{process}.npz" for process in range(2)]
+    worker = ["tests.training.host_worker", port]
+    statuses, said = finish(
+        [start([*worker, str(number), str(file)], 2) for number, file in enumerate(outputs)]
+    )
+    assert statuses == [0, 0], said
+    expected = host_worker.train(tuple(jax.local_devices()[:4]))
+    assert expected["merged"].sum() > 0 and expected["merged_in_validation"].sum() > 0
+    for file in outputs:
+        with np.load(file) as found:
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_a_run_of_two_processes_loses_one_and_resumes_to_the_bits_of_one_process(tmp_path):
+    (status,), said = finish(start_all(tmp_path / "one", count=1))
+    assert status == 0, said
+
+    processes = start_all(tmp_path / "two")
+    try:
+        checkpoint = tmp_path / "two" / "seed7" / "backbone" / "checkpoints" / "1"
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists():
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        processes[1].send_signal(signal.SIGKILL)
+    statuses, said = finish(processes)
+    assert statuses == [hosts.LOST, -signal.SIGKILL], said
+    assert "process 0 lost another process" in said[0] and "--resume" in said[0]
+    assert not (tmp_path / "two" / "results.json").exists()
+
+    statuses, said = finish(start_all(tmp_path / "two", "--resume"))
+    assert statuses == [0, 0], said
+    assert "goes on from epoch" in said[0] and "report: " in said[0]
+    # Process 1 says nothing but that it is there.
+    lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
+    assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
+    assert kills.run_evidence(tmp_path / "two") == kills.run_evidence(tmp_path / "one")
+
+
+def test_one_process_with_other_options_stops_all(tmp_path):
+    first, second = start_all(tmp_path / "run")
+    second.kill()
+    second.wait()
+    second = start([*second.args[2:], "--alpha", "0.5"], 1)
+    statuses, said = finish([first, second])
+    assert statuses == [2, 2], said
+    assert "process 1 was started with other options" in said[0]
+    assert "rule.alpha: 0.8 there, 0.5 here" in said[1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("10.0.0.1:80", None, None), "--num-processes and --process-id missing"),
+        ((None, 2, 0), "--coordinator missing"),
+        (("10.0.0.1", 2, 0), "--coordinator 10.0.0.1: give the address"),
+        (("host:99999", 2, 0), "--coordinator host:99999"),
+        (("host:80", 0, 0), "--num-processes 0: choose 1 or more"),
+        (("host:80", 2, 2), "--process-id 2: choose 0 to 1"),
+        (("host:80", 2, -1), "--process-id -1: choose 0 to 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(given, words):
+    with pytest.raises(InputError, match=words):
+        hosts.check_hosts(*given)
+
+
+def test_the_command_line_refuses_them_too(tmp_path, capsys):
+    assert main(["--coordinator", "127.0.0.1:80", "--output", str(tmp_path / "run")]) == 2
+    assert "--num-processes and --process-id missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("platforms", "error", "called"),
+    [
+        (None, None, 0),
+        ("cpu", None, 0),
+        ("tpu,cpu", None, 1),
+        ("tpu,cpu", ValueError("coordinator_address should be defined."), 1),
+        ("tpu,cpu", ConnectionError("no metadata server"), 1),
+    ],
+)
+def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error, called):
+    calls = []
+
+    def initialize(*args, **options):
+        calls.append(args)
+        if error is not None:
+            raise error
+
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    try:
+        jax.config.update("jax_platforms", platforms)
+        hosts.connect(None, None, None)
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert calls == [()] * called
+    assert ("trains alone" in capsys.readouterr().err) == (error is not None)
+
+
+def test_alone_a_process_agrees_with_itself():
+    assert hosts.is_first() and hosts.by_first(lambda: 5) == hosts.together(lambda: 5) == 5
+    hosts.require_same({})
+    assert hosts.leave(2) == 2
