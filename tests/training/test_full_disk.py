@@ -50,10 +50,9 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     assert evidence(folder) == evidence(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("looks_first", [True, False])
-def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys, looks_first):
-    if not looks_first:
-        monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys):
+    # Nobody looks for room first, so the disk is full in the middle of the write.
+    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
     append = loop.append_metrics
 
     def fill_up(path, line):
