@@ -243,8 +243,11 @@ def kill_and_resume(job: Job, moment: float, phase: str | None, whole: dict[str,
         found = re.findall(
             "(?:: goes on from|reducing images:) (epoch.*|.* are there already)", said
         )
-        beginning = "the results" if "results.json" in there else "the beginning"
-        resumed_from = "; ".join(found) or beginning
+        if "results.json" in there:
+            found = ["the results"]
+        elif "no image was reduced now" in said:
+            found = ["the reduced images"]
+        resumed_from = "; ".join(found) or "the beginning"
     row = {"command": job.module, **dataclasses.asdict(killed), "resumed_from": resumed_from}
     evidence = job.evidence(job.output)
     row["differences"] = sorted(
