@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import tyro
 
+from experiments.timing import machine
 from inmerge_jax.files import write_json
-from inmerge_jax.training.runfolder import environment
 
 _ROOT = Path(__file__).parents[1]
 TRAINING = (
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = kill_and_resume(job, moment, phase, whole)
         row = {"aimed_at": phase or "any moment", **row}
         stored["rows"].append(row)
-        stored["environment"] = environment()
+        stored["environment"] = machine()
         write_json(config.output, stored)
         print(json.dumps(row), flush=True)
     differing = [row for row in stored["rows"] if row["differences"]]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments.startup import PROGRAM
+from experiments.timing import machine
 from inmerge_jax import MergeRule, deep_kernels, find_kernels
 from inmerge_jax.data import make_phantom
 from inmerge_jax.files import write_json
@@ -27,7 +28,6 @@ from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.runfolder import environment
 from inmerge_jax.training.state import make_optimizer
 from inmerge_jax.training.steps import make_eval_step, make_train_step
 
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = soak(config, Path(folder))
     chosen = {name: value for name, value in vars(config).items() if name != "output"}
     verdict = judge(rows)
-    stored = {"options": chosen, "verdict": verdict, "rows": rows, "environment": environment()}
+    stored = {"options": chosen, "verdict": verdict, "rows": rows, "environment": machine()}
     write_json(config.output, stored)
     print(markdown(stored), end="")
     return 0 if verdict["passed"] else 1

@@ -1,11 +1,11 @@
-"""Writes the tables of README.md and docs/tpu.md anew, from experiments/results."""
+"""Writes the tables of README.md and of pages in docs anew, from experiments/results."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
-from experiments import fidelity, tpu_check
+from experiments import fidelity, kills, soak, tpu_check
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
@@ -36,10 +36,13 @@ SOURCES = {
     "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
     "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
     "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
+    "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
+    "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
     "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
 }
 PAGES = {
     "README.md": ("breastmnist", "benchmark", "fidelity"),
+    "docs/robustness.md": ("kills", "soak"),
     "docs/tpu.md": ("tpu_check",),
 }
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from inmerge_jax.training.runfolder import environment
+
 _REST = 0.02
 """Seconds between two contenders, so that the threads of the last one have stopped spinning."""
 
@@ -42,6 +44,13 @@ def take_turns(
             seconds[name].append((time.perf_counter() - start) / repeats)
         order.reverse()
     return seconds
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, for results that are stored: `environment` without paths and commit."""
+    kept = ("started", "python", "platform", "cpus", "packages", "devices")
+    around = environment()
+    return {name: around[name] for name in kept}
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class TrainConfig:
 
     SIGTERM and Ctrl-C end it after the update under way, with a checkpoint of it; the exit status
     is then 143 or 130, and the same command with --resume goes on. Other statuses: 0 done, 1
-    training diverged, 2 bad input or a disk that is full.
+    training diverged, 2 bad input or a disk that is full, 3 another process of the run was lost.
 
     Attributes:
       preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
