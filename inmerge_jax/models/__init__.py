@@ -45,6 +45,7 @@ def create_model(
     width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
+    remat: bool = False,
 ) -> nn.Module:
     """A classifier: float NHWC images to logits (batch, num_classes), at least float32.
 
@@ -65,9 +66,10 @@ def create_model(
         stay float32. float64, under JAX's 64-bit mode and given float64 variables, is float64
         throughout.
       axis_name: the mapped axis over whose devices batch statistics are averaged.
+      remat: keep less for the backward pass and compute it again; for DenseNets.
 
     Raises:
-      InputError: on an unknown name or stem, or a number out of range.
+      InputError: on an unknown name or stem, or a number out of range; `remat` for another network.
     """
     if name not in _MODELS:
         raise InputError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
@@ -79,6 +81,13 @@ def create_model(
         raise InputError(f"width {width} for {name}: choose a positive factor, such as 1.0 or 0.25")
     if num_classes < 1:
         raise InputError(f"num_classes {num_classes} for {name}: choose 1 or more")
+    if remat and not name.startswith("densenet"):
+        raise InputError(f"--remat is for densenet121, whose layers' inputs are large; not {name}")
     return _MODELS[name](
-        num_classes=num_classes, stem=stem, width=width, dtype=dtype, axis_name=axis_name
+        num_classes=num_classes,
+        stem=stem,
+        width=width,
+        dtype=dtype,
+        axis_name=axis_name,
+        **({"remat": True} if remat else {}),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.models.layers import (
+    BATCH_MOMENTS,
     BatchNorm,
     Linear,
     at_least_float32,
@@ -24,7 +26,7 @@ _BOTTLENECK = 4
 
 
 class DenseLayer(nn.Module):
-    """A 1x1 and a 3x3 convolution, each after its normalisation, whose output joins the input.
+    """A 1x1 and a 3x3 convolution, each after its normalisation, of all that came before.
 
     `conv` and `norm` make layers: `conv(features, size, name=...)`, `norm(name=...)`.
     """
@@ -34,13 +36,13 @@ class DenseLayer(nn.Module):
     norm: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (batch, h, w, inputs) to (batch, h, w, inputs + growth)."""
+    def __call__(self, *features: jax.Array) -> jax.Array:
+        """Maps arrays (batch, h, w, any) to (batch, h, w, growth)."""
+        x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         y = nn.relu(self.norm(name="norm1")(x))
         y = self.conv(_BOTTLENECK * self.growth, 1, name="conv1")(y)
         y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(self.growth, 3, name="conv2")(y)
-        return jnp.concatenate([x, y], axis=-1)
+        return self.conv(self.growth, 3, name="conv2")(y)
 
 
 class Transition(nn.Module):
@@ -62,6 +64,10 @@ class DenseNet(nn.Module):
     With the stem "imagenet" this is torchvision's network, initial values included. With "small"
     it is the usual form for small images: a 3x3 stem of stride 1 and no max-pool. Layers are named
     `denseblock1_denselayer2` where torchvision says `features.denseblock1.denselayer2`.
+
+    With `remat`, training keeps the output of each dense layer and the statistics of its
+    normalisations alone, and computes the rest of the layer again in the backward pass: less
+    memory for the operations of one more forward pass, and no more collectives.
     """
 
     block_sizes: tuple[int, ...]
@@ -71,6 +77,7 @@ class DenseNet(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -91,10 +98,18 @@ class DenseNet(nn.Module):
         x = nn.relu(make_norm(name="norm0")(x))
         if imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        dense_layer: Any = DenseLayer
+        if self.remat:
+            kept = jax.checkpoint_policies.save_only_these_names(BATCH_MOMENTS)
+            dense_layer = nn.remat(DenseLayer, policy=kept)
         for block, layers in enumerate(self.block_sizes, start=1):
+            features = [x]
             for layer in range(1, layers + 1):
                 name = f"denseblock{block}_denselayer{layer}"
-                x = DenseLayer(growth, make_conv, make_norm, name=name)(x)
+                features.append(dense_layer(growth, make_conv, make_norm, name=name)(*features))
+                if not self.remat:  # Then each layer joins them anew, so that no join is kept.
+                    features = [jnp.concatenate(features, axis=-1)]
+            x = jnp.concatenate(features, axis=-1)
             if block < len(self.block_sizes):
                 x = Transition(make_conv, make_norm, name=f"transition{block}")(x)
         x = nn.relu(make_norm(name="norm5")(x))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
 
@@ -17,6 +18,9 @@ KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 
 TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 """What PyTorch's Conv2d and Linear draw unless told otherwise: U(-1, 1) / sqrt(fan_in)."""
+
+BATCH_MOMENTS = "batch_moments"
+"""Name of the batch statistics, for policies of rematerialisation that keep them."""
 
 _MOMENTUM, _EPSILON = 0.1, 1e-5
 
@@ -109,7 +113,7 @@ class BatchNorm(nn.Module):
         if self.axis_name is not None:
             moments = lax.pmean(moments, self.axis_name)
             count *= lax.psum(1, self.axis_name)
-        mean, square = moments
+        mean, square = checkpoint_name(moments, BATCH_MOMENTS)
         return mean, jnp.maximum(square - jnp.square(mean), 0), count
 
 

@@ -92,11 +92,7 @@ def plan_run(config: TrainConfig) -> Plan:
     recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
     devices = choose_devices(config.devices)
     check_steps_per_call(config.steps_per_call, devices[0].platform)
-    if recipe.batch_size % len(devices):
-        raise InputError(
-            f"--batch-size {recipe.batch_size} cannot be shared by {len(devices)} devices: choose "
-            f"a multiple of {len(devices)}, or fewer --devices"
-        )
+    _check_shares(recipe.batch_size, len(devices), config.accumulate)
     dataset = load_dataset(config.data)
     steps_per_epoch(len(dataset.train), recipe.batch_size)
     workers = _workers(config, dataset)
@@ -112,6 +108,7 @@ def plan_run(config: TrainConfig) -> Plan:
         width=config.model.width,
         dtype=jnp.dtype(config.model.dtype),
         axis_name=AXIS,
+        remat=config.model.remat,
     )
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (dataset.size, dataset.size, channels)
@@ -126,6 +123,19 @@ def plan_run(config: TrainConfig) -> Plan:
     plan = dataclasses.replace(plan, init_sha256=_sha256(config.model.init_from))
     _initial(plan, config.seeds[0])
     return plan
+
+
+def _check_shares(batch_size: int, devices: int, parts: int) -> None:
+    if batch_size % devices:
+        raise InputError(
+            f"--batch-size {batch_size} cannot be shared by {devices} devices: choose a multiple "
+            f"of {devices}, or fewer --devices"
+        )
+    if batch_size % (devices * parts):
+        raise InputError(
+            f"--accumulate {parts}: {batch_size // devices} images a device cannot be cut into "
+            f"{parts} parts; choose a --batch-size that is a multiple of {devices * parts}"
+        )
 
 
 def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str, Any]:
@@ -245,7 +255,7 @@ def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel
 
 def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
-    per_call = {"steps_per_call": steps_per_call}
+    per_call = {"steps_per_call": steps_per_call, "accumulate": plan.config.accumulate}
     common = _common(plan)
     plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.deep:

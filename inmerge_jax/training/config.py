@@ -53,6 +53,8 @@ class ModelConfig:
         torchvision's network.
       width: Factor on the number of channels of every layer.
       dtype: What activations are computed in. Weights are always float32.
+      remat: Keep less of the forward pass in memory and compute it again for the backward pass; for
+        densenet121 on GPU and TPU (on CPU, XLA undoes it).
       init_from: Start the backbone from the weights in this file (.safetensors, .pth or .pt: a
         state dict of torchvision's network or a checkpoint of the MedMNIST benchmark) instead of
         from random ones.
@@ -63,6 +65,7 @@ class ModelConfig:
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     replace_head: bool = False
 
@@ -165,7 +168,7 @@ class TrainConfig:
 
     SIGTERM and Ctrl-C end it after the update under way, with a checkpoint of it; the exit status
     is then 143 or 130, and the same command with --resume goes on. Other statuses: 0 done, 1
-    training diverged, 2 bad input or a disk that is full, 3 another process of the run was lost.
+    training diverged, 2 bad input or a disk that is full.
 
     Attributes:
       preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
@@ -181,6 +184,9 @@ class TrainConfig:
       arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
         the others start from it.
       devices: Number of local devices that share every batch; with several processes, all do.
+      accumulate: Parts that each device's share of a batch is cut into, for less memory: their
+        gradients are averaged into one update, which merges once. A network without batch
+        normalisation and dropout trains the same; batch normalisation sees each part on its own.
       steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
         host; an epoch's last few updates go one by one.
       workers: Processes that read and decode images; 0 for threads of the training process. Only
@@ -212,6 +218,7 @@ class TrainConfig:
     devices: Annotated[
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")
     ] = None
+    accumulate: int = 1
     steps_per_call: int = 1
     workers: Annotated[
         int | None,
@@ -313,6 +320,7 @@ def check_run(config: TrainConfig) -> None:
         raise InputError("--replace-head is for the head of a file: give --init-from too")
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")
+    _require(config.accumulate >= 1, "accumulate", config.accumulate, "choose 1 or more")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
 
@@ -350,6 +358,10 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
+    if not config.model.remat:
+        del values["model"]["remat"]
+    if config.accumulate == 1:
+        del values["accumulate"]
     if data_sha256:
         values["data"]["content_sha256"] = data_sha256
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}

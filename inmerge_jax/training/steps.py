@@ -56,6 +56,7 @@ def make_train_step(
     kernels: tuple[Kernel, ...] = (),
     rule: MergeRule | None = None,
     steps_per_call: int = 1,
+    accumulate: int = 1,
     positive_weights: Any = None,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
@@ -70,6 +71,9 @@ def make_train_step(
       rule: how; with None no merging is in the program.
       steps_per_call: above 1, the step is that many updates in a row: each array of `batch` has an
         axis of steps after that of devices. For GPU and TPU; see `config.check_steps_per_call`.
+      accumulate: above 1, the gradient is the mean over that many equal parts of a device's rows,
+        one after the other. The parts of the same number on all devices are one batch for batch
+        normalisation, whose running statistics then move that often in an update.
       positive_weights: float32 (labels,), see `example_losses`.
 
     Returns:
@@ -77,6 +81,43 @@ def make_train_step(
       axis of devices; `root` is one key for all, so that all replicas merge the same kernels.
       `state` is donated; `totals` is not, so that the host may read an earlier step's.
     """
+
+    def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
+        images = normalise(batch["image"], recipe)
+        if recipe.flip:
+            images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
+        dropout = jax.random.fold_in(key, DROPOUT)
+        dropout = dropout if accumulate == 1 else jax.random.fold_in(dropout, part)
+
+        def mean_loss(params: Any) -> Any:
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout},
+            )
+            losses = example_losses(logits, batch["label"], multi_label, positive_weights)
+            return jnp.mean(losses), updated.get("batch_stats", {})
+
+        (loss, updated), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        return loss, updated, grads
+
+    def accumulated(params: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
+        def one(carry: Any, part: Any) -> Any:
+            total, batch_stats, grads = carry
+            loss, batch_stats, more = gradient(params, batch_stats, part[0], key, part[1])
+            return (total + loss, batch_stats, jax.tree.map(jnp.add, grads, more)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        zeros = (jnp.zeros(()), batch_stats, jax.tree.map(jnp.zeros_like, params))
+        # XLA's CPU backend is slow at convolutions in loops, so there the loop is written out.
+        unroll = accumulate if devices[0].platform == "cpu" else 1
+        (loss, batch_stats, grads), _ = lax.scan(
+            one, zeros, (parts, jnp.arange(accumulate)), unroll=unroll
+        )
+        loss, grads = jax.tree.map(lambda x: x / accumulate, (loss, grads))
+        return loss, batch_stats, grads
 
     def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
         key = jax.random.fold_in(root, state.step)
@@ -86,22 +127,10 @@ def make_train_step(
             params, stats = merge_kernels(params, merging_key, kernels, rule)
             totals = _counted(totals, stats)
 
-        images = normalise(batch["image"], recipe)
-        if recipe.flip:
-            images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
-
-        def mean_loss(params: Any) -> Any:
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(key, DROPOUT)},
-            )
-            losses = example_losses(logits, batch["label"], multi_label, positive_weights)
-            return jnp.mean(losses), updated.get("batch_stats", {})
-
-        (loss, batch_stats), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        if accumulate == 1:
+            loss, batch_stats, grads = gradient(params, state.batch_stats, batch, key)
+        else:
+            loss, batch_stats, grads = accumulated(params, state.batch_stats, batch, key)
         loss, grads = lax.pmean((loss, grads), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
