@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from experiments import fidelity, kills, soak, tpu_check
+from experiments import fidelity, kills, scaling, soak, tpu_check
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
@@ -38,11 +38,13 @@ SOURCES = {
     "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
+    "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
 }
 PAGES = {
     "README.md": ("breastmnist", "benchmark", "fidelity"),
     "docs/robustness.md": ("kills", "soak"),
+    "docs/scaling.md": ("scaling",),
     "docs/tpu.md": ("tpu_check",),
 }
 

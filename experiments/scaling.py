@@ -1,0 +1,165 @@
+"""The same merging steps on 1, 2, 4 and 8 simulated devices, and in two processes.
+
+Simulated devices share this machine's cores, so their times say nothing of real ones; what is shown
+is that the training is the same, and what the devices send each other.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from inmerge_jax.files import write_json
+
+CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
+"""Devices and processes."""
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Trains the same steps on simulated devices, one process after another, and compares them.
+
+    Attributes:
+      output: JSON file for the results.
+      steps: Updates of each.
+      keep: Folder for what each case leaves, so that an interrupted command goes on there.
+    """
+
+    output: Path = Path("experiments/results/scaling.json")
+    steps: int = 10
+    keep: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+
+
+def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
+    """A row for each case, compared with one device and with one process of as many devices."""
+    rows, found = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if keep is None else keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for devices, processes in CASES:
+            output = folder / f"{devices}-{processes}-{steps}.json"
+            if not output.exists():
+                _start(output, devices, processes, steps)
+            row = json.loads(output.read_bytes())
+            with np.load(output.with_suffix(".npz")) as arrays:
+                found[devices, processes] = row["losses"], dict(arrays)
+            for name, other in (("one_device", (1, 1)), ("one_process", (devices, 1))):
+                row[name] = _differences(found[devices, processes], found[other])
+            rows.append(row)
+            print(f"{devices} devices, {processes} processes: done", flush=True)
+    return rows
+
+
+def _start(output: Path, devices: int, processes: int, steps: int) -> None:
+    """Runs the steps; raises CalledProcessError where a process fails."""
+    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "experiments.scaling_step"]
+    command += ["--output", str(output), "--steps", str(steps)]
+    started = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for number in range(processes):
+        meeting = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
+        meeting += ["--process-id", str(number)]
+        started.append(
+            subprocess.Popen(
+                command + (meeting if processes > 1 else []),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    for process in started:
+        said, _ = process.communicate()
+        if process.returncode:
+            sys.stderr.buffer.write(said)
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def _differences(found: Any, other: Any) -> dict[str, float]:
+    """Largest relative difference of a step's loss, and largest difference of a parameter."""
+    (losses, params), (other_losses, other_params) = found, other
+    return {
+        "loss": float(np.max(np.abs(np.divide(losses, other_losses) - 1))),
+        "parameter": max(float(np.abs(params[k] - other_params[k]).max()) for k in params),
+    }
+
+
+HEADINGS = (
+    "devices",
+    "processes",
+    "updates within 1e-6",
+    "loss, from one device",
+    "weights, from one device",
+    "weights, from one process",
+    "replicas",
+    "collectives",
+    "their MB",
+    "added by merging",
+    "step",
+)
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """One line of the table for each row."""
+    for row in rows:
+        counts = {
+            name: [sum(kind[what] for kind in kinds.values()) for what in ("count", "bytes")]
+            for name, kinds in row["collectives"].items()
+        }
+        number, size = counts["merging"]
+        apart = np.abs(np.divide(row["losses"], rows[0]["losses"]) - 1) > 1e-6
+        agreeing = int(np.argmax(apart)) if apart.any() else len(apart)
+        more = [a - b for a, b in zip(counts["merging"], counts["plain"], strict=True)]
+        exact = row["one_process"]["parameter"] == 0
+        yield [
+            str(row["devices"]),
+            str(row["processes"]),
+            str(agreeing),
+            f"{row['one_device']['loss']:.1e}",
+            f"{row['one_device']['parameter']:.1e}",
+            ""
+            if row["processes"] == 1
+            else "same bits"
+            if exact
+            else f"{row['one_process']['parameter']:.1e}",
+            "same bits" if row["replicas_equal"] else "**differ**",
+            str(number),
+            f"{size / 1e6:.2f}",
+            f"{more[0]}, {more[1]} bytes",
+            f"{1000 * np.median(row['step_seconds']):.0f} ms",
+        ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for docs/scaling.md."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + " ---: |" * len(HEADINGS)]
+    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    steps, merged = rows[0]["steps"], {row["merged"] for row in rows}
+    counts = " or ".join(f"{count:,}" for count in sorted(merged))
+    lines += ["", f"{steps} updates; {counts} kernels merged in each row."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0."""
+    config = tyro.cli(ScalingConfig, prog="python -m experiments.scaling", args=arguments)
+    rows = measure(config.steps, config.keep)
+    write_json(config.output, rows)
+    print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""What experiments.scaling stores holds what docs/scaling.md says of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import scaling, tables
+
+ROWS = json.loads((tables.RESULTS / "scaling.json").read_bytes())
+
+
+def test_differences():
+    one = [1.0, 2.0], {"a": np.array([1.0, 2.0]), "b": np.zeros(3)}
+    other = [1.0, 2.5], {"a": np.array([1.0, 1.5]), "b": np.ones(3)}
+    assert scaling._differences(other, one) == pytest.approx({"loss": 0.25, "parameter": 1.0})
+    assert scaling._differences(one, one) == {"loss": 0, "parameter": 0}
+
+
+def test_the_stored_rows_are_all_cases_and_the_same_training():
+    assert [(row["devices"], row["processes"]) for row in ROWS] == list(scaling.CASES)
+    for row in ROWS:
+        assert row["replicas_equal"] and row["merged"] > 0
+        np.testing.assert_allclose(row["losses"][:3], ROWS[0]["losses"][:3], rtol=1e-6)
+        assert row["one_device"]["loss"] < 1e-3
+        assert row["collectives"]["merging"] == row["collectives"]["plain"]
+    sent = [row["collectives"]["merging"] for row in ROWS if row["devices"] > 1]
+    assert all(kinds == sent[0] for kinds in sent), "no more of them with more devices"
+
+
+def test_a_difference_is_in_the_table():
+    broken = [{**ROWS[-1], "replicas_equal": False}]
+    assert "**differ**" in scaling.markdown(broken)
+    assert "**differ**" not in scaling.markdown(ROWS)
