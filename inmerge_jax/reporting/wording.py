@@ -89,10 +89,13 @@ def _verdict(summary: Summary, auc: Spread) -> str:
     smallest = _smallest(summary)
     beyond = ""
     if smallest is not None and summary.resolution is not None:
+        images = summary.resolution.images
         small = abs(auc.mean) < smallest
         beyond = (
-            f"{summary.resolution.images} test images resolve differences of about "
-            f"{plain(smallest)}, and this one is {'smaller' if small else 'larger'}"
+            f"{images} test images resolve differences of about {plain(smallest)}, and this one is "
+            f"{'smaller' if small else 'larger'}"
+            if smallest
+            else f"both rank the {images} test images alike"
         )
     if auc.interval is None:
         return f"That shows no effect either way{'; ' + beyond if beyond else ''}."

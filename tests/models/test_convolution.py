@@ -30,12 +30,12 @@ SHAPES = {
     "large and strided": (2, 21, 24, 5, 7, 3, 2, [(1, 1), (0, 1)]),
     "stride 3": (2, 30, 31, 5, 7, 3, 3, [(2, 1), (0, 3)]),
     "imagenet stem": (1, 32, 32, 3, 4, 7, 2, [(3, 3), (3, 3)]),
-    "tiles": (8, 8, 8, 32, 40, 3, 1, [(1, 1), (1, 1)]),
-    "odd tiles": (8, 7, 9, 33, 32, 3, 1, [(1, 1), (1, 1)]),
-    "tiles SAME": (4, 12, 11, 32, 32, 3, 1, "SAME"),
-    "tiles VALID": (4, 15, 14, 32, 32, 3, 1, "VALID"),
-    "tiles, uneven padding": (4, 12, 13, 32, 32, 3, 1, [(0, 3), (2, 0)]),
-    "tiles, cropping padding": (4, 20, 21, 32, 32, 3, 1, [(-1, 1), (4, -2)]),
+    "tiles": (8, 8, 8, 64, 72, 3, 1, [(1, 1), (1, 1)]),
+    "odd tiles": (8, 7, 9, 65, 64, 3, 1, [(1, 1), (1, 1)]),
+    "tiles SAME": (4, 12, 11, 64, 64, 3, 1, "SAME"),
+    "tiles VALID": (4, 15, 14, 64, 64, 3, 1, "VALID"),
+    "tiles, uneven padding": (4, 12, 13, 64, 64, 3, 1, [(0, 3), (2, 0)]),
+    "tiles, cropping padding": (4, 20, 21, 64, 64, 3, 1, [(-1, 1), (4, -2)]),
 }
 TAKES_A_CPU_ROUTE = set(SHAPES) - {"imagenet stem"}
 TILES = [case for case in SHAPES if "tiles" in case]
@@ -69,7 +69,7 @@ def route_and_native(stride, padding, **options):
 
 @pytest.mark.parametrize(
     ("case", "dtype", "tolerance"),
-    [(case, jnp.float32, 1e-5) for case in SHAPES]
+    [(case, jnp.float32, 3e-5 if "tiles" in case else 1e-5) for case in SHAPES]
     + [(case, jnp.bfloat16, 3e-2) for case in ("two pixels", "projection", "large", "tiles")],
 )
 def test_value_and_both_gradients_equal_the_native_ones(case, dtype, tolerance):
@@ -170,4 +170,4 @@ def test_remat_and_pmap(case):
     halves = x.reshape(2, -1, *x.shape[1:])
     actual = jax.pmap(step, axis_name="d", in_axes=(0, None), devices=jax.devices()[:2])(halves, w)
     expected = value_and_gradients(native, x, w)[2]
-    assert relative_error(actual[0], expected) < 1e-5
+    assert relative_error(actual[0], expected) < 3e-5
