@@ -17,6 +17,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from experiments.conversion import conversion_rows
 from experiments.startup import cache_rows
 from experiments.timing import Row, Target, ratio_row, take_turns, to_table
 from inmerge_jax import MergeRule, deep_kernels, find_kernels, merge_kernels
@@ -33,7 +34,7 @@ from inmerge_jax.training.steps import make_train_step, zero_totals
 from tests.oracles.released_torch import merge_pass
 from tests.oracles.torch_networks import create_network
 
-Section = Literal["merge", "overhead", "pytorch", "cache"]
+Section = Literal["merge", "overhead", "pytorch", "conversion", "cache"]
 
 CLASSES = 14
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
@@ -51,9 +52,9 @@ class BenchmarkConfig:
 
     merge: one merge of VGG19's six deep layers against a PyTorch reading of the released code's
     loop. overhead: the training step with merging against the same step without. pytorch: the
-    training step without merging against PyTorch's. cache: what a second start of a training
-    command compiles anew. Contenders take turns in one process; a ratio is the median of the ratios
-    of times from the same round.
+    training step without merging against PyTorch's. conversion: VGG19's weights from PyTorch's
+    form and back. cache: what a second start of a training command compiles anew. Contenders take
+    turns in one process; a ratio is the median of the ratios of times from the same round.
 
     Attributes:
       only: The sections to measure. Of the others, the output file keeps what it holds.
@@ -61,7 +62,7 @@ class BenchmarkConfig:
       rounds: Factor on every number of rounds, such as 0.1 for a quick look.
     """
 
-    only: tuple[Section, ...] = ("merge", "overhead", "pytorch", "cache")
+    only: tuple[Section, ...] = ("merge", "overhead", "pytorch", "conversion", "cache")
     output: Path = Path("experiments/results/benchmark.json")
     rounds: float = 1.0
 
@@ -132,6 +133,7 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
         "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
         "overhead": lambda: [overhead_row(case) for case in scaled(OVERHEAD_CASES)],
         "pytorch": lambda: [row for case in scaled(PYTORCH_CASES) for row in pytorch_rows(case)],
+        "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
         "cache": lambda: cache_rows("experiments.train", TINY_RUN),
     }
 

@@ -123,13 +123,13 @@ def rows(stored: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-_COLUMNS = ("", "worker processes", "images/s", f"{ALL_IMAGES:,} images, extrapolated")
+COLUMNS = ("", "worker processes", "images/s", f"{ALL_IMAGES:,} images, extrapolated")
 
 
 def table(stored: dict[str, Any]) -> Table:
     """The stored rates for the terminal."""
     drawn = Table(title=stored["data"], title_justify="left")
-    for index, column in enumerate(_COLUMNS):
+    for index, column in enumerate(COLUMNS):
         drawn.add_column(column, justify="right" if index else "left")
     for row in rows(stored):
         drawn.add_row(*row)

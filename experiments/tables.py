@@ -1,10 +1,11 @@
-"""Writes the tables of README.md and of pages in docs anew, from experiments/results."""
+"""Writes the tables of README.md and docs anew, from experiments/results."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
+from experiments import chestxray14_input as chestxray14_rates
 from experiments import fidelity, kills, scaling, soak, tpu_check
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
@@ -32,6 +33,22 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
+def chestxray14_runs(folder: Path) -> str:
+    """Every stored run on ChestX-ray14: its command and its own table."""
+    parts = []
+    for run in sorted(path.parent for path in folder.glob("*/table.md")):
+        command = json.loads((run / "environment.json").read_bytes())["command"]
+        parts.append(f"### {run.name}\n\n    {command}\n\n{(run / 'table.md').read_text()}")
+    return "\n".join(parts)
+
+
+def chestxray14_input(path: Path) -> str:
+    """Images per second of ChestX-ray14's input, as Markdown."""
+    rows = [chestxray14_rates.COLUMNS, *chestxray14_rates.rows(json.loads(path.read_bytes()))]
+    rows.insert(1, ("---", *["---:"] * (len(rows[0]) - 1)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 SOURCES = {
     "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
     "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
@@ -39,12 +56,15 @@ SOURCES = {
     "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
     "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
+    "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
+    "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
     "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
 }
 PAGES = {
     "README.md": ("breastmnist", "benchmark", "fidelity"),
     "docs/robustness.md": ("kills", "soak"),
     "docs/scaling.md": ("scaling",),
+    "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),
 }
 

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 from experiments import benchmark, timing  # noqa: E402
 from experiments.benchmark import Case  # noqa: E402
+from experiments.conversion import conversion_rows  # noqa: E402
 from experiments.startup import cache_rows  # noqa: E402
 from experiments.timing import Row, Target, ratio_row, take_turns  # noqa: E402
 from inmerge_jax.models import create_model  # noqa: E402
@@ -154,6 +155,18 @@ def test_steps_are_compared_in_one_process():
     assert [row["quantity"] for row in rows] == ["PyTorch / plain", "PyTorch channels_last / plain"]
     assert [row["target"] for row in rows] == ["at least 1", None]
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())
+
+
+def test_conversion_is_timed_both_ways():
+    rows = [row.to_dict() for row in conversion_rows(rounds=2, name="resnet18")]
+    assert [row["quantity"] for row in rows] == [
+        "from_state_dict, seconds",
+        "to_state_dict, seconds",
+    ]
+    for row in rows:
+        (times,) = row["seconds"].values()
+        assert row["value"] == times["median"] and len(times["all"]) == 2
+        assert row["met"] == (row["value"] <= 5)
 
 
 def test_second_start_compiles_nothing_anew():
