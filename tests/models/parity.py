@@ -152,6 +152,10 @@ def relative_errors(ours, theirs):
     }
 
 
+def in_dtype(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
 def check_network(name, stem):
     """Asserts that a network equals PyTorch's to rounding, and comes back from here bit for bit.
 
@@ -169,7 +173,7 @@ def check_network(name, stem):
 
     for dtype, atol in (("float32", 1e-4), ("float64", 1e-9)):
         model = create_model(name, CLASSES, stem=stem, width=width, dtype=jnp.dtype(dtype))
-        given = jax.tree.map(lambda x: x.astype(dtype), (variables, images, weights))  # noqa: B023
+        given = in_dtype((variables, images, weights), dtype)
         with jax.enable_x64(dtype == "float64"):
             evaluation, logits, trained, kept = jax.device_get(compile_ours(model, *given)(*given))
         theirs = run_theirs(network, state_dict, *given[1:], kept)

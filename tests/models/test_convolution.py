@@ -39,6 +39,8 @@ SHAPES = {
 }
 TAKES_A_CPU_ROUTE = set(SHAPES) - {"imagenet stem"}
 TILES = [case for case in SHAPES if "tiles" in case]
+# Rounding, relative to the largest value. The tiles' differences cancel part of what they add up.
+TOLERANCE = {case: 3e-5 if case in TILES else 1e-5 for case in SHAPES}
 
 
 def draw(batch, height, width, inputs, outputs, window, dtype=jnp.float32):
@@ -69,7 +71,7 @@ def route_and_native(stride, padding, **options):
 
 @pytest.mark.parametrize(
     ("case", "dtype", "tolerance"),
-    [(case, jnp.float32, 3e-5 if "tiles" in case else 1e-5) for case in SHAPES]
+    [(case, jnp.float32, TOLERANCE[case]) for case in SHAPES]
     + [(case, jnp.bfloat16, 3e-2) for case in ("two pixels", "projection", "large", "tiles")],
 )
 def test_value_and_both_gradients_equal_the_native_ones(case, dtype, tolerance):
@@ -148,14 +150,13 @@ def test_anything_but_a_plain_convolution_is_native(options):
 def test_vmap_over_images_and_over_weights(case):
     *sizes, stride, padding = SHAPES[case]
     x, w = draw(*sizes)
-    xs, ws = jnp.stack([x, -2 * x]), jnp.stack([w, w + 1])
+    xs, ws = jnp.stack([x, -2 * x]), jnp.stack([w, w[::-1]])
     route, native = route_and_native(stride, padding)
     both = partial(value_and_gradients, route)
     actual = jax.jit(jax.vmap(both))(xs, ws)
     for i in range(2):
-        # Weights with a mean of 1, which the tiles' differences partly cancel.
         for a, e in zip(actual, value_and_gradients(native, xs[i], ws[i]), strict=True):
-            assert relative_error(a[i], e) < 5e-5
+            assert relative_error(a[i], e) < TOLERANCE[case]
 
 
 @pytest.mark.parametrize("case", ["two pixels", "several blocks of rows", "odd tiles"])
@@ -170,4 +171,4 @@ def test_remat_and_pmap(case):
     halves = x.reshape(2, -1, *x.shape[1:])
     actual = jax.pmap(step, axis_name="d", in_axes=(0, None), devices=jax.devices()[:2])(halves, w)
     expected = value_and_gradients(native, x, w)[2]
-    assert relative_error(actual[0], expected) < 3e-5
+    assert relative_error(actual[0], expected) < TOLERANCE[case]
