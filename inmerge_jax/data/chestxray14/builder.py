@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -53,7 +53,7 @@ class ChestXray14(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [_config(split, size) for split in SPLITS for size in SIZES]  # noqa: RUF012
+    BUILDER_CONFIGS: ClassVar = [_config(split, size) for split in SPLITS for size in SIZES]
 
     def __init__(
         self,
