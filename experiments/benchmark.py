@@ -20,11 +20,12 @@ from rich.console import Console
 from experiments.conversion import conversion_rows
 from experiments.startup import cache_rows
 from experiments.timing import Row, Target, ratio_row, take_turns, to_table
-from inmerge_jax import MergeRule, deep_kernels, find_kernels, merge_kernels
+from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.models import create_model
+from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
 from inmerge_jax.training.recipes import RECIPES, Recipe
@@ -283,21 +284,11 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[Callable[[]
     """The library's own training steps on one device, one for each rule, all on one state."""
     devices = choose_devices(1)
     model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
-    image = jnp.zeros((1, case.size, case.size, 3))
-    init = jax.jit(lambda key: model.init(key, image, train=False))
-    variables = jax.device_get(init(jax.random.key(0)))
-    rest = {name: value for name, value in variables.items() if name != "params"}
-    kernels = find_kernels(
-        lambda params: model.apply({"params": params, **rest}, image, train=False),
-        variables["params"],
-    )
+    shape = (case.size, case.size, 3)
+    params, batch_stats = random_weights(model, shape, seed=0)
+    kernels = convolutions(model, shape)
     optimizer = make_optimizer(case.recipe)
-    state = new_state(
-        variables["params"],
-        rest.get("batch_stats", {}),
-        optimizer,
-        case.recipe.learning_rate,
-    )
+    state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
     state = replicate(state, devices)
     images, labels = _batch(case)
     index = np.arange(case.batch, dtype=np.int32)

@@ -38,12 +38,12 @@ class StepConfig:
 def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of this process's devices, and the parameters after the last step by their path."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from inmerge_jax import MergeRule, deep_kernels, find_kernels
+    from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.data import make_phantom, train_batches
     from inmerge_jax.models import create_model
+    from inmerge_jax.training.initial import convolutions, random_weights
     from inmerge_jax.training.parallel import (
         AXIS,
         broadcast,
@@ -62,16 +62,9 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     recipe = replace(RECIPES["released"], learning_rate=LEARNING_RATE)
     dataset = make_phantom(size=SIZE, train=2 * BATCH, val=8, test=8)
     model = create_model(MODEL, dataset.num_classes, width=WIDTH, axis_name=AXIS)
-    image = jnp.zeros((1, SIZE, SIZE, 3))
-    variables = jax.device_get(
-        jax.jit(lambda key: model.init(key, image, train=False))(jax.random.key(0))
-    )
-    params, batch_stats = variables["params"], variables["batch_stats"]
-
-    def forward(params: Any, x: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-
-    deep = deep_kernels(find_kernels(forward, params, image), skip=SKIP)
+    shape = (SIZE, SIZE, 3)
+    params, batch_stats = random_weights(model, shape, seed=0)
+    deep = deep_kernels(convolutions(model, shape), skip=SKIP)
     optimizer = make_optimizer(recipe)
     common = {"multi_label": False, "devices": devices}
     rule = MergeRule(threshold=-1.0)

@@ -14,20 +14,21 @@ from typing import Any
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import tyro
 
 from experiments.startup import PROGRAM
 from experiments.timing import machine
-from inmerge_jax import MergeRule, deep_kernels, find_kernels
+from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.data import make_phantom
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.loop import Setup, Stage, train_stage
+from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.loop import train_stage
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
+from inmerge_jax.training.stage import Setup, Stage
 from inmerge_jax.training.state import make_optimizer
 from inmerge_jax.training.steps import make_eval_step, make_train_step
 
@@ -115,15 +116,9 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     data = make_phantom(size=config.size, train=config.every * config.batch_size, val=128, test=128)
     devices = tuple(jax.local_devices()[:1])
     model = create_model(config.model, data.num_classes, width=config.width, axis_name=AXIS)
-    images = jnp.zeros((1, config.size, config.size, len(recipe.mean)))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
-    variables = jax.device_get(variables)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-
-    def forward(params: Any, batch_stats: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
-
-    kernels = find_kernels(forward, params, batch_stats)
+    shape = (config.size, config.size, len(recipe.mean))
+    params, batch_stats = random_weights(model, shape, seed=0)
+    kernels = convolutions(model, shape)
     deep, optimizer = deep_kernels(kernels, skip=config.skip), make_optimizer(recipe)
     common = {"multi_label": data.multi_label, "devices": devices}
     rule = MergeRule(threshold=0.1)

@@ -176,8 +176,9 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
     import numpy as np
     from jax.experimental import topologies
 
-    from inmerge_jax import MergeRule, deep_kernels, find_kernels
+    from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.models import create_model
+    from inmerge_jax.training.initial import convolutions
     from inmerge_jax.training.parallel import AXIS
     from inmerge_jax.training.recipes import RECIPES
     from inmerge_jax.training.state import TrainState, make_optimizer
@@ -192,10 +193,7 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
     )
     params, rest = variables["params"], variables.get("batch_stats", {})
 
-    def forward(params: Any, batch_stats: Any, x: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-
-    deep = deep_kernels(find_kernels(forward, params, rest, image), skip=10)
+    deep = deep_kernels(convolutions(model, image.shape[1:]), skip=10)
     merging = case.step != "plain"
     recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
     optimizer = make_optimizer(recipe)

@@ -1,7 +1,6 @@
 """A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
 
 import dataclasses
-import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -17,10 +16,9 @@ from rich.console import Console
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
-from inmerge_jax.kernels import Kernel, find_kernels
+from inmerge_jax.kernels import Kernel
 from inmerge_jax.merging import MergeRule
 from inmerge_jax.models import create_model
-from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
@@ -32,13 +30,20 @@ from inmerge_jax.training.config import (
     resolve_rule,
 )
 from inmerge_jax.training.hosts import by_first, is_first, require_same
-from inmerge_jax.training.loop import Setup, Stage, read_result, train_stage
+from inmerge_jax.training.initial import (
+    convolutions,
+    file_sha256,
+    random_weights,
+    weights_from_file,
+)
+from inmerge_jax.training.loop import read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, positive_weights
 from inmerge_jax.training.runfolder import cannot_write, environment, open_run
+from inmerge_jax.training.stage import Setup, Stage
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
 from inmerge_jax.training.stopping import never
@@ -112,7 +117,7 @@ def plan_run(config: TrainConfig) -> Plan:
     )
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (dataset.size, dataset.size, channels)
-    kernels = _convolutions(model, shape)
+    kernels = convolutions(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
     plan = Plan(
@@ -120,7 +125,7 @@ def plan_run(config: TrainConfig) -> Plan:
     )
     if config.model.init_from is None:
         return plan
-    plan = dataclasses.replace(plan, init_sha256=_sha256(config.model.init_from))
+    plan = dataclasses.replace(plan, init_sha256=file_sha256(config.model.init_from))
     _initial(plan, config.seeds[0])
     return plan
 
@@ -240,19 +245,6 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     return results
 
 
-def _convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
-    """The network's convolutions, from an abstract trace."""
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(
-        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
-    )
-
-    def forward(params: Any, batch_stats: Any, x: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-
-    return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
-
-
 def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
     per_call = {"steps_per_call": steps_per_call, "accumulate": plan.config.accumulate}
@@ -299,45 +291,12 @@ def _config_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
-    """Parameters and batch statistics, random or those of --init-from, as NumPy arrays."""
-    if plan.init_sha256 is not None:
-        variables = _from_file(plan, jax.random.key(seed))
-        return variables["params"], variables.get("batch_stats", {})
-    # XLA's CPU backend takes 8 s over ResNet-18's draws, and 2.6 s at level 1, for the same bits.
-    cheap = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    image = jnp.zeros((1, *plan.shape))
-    init = jax.jit(lambda key: plan.model.init(key, image, train=False), compiler_options=cheap)
-    variables = jax.device_get(init(jax.random.key(seed)))
-    return variables["params"], variables.get("batch_stats", {})
-
-
-def _from_file(plan: Plan, key: jax.Array) -> dict[str, Any]:
-    """The variables in the file --init-from; `key` is for a head that is replaced."""
-    chosen = plan.config.model
-    if _sha256(chosen.init_from) != plan.init_sha256:
-        raise InputError(f"--init-from {chosen.init_from}: the file changed during the run")
-    try:
-        return from_state_dict(
-            chosen.name,
-            read_state_dict(chosen.init_from),
-            stem=chosen.stem,
-            num_classes=plan.dataset.num_classes,
-            channels=plan.shape[-1],
-            width=chosen.width,
-            head_key=key if chosen.replace_head else None,
-        )
-    except InputError as error:
-        raise InputError(f"--init-from {chosen.init_from}: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"--init-from {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
-        ) from error
+    """Parameters and batch statistics, random or those of --init-from."""
+    if plan.init_sha256 is None:
+        return random_weights(plan.model, plan.shape, seed)
+    return weights_from_file(
+        plan.config.model, plan.init_sha256, plan.dataset.num_classes, plan.shape[-1], seed
+    )
 
 
 def _best(

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,15 +10,13 @@ import numpy as np
 from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.training.hosts import gather_rows
 from inmerge_jax.training.parallel import replicate, split, unreplicate
+from inmerge_jax.training.stage import Setup
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals
 from inmerge_jax.training.stopping import Stopped, never
 
-if TYPE_CHECKING:
-    from inmerge_jax.training.loop import Setup
 
-
-def evaluate(setup: "Setup", state: TrainState, images: Split) -> tuple[np.ndarray, float]:
+def evaluate(setup: Setup, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
     """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated.
 
     Each process evaluates its rows of every batch, and gets the results of all.

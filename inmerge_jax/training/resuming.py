@@ -6,7 +6,7 @@ was stopped: the state, and the epoch's totals so far. It goes when the epoch's 
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from inmerge_jax.training.checkpoints import (
     DamagedError,
@@ -17,12 +17,10 @@ from inmerge_jax.training.checkpoints import (
     save_checkpoint,
 )
 from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.stage import Stage
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals
 from inmerge_jax.training.stopping import Stopped
-
-if TYPE_CHECKING:
-    from inmerge_jax.training.loop import Stage
 
 
 class Start(NamedTuple):
@@ -43,7 +41,7 @@ class Start(NamedTuple):
     warnings: list[str]
 
 
-def find_start(stage: "Stage", fresh: TrainState, zeros: Totals, progress: ProgressLine) -> Start:
+def find_start(stage: Stage, fresh: TrainState, zeros: Totals, progress: ProgressLine) -> Start:
     """The newest whole checkpoint of the stage, or its beginning; says so, and what is damaged.
 
     Args:
@@ -77,7 +75,7 @@ def find_start(stage: "Stage", fresh: TrainState, zeros: Totals, progress: Progr
 
 
 def keep_updates(
-    stage: "Stage",
+    stage: Stage,
     epoch: int,
     totals: Totals,
     started: float,
@@ -109,10 +107,10 @@ def keep_updates(
     return Stopped(where)
 
 
-def drop_updates(stage: "Stage") -> None:
+def drop_updates(stage: Stage) -> None:
     """Deletes what `keep_updates` has written: the epoch's own checkpoint is there."""
     prune(_mid_epoch(stage), ())
 
 
-def _mid_epoch(stage: "Stage") -> Path:
+def _mid_epoch(stage: Stage) -> Path:
     return stage.folder / "mid_epoch"

@@ -1,14 +1,13 @@
 """The training step and inference, exported once for TPU, CUDA and CPU, are the same functions."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.arms import _convolutions
+from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_train_step, zero_totals
@@ -20,9 +19,7 @@ SHAPE = (16, 16, 3)
 
 def network(name):
     model = create_model(name, tiny.CLASSES, width=0.05, axis_name=AXIS)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, *SHAPE)), train=False))
-    variables = jax.device_get(init(jax.random.key(0)))
-    return model, variables["params"], variables.get("batch_stats", {})
+    return model, *random_weights(model, SHAPE, seed=0)
 
 
 @pytest.mark.parametrize("partner", ["random", "nearest"])
@@ -30,7 +27,7 @@ def network(name):
 def test_the_exported_training_step_is_the_step(name, partner):
     devices = tuple(jax.local_devices()[:1])
     model, params, batch_stats = network(name)
-    kernels = deep_kernels(_convolutions(model, SHAPE), skip=4)
+    kernels = deep_kernels(convolutions(model, SHAPE), skip=4)
     optimizer = make_optimizer(tiny.RECIPE)
     step = make_train_step(
         model,

@@ -8,7 +8,7 @@ import pytest
 from inmerge_jax import merge_kernels
 from inmerge_jax.data import Split, eval_batches, train_batch
 from inmerge_jax.training import steps
-from inmerge_jax.training.loop import evaluate
+from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.state import make_optimizer, new_state

@@ -1,0 +1,85 @@
+"""What a stage of training needs: its own part, and what all stages of a run share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from inmerge_jax.data import Dataset
+from inmerge_jax.kernels import Kernel
+from inmerge_jax.training.recipes import Recipe
+from inmerge_jax.training.state import TrainState
+from inmerge_jax.training.steps import Totals
+from inmerge_jax.training.stopping import never
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one arm: what `loop.train_stage` needs beside the state to start from.
+
+    Attributes:
+      arm: "backbone", "finetune" or "inmerge".
+      seed: of the run; decides the order of the batches and every random draw of the stage.
+      number: 0 for the backbone, 1 for the second stage. Arms of the same seed and number see the
+        same batches, flips and dropout masks.
+      folder: the stage's own part of the run folder.
+      epochs: how many to train.
+      learning_rate: of the first epoch.
+      train_step: of `steps.make_train_step`, with merging or without.
+      deep: the kernels that it merges; () without merging.
+      merging_eval_step: of `steps.make_merging_eval_step`, where validation merges too.
+      notice: a warning that the stage's result starts with; "" for none.
+      several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
+      steps_per_call: updates in one dispatch.
+    """
+
+    arm: str
+    seed: int
+    number: int
+    folder: Path
+    epochs: int
+    learning_rate: float
+    train_step: Callable[..., tuple[TrainState, Totals]]
+    deep: tuple[Kernel, ...] = ()
+    merging_eval_step: Callable[..., Any] | None = None
+    notice: str = ""
+    several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
+    steps_per_call: int = 1
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed} {self.arm}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of a run share.
+
+    Attributes:
+      dataset: all three splits.
+      recipe: how to train.
+      devices: what the steps run on.
+      optimizer: of `state.make_optimizer`.
+      eval_step: of `steps.make_eval_step`.
+      kernels: every convolution of the network, in the order of the forward pass.
+      workers: processes that read images; 0 for none.
+      should_stop: whether to keep what is done and stop: asked before each call of a step and each
+        batch of an evaluation. Of several processes, all have to get the same answers.
+    """
+
+    dataset: Dataset
+    recipe: Recipe
+    devices: tuple[jax.Device, ...]
+    optimizer: Any
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+    kernels: tuple[Kernel, ...]
+    workers: int = 0
+    should_stop: Callable[[], bool] = never
