@@ -46,28 +46,32 @@ class PhantomConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images to train on, and where they come from."""
+    """Which images to train on, and where they come from.
+
+    Attributes:
+      name: "phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files
+        by `python -m experiments.chestxray14 build`) or a 2-D MedMNIST subset: pathmnist,
+        chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
+        tissuemnist, organamnist, organcmnist, organsmnist.
+      size: Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom,
+        both 28 by default; for chestxray14 what it was built with, or less, to which images are
+        reduced as they are read.
+      data_dir: Folder of MedMNIST files under their own names, such as breastmnist_64.npz, or the
+        output folder of a ChestX-ray14 build.
+      file: Read the MedMNIST subset from this npz instead of the folder.
+      download: Whether a MedMNIST file that the folder lacks is downloaded.
+      allow_unverified: Load a file whose MD5 is not the one in MedMNIST's table; every result then
+        says so.
+      phantom: Counts, findings and seed of the phantom.
+    """
 
     name: str = "phantom"
-    """"phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files by
-    `python -m experiments.chestxray14 build`) or a 2-D MedMNIST subset: pathmnist,
-    chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
-    tissuemnist, organamnist, organcmnist, organsmnist."""
     size: int | None = None
-    """Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom, both
-    28 by default; for chestxray14 what it was built with, or less, to which images are reduced as
-    they are read."""
     data_dir: Path = Path("~/.medmnist")
-    """Folder of MedMNIST files under their own names (breastmnist.npz, breastmnist_64.npz, ...), or
-    the output folder of a ChestX-ray14 build."""
     file: Path | None = None
-    """Read the MedMNIST subset from this npz instead of the folder."""
     download: bool = True
-    """Whether a MedMNIST file that the folder lacks is downloaded."""
     allow_unverified: bool = False
-    """Load a file whose MD5 is not the one in MedMNIST's table; every result then says so."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
-    """Counts, findings and seed of the phantom."""
 
 
 DEFAULT_SIZE = 28
