@@ -17,6 +17,37 @@ PARTNERS = ("random", "nearest")
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Quantile:
+    """A threshold that every layer sets by its own kernels, see `quantile`."""
+
+    share: float | jax.Array
+
+    def __post_init__(self) -> None:
+        _check_range("quantile", self.share, 0, 1)
+
+
+def quantile(share: float | jax.Array) -> Quantile:
+    """A threshold for `MergeRule`: of the pairs that a merge compares in a layer, the share below.
+
+    How alike kernels are depends on the layer, the network and the optimizer, so a fixed threshold
+    merges everything here and nothing there. With this one a layer whose merge compares m selected
+    kernels with their partners merges the floor((1 - share) m) most similar (fewer where equal
+    similarities stand on both sides), so it merges at the rate probability * (1 - share).
+
+    Example:
+      >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")
+
+    Args:
+      share: in [0, 1], or a traced scalar. 0 merges every selected kernel, 1 none.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    return Quantile(share)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class MergeRule:
     r"""When and how kernels are mixed; a pytree whose three numbers can be traced.
 
@@ -34,7 +65,8 @@ class MergeRule:
 
     Attributes:
       probability: the chance that a kernel is selected, in [0, 1]; the paper's p.
-      threshold: the similarity to exceed, in [-1, 1]; the paper's tau.
+      threshold: the similarity to exceed, in [-1, 1]; the paper's tau. Or `quantile(share)`, with
+        which each layer sets its own.
       alpha: the share of the kernel that stays, in [0, 1].
       partner: `"random"`, drawn uniformly from the layer's other kernels, as the released code
         does; or `"nearest"`, the most similar other kernel, as the paper's text reads.
@@ -48,13 +80,14 @@ class MergeRule:
     """
 
     probability: float | jax.Array = 0.3
-    threshold: float | jax.Array = 0.3
+    threshold: float | jax.Array | Quantile = 0.3
     alpha: float | jax.Array = 0.8
     partner: Literal["random", "nearest"] = field(default="random", metadata={"static": True})
 
     def __post_init__(self) -> None:
         _check_range("probability", self.probability, 0, 1)
-        _check_range("threshold", self.threshold, -1, 1)
+        if not isinstance(self.threshold, Quantile):
+            _check_range("threshold", self.threshold, -1, 1)
         _check_range("alpha", self.alpha, 0, 1)
         if self.partner not in PARTNERS:
             raise ValueError(f"partner is {self.partner!r}; choose one of {', '.join(PARTNERS)}")
@@ -184,7 +217,7 @@ def _merge_layer(
             partner, similarity = nearest_partner(compared, axis, selected)
         else:
             similarity = pair_similarity(compared, axis, partner, selected)
-        merged = selected & (similarity > threshold)
+        merged = selected & (similarity > _to_exceed(threshold, similarity))
         total = jnp.sum(jnp.where(merged, similarity, 0))
         weight = mix_pairs(weight, axis, partner, merged, alpha)
         return weight, jnp.sum(merged, dtype=jnp.int32), total
@@ -198,6 +231,21 @@ def _merge_layer(
         count,
         total / jnp.maximum(count, 1).astype(jnp.float32),
     )
+
+
+def _to_exceed(threshold: Any, similarity: jax.Array) -> Any:
+    """The threshold, or of a `Quantile` the similarity that the layer's upper share exceeds.
+
+    Kernels that aren't selected, or can't merge, have similarity -inf or NaN and don't count.
+    """
+    if not isinstance(threshold, Quantile):
+        return threshold
+    compared = jnp.isfinite(similarity)
+    count = jnp.sum(compared, dtype=jnp.int32)
+    ascending = jnp.sort(jnp.where(compared, similarity, -jnp.inf))
+    stay = jnp.ceil(threshold.share * count.astype(jnp.float32)).astype(jnp.int32)
+    last = ascending[len(ascending) - count + stay - 1]
+    return jnp.where(stay > 0, last, -jnp.inf)
 
 
 def _locate(kernel: Kernel, position: dict[Any, int], leaves: list[Any]) -> int:

@@ -65,7 +65,7 @@ def training_plots(run: Run) -> list[Plot]:
     if not run.history:
         return []
     return [
-        _plot(partial(_curves, run=run, name=name, title=title, unit=unit), caption, title)
+        make_plot(partial(_curves, run=run, name=name, title=title, unit=unit), caption, title)
         for name, title, unit, caption in panels
     ]
 
@@ -79,7 +79,7 @@ def merge_plots(run: Run) -> list[Plot]:
     mean = np.mean([_merges(history)[:shortest] for history in lines.values()], axis=0)
     result = next(iter(run.arm("inmerge").values()))
     names = result.get("layers") or [f"layer {i}" for i in range(mean.shape[1])]
-    first = _plot(
+    first = make_plot(
         lambda axes: _merge_map(axes, mean, names),
         "Kernels merged in a layer during an epoch, mean over seeds; logarithmic colours. Deeper "
         "layers are lower. Brighter to the right: merged kernels grew alike and merge again; "
@@ -87,7 +87,7 @@ def merge_plots(run: Run) -> list[Plot]:
         "Kernels merged per layer and epoch",
         (4.8, max(3.3, 1.2 + 0.24 * len(names))),
     )
-    second = _plot(
+    second = make_plot(
         lambda axes: _merge_totals(axes, lines),
         "All layers together, one line per seed. A line on zero means that nothing was merged.",
         "Kernels merged per epoch",
@@ -103,7 +103,7 @@ def similarity_plots(run: Run) -> list[Plot]:
     for arm in arms:
         layers = _similarity_levels(run, arm)
         plots.append(
-            _plot(
+            make_plot(
                 lambda axes, arm=arm, layers=layers: _bands(axes, arm, layers, rule),
                 f"Cosine between kernels of one layer, before and after the stage {arm}. Line: "
                 "median; band: the middle 90% of pairs; thin line: the 99% quantile. Merging "
@@ -133,7 +133,7 @@ def similarity_plots(run: Run) -> list[Plot]:
     )
     for title, unit, value, caption in more:
         draw = partial(_by_depth, run=run, arms=arms, value=value, title=title, unit=unit)
-        plots.append(_plot(draw, caption, title))
+        plots.append(make_plot(draw, caption, title))
     return plots
 
 
@@ -157,7 +157,7 @@ def roc_plots(run: Run) -> list[Plot]:
         else:
             caption = f"{count} of {positive.size} test images have this label; a line per seed."
         plots.append(
-            _plot(
+            make_plot(
                 lambda axes, name=name, columns=columns: _roc(axes, name, columns),
                 caption,
                 f"ROC: {name}",
@@ -167,9 +167,17 @@ def roc_plots(run: Run) -> list[Plot]:
     return plots
 
 
-def _plot(
+def make_plot(
     draw: Callable[[Axes], None], caption: str, label: str, size: tuple[float, float] = SIZE
 ) -> Plot:
+    """Draws a figure as SVG that can stand in a page.
+
+    Args:
+      draw: fills the axes.
+      caption: what to see.
+      label: what it shows, in a few words.
+      size: width and height in inches.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -284,7 +292,7 @@ def _bands(
         style = "--" if when == "before" else "-"
         axes.plot(x, quantiles["0.5"], style, color=colour, lw=1.8, label=f"median {when}")
         axes.plot(x, quantiles["0.99"], style, color=colour, lw=0.8, label=f"99% {when}")
-    if "threshold" in rule:
+    if "threshold" in rule and "quantile" not in rule:
         axes.axhline(rule["threshold"], color="black", lw=1, ls=(0, (5, 3)))
         axes.annotate(
             f"threshold {rule['threshold']}", (0, rule["threshold"]), (4, 3), fontsize=8,

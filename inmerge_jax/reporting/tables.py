@@ -165,14 +165,17 @@ def layer_table(summary: Summary) -> Table:
 
 def to_markdown(report: Report) -> str:
     """Markdown for a README: headline, tables, notes."""
-    parts = [report.headline]
-    for table in report.tables:
-        rule = ["---", *["---:"] * (len(table.columns) - 1)]
-        lines = [table.columns, rule, *(map(_escape, row) for row in table.rows)]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"{table.title}:\n\n{text}")
+    parts = [report.headline, *map(markdown_table, report.tables)]
     parts.append("\n".join(f"- {note}" for note in report.notes))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """One table, with its title above."""
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    lines = [table.columns, rule, *(map(_escape, row) for row in table.rows)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table.title}:\n\n{text}"
 
 
 def to_rich(report: Report) -> Group:

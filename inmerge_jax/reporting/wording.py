@@ -180,11 +180,15 @@ def merges_note(summary: Summary) -> str:
 def rule_note(run: Run) -> str:
     """Where the rule differs from the released code's, and how much that one would have merged."""
     rule = run.results.get("rule") or {}
+    adapts = "quantile" in rule
     changed = [
         f"{name} {rule[name]} (there {value})"
         for name, value in RELEASED_RULE.items()
-        if name in rule and rule[name] != value
+        if name in rule and rule[name] != value and not (adapts and name == "threshold")
     ]
+    if adapts:
+        here = f"each layer's quantile {rule['quantile']} as its threshold"
+        changed.append(f"{here} (there {RELEASED_RULE['threshold']})")
     if not changed:
         return (
             "The rule is the released code's: "
@@ -193,8 +197,8 @@ def rule_note(run: Run) -> str:
         )
     text = f"The rule is not the released code's: {', '.join(changed)}."
     share = _share_above(run, RELEASED_RULE["threshold"])
-    if share is not None and rule.get("threshold") != RELEASED_RULE["threshold"]:
-        own = _share_above(run, rule["threshold"])
+    if share is not None and (adapts or rule.get("threshold") != RELEASED_RULE["threshold"]):
+        own = None if adapts else _share_above(run, rule["threshold"])
         here = "" if own is None else f", and {_share(own)} above {rule['threshold']}"
         text += (
             f" Why: before the stage, {_share(share)} of the median layer's kernel pairs were "

@@ -126,7 +126,7 @@ def plan_run(config: TrainConfig) -> Plan:
     if config.model.init_from is None:
         return plan
     plan = dataclasses.replace(plan, init_sha256=file_sha256(config.model.init_from))
-    _initial(plan, config.seeds[0])
+    initial_weights(plan, config.seeds[0])
     return plan
 
 
@@ -166,16 +166,7 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
         resume=config.resume,
         overwrite=config.overwrite,
     )
-    setup = Setup(
-        dataset=plan.dataset,
-        recipe=plan.recipe,
-        devices=plan.devices,
-        optimizer=make_optimizer(plan.recipe),
-        eval_step=make_eval_step(plan.model, plan.recipe, **_common(plan)),
-        kernels=plan.kernels,
-        workers=plan.workers,
-        should_stop=should_stop,
-    )
+    setup = make_setup(plan, should_stop)
     plain, merging, merging_eval = _steps(plan, setup)
     several, several_merging, _ = _steps(plan, setup, config.steps_per_call)
     if config.steps_per_call == 1:
@@ -196,7 +187,7 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
             progress.say(f"WARNING: {plan.notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
-            params, batch_stats = by_first(_initial, plan, seed)
+            params, batch_stats = by_first(initial_weights, plan, seed)
             backbone = Stage(
                 arm="backbone",
                 seed=seed,
@@ -209,10 +200,10 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
                 steps_per_call=config.steps_per_call,
             )
             result = by_first(read_result, backbone.folder)
-            best = by_first(_best, setup, backbone, result, params, batch_stats)
+            best = by_first(best_weights, setup, backbone, result, params, batch_stats)
             if best is None:
                 result = train_stage(setup, backbone, params, batch_stats, progress)
-                best = by_first(_best, setup, backbone, result, params, batch_stats)
+                best = by_first(best_weights, setup, backbone, result, params, batch_stats)
             else:
                 progress.skip(images * backbone.epochs)
             arms["backbone"].append(result)
@@ -245,10 +236,24 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     return results
 
 
+def make_setup(plan: Plan, should_stop: Callable[[], bool] = never) -> Setup:
+    """What all stages of a run share."""
+    return Setup(
+        dataset=plan.dataset,
+        recipe=plan.recipe,
+        devices=plan.devices,
+        optimizer=make_optimizer(plan.recipe),
+        eval_step=make_eval_step(plan.model, plan.recipe, **step_options(plan)),
+        kernels=plan.kernels,
+        workers=plan.workers,
+        should_stop=should_stop,
+    )
+
+
 def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
     per_call = {"steps_per_call": steps_per_call, "accumulate": plan.config.accumulate}
-    common = _common(plan)
+    common = step_options(plan)
     plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.deep:
         return plain, plain, None
@@ -259,8 +264,8 @@ def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any,
     return plain, merging, make_merging_eval_step(plan.model, plan.recipe, **common)
 
 
-def _common(plan: Plan) -> dict[str, Any]:
-    """What every step is made with."""
+def step_options(plan: Plan) -> dict[str, Any]:
+    """What every step of the run is made with, beside its network, optimizer and recipe."""
     return {
         "multi_label": plan.dataset.multi_label,
         "devices": plan.devices,
@@ -290,7 +295,7 @@ def _config_dict(plan: Plan) -> dict[str, Any]:
     )
 
 
-def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
+def initial_weights(plan: Plan, seed: int) -> tuple[Any, Any]:
     """Parameters and batch statistics, random or those of --init-from."""
     if plan.init_sha256 is None:
         return random_weights(plan.model, plan.shape, seed)
@@ -299,7 +304,7 @@ def _initial(plan: Plan, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _best(
+def best_weights(
     setup: Setup, stage: Stage, result: dict[str, Any] | None, params: Any, batch_stats: Any
 ) -> tuple[Any, Any, float] | None:
     """Parameters, batch statistics and learning rate of a finished stage's best checkpoint.

@@ -12,7 +12,7 @@ import tyro
 
 from inmerge_jax.data import DEFAULT_SIZE, DataConfig
 from inmerge_jax.errors import InputError
-from inmerge_jax.merging import MergeRule
+from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
 
@@ -136,6 +136,8 @@ class RuleConfig:
     Attributes:
       probability: Chance of a kernel to be selected at a step.
       threshold: The cosine similarity with its partner above which a selected kernel merges.
+      quantile: In place of --threshold: each layer merges those of its selected kernels whose
+        similarity is above this quantile, so 0.9 merges one in ten of them whatever the network.
       alpha: Share of the kernel that stays.
       partner: random is any other kernel of the layer, as in the released code; nearest is the most
         similar one.
@@ -145,6 +147,7 @@ class RuleConfig:
 
     probability: float = 0.3
     threshold: float = 0.3
+    quantile: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     alpha: float = 0.8
     partner: Annotated[
         Literal["random", "nearest"] | None,
@@ -297,12 +300,14 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     Raises:
       InputError: on a number out of range.
     """
-    for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0)):
+    for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
-        _require(low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
+        _require(value is None or low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
     _require(config.skip >= 0, "skip", config.skip, "choose 0 or more")
     partner = config.partner or find_preset(None).partner
-    return MergeRule(config.probability, config.threshold, config.alpha, partner)
+    adapts = config.quantile is not None
+    threshold = quantile(config.quantile) if adapts else config.threshold
+    return MergeRule(config.probability, threshold, config.alpha, partner)
 
 
 def check_run(config: TrainConfig) -> None:
@@ -358,6 +363,8 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
+    if config.rule.quantile is None:
+        del values["rule"]["quantile"]
     if not config.model.remat:
         del values["model"]["remat"]
     if config.accumulate == 1:

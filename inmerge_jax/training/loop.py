@@ -127,7 +127,7 @@ def train_stage(
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:
-                scores, val_loss = evaluate(setup, state, setup.dataset.val)
+                scores, val_loss = evaluate(setup, stage.evaluated(state), setup.dataset.val)
             else:
                 copy = jax.tree.map(np.array, unreplicate(state))
                 state, val_sums, scores, val_loss = evaluate_merging(
@@ -188,6 +188,7 @@ def train_stage(
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     host_state, _ = by_first(restore_checkpoint, stage.checkpoints / str(best), template)
+    host_state = stage.evaluated(host_state)
     state = replicate(host_state, devices)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}

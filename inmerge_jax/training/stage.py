@@ -15,6 +15,11 @@ from inmerge_jax.training.steps import Totals
 from inmerge_jax.training.stopping import never
 
 
+def same(state: TrainState) -> TrainState:
+    """The state itself."""
+    return state
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of one arm: what `loop.train_stage` needs beside the state to start from.
@@ -33,6 +38,8 @@ class Stage:
       notice: a warning that the stage's result starts with; "" for none.
       several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
       steps_per_call: updates in one dispatch.
+      evaluated: the state whose weights are evaluated, from that of training: the same one, or one
+        with the averages of the weights that an optimizer keeps.
     """
 
     arm: str
@@ -47,6 +54,7 @@ class Stage:
     notice: str = ""
     several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_call: int = 1
+    evaluated: Callable[[TrainState], TrainState] = same
 
     @property
     def name(self) -> str:

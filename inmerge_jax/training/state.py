@@ -25,8 +25,15 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """PyTorch's SGD or Adam with coupled L2, whose learning rate is a value in its state."""
+def make_optimizer(
+    recipe: Recipe, *last: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """PyTorch's SGD or Adam with coupled L2, whose learning rate is a value in its state.
+
+    Args:
+      recipe: which one.
+      last: what comes after it in the chain.
+    """
 
     @optax.inject_hyperparams
     def optimizer(learning_rate: Any) -> optax.GradientTransformation:
@@ -34,9 +41,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
             descent = optax.adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8)
         else:
             descent = optax.sgd(learning_rate, momentum=recipe.momentum or None)
-        if not recipe.weight_decay:
-            return descent
-        return optax.chain(optax.add_decayed_weights(recipe.weight_decay), descent)
+        decay = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
+        return optax.chain(*decay, descent, *last) if decay or last else descent
 
     return optimizer(learning_rate=recipe.learning_rate)
 

@@ -3,6 +3,7 @@
 Each is one function of what a single device holds, given to `jax.pmap` with the axis name `AXIS`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,16 @@ from jax import lax
 
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels
-from inmerge_jax.training.parallel import AXIS
+from inmerge_jax.training.parallel import AXIS, broadcast
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 
 MERGING, DROPOUT, FLIPPING, VALIDATION = range(4)
 """Purposes: a step's keys are fold_in(fold_in(root, step), purpose)."""
+
+
+Treatment = Callable[[Any, jax.Array, jax.Array, Any], tuple[Any, MergeStats]]
+"""treatment(params, key, step, numbers): the weights that an update begins with, and the counts."""
 
 
 class Totals(NamedTuple):
@@ -55,6 +60,8 @@ def make_train_step(
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...] = (),
     rule: MergeRule | None = None,
+    treatment: Treatment | None = None,
+    numbers: Any = None,
     steps_per_call: int = 1,
     accumulate: int = 1,
     positive_weights: Any = None,
@@ -69,6 +76,9 @@ def make_train_step(
       devices: what the step runs on.
       kernels: what to merge.
       rule: how; with None no merging is in the program.
+      treatment: what is done to the weights in place of merging them: a control, say.
+      numbers: a tree that the treatment is given on every call; not part of the program, so that
+        treatments which differ in their numbers alone share one.
       steps_per_call: above 1, the step is that many updates in a row: each array of `batch` has an
         axis of steps after that of devices. For GPU and TPU; see `config.check_steps_per_call`.
       accumulate: above 1, the gradient is the mean over that many equal parts of a device's rows,
@@ -119,12 +129,17 @@ def make_train_step(
         loss, grads = jax.tree.map(lambda x: x / accumulate, (loss, grads))
         return loss, batch_stats, grads
 
-    def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
+    if rule is not None:
+        treatment = functools.partial(_merge, kernels, rule)
+
+    def step(
+        state: TrainState, totals: Totals, batch: Any, root: jax.Array, numbers: Any = None
+    ) -> Any:
         key = jax.random.fold_in(root, state.step)
         params = state.params
-        if rule is not None:
+        if treatment is not None:
             merging_key = jax.random.fold_in(key, MERGING)
-            params, stats = merge_kernels(params, merging_key, kernels, rule)
+            params, stats = treatment(params, merging_key, state.step, numbers)
             totals = _counted(totals, stats)
 
         if accumulate == 1:
@@ -138,17 +153,29 @@ def make_train_step(
         totals = totals._replace(loss=totals.loss + loss, steps=totals.steps + 1)
         return TrainState(state.step + 1, params, batch_stats, opt_state), totals
 
-    def steps(state: TrainState, totals: Totals, batches: Any, root: jax.Array) -> Any:
+    def steps(
+        state: TrainState, totals: Totals, batches: Any, root: jax.Array, numbers: Any = None
+    ) -> Any:
         def one(carry: tuple[TrainState, Totals], batch: Any) -> Any:
-            return step(*carry, batch, root), None
+            return step(*carry, batch, root, numbers), None
 
         carry, _ = lax.scan(one, (state, totals), batches, length=steps_per_call)
         return carry
 
     body = step if steps_per_call == 1 else steps
-    return jax.pmap(
-        body, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
-    )
+    axes = (0, 0, 0, None) if numbers is None else (0, 0, 0, None, None)
+    mapped = jax.pmap(body, axis_name=AXIS, in_axes=axes, devices=devices, donate_argnums=0)
+    if numbers is None:
+        return mapped
+    given = broadcast(numbers, devices)
+    return lambda state, totals, batch, root: mapped(state, totals, batch, root, given)
+
+
+def _merge(
+    kernels: tuple[Kernel, ...], rule: MergeRule, params: Any, key: jax.Array, step: Any, _: Any
+) -> tuple[Any, MergeStats]:
+    """The treatment that the project is about."""
+    return merge_kernels(params, key, kernels, rule)
 
 
 def make_eval_step(

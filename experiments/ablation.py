@@ -1,0 +1,152 @@
+"""Question 2: each number of the rule, changed on its own."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from experiments.study import shared, telling
+from experiments.study.cells import Treatment
+from experiments.study.command import main
+from experiments.study.question import Kept, Question, add_holm
+from inmerge_jax.reporting.plots import Plot
+from inmerge_jax.reporting.tables import Table
+
+# Values around the rule's own, by the name of the treatment's field.
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "alpha": (0.5, 0.9),
+    "threshold": (-1.0, 0.15, 0.2, 0.3),
+    "probability": (0.1, 1.0),
+    "skip": (0, 5, 15),
+    "partner": ("random",),
+    "every": (4, 0),
+}
+UNITS = {
+    "alpha": "alpha: share of the kernel that stays",
+    "threshold": "threshold tau: cosine to exceed",
+    "probability": "probability p of a kernel to be selected",
+    "skip": "L_s: convolutions that are left alone (of 20)",
+    "partner": "partner",
+    "every": "merging every so many updates",
+}
+_BASE = shared.WORKING
+
+
+def arms() -> dict[str, Treatment]:
+    """The rule itself, and every change of one number."""
+    found = {"rule": _BASE}
+    for field, values in SWEEPS.items():
+        for value in values:
+            if value != getattr(_BASE, field):
+                found[f"{field} {value}"] = dataclasses.replace(_BASE, **{field: value})
+    return found
+
+
+ARMS = arms()
+PAIRS = (*((arm, "finetune") for arm in ARMS), ("finetune", "backbone"))
+
+
+def analyse(kept: Kept) -> dict[str, Any]:
+    """Each data set; Holm's correction over all differences from finetune."""
+    groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
+    add_holm(
+        [
+            row["auc"]
+            for group in groups.values()
+            for pair, row in group["differences"].items()
+            if pair.endswith(" - finetune")
+        ]
+    )
+    return {"groups": groups}
+
+
+def came_out(found: dict[str, Any]) -> str:
+    """What can be told from finetune, and the range of means."""
+    parts = []
+    for name, group in found["groups"].items():
+        rows = {
+            pair.removesuffix(" - finetune"): row["auc"]
+            for pair, row in group["differences"].items()
+            if pair.endswith(" - finetune")
+        }
+        told = [
+            f"{arm} {telling.difference(row)}"
+            for arm, row in rows.items()
+            if row["p_images_holm"] < 0.05
+        ]
+        means = [row["mean"] for row in rows.values()]
+        said = "; ".join(told) if told else "none is told from finetune after Holm's correction"
+        parts.append(
+            f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
+            f"against finetune; {said}"
+        )
+    return ". ".join(parts) + "."
+
+
+def sure(found: dict[str, Any]) -> str:
+    """What could have been told."""
+    parts = [
+        f"{name} {group['differences']['rule - finetune']['auc']['resolvable']:.3f} AUC "
+        f"({len(group['seeds'])} seeds)"
+        for name, group in found["groups"].items()
+        if "rule - finetune" in group["differences"]
+    ]
+    return (
+        f"{shared.PAGE_NOTE}. Smallest differences that could be told: {'; '.join(parts)}. "
+        "Settings were not chosen by these test scores: the whole sweep is shown."
+    )
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Every setting against finetune."""
+    title = (
+        "Test AUC and ACC of each setting against finetune [95% bootstrap interval over seeds and "
+        "images]"
+    )
+    return [telling.difference_table(title, found["groups"], "finetune")]
+
+
+def figures(found: dict[str, Any]) -> list[Plot]:
+    """A figure for each number of the rule."""
+    drawn = []
+    for field in SWEEPS:
+        own = getattr(_BASE, field)
+        values = sorted({own, *SWEEPS[field]}, key=lambda v: (v == 0 and field == "every", v))
+        labels = {v: "epoch" if field == "every" and v == 0 else f"{v}" for v in values}
+        series = {}
+        for name, group in found["groups"].items():
+            points = []
+            for value in values:
+                arm = "rule" if value == own else f"{field} {value}"
+                row = group["differences"].get(f"{arm} - finetune")
+                if row is not None:
+                    points.append((value, row["auc"], group["merged"][arm]))
+            series[name] = points
+        caption = (
+            "Lines and bands: test AUC minus finetune's, mean over seeds and 95% bootstrap "
+            "interval; dotted: share of the kernels that merge at an update. The dashed line "
+            "marks the rule that the others change."
+        )
+        drawn.append(
+            telling.sweep_plot(f"Effect of {field}", UNITS[field], series, caption, own, labels)
+        )
+    return drawn
+
+
+QUESTION = Question(
+    name="ablation",
+    number=2,
+    title="Which of the rule's numbers matter?",
+    asked=(
+        "How do alpha, the threshold, the probability, the layers left alone, the partner and how "
+        "often merging happens change test AUC, each on its own?"
+    ),
+    cells=shared.second_stages(ARMS),
+    analyse=analyse,
+    came_out=came_out,
+    sure=sure,
+    tables=tables,
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(QUESTION))

@@ -1,0 +1,150 @@
+"""Question 5: a threshold that each layer sets by its own kernels."""
+
+import sys
+from typing import Any
+
+from experiments.study import shared, telling
+from experiments.study.cells import Treatment
+from experiments.study.command import main
+from experiments.study.question import Kept, Question, add_holm
+from inmerge_jax.reporting.plots import Plot
+from inmerge_jax.reporting.tables import Table
+
+ARMS = {
+    "threshold 0.3 (paper)": shared.PAPER,
+    "threshold 0.1": shared.WORKING,
+    "quantile 0.5": Treatment("merge", quantile=0.5),
+    "quantile 0.75": Treatment("merge", quantile=0.75),
+    "quantile 0.9": Treatment("merge", quantile=0.9),
+    "quantile 0.9, random partner": Treatment("merge", quantile=0.9, partner="random"),
+}
+FIXED = "threshold 0.3 (paper)"
+PAIRS = (
+    *((arm, "finetune") for arm in ARMS),
+    *((arm, FIXED) for arm in ARMS if arm.startswith("quantile")),
+    ("finetune", "backbone"),
+)
+
+
+def analyse(kept: Kept) -> dict[str, Any]:
+    """Each data set, Holm's correction, and the arm with the best validation AUC."""
+    groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
+    for against in ("finetune", FIXED):
+        add_holm(
+            [
+                row["auc"]
+                for group in groups.values()
+                for pair, row in group["differences"].items()
+                if pair.endswith(f" - {against}")
+            ]
+        )
+    gains = {
+        arm: [
+            group["val"][arm] - group["val"]["finetune"]
+            for group in groups.values()
+            if arm in group["val"] and "finetune" in group["val"]
+        ]
+        for arm in ARMS
+    }
+    whole = {arm: sum(g) / len(g) for arm, g in gains.items() if len(g) == len(groups)}
+    best = max(whole, key=lambda arm: whole[arm]) if whole else None
+    rates = {
+        arm: [group["merged"][arm] for group in groups.values() if arm in group["merged"]]
+        for arm in ARMS
+    }
+    return {"groups": groups, "val_gain": whole, "best": best, "rates": rates}
+
+
+def came_out(found: dict[str, Any]) -> str:
+    """The rates, and what validation chooses, with what the test images then say of it."""
+    rates = "; ".join(
+        f"{arm} {', '.join(f'{rate:.1%}' for rate in values)}"
+        for arm, values in found["rates"].items()
+        if values
+    )
+    best = found["best"]
+    if best is None:
+        return f"Kernels merged at an update: {rates}."
+    tests = [
+        f"{name} {telling.difference(group['differences'][f'{best} - finetune']['auc'])}"
+        for name, group in found["groups"].items()
+        if f"{best} - finetune" in group["differences"]
+    ]
+    return (
+        f"Kernels merged at an update, by data set: {rates}. On validation images {best} gains "
+        f"most over finetune ({found['val_gain'][best]:+.4f} AUC); on test images it differs from "
+        f"finetune by {'; '.join(tests)}."
+    )
+
+
+def sure(found: dict[str, Any]) -> str:
+    """What could have been told, and whether anything is recommended."""
+    best = found["best"]
+    rows = [
+        group["differences"][f"{best} - finetune"]["auc"]
+        for group in found["groups"].values()
+        if f"{best} - finetune" in group["differences"]
+    ]
+    clear = bool(rows) and all(row["low"] > 0 for row in rows)
+    verdict = (
+        "every interval of the chosen rule lies above zero"
+        if clear
+        else "not every interval of the chosen rule lies above zero, so no rule is recommended "
+        "over training on without merging"
+    )
+    return (
+        f"{shared.PAGE_NOTE}. The rule was chosen on validation AUC alone; {verdict}. What the "
+        "quantile does for certain is to merge at its rate, probability times (1 - quantile), on "
+        "every network, which a fixed threshold does not."
+    )
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Differences from finetune and from the paper's rule, and what validation said."""
+    title = "Against finetune [95% bootstrap interval over seeds and test images]"
+    val = Table(
+        "Validation AUC minus finetune's, mean over data sets and seeds: what chooses the rule",
+        ("rule", "validation AUC, difference"),
+        tuple((arm, f"{gain:+.4f}") for arm, gain in found["val_gain"].items()),
+        tuple("arm" for _ in found["val_gain"]),
+    )
+    return [telling.difference_table(title, found["groups"], "finetune"), val]
+
+
+def figures(found: dict[str, Any]) -> list[Plot]:
+    """Differences by rule."""
+    groups = {
+        name: [
+            (pair.removesuffix(" - finetune"), row["auc"])
+            for pair, row in group["differences"].items()
+            if pair.endswith(" - finetune") and not pair.startswith("backbone")
+        ]
+        for name, group in found["groups"].items()
+    }
+    caption = (
+        "Test AUC minus that of finetune, with a fixed threshold and with quantiles of each "
+        "layer's own similarities. Dots: means over seeds; bars: 95% bootstrap intervals over "
+        "seeds and test images."
+    )
+    title, unit = "Fixed thresholds and quantiles", "difference in test AUC"
+    return [telling.interval_plot(title, groups, unit, caption)]
+
+
+QUESTION = Question(
+    name="adaptive",
+    number=5,
+    title="A threshold that adapts",
+    asked=(
+        "Does a threshold that is a quantile of each layer's own similarities, so that merging "
+        "happens at a chosen rate, do better than a fixed one?"
+    ),
+    cells=shared.second_stages(ARMS),
+    analyse=analyse,
+    came_out=came_out,
+    sure=sure,
+    tables=tables,
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(QUESTION))

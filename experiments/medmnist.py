@@ -1,0 +1,195 @@
+"""Question 1: backbone, finetune and inmerge on real data, with the benchmark's numbers beside."""
+
+import sys
+from typing import Any
+
+from experiments.study import datasets, telling
+from experiments.study.cells import Backbone, Cell, Treatment
+from experiments.study.command import main
+from experiments.study.question import Kept, Question, add_holm
+from experiments.study.statistics import sign_flips_over_seeds
+from inmerge_jax.reporting.plots import Plot
+from inmerge_jax.reporting.published import MEDMNIST_28
+from inmerge_jax.reporting.tables import Table
+
+MODELS = ("vgg16", "resnet18")
+# Data set to seeds, epochs of the backbone (the benchmark's are 100) and of the second stage.
+PLAN = {
+    "breastmnist": (5, 24, 8),
+    "retinamnist": (5, 16, 6),
+    "bloodmnist_like": (3, 2, 1),
+    "pneumoniamnist": (3, 3, 1),
+    "chestxray14": (3, 4, 2),
+}
+# The second arm with merging is that of question 5: what a rule does that does merge.
+ARMS = {
+    "finetune": Treatment(),
+    "inmerge": Treatment("merge"),
+    "inmerge, adaptive": Treatment("merge", quantile=0.5),
+}
+PAIRS = (
+    ("inmerge", "finetune"),
+    ("inmerge, adaptive", "finetune"),
+    ("inmerge", "backbone"),
+    ("inmerge, adaptive", "backbone"),
+    ("finetune", "backbone"),
+)
+MERGING = tuple(arm for arm in ARMS if arm != "finetune")
+
+
+def grid() -> tuple[Cell, ...]:
+    """All cells, small data sets and low seeds first."""
+    found = []
+    for data, (seeds, epochs, more) in PLAN.items():
+        for seed in range(seeds):
+            for model in MODELS:
+                start = Backbone(data, model, seed, epochs)
+                found.append(Cell(start))
+                found += [Cell(start, arm, more, treatment=t) for arm, t in ARMS.items()]
+    return tuple(found)
+
+
+def analyse(kept: Kept) -> dict[str, Any]:
+    """Every data set and network, Holm's correction over all of them, and all trainings pooled."""
+    groups = {}
+    for key, cells in kept.groups().items():
+        found = cells.compare(PAIRS)
+        if "finetune" in found["arms"]:
+            groups[telling.where(key)] = {"key": list(key), **found}
+    rows = [
+        group["differences"][f"{arm} - finetune"]["auc"]
+        for group in groups.values()
+        for arm in MERGING
+        if f"{arm} - finetune" in group["differences"]
+    ]
+    add_holm(rows)
+    pooled = {}
+    for arm in MERGING:
+        pair = f"{arm} - finetune"
+        gaps = [
+            gap
+            for group in groups.values()
+            for gap in group["differences"].get(pair, {"auc": {"seeds": []}})["auc"]["seeds"]
+        ]
+        if gaps:
+            pooled[arm] = {
+                "trainings": len(gaps),
+                "mean": sum(gaps) / len(gaps),
+                "better": sum(gap > 0 for gap in gaps),
+                "p_seeds": sign_flips_over_seeds(gaps),
+            }
+    return {"groups": groups, "pooled": pooled}
+
+
+def came_out(found: dict[str, Any]) -> str:
+    """How many comparisons show something, and what all trainings say together."""
+    parts = []
+    for arm, row in found["pooled"].items():
+        hits = [
+            (name, group["differences"][f"{arm} - finetune"]["auc"])
+            for name, group in found["groups"].items()
+            if f"{arm} - finetune" in group["differences"]
+        ]
+        clear = [
+            f"{name} {telling.difference(one)}"
+            for name, one in hits
+            if one["p_images_holm"] < 0.05 and (one["low"] > 0 or one["high"] < 0)
+        ]
+        said = "; ".join(clear) if clear else "no difference that is told from none"
+        parts.append(
+            f"{arm} against finetune, test AUC: {said} in {len(hits)} comparisons; over all "
+            f"{row['trainings']} pairs of trainings {row['mean']:+.4f}, better in {row['better']} "
+            f"(p {telling.p_value(row['p_seeds'])} by sign flips)"
+        )
+    return "; ".join(parts).replace("+-", "-") + "."
+
+
+def sure(found: dict[str, Any]) -> str:
+    """What the data sets could have told."""
+    parts = [
+        f"{name} {group['differences']['inmerge - finetune']['auc']['resolvable']:.3f} "
+        f"({group['images']:,} images, {len(group['seeds'])} seeds)"
+        for name, group in found["groups"].items()
+        if "inmerge - finetune" in group["differences"]
+    ]
+    return (
+        "Smallest differences in AUC that could be told from none (1.96 bootstrap standard errors "
+        f"over images and seeds): {'; '.join(parts)}. Where this is above 0.01, a difference of "
+        "0.01 could have been missed."
+    )
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Arms beside the published numbers, then the differences."""
+    rows, kinds = [], []
+    for name, group in found["groups"].items():
+        known = published(group["key"])
+        data = group["key"][0]
+        _, epochs, more = PLAN[data]
+        for arm, row in group["arms"].items():
+            share = group["merged"][arm]
+            cells = telling.mean_sd(row["auc"]), telling.mean_sd(row["acc"])
+            beside = known if arm == "backbone" else ""
+            shares = "" if share is None else f"{share:.2%}"
+            rows.append((f"{name}: {arm}", f"{epochs}+{more}", *cells, shares, beside))
+            kinds.append("total" if arm == "backbone" else "arm")
+    arms = Table(
+        "Test AUC and ACC, mean \u00b1 sd over seeds; published: 100 epochs, where ours are fewer",
+        ("data set, network: arm", "epochs", "AUC", "ACC", "merged at an update", "published"),
+        tuple(rows),
+        tuple(kinds),
+    )
+    title = (
+        "Differences between arms [95% bootstrap interval over seeds and test images]; p of the "
+        "permutation test over test images, Holm's correction over the differences from finetune"
+    )
+    return [arms, telling.difference_table(title, found["groups"], "finetune")]
+
+
+def published(key: list[Any]) -> str:
+    """The benchmark's AUC / ACC."""
+    name = datasets.SOURCES[key[0]].published
+    numbers = MEDMNIST_28.get(name, {}).get(key[1])
+    return "none" if numbers is None else f"{numbers[0]:.3f} / {numbers[1]:.3f}"
+
+
+def figures(found: dict[str, Any]) -> list[Plot]:
+    """The differences from finetune, by data set and network."""
+    groups = {
+        arm: [
+            (name, group["differences"][f"{arm} - finetune"]["auc"])
+            for name, group in found["groups"].items()
+            if f"{arm} - finetune" in group["differences"]
+        ]
+        for arm in MERGING
+    }
+    caption = (
+        "Test AUC of the arms with merging minus that of finetune, which had the same second stage "
+        "without merging. Dots: means over seeds; bars: 95% bootstrap intervals over seeds and "
+        "test images. A bar that crosses the dotted line shows no difference."
+    )
+    drawn = {name: rows for name, rows in groups.items() if rows}
+    return [
+        telling.interval_plot("Merging against finetune", drawn, "difference in test AUC", caption)
+    ]
+
+
+QUESTION = Question(
+    name="medmnist",
+    number=1,
+    title="Does merging help?",
+    asked=(
+        "Is a network that goes on training with in-model merging (paper's rule: the most similar "
+        "kernel, threshold 0.3, probability 0.3, alpha 0.8, all but the first 10 convolutions) "
+        "better on test images than one that goes on without it?"
+    ),
+    cells=grid(),
+    analyse=analyse,
+    came_out=came_out,
+    sure=sure,
+    tables=tables,
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(QUESTION))

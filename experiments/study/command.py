@@ -1,0 +1,185 @@
+"""The command line that every question of the study has."""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments.study.cells import Cell, with_backbones
+from experiments.study.question import Kept, Question, only_data, seeds_of
+from inmerge_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Trains the cells of one question of the study, and stores and prints its answer.
+
+    Every cell has a folder named by the hash of its configuration, in OUTPUT/cells. What is
+    finished there, or kept in experiments/results/cells, is not trained again; what was cut short
+    goes on. All questions share their backbones and equal cells.
+
+    Attributes:
+      data_dir: Folder that holds medmnist/ and nih/.
+      output: Folder of the runs.
+      data: Data sets to train on, such as breastmnist; all of the question's by default.
+      seeds: Train the first so many seeds alone.
+      only: Train these cells alone, by hash, even if they are kept, and compare with what is kept.
+      minutes: Begin no cell after so many; the answer is then that of the cells finished so far.
+      dry_run: Train nothing: list the cells that are left with a time estimate, and the difference
+        in AUC and ACC that each data set can resolve.
+      analyse: Train nothing: compute the answer anew from the cells that are kept.
+      parallel: What several devices share: each batch, or the seeds, one cell to a device.
+    """
+
+    data_dir: Path = Path("../shared/data")
+    output: Path = Path("runs/study")
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HASH ...")] = ()
+    minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    dry_run: bool = False
+    analyse: bool = False
+    parallel: Literal["batches", "seeds"] = "batches"
+
+
+def main(question: Question, arguments: Sequence[str] | None = None) -> int:
+    """Runs a question's command line; returns the status, as `experiments.train` has it."""
+    config = tyro.cli(
+        StudyConfig,
+        prog=f"python -m experiments.{question.name}",
+        description=f"{question.title}: {question.asked}\n\n{StudyConfig.__doc__}",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return _run(question, config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(question: Question, config: StudyConfig) -> int:
+    from experiments.study import estimate, runner, store
+    from inmerge_jax.training.loop import NonFiniteLossError
+    from inmerge_jax.training.stopping import Stopped, StopSignals
+
+    places = runner.Places(config.data_dir, config.output)
+    cells = only_data(seeds_of(question.cells, config.seeds), config.data)
+    if config.only:
+        cells = chosen(question, config.only)
+    if config.dry_run:
+        estimate.show(question, cells, places)
+        return 0
+    if config.analyse:
+        answer(question)
+        return 0
+    runner.use_cache()
+    until = time.monotonic() + 60 * (config.minutes or float("inf"))
+    stop = StopSignals()
+    try:
+        with stop:
+            runner.run_cells(
+                cells,
+                places,
+                kept=(lambda cell: False) if config.only else is_kept,
+                keep=(lambda cell: None) if config.only else lambda c: store.keep(c, places),
+                should_stop=stop,
+                until=until,
+                parallel=config.parallel == "seeds",
+            )
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        assert stop.signal is not None
+        return 128 + stop.signal
+    if config.only:
+        return compare(cells, places)
+    answer(question)
+    return 0
+
+
+def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of these hashes.
+
+    Raises:
+      InputError: the question has no such cell.
+    """
+    known = {cell.hash: cell for cell in with_backbones(question.cells)}
+    unknown = [one for one in hashes if one not in known]
+    if unknown:
+        raise InputError(
+            f"--only {unknown[0]}: {question.name} has no cell of that hash; --dry-run lists them"
+        )
+    return tuple(known[one] for one in hashes)
+
+
+def is_kept(cell: Cell) -> bool:
+    """Whether its record is among the project's results."""
+    from experiments.study import store
+
+    return store.read(cell) is not None
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Computes the answer from the kept cells, stores it, and prints it."""
+    from rich import print as rich_print
+
+    from experiments.study import telling
+    from experiments.timing import machine
+    from inmerge_jax.files import write_json
+
+    grid = with_backbones(question.cells)
+    kept = Kept.of(grid)
+    if not kept.cells:
+        raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
+    records = [kept.record(cell) for cell in kept.cells]
+    stored = {
+        "question": question.name,
+        "command": shlex.join(["python", "-m", f"experiments.{question.name}"]),
+        "machine": machine(),
+        "planned": len(grid),
+        "finished": len(kept.cells),
+        "seconds": sum(record["result"]["seconds"] for record in records),
+        "analysis": question.analyse(kept),
+    }
+    stored = json.loads(json.dumps(stored))
+    write_json(question.path, stored)
+    rich_print(telling.to_rich(question, stored))
+    return stored
+
+
+def compare(cells: Sequence[Cell], places: Any) -> int:
+    """Prints the figures of cells that were trained anew beside those kept; 1 where they differ."""
+    from experiments.study import store
+    from inmerge_jax.training.loop import read_result
+
+    differs = False
+    for cell in cells:
+        result, record = read_result(places.cell(cell)), store.read(cell)
+        assert result is not None
+        print(f"{cell.hash} {cell.name}")
+        for metric in ("auc", "acc"):
+            now = result["test"][metric]
+            then = record["result"]["test"][metric] if record else None
+            differs |= then is not None and then != now
+            kept = "none is kept" if then is None else f"{then:.6f} is kept"
+            print(f"  test {metric.upper()} {now:.6f}; {kept}")
+    return int(differs)
+
+
+def with_seeds(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:
+    """Each cell with the seeds 0, 1, ..."""
+    return tuple(
+        dataclasses.replace(cell, backbone=dataclasses.replace(cell.backbone, seed=seed))
+        for seed in range(seeds)
+        for cell in cells
+    )

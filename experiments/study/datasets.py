@@ -1,0 +1,125 @@
+"""The data sets of the study, by the name that its cells give them."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from inmerge_jax.data import DataConfig, Dataset, PhantomConfig, load_dataset
+from inmerge_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    Attributes:
+      title: for people, with what they must know of the data.
+      config: how to load it; a relative path is below the folder of the data.
+      images: of training, validation and test.
+      published: name of the published benchmark's row to stand beside; "" where none compares.
+    """
+
+    title: str
+    config: DataConfig
+    images: tuple[int, int, int]
+    published: str = ""
+
+
+_MEDMNIST = Path("medmnist")
+
+SOURCES = {
+    "breastmnist": Source(
+        "BreastMNIST",
+        DataConfig(name="breastmnist", size=28, data_dir=_MEDMNIST, download=False),
+        (546, 78, 156),
+        "breastmnist",
+    ),
+    "retinamnist": Source(
+        "RetinaMNIST",
+        DataConfig(name="retinamnist", size=28, data_dir=_MEDMNIST, download=False),
+        (1080, 120, 400),
+        "retinamnist",
+    ),
+    "pneumoniamnist": Source(
+        "PneumoniaMNIST (rebuilt)",
+        DataConfig(
+            name="pneumoniamnist",
+            size=28,
+            file=_MEDMNIST / "pneumoniamnist_rebuilt.npz",
+            allow_unverified=True,
+        ),
+        (4708, 524, 624),
+        "pneumoniamnist",
+    ),
+    # The images that BloodMNIST was made of, split anew: its numbers are not to stand beside these.
+    "bloodmnist_like": Source(
+        "PBC blood cells (not BloodMNIST's split)",
+        DataConfig(
+            name="bloodmnist",
+            size=28,
+            file=_MEDMNIST / "bloodmnist_like.npz",
+            allow_unverified=True,
+        ),
+        (11959, 1712, 3421),
+    ),
+    "chestxray14": Source(
+        "ChestX-ray14 (1,000 images)",
+        DataConfig(name="chestxray14", size=64, data_dir=Path("chestxray14-224")),
+        (701, 80, 219),
+    ),
+    "phantom": Source(
+        "chest phantom",
+        DataConfig(name="phantom", size=16, phantom=PhantomConfig(train=96, val=64, test=96)),
+        (96, 64, 96),
+    ),
+}
+
+
+def load(name: str, folder: Path, built: Path) -> Dataset:
+    """Loads a data set.
+
+    Args:
+      name: of `SOURCES`.
+      folder: holds medmnist/ and nih/.
+      built: where ChestX-ray14 is built, or was.
+
+    Raises:
+      InputError: an unknown name, or data that are missing.
+    """
+    return load_dataset(config_of(name, folder, built))
+
+
+def config_of(name: str, folder: Path, built: Path) -> DataConfig:
+    """The options that load a data set; ChestX-ray14 is built first where it isn't yet.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    if name not in SOURCES:
+        raise InputError(f"data set {name}: unknown; choose one of {', '.join(SOURCES)}")
+    config = SOURCES[name].config
+    if name == "chestxray14":
+        config = dataclasses.replace(config, data_dir=built / config.data_dir)
+        if not config.data_dir.exists():
+            _build_chestxray14(folder / "nih", config)
+    elif config.file is not None:
+        config = dataclasses.replace(config, file=folder / config.file)
+    elif name != "phantom":
+        config = dataclasses.replace(config, data_dir=folder / config.data_dir)
+    return config
+
+
+def _build_chestxray14(nih: Path, config: DataConfig) -> None:
+    from experiments.chestxray14 import main as chestxray14
+
+    options = {
+        "--images": nih / "images_224",
+        "--labels": nih / "Data_Entry_2017_v2020.csv.gz",
+        "--lists": nih,
+        "--split": "chexnet",
+        "--size": 224,
+        "--output": config.data_dir,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    if chestxray14(["build", *words, "--allow-missing"]):
+        raise InputError(f"ChestX-ray14 could not be built from {nih}; see the message above")

@@ -1,0 +1,126 @@
+"""What a grid would take, and what it could tell: `--dry-run`."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from rich import print as rich_print
+from rich.table import Table
+
+from experiments.study import datasets, store
+from experiments.study.cells import Cell, with_backbones
+from experiments.study.question import Question
+from experiments.study.runner import Places, finished, images_of
+from experiments.study.statistics import expected_resolution
+
+SEED_SD = 0.02
+CORRELATION = 0.9
+AUC, ACC = 0.9, 0.85
+NEEDED = 0.01
+"""The difference that the study would like to see."""
+_GFLOPS = 60
+"""Of two CPU cores in training, for networks of which no cell is kept yet."""
+
+
+def seconds_per_image(cells: Iterable[Cell]) -> dict[tuple[str, str, float], float]:
+    """Of kept cells, by data set, network and width."""
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for cell in cells:
+        record = store.read(cell)
+        if record is not None:
+            key = cell.backbone.data, cell.backbone.model, cell.backbone.width
+            found.setdefault(key, []).append(record["result"]["seconds"] / images_of(cell))
+    return {key: float(np.median(rates)) for key, rates in found.items()}
+
+
+def guess_seconds_per_image(cell: Cell) -> float:
+    """From the network's operations, as counted by XLA without compiling."""
+    import jax
+    import jax.numpy as jnp
+
+    from inmerge_jax.models import create_model
+
+    source, start = datasets.SOURCES[cell.backbone.data], cell.backbone
+    model = create_model(start.model, 10, stem="small", width=start.width)
+    image = jax.ShapeDtypeStruct((1, source.config.size, source.config.size, 3), jnp.float32)
+    key = jax.random.key(0)
+    weights = jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, image)
+    forward = jax.jit(lambda weights, x: model.apply(weights, x, train=False))
+    operations: Any = forward.lower(weights, image).cost_analysis()
+    return 3 * operations["flops"] / (_GFLOPS * 1e9)
+
+
+def resolution(name: str, seeds: int) -> dict[str, float]:
+    """`expected_resolution` on a data set, by the assumptions above.
+
+    With labels at hand (of a kept cell), for the mean over its classes as if these were
+    independent; else for a class of half of the images.
+    """
+    test = datasets.SOURCES[name].images[2]
+    try:
+        known = store.read_labels(name)
+    except Exception as error:
+        if not isinstance(error, store.InputError):
+            raise
+        ones = [test // 2]
+    else:
+        labels = known.labels
+        ones = labels.sum(0).tolist() if labels.ndim == 2 else np.bincount(labels).tolist()
+        ones = ones[1:] if known.task == "binary-class" else ones
+        test = len(labels)
+    ones = [one for one in ones if 0 < one < test]
+    rows = [
+        expected_resolution(
+            int(one), int(test - one), seeds, auc=AUC, acc=ACC, correlation=CORRELATION, seed_sd=0
+        )
+        for one in ones
+    ]
+    from_seeds = 1.96**2 * SEED_SD**2 / seeds
+    auc = sum(row["auc"] ** 2 for row in rows) / len(rows) ** 2
+    return {
+        "auc": float(np.sqrt(auc + from_seeds)),
+        "acc": float(np.sqrt(rows[0]["acc"] ** 2 + from_seeds)),
+    }
+
+
+def show(question: Question, cells: Sequence[Cell], places: Places) -> None:
+    """Prints the cells that are left, the time, and what the data sets can resolve."""
+    grid = with_backbones(cells)
+    left = [c for c in grid if store.read(c) is None and not finished(c, places)]
+    known = seconds_per_image(grid)
+    table = Table(title=f"{question.name}: {len(left)} of {len(grid)} cells are left")
+    for heading in ("cell", "what", "updates of", "estimate"):
+        table.add_column(heading)
+    total, guesses = 0.0, 0
+    guessed: dict[Any, float] = {}
+    for cell in left:
+        key = cell.backbone.data, cell.backbone.model, cell.backbone.width
+        mark = ""
+        if key not in known:
+            if key not in guessed:
+                guessed[key] = guess_seconds_per_image(cell)
+            mark, guesses = "~", guesses + 1
+        seconds = images_of(cell) * known.get(key, guessed.get(key, 0.0))
+        total += seconds
+        epochs = f"{cell.epochs or cell.backbone.epochs} epochs"
+        table.add_row(cell.hash, cell.name, epochs, f"{mark}{seconds / 60:.1f} min")
+    rich_print(table)
+    how = f"; ~ by operations at {_GFLOPS} GFLOP/s, {guesses} cells" if guesses else ""
+    print(f"in all {total / 3600:.1f} h by what kept cells took{how}\n")
+
+    table = Table(title="smallest difference between two arms that can be told from none")
+    for heading in ("data set", "test images", "seeds", "AUC", "ACC", f"resolves {NEEDED}"):
+        table.add_column(heading)
+    for name in dict.fromkeys(cell.backbone.data for cell in grid):
+        seeds = len({cell.backbone.seed for cell in grid if cell.backbone.data == name})
+        found = resolution(name, seeds)
+        source = datasets.SOURCES[name]
+        enough = "yes" if found["auc"] <= NEEDED else "no"
+        figures = f"{found['auc']:.3f}", f"{found['acc']:.3f}", enough
+        table.add_row(source.title, f"{source.images[2]:,}", str(seeds), *figures)
+    rich_print(table)
+    print(
+        f"1.96 standard errors of a paired difference, supposing AUC {AUC}, ACC {ACC}, a "
+        f"correlation of {CORRELATION} between two arms' errors over images, and {SEED_SD} "
+        "standard deviation of the difference over trainings. The answer has what was measured."
+    )

@@ -1,0 +1,300 @@
+"""Trains the cells of a grid, each in a folder of its own; what is finished is not done again.
+
+    <output>/cells/<hash>/cell.json        what it is
+                          environment.json where and when it was trained
+                          result.json      written last: the cell is finished
+                          metrics.jsonl, similarity.json, scores/, checkpoints/
+
+The stages are those of `python -m experiments.train`: `training.loop.train_stage`.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.study import datasets
+from experiments.study.cells import Cell, with_backbones
+from experiments.study.treatments import (
+    average_weights,
+    averaged,
+    make_treatment,
+    numbers,
+    selection,
+)
+from inmerge_jax.data import steps_per_epoch
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_json
+from inmerge_jax.training.arms import (
+    Plan,
+    best_weights,
+    initial_weights,
+    make_setup,
+    plan_run,
+    step_options,
+)
+from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
+from inmerge_jax.training.loop import read_result, train_stage
+from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.training.runfolder import environment
+from inmerge_jax.training.stage import Setup, Stage, same
+from inmerge_jax.training.state import make_optimizer
+from inmerge_jax.training.steps import make_train_step
+from inmerge_jax.training.stopping import never
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {"optimizer": "adam"},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are.
+
+    Attributes:
+      data: folder that holds medmnist/ and nih/.
+      output: folder of the cells.
+    """
+
+    data: Path
+    output: Path
+
+    def cell(self, cell: Cell) -> Path:
+        """The folder of one cell."""
+        return self.output / "cells" / cell.hash
+
+    @property
+    def built(self) -> Path:
+        """The folder of data that are made from others."""
+        return self.output / "data"
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    places: Places,
+    *,
+    kept: Callable[[Cell], bool] = lambda cell: False,
+    keep: Callable[[Cell], Any] = lambda cell: None,
+    should_stop: Callable[[], bool] = never,
+    until: float = float("inf"),
+    parallel: bool = False,
+) -> None:
+    """Trains what is not finished yet, and the backbones that it needs.
+
+    Args:
+      cells: the grid.
+      places: of data and cells.
+      kept: whether a cell's results are kept elsewhere, so that it need not be trained.
+      keep: called with every cell that is finished and not kept.
+      should_stop: see `stage.Setup`.
+      until: time (`time.monotonic`) after which no further cell is begun.
+      parallel: train cells that differ in their seeds alone together, one to a device.
+
+    Raises:
+      InputError: data that are missing, or a file that cannot be written.
+      NonFiniteLossError: training diverged.
+      Stopped: `should_stop` said so; the same call goes on.
+    """
+    keep_freed_memory()
+    wanted = [cell for cell in with_backbones(cells) if not kept(cell)]
+    for cell in wanted:
+        if finished(cell, places):
+            keep(cell)
+    # A backbone that is kept is trained again where its checkpoint is gone but still needed.
+    wanted = [cell for cell in wanted if not finished(cell, places)]
+    left = [cell for cell in in_order(with_backbones(wanted)) if not finished(cell, places)]
+    count = len(left)
+    with ProgressLine(sum(map(images_of, left))) as progress:
+        while left and time.monotonic() < until:
+            together = abreast(left) if parallel else left[:1]
+            progress.say(f"cell {count - len(left) + 1} of {count}: {left[0].name}")
+            if len(together) > 1:
+                run_together(together, places, progress, should_stop)
+            else:
+                run_cell(left[0], places, progress, should_stop)
+            for cell in together:
+                left.remove(cell)
+                if not kept(cell):
+                    keep(cell)
+
+
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """By seed and then as given, so that all arms of one seed come before the next seed."""
+    return sorted(cells, key=lambda cell: cell.backbone.seed)
+
+
+def run_cell(
+    cell: Cell,
+    places: Places,
+    progress: ProgressLine,
+    should_stop: Callable[[], bool] = never,
+    device: jax.Device | None = None,
+) -> dict[str, Any]:
+    """Trains one cell, or the rest of it, from its finished backbone; returns its result.
+
+    Args:
+      cell: which one.
+      places: of data and cells.
+      progress: the grid's line.
+      should_stop: see `stage.Setup`.
+      device: to train on; the first local one by default.
+    """
+    plan = plan_of(cell, places)
+    if device is not None:
+        plan = dataclasses.replace(plan, devices=(device,))
+    setup = make_setup(plan, should_stop)
+    params, batch_stats = initial_weights(plan, cell.backbone.seed)
+    first = Stage(
+        arm="backbone",
+        seed=cell.backbone.seed,
+        number=0,
+        folder=places.cell(cell.first()),
+        epochs=cell.backbone.epochs,
+        learning_rate=cell.backbone.rate,
+        train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **step_options(plan)),
+    )
+    stage = first
+    if not cell.is_backbone:
+        best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
+        if best is None:
+            raise InputError(
+                f"{first.folder} holds no finished backbone for {cell.name}; delete that folder "
+                "and give the same command again"
+            )
+        params, batch_stats, _ = best
+        setup, stage = second_stage(cell, plan, setup, places)
+    _begin(cell, stage.folder)
+    return train_stage(setup, stage, params, batch_stats, progress)
+
+
+def abreast(left: Sequence[Cell]) -> list[Cell]:
+    """The next cell, and those that differ from it in their seed alone, one for each device."""
+
+    def alike(cell: Cell) -> Cell:
+        return dataclasses.replace(cell, backbone=dataclasses.replace(cell.backbone, seed=0))
+
+    found = [cell for cell in left if alike(cell) == alike(left[0])]
+    return found[: jax.local_device_count()]
+
+
+def run_together(
+    cells: Sequence[Cell],
+    places: Places,
+    progress: ProgressLine,
+    should_stop: Callable[[], bool] = never,
+) -> None:
+    """Trains several cells at the same time, each on a device of its own.
+
+    A thread for each runs the same loop as ever; the devices work while the threads wait. So a cell
+    comes out bit for bit as it would alone, and is checkpointed and resumed alike.
+    """
+    plan_of(cells[0], places)
+
+    def run(cell: Cell, device: jax.Device) -> None:
+        with jax.default_device(device):
+            run_cell(cell, places, progress, should_stop, device)
+
+    with ThreadPoolExecutor(len(cells)) as pool:
+        futures = [
+            pool.submit(run, cell, device)
+            for cell, device in zip(cells, jax.local_devices(), strict=False)
+        ]
+    for future in futures:
+        future.result()
+
+
+def second_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> tuple[Setup, Stage]:
+    """The second stage of a cell; its optimizer and recipe may differ from the backbone's."""
+    treatment, recipe = cell.treatment, plan.recipe
+    steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
+    if treatment.kind == "decay":
+        recipe = dataclasses.replace(recipe, weight_decay=treatment.decay)
+    last = [average_weights(treatment.decay)] if treatment.kind == "ema" else []
+    setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe, *last))
+    deep = ()
+    given: dict[str, Any] = {}
+    if treatment.kind not in ("none", "ema", "decay"):
+        deep = selection(treatment, plan.kernels)
+        given["treatment"] = make_treatment(treatment.kind, deep)
+        given["numbers"] = numbers(treatment, steps)
+        given["kernels"] = deep
+    step = make_train_step(plan.model, setup.optimizer, recipe, **given, **step_options(plan))
+    stage = Stage(
+        arm=cell.arm,
+        seed=cell.backbone.seed,
+        number=1,
+        folder=places.cell(cell),
+        epochs=cell.epochs,
+        learning_rate=cell.learning_rate,
+        train_step=step,
+        deep=deep,
+        evaluated=averaged if treatment.kind == "ema" else same,
+    )
+    return setup, stage
+
+
+def plan_of(cell: Cell, places: Places) -> Plan:
+    """The checked plan of a cell's backbone; the same object for all cells that share it."""
+    return _plan(dataclasses.replace(cell.backbone, seed=0), places)
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(backbone: Any, places: Places) -> Plan:
+    options = OPTIMIZERS[backbone.optimizer]
+    config = TrainConfig(
+        data=datasets.config_of(backbone.data, places.data, places.built),
+        model=ModelConfig(name=backbone.model, width=backbone.width),
+        recipe=RecipeConfig(
+            name="medmnist",
+            epochs=backbone.epochs,
+            learning_rate=backbone.rate,
+            batch_size=batch_size(backbone.data),
+            **options,
+        ),
+        rule=RuleConfig(skip=0),
+        output=places.output,
+        devices=1,
+        workers=0,
+    )
+    return plan_run(config)
+
+
+def batch_size(data: str) -> int:
+    """The benchmark's 128; less for the little data set of tests."""
+    return min(128, datasets.SOURCES[data].images[0] // 4)
+
+
+def finished(cell: Cell, places: Places) -> bool:
+    """Whether the cell's folder holds its result."""
+    return (places.cell(cell) / "result.json").exists()
+
+
+def images_of(cell: Cell) -> int:
+    """Images that the network is shown in a cell's training."""
+    epochs = cell.epochs or cell.backbone.epochs
+    size = batch_size(cell.backbone.data)
+    return steps_per_epoch(datasets.SOURCES[cell.backbone.data].images[0], size) * size * epochs
+
+
+def _begin(cell: Cell, folder: Path) -> None:
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", environment())
+    described = {"name": cell.name, "arm": cell.arm, **cell.described()}
+    write_json(folder / "cell.json", json.loads(json.dumps(described)))
+
+
+def use_cache() -> None:
+    """Keeps compiled programs for the next start, as training does."""
+    cache = Path("~/.cache/inmerge_jax/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,31 @@
+"""The networks that questions 2, 3, 5 and 6 have in common: ResNet-18 at half width.
+
+Their backbones, and the arms finetune and inmerge, are the same cells in all of these.
+"""
+
+from experiments.study.cells import Backbone, Cell, Treatment
+
+SEEDS = 3
+MODEL, WIDTH = "resnet18", 0.5
+# Data set to epochs of the backbone and of the second stage.
+EPOCHS = {"breastmnist": (30, 8), "retinamnist": (16, 5)}
+# The paper's numbers but for the threshold, which is about what the most similar kernels of the
+# deep 3x3 layers have in the backbones (Adam), so that about half of those selected merge. It was
+# read off the similarities of one backbone's weights, before any second stage was looked at.
+WORKING = Treatment("merge", threshold=0.1)
+PAPER = Treatment("merge")
+PAGE_NOTE = (
+    "ResNet-18 at half width, Adam; BreastMNIST 30 and RetinaMNIST 16 epochs, then 8 and 5 at a "
+    "learning rate of 1e-4"
+)
+
+
+def second_stages(arms: dict[str, Treatment]) -> tuple[Cell, ...]:
+    """Backbones, finetune and these arms, on every data set and seed."""
+    found = []
+    for seed in range(SEEDS):
+        for data, (epochs, more) in EPOCHS.items():
+            start = Backbone(data, MODEL, seed, epochs, WIDTH)
+            found += [Cell(start), Cell(start, "finetune", more)]
+            found += [Cell(start, arm, more, treatment=given) for arm, given in arms.items()]
+    return tuple(found)

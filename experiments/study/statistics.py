@@ -1,0 +1,280 @@
+"""Uncertainty of test AUC and ACC, and of their differences between two arms on the same images.
+
+Scores are float (seeds, images, classes) throughout: the same seeds and images in every arm.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from inmerge_jax.reporting.summary import class_columns
+
+METRICS = ("auc", "acc")
+CONFIDENCE = 0.95
+_EXACT = 16
+"""Seeds up to which all sign flips are counted."""
+
+
+class Interval(NamedTuple):
+    """A value, and the middle 95 % of its bootstrap distribution."""
+
+    value: float
+    low: float
+    high: float
+
+
+def metric_of_counts(
+    name: str, labels: np.ndarray, scores: np.ndarray, task: str, counts: np.ndarray
+) -> np.ndarray:
+    """AUC or ACC of many resamples of the images at once.
+
+    Args:
+      name: "auc" (mean over classes that the resample has both answers of) or "acc".
+      labels: int (n,), or 0 and 1 (n, classes) for a multi-label task.
+      scores: (n, classes).
+      task: one of medmnist's words.
+      counts: (resamples, n), how often each image is drawn.
+
+    Returns:
+      (resamples,); NaN where no class has both answers.
+    """
+    if name == "acc":
+        right = right_answers(labels, scores, task)
+        return counts @ right / counts.sum(1)
+    columns = [_auc(y, s, counts) for _, y, s in class_columns(labels, scores, task)]
+    aucs = np.array(columns)
+    known = np.isfinite(aucs)
+    total = np.where(known, aucs, 0).sum(0)
+    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+
+
+def right_answers(labels: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
+    """Share of right answers for each image, (n,)."""
+    if labels.ndim == 2:
+        return ((scores > 0.5) == (labels == 1)).mean(axis=1)
+    if task == "binary-class":
+        return ((scores[:, -1] > 0.5) == (labels == 1)).astype(float)
+    return (scores.argmax(axis=1) == labels).astype(float)
+
+
+def _auc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mann-Whitney's statistic with weights; ties count half."""
+    order = np.argsort(scores, kind="stable")
+    positive, ascending, counts = positive[order], scores[order], counts[:, order]
+    ones, zeros = counts * positive, counts * ~positive
+    below = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(zeros, axis=1)], axis=1)
+    start = np.searchsorted(ascending, ascending, "left")
+    end = np.searchsorted(ascending, ascending, "right")
+    wins = (ones * (below[:, start] + below[:, end]) / 2).sum(1)
+    pairs = ones.sum(1) * zeros.sum(1)
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
+
+
+def draw_counts(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is drawn in each bootstrap resample: int (resamples, images)."""
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+
+
+def bootstrap(
+    values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator
+) -> tuple[Interval, np.ndarray]:
+    """The mean over seeds, with an interval over seeds and images together.
+
+    Args:
+      values: (seeds,), on the images as they are.
+      resampled: (resamples, seeds), on each resample of the images.
+      rng: draws the seeds, with replacement, anew for each resample.
+
+    Returns:
+      The interval, and the (resamples,) means that it was read off.
+    """
+    seeds = resampled.shape[1]
+    drawn = rng.integers(0, seeds, resampled.shape)
+    means = np.take_along_axis(resampled, drawn, axis=1).mean(1)
+    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.mean(values)), float(low), float(high)), means
+
+
+def permutation_over_images(
+    labels: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    task: str,
+    rng: np.random.Generator,
+    permutations: int = 1000,
+) -> dict[str, float]:
+    """Two-sided p of a paired permutation test whose units are the test images, for each metric.
+
+    Under the null hypothesis it does not matter which arm's network an image was given to: each
+    permutation exchanges the two arms' answers to a random half of the images, those of all seeds
+    together. For AUC, answers are ranks within their own network, so that two networks may be
+    calibrated differently (Venkatraman and Begg 1996). It asks about these trained networks, with
+    other images; not about other trainings, for which see `sign_flips_over_seeds`.
+    """
+    one = np.ones((1, len(labels)))
+    right = [np.mean([right_answers(labels, s, task) for s in arm], 0) for arm in (first, second)]
+    gain = right[0] - right[1]
+    ranks = [np.stack([_ranks(s) for s in arm]) for arm in (first, second)]
+
+    def auc_gap(a: np.ndarray, b: np.ndarray) -> float:
+        gaps = [
+            metric_of_counts("auc", labels, x, task, one)
+            - metric_of_counts("auc", labels, y, task, one)
+            for x, y in zip(a, b, strict=True)
+        ]
+        return float(np.mean(gaps))
+
+    seen = {"auc": auc_gap(*ranks), "acc": float(gain.mean())}
+    extreme = dict.fromkeys(METRICS, 1)
+    for _ in range(permutations):
+        swap = rng.random(len(labels)) < 0.5
+        kept = (
+            np.where(swap[:, None], ranks[1], ranks[0]),
+            np.where(swap[:, None], ranks[0], ranks[1]),
+        )
+        found = {"auc": auc_gap(*kept), "acc": float(np.where(swap, -gain, gain).mean())}
+        for name in METRICS:
+            extreme[name] += abs(found[name]) >= abs(seen[name]) - 1e-12
+    return {name: count / (permutations + 1) for name, count in extreme.items()}
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    return stats.rankdata(scores, axis=0)
+
+
+def sign_flips_over_seeds(differences: Sequence[float]) -> float:
+    """Two-sided p of a paired permutation test whose units are trainings: exact, by all flips.
+
+    With n trainings it can't go below 2 / 2**n; above 16 of them, 100,000 random flips are used.
+    """
+    values = np.asarray(differences, np.float64)
+    if len(values) <= _EXACT:
+        signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    else:
+        signs = np.random.default_rng(0).choice([1, -1], (100_000, len(values)))
+        signs[0] = 1
+    sums = np.abs(signs @ values)
+    return float(np.mean(sums >= abs(values.sum()) - 1e-12))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: p-values that may be compared with 0.05 one by one, in the same order."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def compare(
+    labels: np.ndarray,
+    arms: dict[str, np.ndarray],
+    task: str,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    resamples: int = 1000,
+    permutations: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that a table states of some arms on one data set, JSON-ready.
+
+    Args:
+      labels: of the test images.
+      arms: name to scores (seeds, images, classes); the same seeds in the same order.
+      task: one of medmnist's words.
+      pairs: the differences to take, first minus second.
+      resamples: of the bootstrap.
+      permutations: of the test over images.
+      seed: of all draws.
+
+    Returns:
+      {"arms": {name: {metric: row}}, "differences": {"a - b": {metric: row}}}: a row has mean, sd
+      over seeds (None for one), low, high, the value of every seed; a difference also p_images,
+      p_seeds and resolvable, 1.96 bootstrap standard errors.
+    """
+    rng = np.random.default_rng(seed)
+    counts = draw_counts(len(labels), resamples, rng)
+    whole = np.ones((1, len(labels)))
+    values: dict[str, dict[str, np.ndarray]] = {}
+    resampled: dict[str, dict[str, np.ndarray]] = {}
+    for arm, scores in arms.items():
+        one: Callable[..., Any] = metric_of_counts
+        values[arm] = {
+            m: np.array([one(m, labels, s, task, whole)[0] for s in scores]) for m in METRICS
+        }
+        resampled[arm] = {
+            m: np.stack([one(m, labels, s, task, counts) for s in scores], axis=1) for m in METRICS
+        }
+    found: dict[str, Any] = {"arms": {}, "differences": {}}
+    for arm in arms:
+        found["arms"][arm] = {
+            m: _row(values[arm][m], resampled[arm][m], np.random.default_rng(seed)) for m in METRICS
+        }
+    for first, second in pairs:
+        if first not in arms or second not in arms:
+            continue
+        p_images = permutation_over_images(
+            labels, arms[first], arms[second], task, np.random.default_rng(seed), permutations
+        )
+        rows = {}
+        for m in METRICS:
+            gaps = values[first][m] - values[second][m]
+            many = resampled[first][m] - resampled[second][m]
+            rows[m] = _row(gaps, many, np.random.default_rng(seed))
+            rows[m]["p_images"] = p_images[m]
+            rows[m]["p_seeds"] = sign_flips_over_seeds(gaps)
+        found["differences"][f"{first} - {second}"] = rows
+    return found
+
+
+def _row(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    interval, means = bootstrap(values, resampled, rng)
+    return {
+        "mean": interval.value,
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "low": interval.low,
+        "high": interval.high,
+        "resolvable": float(stats.norm.ppf((1 + CONFIDENCE) / 2) * np.nanstd(means, ddof=1)),
+        "seeds": values.tolist(),
+    }
+
+
+def expected_resolution(
+    positives: int,
+    negatives: int,
+    seeds: int,
+    *,
+    auc: float,
+    acc: float,
+    correlation: float,
+    seed_sd: float,
+) -> dict[str, float]:
+    """What a comparison will resolve, before anything is run: 1.96 standard errors of a difference.
+
+    The AUC's variance over images is that of Hanley and McNeil (1982), the ACC's binomial; two arms
+    on the same images share `correlation` of it; trainings add `seed_sd` a seed.
+
+    Args:
+      positives: test images of a class.
+      negatives: all others.
+      seeds: trainings of each arm.
+      auc: expected.
+      acc: expected.
+      correlation: of the two arms' errors over images.
+      seed_sd: standard deviation of the paired difference over trainings.
+    """
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    over_images = {
+        "auc": variance / (positives * negatives),
+        "acc": acc * (1 - acc) / (positives + negatives),
+    }
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    return {
+        name: float(z * np.sqrt(2 * (1 - correlation) * one + seed_sd**2 / seeds))
+        for name, one in over_images.items()
+    }

@@ -1,0 +1,99 @@
+"""Finished cells as they are kept with the project: what each was, its figures, its test scores.
+
+experiments/results/cells/<hash>.json   configuration, figures, where and when
+<hash>.npz    test scores, float32 (images, classes)
+labels-<data>.npz  labels of the test images, and the task
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.study import datasets
+from experiments.study.cells import Cell
+from experiments.study.runner import Places, plan_of
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.training.scores import read_scores
+
+CELLS = Path(__file__).parents[1] / "results" / "cells"
+_FIGURES = "best_epoch epochs steps seconds val test layers kernels selected merged warnings"
+_DIGITS = 4
+
+
+class Labels(NamedTuple):
+    """Of a data set's test images, and medmnist's word for the task."""
+
+    labels: np.ndarray
+    task: str
+
+
+def keep(cell: Cell, places: Places, folder: Path = CELLS) -> dict[str, Any]:
+    """Copies a finished cell's figures and test scores from its run folder; returns the record."""
+    run = places.cell(cell)
+    result = json.loads((run / "result.json").read_bytes())
+    around = json.loads((run / "environment.json").read_bytes())
+    similar = json.loads((run / "similarity.json").read_bytes())
+    record = {
+        "name": cell.name,
+        "arm": cell.arm,
+        "cell": cell.described(),
+        "result": {name: result[name] for name in _FIGURES.split()},
+        # A second stage begins where its backbone ended, whose own record has that.
+        "similarity": {
+            when: [_rounded(layer) for layer in similar[when]]
+            for when in (("before", "after") if cell.is_backbone else ("after",))
+        },
+        "trained": {name: around[name] for name in ("started", "git", "cpus", "packages")},
+    }
+    labels = folder / f"labels-{cell.backbone.data}.npz"
+    if not labels.exists():
+        plan = plan_of(cell, places)
+        _write(labels, labels=plan.dataset.test.labels, task=np.array(plan.dataset.task))
+    scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
+    _write(folder / f"{cell.hash}.npz", scores=scores)
+    write_json(folder / f"{cell.hash}.json", record)
+    return record
+
+
+def read(cell: Cell, folder: Path = CELLS) -> dict[str, Any] | None:
+    """The record of a cell; None where none is kept."""
+    path = folder / f"{cell.hash}.json"
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def read_test_scores(cell: Cell, folder: Path = CELLS) -> np.ndarray:
+    """Its test scores, float32 (images, classes)."""
+    with np.load(folder / f"{cell.hash}.npz") as arrays:
+        return arrays["scores"]
+
+
+def read_labels(data: str, folder: Path = CELLS) -> Labels:
+    """Of the test images of a data set of which a cell is kept.
+
+    Raises:
+      InputError: none is.
+    """
+    path = folder / f"labels-{data}.npz"
+    if not path.exists():
+        raise InputError(f"{path} is missing: no cell on {datasets.SOURCES[data].title} is kept")
+    with np.load(path) as arrays:
+        return Labels(arrays["labels"], str(arrays["task"]))
+
+
+def _rounded(layer: dict[str, Any]) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(one) for name, one in value.items()}
+        return round(value, _DIGITS) if isinstance(value, float) else value
+
+    return short(layer)
+
+
+def _write(path: Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())

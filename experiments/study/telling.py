@@ -1,0 +1,252 @@
+"""How a question and its answer are shown: in a terminal, in Markdown, and as figures."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from rich.console import Group
+from rich.text import Text
+
+from experiments.study import datasets
+from experiments.study.question import Question
+from inmerge_jax.reporting import tables, wording
+from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
+from inmerge_jax.reporting.tables import Table
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours."""
+METRICS = ("auc", "acc")
+
+
+def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What every page of results says, in a line each."""
+    packages = stored["machine"]["packages"]
+    cells = f"{stored['finished']} cells"
+    if stored["finished"] < stored["planned"]:
+        cells += f" of {stored['planned']} that are planned: this answer is not complete"
+    run = (
+        f"{stored['command']}; {stored['machine']['cpus']} cores "
+        f"({', '.join(stored['machine']['devices']['kinds'])}), jax {packages['jax']}; "
+        f"{stored['seconds'] / 3600:.1f} h of training in {cells}"
+    )
+    return (
+        ("What was asked", question.asked),
+        ("What was run", run + "."),
+        ("What came out", question.came_out(stored["analysis"])),
+        ("How sure", question.sure(stored["analysis"])),
+    )
+
+
+def report(question: Question, stored: Mapping[str, Any]) -> tables.Report:
+    """The answer in the form of a run's report."""
+    told = tuple(f"{name}: {text}" for name, text in lines(question, stored))
+    found = question.tables(stored["analysis"])
+    return tables.Report(question.title, tuple(found), told)
+
+
+def to_rich(question: Question, stored: Mapping[str, Any]) -> Group:
+    """For the terminal."""
+    return Group(tables.to_rich(report(question, stored)), Text())
+
+
+def to_markdown(question: Question, stored: Mapping[str, Any], figures: str) -> str:
+    """For docs/results.md; `figures` is the folder of its figures, relative to the page."""
+    said = "\n".join(f"- **{name}:** {text}" for name, text in lines(question, stored))
+    parts = [said]
+    for table in question.tables(stored["analysis"]):
+        parts.append(tables.markdown_table(table))
+    for index, plot in enumerate(question.figures(stored["analysis"])):
+        parts.append(
+            f"![{plot.label}]({figures}/{figure_name(question, index)})\n\n*{plot.caption}*"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def figure_name(question: Question, index: int) -> str:
+    """File of a question's figure."""
+    return f"{question.name}-{index + 1}.svg"
+
+
+def mean_sd(row: Mapping[str, Any]) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.3f}"
+    return f"{row['mean']:.3f}{spread}"
+
+
+def difference(row: Mapping[str, Any]) -> str:
+    """A mean difference with its interval."""
+    low, high = wording.signed(row["low"]), wording.signed(row["high"])
+    return f"{wording.signed(row['mean'])} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    """Two digits, or what it is below."""
+    return "< 0.01" if p < 0.01 else f"{p:.2f}"
+
+
+def where(key: Sequence[Any]) -> str:
+    """Data set and network of a group."""
+    data, model, width, optimizer = key
+    factor = "" if float(width) == 1 else f" \u00d7{float(width):g}"
+    sgd = ", SGD" if optimizer == "sgd" else ""
+    return f"{datasets.SOURCES[data].title}, {model}{factor}{sgd}"
+
+
+def difference_table(
+    title: str, groups: Mapping[str, Any], against: str, note: Callable[[str], str] | None = None
+) -> Table:
+    """One row for each arm of each group: its difference from the arm `against`.
+
+    Args:
+      title: of the table.
+      groups: name for people to what `Kept.compare` gave.
+      against: the arm that is subtracted.
+      note: words for an arm, in a second column.
+    """
+    rows, kinds = [], []
+    for group, found in groups.items():
+        base = found["arms"][against]
+        rows.append((group, "", mean_sd(base["auc"]), mean_sd(base["acc"]), "", ""))
+        kinds.append("total")
+        for pair, values in found["differences"].items():
+            first, second = pair.split(" - ")
+            if second != against:
+                continue
+            share = found["merged"].get(first)
+            rows.append(
+                (
+                    note(first) if note else first,
+                    "" if share is None else f"{share:.2%}",
+                    difference(values["auc"]),
+                    difference(values["acc"]),
+                    p_value(values["auc"]["p_images"]),
+                    p_value(values["auc"].get("p_images_holm", values["auc"]["p_images"])),
+                )
+            )
+            kinds.append("difference")
+    columns = (
+        f"arm; the first row of a group is {against} itself",
+        "merged at an update",
+        "test AUC, difference",
+        "test ACC, difference",
+        "p (AUC)",
+        "p, Holm",
+    )
+    return Table(title, columns, tuple(rows), tuple(kinds))
+
+
+def interval_plot(
+    title: str,
+    groups: Mapping[str, Sequence[tuple[str, Mapping[str, float]]]],
+    unit: str,
+    caption: str,
+) -> Plot:
+    """Differences as dots with intervals, one line for each, a colour for each group."""
+    count = sum(len(rows) for rows in groups.values())
+    draw = partial(_intervals, title=title, groups=groups, unit=unit)
+    return make_plot(draw, caption, title, (5.4, 1.3 + 0.26 * count + 0.2 * len(groups)))
+
+
+def _intervals(axes: Axes, title: str, groups: Mapping[str, Any], unit: str) -> None:
+    place, ticks, names = 0.0, [], []
+    for colour, (group, rows) in zip(PALETTE, groups.items(), strict=False):
+        for index, (name, row) in enumerate(rows):
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, lw=2)
+            label = group if index == 0 else None
+            axes.plot([row["mean"]], [place], "o", color=colour, ms=5, label=label)
+            ticks.append(place)
+            names.append(name)
+            place += 1
+        place += 0.7
+    axes.axvline(0, color=GUIDE, lw=1, ls=":")
+    axes.set_yticks(ticks, names)
+    axes.set_ylim(place - 0.5, -0.8)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(title)
+    axes.set_xlabel(unit)
+    axes.figure.legend(loc="outside lower center", ncols=1 if len(groups) < 3 else 2)
+
+
+def sweep_plot(
+    title: str,
+    unit: str,
+    series: Mapping[str, Sequence[tuple[float, Any, float | None]]],
+    caption: str,
+    default: float | None = None,
+    labels: Mapping[float, str] | None = None,
+) -> Plot:
+    """A difference against a parameter, with the share of kernels merged on a second axis.
+
+    Args:
+      title: of the figure.
+      unit: what the parameter is.
+      series: group to (value, row with mean, low and high, share merged or None).
+      caption: under the figure.
+      default: value that is marked.
+      labels: words for values, which then stand at equal distances.
+    """
+
+    def draw(axes: Axes) -> None:
+        at = (lambda x: list(labels).index(x)) if labels else (lambda x: x)
+        second = axes.twinx()
+        for colour, (group, points) in zip(PALETTE, series.items(), strict=False):
+            xs = [at(x) for x, _, _ in points]
+            means = [row["mean"] for _, row, _ in points]
+            axes.plot(xs, means, "-o", color=colour, ms=4, lw=1.4, label=group)
+            low, high = ([row[end] for _, row, _ in points] for end in ("low", "high"))
+            axes.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
+            shares = [math.nan if share is None else 100 * share for _, _, share in points]
+            second.plot(xs, shares, ":s", color=colour, ms=3, lw=1)
+        axes.axhline(0, color=GUIDE, lw=1)
+        if default is not None:
+            axes.axvline(at(default), color=GUIDE, lw=1, ls="--")
+        if labels:
+            axes.set_xticks(range(len(labels)), list(labels.values()))
+        axes.set_title(title)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("test AUC minus finetune")
+        second.set_ylabel("kernels merged at an update, % (dotted)")
+        second.set_ylim(bottom=0)
+        second.grid(visible=False)
+        second.spines["right"].set_visible(True)
+        axes.figure.legend(loc="outside lower center", ncols=1)
+
+    return make_plot(draw, caption, title, (5.2, 3.8))
+
+
+def heat_map(
+    title: str, rows: Sequence[str], values: np.ndarray, unit: str, x: str, caption: str
+) -> Plot:
+    """A number for each row and column as a colour; NaN is left white."""
+
+    def draw(axes: Axes) -> None:
+        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.grid(visible=False)
+        axes.figure.colorbar(image, ax=axes, label=unit)
+
+    return make_plot(draw, caption, title, (5.6, 1.4 + 0.2 * len(rows)))
+
+
+__all__ = [
+    "COLOURS",
+    "PALETTE",
+    "difference",
+    "difference_table",
+    "figure_name",
+    "heat_map",
+    "interval_plot",
+    "lines",
+    "mean_sd",
+    "p_value",
+    "report",
+    "sweep_plot",
+    "to_markdown",
+    "to_rich",
+    "where",
+]

@@ -1,0 +1,135 @@
+"""What a second stage does to the weights before each update: merging, and its controls.
+
+The controls "any", "least", "noise" and "perturb" act on the very kernels that the rule would
+merge, at the same steps, so that they differ from merging in what a kernel is mixed with, alone:
+
+    merge    K_i <- alpha K_i + (1 - alpha) K_j, K_j the rule's partner
+    any      the same with a partner drawn from all others
+    least    the same with the least similar of all others
+    noise    K_i plus Gaussian noise as long as the step that merging would take
+    perturb  alpha K_i + (1 - alpha) |K_i| g, g Gaussian of length 1 (shrink and perturb, Ash and
+             Adams 2020, arXiv 1910.08475, kernel by kernel)
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.study.cells import Treatment
+from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
+from inmerge_jax.training.state import TrainState
+
+_CONTROL = 1
+
+
+class Numbers(NamedTuple):
+    """What treatments of one kind may differ in without being another program."""
+
+    rule: MergeRule
+    every: Any
+
+
+def numbers(treatment: Treatment, steps: int) -> Numbers:
+    """The treatment's numbers; `steps` are the updates of an epoch."""
+    chosen = treatment
+    threshold = chosen.threshold if chosen.quantile is None else quantile(chosen.quantile)
+    rule = MergeRule(chosen.probability, threshold, chosen.alpha, chosen.partner)
+    return Numbers(rule, jnp.int32(chosen.every or steps))
+
+
+def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """What merges; the deeper half where the network has no more convolutions than are skipped."""
+    skip = treatment.skip if treatment.skip < len(kernels) else len(kernels) // 2
+    return deep_kernels(kernels, skip=skip)
+
+
+def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
+    """A `steps.Treatment` of this kind, to be given `Numbers`."""
+
+    def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
+        rule = numbers.rule
+        now = step % numbers.every == 0
+        rule = MergeRule(
+            jnp.where(now, rule.probability, 0), rule.threshold, rule.alpha, rule.partner
+        )
+        merged, stats = merge_kernels(params, key, kernels, rule)
+        if kind == "merge":
+            return merged, stats
+        old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, merged))
+        for index, kernel in enumerate(kernels):
+            draw = jax.random.fold_in(jax.random.fold_in(key, _CONTROL), index)
+            rows = _rows(old[kernel.path], kernel), _rows(new[kernel.path], kernel)
+            moved = _control(kind, *rows, rule.alpha, draw)
+            new[kernel.path] = _from_rows(moved, kernel)
+        leaves = [new[path] for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves), stats
+
+    return treat
+
+
+def _control(kind: str, old: jax.Array, merged: jax.Array, alpha: Any, key: jax.Array) -> jax.Array:
+    """The kernels of a layer, (kernels, n), after the control in place of the merge."""
+    count = len(old)
+    length = jnp.linalg.norm(merged - old, axis=1, keepdims=True)
+    if kind in ("noise", "perturb"):
+        noise = jax.random.normal(key, old.shape)
+        noise /= jnp.linalg.norm(noise, axis=1, keepdims=True)
+        if kind == "noise":
+            control = old + length * noise
+        else:
+            mine = jnp.linalg.norm(old, axis=1, keepdims=True)
+            control = alpha * old + (1 - alpha) * mine * noise
+    else:
+        itself = jnp.arange(count)
+        if kind == "any":
+            other = jax.random.randint(key, (count,), 0, count - 1)
+            other = jnp.where(other >= itself, other + 1, other)
+        else:
+            unit = old / jnp.maximum(jnp.linalg.norm(old, axis=1, keepdims=True), 1e-30)
+            cosine = jnp.where(jnp.eye(count, dtype=bool), jnp.inf, unit @ unit.T)
+            other = jnp.argmin(cosine, axis=1)
+        control = alpha * old + (1 - alpha) * old[other]
+    return jnp.where(length > 0, control, old)
+
+
+def _rows(weight: jax.Array, kernel: Kernel) -> jax.Array:
+    return jnp.moveaxis(weight, kernel.out_axis, 0).reshape(kernel.count, -1)
+
+
+def _from_rows(rows: jax.Array, kernel: Kernel) -> jax.Array:
+    others = [size for axis, size in enumerate(kernel.shape) if axis != kernel.out_axis]
+    return jnp.moveaxis(rows.reshape(kernel.count, *others), 0, kernel.out_axis)
+
+
+class Averages(NamedTuple):
+    """State of `average_weights`: the averages, and the updates so far."""
+
+    average: Any
+    count: jax.Array
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the weights; the last in its chain.
+
+    The average of the first n updates has decay min(decay, n / (n + 9)), as in TensorFlow's
+    `ExponentialMovingAverage(num_updates)`, so that a short stage is not all its first weights.
+    """
+
+    def init(params: Any) -> Averages:
+        return Averages(params, jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Averages, params: Any = None) -> tuple[Any, Averages]:
+        count = state.count + 1
+        stays = jnp.minimum(decay, count / (count + 9))
+        moved = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, moved)
+        return updates, Averages(average, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state with the weights' averages for weights; for `Stage.evaluated`."""
+    return state._replace(params=optax.tree.get(state.opt_state, "average"))
