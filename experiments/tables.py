@@ -1,5 +1,6 @@
-"""Writes the tables of README.md and docs anew, from experiments/results."""
+"""Writes the tables and figures of README.md and docs anew, from experiments/results."""
 
+import functools
 import json
 import re
 import sys
@@ -7,11 +8,14 @@ from pathlib import Path
 
 from experiments import chestxray14_input as chestxray14_rates
 from experiments import fidelity, kills, scaling, soak, tpu_check
+from experiments.study import pages
+from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "docs" / pages.FIGURES
 
 
 def benchmark_table(path: Path) -> str:
@@ -59,13 +63,18 @@ SOURCES = {
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
     "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
+    "main": pages.main_table,
+    "cells": pages.cells,
+    **{f"study {one.name}": functools.partial(pages.section, one) for one in QUESTIONS},
 }
 PAGES = {
-    "README.md": ("breastmnist", "benchmark", "fidelity"),
+    "README.md": ("main", "breastmnist", "benchmark", "fidelity"),
     "docs/robustness.md": ("kills", "soak"),
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),
+    "docs/results.md": tuple(f"study {one.name}" for one in QUESTIONS),
+    "docs/cells.md": ("cells",),
 }
 
 
@@ -85,12 +94,23 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
+def write_figures() -> None:
+    """Writes the figures, and deletes those that nothing shows any more."""
+    wanted = pages.figures()
+    for path in FIGURES.glob("*.svg"):
+        if path.name not in wanted:
+            path.unlink()
+    for name, svg in wanted.items():
+        write_text(FIGURES / name, svg)
+
+
 def main() -> int:
     """Rewrites the pages; returns 0, or 2 on bad input."""
     try:
         for page in PAGES:
             path = ROOT / page
             write_text(path, render(path.read_text(), page))
+        write_figures()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -88,7 +88,7 @@ def _run(question: Question, config: StudyConfig) -> int:
             runner.run_cells(
                 cells,
                 places,
-                kept=(lambda cell: False) if config.only else is_kept,
+                kept=is_kept if not config.only and question.measure is None else never_kept,
                 keep=(lambda cell: None) if config.only else lambda c: store.keep(c, places),
                 should_stop=stop,
                 until=until,
@@ -103,8 +103,15 @@ def _run(question: Question, config: StudyConfig) -> int:
         return 128 + stop.signal
     if config.only:
         return compare(cells, places)
+    if question.measure is not None:
+        question.measure([c for c in with_backbones(cells) if runner.finished(c, places)], places)
     answer(question)
     return 0
+
+
+def never_kept(cell: Cell) -> bool:
+    """For cells whose weights are needed."""
+    return False
 
 
 def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:

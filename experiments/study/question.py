@@ -32,6 +32,8 @@ class Question:
       sure: one line, likewise.
       tables: likewise.
       figures: likewise.
+      measure: what is done with the trained networks, before the analysis; None for nothing. It
+        needs their weights, so such cells are trained even if their figures are kept.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Question:
     sure: Callable[[dict[str, Any]], str]
     tables: Callable[[dict[str, Any]], list[Table]]
     figures: Callable[[dict[str, Any]], list[Plot]]
+    measure: Callable[[Sequence[Cell], Any], None] | None = None
 
     @property
     def path(self) -> Path:

@@ -11,6 +11,7 @@ The stages are those of `python -m experiments.train`: `training.loop.train_stag
 import dataclasses
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.study import datasets
 from experiments.study.cells import Cell, with_backbones
@@ -29,7 +31,7 @@ from experiments.study.treatments import (
     numbers,
     selection,
 )
-from inmerge_jax.data import steps_per_epoch
+from inmerge_jax.data import Split, steps_per_epoch
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.training.arms import (
@@ -40,13 +42,16 @@ from inmerge_jax.training.arms import (
     plan_run,
     step_options,
 )
+from inmerge_jax.training.checkpoints import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
+from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.loop import read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.runfolder import environment
 from inmerge_jax.training.stage import Setup, Stage, same
-from inmerge_jax.training.state import make_optimizer
+from inmerge_jax.training.state import TrainState, make_optimizer, new_state
 from inmerge_jax.training.steps import make_train_step
 from inmerge_jax.training.stopping import never
 
@@ -153,16 +158,7 @@ def run_cell(
         plan = dataclasses.replace(plan, devices=(device,))
     setup = make_setup(plan, should_stop)
     params, batch_stats = initial_weights(plan, cell.backbone.seed)
-    first = Stage(
-        arm="backbone",
-        seed=cell.backbone.seed,
-        number=0,
-        folder=places.cell(cell.first()),
-        epochs=cell.backbone.epochs,
-        learning_rate=cell.backbone.rate,
-        train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **step_options(plan)),
-    )
-    stage = first
+    stage = first = _first_stage(cell, plan, setup, places)
     if not cell.is_backbone:
         best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
@@ -212,6 +208,53 @@ def run_together(
         future.result()
 
 
+def best_state(cell: Cell, places: Places) -> tuple[Setup, Stage, TrainState]:
+    """The state in a finished cell's best checkpoint, in NumPy arrays, and what it belongs to.
+
+    Raises:
+      InputError: the checkpoint is gone or damaged.
+    """
+    plan = plan_of(cell, places)
+    setup = make_setup(plan)
+    params, batch_stats = initial_weights(plan, cell.backbone.seed)
+    stage = _first_stage(cell, plan, setup, places)
+    if not cell.is_backbone:
+        setup, stage = second_stage(cell, plan, setup, places)
+    result = read_result(stage.folder)
+    assert result is not None, cell
+    state = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
+    state, _ = restore_checkpoint(stage.checkpoints / str(result["best_epoch"]), state)
+    return setup, stage, state
+
+
+def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]:
+    """The network of a finished cell's best checkpoint: from uint8 images to scores.
+
+    Raises:
+      InputError: see `best_state`.
+    """
+    setup, stage, state = best_state(cell, places)
+    state = replicate(stage.evaluated(state), setup.devices)
+    labels = setup.dataset.test.labels
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        return evaluate(setup, state, Split(images, labels))[0]
+
+    return predict
+
+
+def _first_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> Stage:
+    return Stage(
+        arm="backbone",
+        seed=cell.backbone.seed,
+        number=0,
+        folder=places.cell(cell.first()),
+        epochs=cell.backbone.epochs,
+        learning_rate=cell.backbone.rate,
+        train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **step_options(plan)),
+    )
+
+
 def second_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> tuple[Setup, Stage]:
     """The second stage of a cell; its optimizer and recipe may differ from the backbone's."""
     treatment, recipe = cell.treatment, plan.recipe
@@ -229,7 +272,7 @@ def second_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> tuple[
         given["kernels"] = deep
     step = make_train_step(plan.model, setup.optimizer, recipe, **given, **step_options(plan))
     stage = Stage(
-        arm=cell.arm,
+        arm=re.sub("[@./]", "_", cell.arm),  # It goes into the name of the score files.
         seed=cell.backbone.seed,
         number=1,
         folder=places.cell(cell),

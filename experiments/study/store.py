@@ -16,7 +16,7 @@ from experiments.study import datasets
 from experiments.study.cells import Cell
 from experiments.study.runner import Places, plan_of
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.files import write_bytes, write_text
 from inmerge_jax.training.scores import read_scores
 
 CELLS = Path(__file__).parents[1] / "results" / "cells"
@@ -55,7 +55,9 @@ def keep(cell: Cell, places: Places, folder: Path = CELLS) -> dict[str, Any]:
         _write(labels, labels=plan.dataset.test.labels, task=np.array(plan.dataset.task))
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
     _write(folder / f"{cell.hash}.npz", scores=scores)
-    write_json(folder / f"{cell.hash}.json", record)
+    # On one line: they are many, and nobody reads them one by one.
+    text = json.dumps(record, separators=(",", ":"))
+    write_text(folder / f"{cell.hash}.json", text + "\n")
     return record
 
 

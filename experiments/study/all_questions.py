@@ -1,0 +1,36 @@
+"""The study's questions, in their order, and everything that pages show of them."""
+
+from typing import Any, NamedTuple
+
+from experiments import ablation, adaptive, controls, cost, medmnist, redundancy, robustness
+from experiments.study import store
+from experiments.study.cells import Cell, with_backbones
+from experiments.study.question import Question
+
+QUESTIONS: tuple[Question, ...] = tuple(
+    module.QUESTION
+    for module in (medmnist, ablation, controls, redundancy, adaptive, robustness, cost)
+)
+
+
+class Row(NamedTuple):
+    """One kept cell, and how to train it again."""
+
+    cell: Cell
+    auc: float
+    acc: float
+    command: str
+
+
+def cell_rows(question: Question) -> list[Row]:
+    """The kept cells of a question."""
+    rows = []
+    for cell in with_backbones(question.cells):
+        record: Any = store.read(cell)
+        if record is not None:
+            test = record["result"]["test"]
+            command = (
+                f"python -m experiments.{question.name} --only {cell.hash} --output runs/again"
+            )
+            rows.append(Row(cell, test["auc"], test["acc"], command))
+    return rows

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from experiments.robustness import balanced_error, calibration
+from experiments.study.corruptions import SEVERITIES, corrupt
+from inmerge_jax.data import make_phantom
+
+
+@pytest.fixture(scope="module")
+def images():
+    grey = make_phantom(size=28, train=1, val=1, test=24).test.images
+    return {1: grey, 3: np.concatenate([grey, grey // 2, 255 - grey], axis=-1)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", SEVERITIES)
+def test_each_severity_changes_more_and_is_the_same_every_time(name, channels, images):
+    clean = images[channels]
+    assert len(SEVERITIES[name]) == 5
+    distances = []
+    for severity in range(1, 6):
+        found = corrupt(clean, name, severity)
+        assert found.shape == clean.shape and found.dtype == np.uint8
+        np.testing.assert_array_equal(found, corrupt(clean, name, severity))
+        distances.append(np.abs(found.astype(float) - clean).mean())
+    assert distances[0] > 0.2 and distances == sorted(distances)
+    assert distances[-1] > 1.5 * distances[0]
+
+
+def test_balanced_error_counts_every_class_alike():
+    labels = np.array([0, 0, 0, 0, 1])
+    classes = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    counts = np.array([[1, 1, 1, 1, 1], [2, 0, 0, 2, 1]])
+    found = balanced_error(labels, classes, counts)
+    np.testing.assert_allclose(found, [[1 / 8, 1 / 2], [1 / 4, 1 / 2]])
+
+
+def test_calibration_error():
+    labels = np.array([0, 1, 0, 1])
+    scores = np.array([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.35, 0.65]])
+    found = calibration(labels, scores)
+    assert found["ece"] == pytest.approx(0.5 * 0.45 + 0.5 * 0.35)
+    assert [n for _, _, n in found["bins"]] == [2, 2]
+    sure = calibration(labels, np.eye(2)[labels])
+    assert sure["ece"] == 0

@@ -1,0 +1,179 @@
+"""Cells on the phantom: trained, kept, skipped, resumed to the same bits, several at a time."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.study import command, runner, store
+from experiments.study.cells import Backbone, Cell, Treatment
+from experiments.study.question import Kept, Question
+from inmerge_jax.errors import InputError
+from inmerge_jax.training.stopping import Stopped
+
+START = Backbone("phantom", "vgg11", 0, 2, 0.1)
+MERGE = Treatment("merge", threshold=-1.0, skip=4)
+CELLS = (
+    Cell(START),
+    Cell(START, "finetune", 2),
+    Cell(START, "in.merge", 2, treatment=MERGE),
+    Cell(START, "ema", 2, treatment=Treatment("ema", decay=0.9)),
+    Cell(START, "decay", 2, treatment=Treatment("decay", decay=0.5)),
+)
+PAIRS = (("in.merge", "finetune"), ("finetune", "backbone"))
+
+
+def run(cells, places, **rest):
+    runner.run_cells(cells, places, **rest)
+    return {c.arm: runner.read_result(places.cell(c)) for c in cells if runner.finished(c, places)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    places = runner.Places(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("study"))
+    return places, run(CELLS, places)
+
+
+def weights(places, cell):
+    _, _, state = runner.best_state(cell, places)
+    return [leaf.tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_every_cell_has_its_result(trained):
+    places, results = trained
+    assert list(results) == [cell.arm for cell in CELLS]
+    assert sum(results["in.merge"]["merged"]) > 0
+    assert results["finetune"]["merged"] == []
+    losses = {
+        arm: [json.loads(line)["train_loss"] for line in open(places.cell(c) / "metrics.jsonl")]
+        for arm, c in zip(results, CELLS, strict=True)
+    }
+    assert losses["ema"] == losses["finetune"] != losses["in.merge"]
+    assert losses["decay"][-1] != losses["finetune"][-1]
+    assert results["ema"]["val"] != results["finetune"]["val"] or (
+        json.loads((places.cell(CELLS[3]) / "metrics.jsonl").read_text().splitlines()[0])
+        != json.loads((places.cell(CELLS[1]) / "metrics.jsonl").read_text().splitlines()[0])
+    )
+
+
+def test_a_kept_cell_is_not_trained_again_and_a_missing_backbone_is(trained, tmp_path):
+    places, _ = trained
+    kept = tmp_path / "cells"
+    for cell in CELLS[:2]:
+        store.keep(cell, places, kept)
+    elsewhere = runner.Places(places.data, tmp_path / "study")
+
+    def is_kept(cell):
+        return store.read(cell, kept) is not None
+
+    run(CELLS[:2], elsewhere, kept=is_kept)
+    assert not (elsewhere.output / "cells").exists()
+    done = []
+    run(CELLS[:3], elsewhere, kept=is_kept, keep=done.append)
+    assert [cell.arm for cell in done] == ["in.merge"]
+    assert runner.finished(CELLS[0], elsewhere) and not runner.finished(CELLS[1], elsewhere)
+    same = [runner.read_result(p.cell(CELLS[2]))["test"] for p in (places, elsewhere)]
+    assert same[0] == same[1]
+    record = store.read(CELLS[0], kept)
+    assert record["result"]["test"] == runner.read_result(places.cell(CELLS[0]))["test"]
+    assert not any(str(tmp_path) in path.read_text() for path in kept.rglob("*.json"))
+
+
+def test_stopped_and_resumed_is_the_same(trained, tmp_path):
+    places, _ = trained
+    elsewhere = runner.Places(places.data, tmp_path)
+    shutil.copytree(places.cell(CELLS[0]), elsewhere.cell(CELLS[0]))
+    calls = iter(range(10**6))
+    with pytest.raises(Stopped):
+        run(CELLS[2:3], elsewhere, should_stop=lambda: next(calls) > 6)
+    assert not runner.finished(CELLS[2], elsewhere)
+    run(CELLS[2:3], elsewhere)
+    assert weights(places, CELLS[2]) == weights(elsewhere, CELLS[2])
+    one, two = (json.loads((p.cell(CELLS[2]) / "result.json").read_bytes()) for p in
+                (places, elsewhere))  # fmt: skip
+    assert one["test"] == two["test"] and one["merged"] == two["merged"]
+
+
+def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
+    places = runner.Places(trained[0].data, tmp_path)
+    assert run(CELLS[:1], places, until=0) == {}
+
+
+def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
+    places, _ = trained
+    elsewhere = runner.Places(places.data, tmp_path)
+    seeds = [Cell(dataclasses.replace(START, seed=seed)) for seed in (0, 1, 2)]
+    assert len(runner.abreast(seeds)) == min(3, jax.local_device_count())
+    run(seeds, elsewhere, parallel=True)
+    assert weights(places, seeds[0]) == weights(elsewhere, seeds[0])
+    different = [weights(elsewhere, cell) for cell in seeds]
+    assert different[0] != different[1] != different[2]
+    single = runner.Places(places.data, tmp_path / "single")
+    run(seeds[1:2], single)
+    assert (
+        runner.read_result(single.cell(seeds[1]))["test"]
+        == runner.read_result(elsewhere.cell(seeds[1]))["test"]
+    )
+
+
+def test_a_comparison_of_kept_cells(trained, tmp_path):
+    places, results = trained
+    for cell in CELLS[:3]:
+        store.keep(cell, places, tmp_path)
+    kept = Kept.of(CELLS, tmp_path)
+    assert kept.cells == CELLS[:3]
+    (group,) = kept.groups().values()
+    found = group.compare(PAIRS, resamples=20, permutations=20)
+    for arm in ("backbone", "finetune", "in.merge"):
+        assert found["arms"][arm]["auc"]["mean"] == pytest.approx(results[arm]["test"]["auc"])
+        assert found["arms"][arm]["acc"]["mean"] == pytest.approx(results[arm]["test"]["acc"])
+    gap = found["differences"]["in.merge - finetune"]["auc"]["mean"]
+    assert gap == pytest.approx(
+        results["in.merge"]["test"]["auc"] - results["finetune"]["test"]["auc"]
+    )
+    assert 0 < found["merged"]["in.merge"] < 0.5 and found["merged"]["finetune"] is None
+
+
+def test_an_arm_whose_seeds_are_not_all_there_is_left_out(trained, tmp_path):
+    places, _ = trained
+    second = [dataclasses.replace(c, backbone=dataclasses.replace(START, seed=1)) for c in CELLS]
+    for cell in CELLS[:3]:
+        store.keep(cell, places, tmp_path)
+    for old, new in zip(CELLS[:2], second[:2], strict=True):
+        for suffix in (".json", ".npz"):
+            shutil.copy(tmp_path / f"{old.hash}{suffix}", tmp_path / f"{new.hash}{suffix}")
+    kept = Kept.of([*CELLS, *second], tmp_path)
+    found = kept.compare(PAIRS, resamples=20, permutations=20)
+    assert list(found["arms"]) == ["backbone", "finetune"] and found["seeds"] == [0, 1]
+
+
+def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
+    places, results = trained
+    for cell in (CELLS[2], CELLS[3]):
+        dataset = runner.plan_of(cell, places).dataset
+        scores = runner.weights_of(cell, places)(dataset.test.images)
+        right = (scores.argmax(1) == dataset.test.labels).mean()
+        assert right == pytest.approx(results[cell.arm]["test"]["acc"])
+
+
+def test_unknown_cells_and_data(trained):
+    places, _ = trained
+    question = Question("medmnist", 1, "t", "a", CELLS, *[None] * 5)
+    with pytest.raises(InputError, match="--only 123: medmnist has no cell of that hash"):
+        command.chosen(question, ("123",))
+    assert command.chosen(question, (CELLS[1].hash,)) == (CELLS[1],)
+    bad = Cell(dataclasses.replace(START, data="nothing"))
+    with pytest.raises(InputError, match="data set nothing: unknown; choose one of"):
+        runner.run_cell(bad, places, None)
+
+
+def test_a_kept_cell_has_the_scores_that_its_run_wrote(trained, tmp_path):
+    places, results = trained
+    store.keep(CELLS[1], places, tmp_path)
+    scores = store.read_test_scores(CELLS[1], tmp_path)
+    assert scores.dtype == np.float32 and scores.shape == (96, 6)
+    labels = store.read_labels("phantom", tmp_path)
+    assert (scores.argmax(1) == labels.labels).mean() == results["finetune"]["test"]["acc"]

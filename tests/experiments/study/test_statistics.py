@@ -1,0 +1,148 @@
+"""Intervals, permutation tests and corrections, against other implementations and known cases."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from experiments.study import statistics
+from inmerge_jax.training.metrics import compute_metrics
+
+TASKS = {"binary-class": 2, "multi-class": 4, "multi-label, binary-class": 3}
+
+
+def make_scores(task, images=60, seeds=2, skill=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    classes = TASKS[task]
+    if task.startswith("multi-label"):
+        labels = rng.integers(0, 2, (images, classes)).astype(np.uint8)
+        truth = labels.astype(float)
+    else:
+        labels = rng.integers(0, classes, images).astype(np.int32)
+        truth = np.eye(classes)[labels]
+    scores = skill * truth + rng.standard_normal((seeds, images, classes))
+    scores = np.round(1 / (1 + np.exp(-scores)), 2)  # rounded, so that some are equal
+    return labels, scores
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_weighted_metric_is_that_of_repeated_images(task):
+    labels, scores = make_scores(task)
+    rng = np.random.default_rng(1)
+    counts = statistics.draw_counts(len(labels), 8, rng)
+    for name in statistics.METRICS:
+        found = statistics.metric_of_counts(name, labels, scores[0], task, counts)
+        for value, count in zip(found, counts, strict=True):
+            index = np.repeat(np.arange(len(labels)), count)
+            expected = compute_metrics(labels[index], scores[0][index], task)
+            assert value == pytest.approx(getattr(expected, name), abs=1e-12)
+
+
+def test_a_class_that_a_resample_lacks_is_left_out():
+    labels = np.array([0, 0, 1, 2], np.int32)
+    scores = np.random.default_rng(0).random((4, 3))
+    counts = np.array([[2, 1, 1, 0], [4, 0, 0, 0]])
+    found = statistics.metric_of_counts("auc", labels, scores, "multi-class", counts)
+    one = roc_auc_score(labels[:3] == 0, scores[:3, 0], sample_weight=[2, 1, 1])
+    two = roc_auc_score(labels[:3] == 1, scores[:3, 1], sample_weight=[2, 1, 1])
+    assert found[0] == pytest.approx((one + two) / 2)
+    assert np.isnan(found[1])
+
+
+def test_the_bootstraps_width_is_delongs_and_grows_with_the_seeds_spread():
+    labels, scores = make_scores("binary-class", images=400, seeds=1)
+    alone = statistics.compare(labels, {"a": scores}, "binary-class", [], resamples=4000)
+    row = alone["arms"]["a"]["auc"]
+    positive, s = labels == 1, scores[0][:, 1]
+    placements = [np.mean((s[positive][:, None] > s[~positive]) + 0.0, axis=k) for k in (0, 1)]
+    delong = np.sqrt(sum(np.var(p, ddof=1) / len(p) for p in placements))
+    assert row["resolvable"] / 1.96 == pytest.approx(delong, rel=0.1)
+    values, resampled = np.array([0.5, 0.9]), np.tile([0.5, 0.9], (4000, 1))
+    interval, _ = statistics.bootstrap(values, resampled, np.random.default_rng(0))
+    assert interval == pytest.approx((0.7, 0.5, 0.9))
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    truth, hits, trials = stats.norm.cdf(1 / np.sqrt(2)), 0, 120
+    for _ in range(trials):
+        labels = np.repeat([0, 1], 40).astype(np.int32)
+        s = labels + rng.standard_normal(80)
+        scores = np.stack([-s, s], axis=1)[None]
+        found = statistics.compare(labels, {"a": scores}, "binary-class", [], resamples=300)
+        row = found["arms"]["a"]["auc"]
+        hits += row["low"] <= truth <= row["high"]
+    assert 0.87 <= hits / trials <= 0.995
+
+
+def test_equal_arms_have_p_1_and_zero_differences():
+    labels, scores = make_scores("multi-class")
+    found = statistics.compare(
+        labels,
+        {"a": scores, "b": scores},
+        "multi-class",
+        [("a", "b")],
+        resamples=50,
+        permutations=50,
+    )
+    row = found["differences"]["a - b"]["auc"]
+    assert (row["mean"], row["low"], row["high"]) == (0, 0, 0)
+    assert row["p_images"] == row["p_seeds"] == 1
+
+
+def test_the_permutation_test_is_uniform_without_and_small_with_a_difference():
+    rng = np.random.default_rng(0)
+    ps = []
+    for trial in range(40):
+        labels, first = make_scores("binary-class", images=50, seeds=1, seed=trial)
+        second = first + 0.3 * rng.standard_normal(first.shape)
+        third = first + 0.3 * rng.standard_normal(first.shape)
+        p = statistics.permutation_over_images(labels, second, third, "binary-class", rng, 99)
+        ps.append(p["auc"])
+    assert 0.25 < np.mean(ps) < 0.75 and np.mean(np.array(ps) <= 0.1) < 0.3
+    labels, good = make_scores("binary-class", images=200, seeds=1, skill=3)
+    bad = np.random.default_rng(9).random(good.shape)
+    p = statistics.permutation_over_images(labels, good, bad, "binary-class", rng, 199)
+    assert p["auc"] <= 0.01 and p["acc"] <= 0.01
+
+
+def test_permutation_ignores_another_calibration():
+    labels, scores = make_scores("binary-class", images=80, seeds=2)
+    cold = scores**7
+    p = statistics.permutation_over_images(
+        labels, scores, cold, "binary-class", np.random.default_rng(0), 50
+    )
+    assert p["auc"] == 1
+
+
+def test_sign_flips_are_exact():
+    assert statistics.sign_flips_over_seeds([1, 1, 1]) == 2 / 8
+    assert statistics.sign_flips_over_seeds([0.3, -0.3]) == 1
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(10) + 0.4
+    expected = stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=np.inf
+    ).pvalue
+    assert statistics.sign_flips_over_seeds(values) == pytest.approx(expected)
+    many = statistics.sign_flips_over_seeds(np.ones(30))
+    assert 0 < many < 1e-4
+
+
+def test_holm():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1, 1]
+    assert statistics.holm([]) == []
+
+
+def test_expected_resolution_shrinks_with_images_and_seeds():
+    common = {"auc": 0.9, "acc": 0.85, "correlation": 0.9}
+    few = statistics.expected_resolution(50, 100, 3, seed_sd=0.0, **common)
+    many = statistics.expected_resolution(5000, 10000, 3, seed_sd=0.0, **common)
+    assert many["auc"] == pytest.approx(few["auc"] / 10, rel=0.05)
+    # Hanley and McNeil (1982) give about 0.032 for 51 abnormal and 58 normal images.
+    one = statistics.expected_resolution(
+        51, 58, 1, auc=0.893, acc=0.5, correlation=0.5, seed_sd=0.0
+    )
+    assert one["auc"] / 1.96 == pytest.approx(0.032, abs=1e-3)
+    noisy = statistics.expected_resolution(5000, 10000, 4, seed_sd=0.02, **common)
+    assert noisy["auc"] == pytest.approx(1.96 * 0.01, rel=0.05)
