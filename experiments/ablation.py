@@ -84,15 +84,10 @@ def came_out(found: dict[str, Any]) -> str:
 
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
-    parts = [
-        f"{name} {group['differences']['rule - finetune']['auc']['resolvable']:.3f} AUC "
-        f"({len(group['seeds'])} seeds)"
-        for name, group in found["groups"].items()
-        if "rule - finetune" in group["differences"]
-    ]
+    could = telling.resolvable(found["groups"], "rule - finetune")
     return (
-        f"{shared.PAGE_NOTE}. Smallest differences that could be told: {'; '.join(parts)}. "
-        "Settings were not chosen by these test scores: the whole sweep is shown."
+        f"{shared.PAGE_NOTE}. {could} No setting was chosen by these test scores: the whole sweep "
+        "is shown."
     )
 
 

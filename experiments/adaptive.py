@@ -92,9 +92,10 @@ def sure(found: dict[str, Any]) -> str:
         else "not every interval of the chosen rule lies above zero, so no rule is recommended "
         "over training on without merging"
     )
+    could = telling.resolvable(found["groups"], f"{best} - finetune")
     return (
-        f"{shared.PAGE_NOTE}. The rule was chosen on validation AUC alone; {verdict}. What the "
-        "quantile does for certain is to merge at its rate, probability times (1 - quantile), on "
+        f"{shared.PAGE_NOTE}. {could} The rule was chosen on validation AUC alone; {verdict}. What "
+        "the quantile does for certain is to merge at its rate, probability times (1 - quantile), on "
         "every network, which a fixed threshold does not."
     )
 

@@ -58,23 +58,18 @@ def came_out(found: dict[str, Any]) -> str:
             and pair != "merge - finetune"
             and row["auc"]["p_images_holm"] < 0.05
         ]
-        apart = ", ".join(told) if told else "no control"
-        parts.append(f"{name}: merging against finetune {own} AUC, told from {apart}")
+        apart = f"different from {', '.join(told)}" if told else "not told from any control"
+        parts.append(f"{name}: merging against finetune {own} AUC; {apart} (p < 0.05, Holm)")
     return "; ".join(parts) + "."
 
 
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
-    parts = [
-        f"{name} {group['differences']['merge - finetune']['auc']['resolvable']:.3f} AUC "
-        f"({len(group['seeds'])} seeds)"
-        for name, group in found["groups"].items()
-        if "merge - finetune" in group["differences"]
-    ]
+    could = telling.resolvable(found["groups"], "merge - finetune")
     return (
-        f"{shared.PAGE_NOTE}. All controls had the same backbone, batches and epochs, and the "
-        "first four act on the very kernels that the rule would merge. Smallest differences that "
-        f"could be told: {'; '.join(parts)}."
+        f"{shared.PAGE_NOTE}. All controls had the same backbone, batches and epochs; any, least "
+        "similar, noise and perturb act on the very kernels that the rule would merge there and "
+        f"then. {could}"
     )
 
 

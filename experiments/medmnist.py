@@ -106,17 +106,7 @@ def came_out(found: dict[str, Any]) -> str:
 
 def sure(found: dict[str, Any]) -> str:
     """What the data sets could have told."""
-    parts = [
-        f"{name} {group['differences']['inmerge - finetune']['auc']['resolvable']:.3f} "
-        f"({group['images']:,} images, {len(group['seeds'])} seeds)"
-        for name, group in found["groups"].items()
-        if "inmerge - finetune" in group["differences"]
-    ]
-    return (
-        "Smallest differences in AUC that could be told from none (1.96 bootstrap standard errors "
-        f"over images and seeds): {'; '.join(parts)}. Where this is above 0.01, a difference of "
-        "0.01 could have been missed."
-    )
+    return telling.resolvable(found["groups"], "inmerge, adaptive - finetune")
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

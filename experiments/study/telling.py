@@ -70,6 +70,30 @@ def figure_name(question: Question, index: int) -> str:
     return f"{question.name}-{index + 1}.svg"
 
 
+def resolvable(groups: Mapping[str, Any], pair: str) -> str:
+    """What each group could have told of a pair's AUC, and the warning where there is one seed."""
+    parts, alone = [], False
+    for name, group in groups.items():
+        row = group["differences"].get(pair)
+        if row is None:
+            continue
+        count = len(group["seeds"])
+        alone |= count == 1
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
+        parts.append(f"{name} {row['auc']['resolvable']:.3f} ({group['images']:,} images, {seeds})")
+    text = (
+        "Smallest differences in AUC that could be told from none (1.96 bootstrap standard errors "
+        f"over images and seeds): {'; '.join(parts)}. Where that is above 0.01, a difference of "
+        "0.01 could have been missed."
+    )
+    if alone:
+        text += (
+            " With one seed the intervals and p cover the choice of test images alone: another "
+            "training could come out otherwise."
+        )
+    return text
+
+
 def mean_sd(row: Mapping[str, Any]) -> str:
     """Mean and standard deviation over seeds."""
     spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.3f}"
@@ -128,10 +152,10 @@ def difference_table(
             )
             kinds.append("difference")
     columns = (
-        f"arm; the first row of a group is {against} itself",
-        "merged at an update",
-        "test AUC, difference",
-        "test ACC, difference",
+        f"arm, minus {against} (bold)",
+        "merged",
+        "test AUC",
+        "test ACC",
         "p (AUC)",
         "p, Holm",
     )
@@ -165,7 +189,8 @@ def _intervals(axes: Axes, title: str, groups: Mapping[str, Any], unit: str) -> 
     axes.set_yticks(ticks, names)
     axes.set_ylim(place - 0.5, -0.8)
     axes.grid(axis="y", visible=False)
-    axes.set_title(title)
+    # Above the names too, which take half of the width.
+    axes.figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(unit)
     axes.figure.legend(loc="outside lower center", ncols=1 if len(groups) < 3 else 2)
 
@@ -245,6 +270,7 @@ __all__ = [
     "mean_sd",
     "p_value",
     "report",
+    "resolvable",
     "sweep_plot",
     "to_markdown",
     "to_rich",

@@ -118,6 +118,13 @@ def test_rule_that_is_not_the_papers_is_explained(folder):
     assert "0.40% of the median layer's kernel pairs" in text
 
 
+def test_a_threshold_that_adapts_is_explained(folder):
+    edit(folder, lambda results: results["rule"].update(quantile=0.9))
+    text = markdown(folder)
+    assert "skip 4 (there 10), each layer's quantile 0.9 as its threshold (there 0.3)" in text
+    assert "threshold 0.1" not in text and "above 0.3." in text
+
+
 def test_the_released_codes_rule_is_named_so(tmp_path):
     folder = write_run(tmp_path / "run")
     edit(folder, lambda results: results["rule"].update(threshold=0.3, skip=10))

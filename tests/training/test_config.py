@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments.train import main
+from inmerge_jax import quantile
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.arms import plan_run
@@ -57,6 +58,15 @@ def test_every_option_reaches_its_place():
     assert (config.model.name, config.model.stem) == ("vgg16", "imagenet")
     assert (config.rule.alpha, config.rule.skip, config.devices) == (0.9, 4, 2)
     assert (config.seeds, config.arms, config.resume) == ((3, 5), ("inmerge",), True)
+
+
+def test_a_quantile_stands_in_place_of_the_threshold():
+    config = parse_config(["--quantile", "0.9"])
+    assert resolve_rule(config.rule).threshold == quantile(0.9)
+    kept = config_dict(config, resolve_recipe(config.recipe), 1)["rule"]
+    assert kept["quantile"] == 0.9
+    plain = parse_config([])
+    assert "quantile" not in config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
 
 
 def test_a_configuration_made_in_python_needs_no_command_line():
@@ -125,6 +135,7 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         (["--probability", "nan"], r"--probability nan.*\[0, 1\]"),
         (["--alpha", "-0.1"], r"--alpha -0.1.*\[0, 1\]"),
         (["--threshold", "-2"], r"--threshold -2.*\[-1, 1\]"),
+        (["--quantile", "1.5"], r"--quantile 1\.5.*number in \[0, 1\]"),
         (["--skip", "13"], r"--skip 13.*13 convolutions.*0 to 12"),
         (["--skip", "-1"], r"--skip -1"),
         (["--epochs", "0"], r"--epochs 0.*1 or more"),

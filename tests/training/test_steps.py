@@ -55,6 +55,46 @@ def test_replicas_are_bit_equal_after_fifty_merging_steps(devices):
         assert len(leaf) == devices and all(np.array_equal(leaf[0], other) for other in leaf[1:])
 
 
+def test_a_treatment_takes_the_place_of_merging_and_its_numbers_are_no_part_of_the_program():
+    devices = tuple(jax.local_devices()[:2])
+    traces = []
+
+    def treatment(params, key, step, numbers):
+        traces.append(1)
+        rule = dataclasses.replace(tiny.ALWAYS, probability=numbers["probability"])
+        return merge_kernels(params, key, tiny.kernels(), rule)
+
+    def after(probability, **given):
+        step = steps.make_train_step(
+            tiny.Net(),
+            make_optimizer(tiny.RECIPE),
+            tiny.RECIPE,
+            multi_label=False,
+            devices=devices,
+            kernels=tiny.kernels(),
+            **given,
+        )
+        optimizer = make_optimizer(tiny.RECIPE)
+        state = new_state(*tiny.init(), optimizer, tiny.RECIPE.learning_rate)
+        batch = train_batch(
+            tiny.make_dataset().train, seed=1, step=0, batch_size=tiny.RECIPE.batch_size
+        )
+        state, totals = step(
+            replicate(state, devices),
+            replicate(zero_totals(2), devices),
+            split(batch, devices),
+            broadcast(jax.random.key(3), devices),
+        )
+        return unreplicate((state.params, totals))
+
+    treated = after(0.5, treatment=treatment, numbers={"probability": 0.5})
+    merged = after(0.5, rule=tiny.ALWAYS)
+    for a, b in zip(jax.tree.leaves(treated), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(a, b)
+    none = after(0.0, treatment=treatment, numbers={"probability": 0.0})
+    assert none[1].merged.sum() == 0 < treated[1].merged.sum()
+
+
 def test_merging_happens_before_the_forward_pass_and_nowhere_else():
     recipe = dataclasses.replace(tiny.RECIPE, flip=False)
     merged, totals, losses = train(1, 1, recipe, rule=tiny.ALWAYS)
