@@ -95,8 +95,8 @@ def sure(found: dict[str, Any]) -> str:
     could = telling.resolvable(found["groups"], f"{best} - finetune")
     return (
         f"{shared.PAGE_NOTE}. {could} The rule was chosen on validation AUC alone; {verdict}. What "
-        "the quantile does for certain is to merge at its rate, probability times (1 - quantile), on "
-        "every network, which a fixed threshold does not."
+        "the quantile does for certain is to merge at its rate, probability times (1 - quantile), "
+        "on every network, which a fixed threshold does not."
     )
 
 

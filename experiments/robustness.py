@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from experiments.study import shared, store, telling
 from experiments.study.cells import Cell, Treatment
 from experiments.study.command import main
 from experiments.study.corruptions import SEVERITIES, corrupt
-from experiments.study.question import RESULTS, Kept, Question
+from experiments.study.question import Kept, Question
 from experiments.study.runner import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, draw_counts, holm, sign_flips_over_seeds
 from inmerge_jax.files import write_bytes
@@ -20,7 +21,8 @@ from inmerge_jax.reporting.tables import Table
 
 ARMS = {"inmerge": shared.PAPER, "inmerge, adaptive": Treatment("merge", quantile=0.5)}
 SHOWN = ("backbone", "finetune", *ARMS)
-PREDICTIONS = RESULTS / "robustness.npz"
+PREDICTIONS = "robustness.npz"
+"""Beside the answer."""
 LEVELS = range(1, 6)
 BINS = 10
 RESAMPLES = 1000
@@ -28,7 +30,8 @@ RESAMPLES = 1000
 
 def measure(cells: Sequence[Cell], places: Places) -> None:
     """Predicts every corrupted test image with every cell's best weights; keeps the classes."""
-    kept = read_predictions()
+    file = places.results / "study" / PREDICTIONS
+    kept = read_predictions(file)
     corrupted: dict[str, list[np.ndarray]] = {}
     for cell in cells:
         if cell.hash in kept or not (places.cell(cell) / "result.json").exists():
@@ -44,14 +47,14 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
         print(f"{cell.hash} {cell.name}: {len(classes)} corrupted copies of the test images")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **kept)
-    write_bytes(PREDICTIONS, buffer.getvalue())
+    write_bytes(file, buffer.getvalue())
 
 
-def read_predictions() -> dict[str, np.ndarray]:
+def read_predictions(file: Path) -> dict[str, np.ndarray]:
     """Hash of a cell to uint8 (corruptions, severities, images), the predicted classes."""
-    if not PREDICTIONS.exists():
+    if not file.exists():
         return {}
-    with np.load(PREDICTIONS) as arrays:
+    with np.load(file) as arrays:
         return dict(arrays)
 
 
@@ -98,7 +101,7 @@ def calibration(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """By data set: balanced errors, their differences from finetune, calibration."""
-    predictions = read_predictions()
+    predictions = read_predictions(kept.folder.parent / "study" / PREDICTIONS)
     known = Kept(tuple(c for c in kept.cells if c.hash in predictions), kept.folder)
     groups = {}
     for key, cells in known.groups().items():

@@ -35,6 +35,7 @@ class StudyConfig:
       dry_run: Train nothing: list the cells that are left with a time estimate, and the difference
         in AUC and ACC that each data set can resolve.
       analyse: Train nothing: compute the answer anew from the cells that are kept.
+      results: Folder for cells/, what is kept of finished cells, and study/, the answers.
       parallel: What several devices share: each batch, or the seeds, one cell to a device.
     """
 
@@ -46,6 +47,7 @@ class StudyConfig:
     minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     dry_run: bool = False
     analyse: bool = False
+    results: Path = Path("experiments/results")
     parallel: Literal["batches", "seeds"] = "batches"
 
 
@@ -70,7 +72,7 @@ def _run(question: Question, config: StudyConfig) -> int:
     from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
-    places = runner.Places(config.data_dir, config.output)
+    places = runner.Places(config.data_dir, config.output, config.results)
     cells = only_data(seeds_of(question.cells, config.seeds), config.data)
     if config.only:
         cells = chosen(question, config.only)
@@ -78,8 +80,14 @@ def _run(question: Question, config: StudyConfig) -> int:
         estimate.show(question, cells, places)
         return 0
     if config.analyse:
-        answer(question)
+        answer(question, config.results)
         return 0
+
+    def is_kept(cell: Cell) -> bool:
+        # Figures of a kept cell are no use where its weights are asked for, or another training.
+        needed = config.only or question.measure is not None
+        return not needed and store.read(cell, places.kept) is not None
+
     runner.use_cache()
     until = time.monotonic() + 60 * (config.minutes or float("inf"))
     stop = StopSignals()
@@ -88,7 +96,7 @@ def _run(question: Question, config: StudyConfig) -> int:
             runner.run_cells(
                 cells,
                 places,
-                kept=is_kept if not config.only and question.measure is None else never_kept,
+                kept=is_kept,
                 keep=(lambda cell: None) if config.only else lambda c: store.keep(c, places),
                 should_stop=stop,
                 until=until,
@@ -105,13 +113,8 @@ def _run(question: Question, config: StudyConfig) -> int:
         return compare(cells, places)
     if question.measure is not None:
         question.measure([c for c in with_backbones(cells) if runner.finished(c, places)], places)
-    answer(question)
+    answer(question, config.results)
     return 0
-
-
-def never_kept(cell: Cell) -> bool:
-    """For cells whose weights are needed."""
-    return False
 
 
 def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:
@@ -129,14 +132,7 @@ def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(known[one] for one in hashes)
 
 
-def is_kept(cell: Cell) -> bool:
-    """Whether its record is among the project's results."""
-    from experiments.study import store
-
-    return store.read(cell) is not None
-
-
-def answer(question: Question) -> dict[str, Any]:
+def answer(question: Question, results: Path) -> dict[str, Any]:
     """Computes the answer from the kept cells, stores it, and prints it."""
     from rich import print as rich_print
 
@@ -145,7 +141,7 @@ def answer(question: Question) -> dict[str, Any]:
     from inmerge_jax.files import write_json
 
     grid = with_backbones(question.cells)
-    kept = Kept.of(grid)
+    kept = Kept.of(grid, results / "cells")
     if not kept.cells:
         raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
     records = [kept.record(cell) for cell in kept.cells]
@@ -159,7 +155,7 @@ def answer(question: Question) -> dict[str, Any]:
         "analysis": question.analyse(kept),
     }
     stored = json.loads(json.dumps(stored))
-    write_json(question.path, stored)
+    write_json(results / "study" / f"{question.name}.json", stored)
     rich_print(telling.to_rich(question, stored))
     return stored
 
@@ -171,7 +167,7 @@ def compare(cells: Sequence[Cell], places: Any) -> int:
 
     differs = False
     for cell in cells:
-        result, record = read_result(places.cell(cell)), store.read(cell)
+        result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
         assert result is not None
         print(f"{cell.hash} {cell.name}")
         for metric in ("auc", "acc"):

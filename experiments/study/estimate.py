@@ -1,6 +1,7 @@
 """What a grid would take, and what it could tell: `--dry-run`."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from experiments.study.cells import Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
 from experiments.study.statistics import expected_resolution
+from inmerge_jax.errors import InputError
 
 SEED_SD = 0.02
 CORRELATION = 0.9
@@ -22,11 +24,11 @@ _GFLOPS = 60
 """Of two CPU cores in training, for networks of which no cell is kept yet."""
 
 
-def seconds_per_image(cells: Iterable[Cell]) -> dict[tuple[str, str, float], float]:
+def seconds_per_image(cells: Iterable[Cell], kept: Path) -> dict[tuple[str, str, float], float]:
     """Of kept cells, by data set, network and width."""
     found: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells:
-        record = store.read(cell)
+        record = store.read(cell, kept)
         if record is not None:
             key = cell.backbone.data, cell.backbone.model, cell.backbone.width
             found.setdefault(key, []).append(record["result"]["seconds"] / images_of(cell))
@@ -50,7 +52,7 @@ def guess_seconds_per_image(cell: Cell) -> float:
     return 3 * operations["flops"] / (_GFLOPS * 1e9)
 
 
-def resolution(name: str, seeds: int) -> dict[str, float]:
+def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
     """`expected_resolution` on a data set, by the assumptions above.
 
     With labels at hand (of a kept cell), for the mean over its classes as if these were
@@ -58,10 +60,8 @@ def resolution(name: str, seeds: int) -> dict[str, float]:
     """
     test = datasets.SOURCES[name].images[2]
     try:
-        known = store.read_labels(name)
-    except Exception as error:
-        if not isinstance(error, store.InputError):
-            raise
+        known = store.read_labels(name, kept)
+    except InputError:
         ones = [test // 2]
     else:
         labels = known.labels
@@ -86,8 +86,8 @@ def resolution(name: str, seeds: int) -> dict[str, float]:
 def show(question: Question, cells: Sequence[Cell], places: Places) -> None:
     """Prints the cells that are left, the time, and what the data sets can resolve."""
     grid = with_backbones(cells)
-    left = [c for c in grid if store.read(c) is None and not finished(c, places)]
-    known = seconds_per_image(grid)
+    left = [c for c in grid if store.read(c, places.kept) is None and not finished(c, places)]
+    known = seconds_per_image(grid, places.kept)
     table = Table(title=f"{question.name}: {len(left)} of {len(grid)} cells are left")
     for heading in ("cell", "what", "updates of", "estimate"):
         table.add_column(heading)
@@ -113,7 +113,7 @@ def show(question: Question, cells: Sequence[Cell], places: Places) -> None:
         table.add_column(heading)
     for name in dict.fromkeys(cell.backbone.data for cell in grid):
         seeds = len({cell.backbone.seed for cell in grid if cell.backbone.data == name})
-        found = resolution(name, seeds)
+        found = resolution(name, seeds, places.kept)
         source = datasets.SOURCES[name]
         enough = "yes" if found["auc"] <= NEEDED else "no"
         figures = f"{found['auc']:.3f}", f"{found['acc']:.3f}", enough

@@ -68,14 +68,21 @@ class Places:
     Attributes:
       data: folder that holds medmnist/ and nih/.
       output: folder of the cells.
+      results: folder of what is kept of them, and of the answers.
     """
 
     data: Path
     output: Path
+    results: Path = Path("experiments/results")
 
     def cell(self, cell: Cell) -> Path:
         """The folder of one cell."""
         return self.output / "cells" / cell.hash
+
+    @property
+    def kept(self) -> Path:
+        """The folder of kept cells."""
+        return self.results / "cells"
 
     @property
     def built(self) -> Path:

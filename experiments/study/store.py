@@ -31,9 +31,9 @@ class Labels(NamedTuple):
     task: str
 
 
-def keep(cell: Cell, places: Places, folder: Path = CELLS) -> dict[str, Any]:
+def keep(cell: Cell, places: Places) -> dict[str, Any]:
     """Copies a finished cell's figures and test scores from its run folder; returns the record."""
-    run = places.cell(cell)
+    run, folder = places.cell(cell), places.kept
     result = json.loads((run / "result.json").read_bytes())
     around = json.loads((run / "environment.json").read_bytes())
     similar = json.loads((run / "similarity.json").read_bytes())

@@ -63,7 +63,7 @@ def test_a_kept_cell_is_not_trained_again_and_a_missing_backbone_is(trained, tmp
     places, _ = trained
     kept = tmp_path / "cells"
     for cell in CELLS[:2]:
-        store.keep(cell, places, kept)
+        store.keep(cell, dataclasses.replace(places, results=kept.parent))
     elsewhere = runner.Places(places.data, tmp_path / "study")
 
     def is_kept(cell):
@@ -122,8 +122,8 @@ def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
 def test_a_comparison_of_kept_cells(trained, tmp_path):
     places, results = trained
     for cell in CELLS[:3]:
-        store.keep(cell, places, tmp_path)
-    kept = Kept.of(CELLS, tmp_path)
+        store.keep(cell, dataclasses.replace(places, results=tmp_path))
+    kept = Kept.of(CELLS, tmp_path / "cells")
     assert kept.cells == CELLS[:3]
     (group,) = kept.groups().values()
     found = group.compare(PAIRS, resamples=20, permutations=20)
@@ -141,11 +141,12 @@ def test_an_arm_whose_seeds_are_not_all_there_is_left_out(trained, tmp_path):
     places, _ = trained
     second = [dataclasses.replace(c, backbone=dataclasses.replace(START, seed=1)) for c in CELLS]
     for cell in CELLS[:3]:
-        store.keep(cell, places, tmp_path)
+        store.keep(cell, dataclasses.replace(places, results=tmp_path))
     for old, new in zip(CELLS[:2], second[:2], strict=True):
         for suffix in (".json", ".npz"):
-            shutil.copy(tmp_path / f"{old.hash}{suffix}", tmp_path / f"{new.hash}{suffix}")
-    kept = Kept.of([*CELLS, *second], tmp_path)
+            kept = tmp_path / "cells"
+            shutil.copy(kept / f"{old.hash}{suffix}", kept / f"{new.hash}{suffix}")
+    kept = Kept.of([*CELLS, *second], tmp_path / "cells")
     found = kept.compare(PAIRS, resamples=20, permutations=20)
     assert list(found["arms"]) == ["backbone", "finetune"] and found["seeds"] == [0, 1]
 
@@ -172,8 +173,8 @@ def test_unknown_cells_and_data(trained):
 
 def test_a_kept_cell_has_the_scores_that_its_run_wrote(trained, tmp_path):
     places, results = trained
-    store.keep(CELLS[1], places, tmp_path)
-    scores = store.read_test_scores(CELLS[1], tmp_path)
+    store.keep(CELLS[1], dataclasses.replace(places, results=tmp_path))
+    scores = store.read_test_scores(CELLS[1], tmp_path / "cells")
     assert scores.dtype == np.float32 and scores.shape == (96, 6)
-    labels = store.read_labels("phantom", tmp_path)
+    labels = store.read_labels("phantom", tmp_path / "cells")
     assert (scores.argmax(1) == labels.labels).mean() == results["finetune"]["test"]["acc"]
