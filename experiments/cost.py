@@ -117,11 +117,15 @@ def sure(found: dict[str, Any]) -> str:
     """How it was measured."""
     config = found["config"]
     return (
-        f"Brackets: lowest and highest of {config['rounds']} pairs of processes, whose own spread "
-        "is the precision; the machine's speed drifts. Width "
+        f"Brackets: lowest and highest of {_count(config['rounds'], 'pair')} of processes, whose "
+        "own spread is the precision; the machine's speed drifts. Width "
         f"{config['width']:g}, batch {config['batch_size']}, 28 px, every selected kernel merging."
         " backbone and finetune run the same program, so what differs between them is noise."
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

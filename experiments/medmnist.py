@@ -133,7 +133,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
         "Differences between arms [95% bootstrap interval over seeds and test images]; p of the "
         "permutation test over test images, Holm's correction over the differences from finetune"
     )
-    return [arms, telling.difference_table(title, found["groups"], "finetune")]
+    more = "The same from the backbone, which had no second stage; p not corrected"
+    return [
+        arms,
+        telling.difference_table(title, found["groups"], "finetune"),
+        telling.difference_table(more, found["groups"], "backbone"),
+    ]
 
 
 def published(key: list[Any]) -> str:
