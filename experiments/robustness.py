@@ -186,9 +186,10 @@ def sure(found: dict[str, Any]) -> str:
             "No interval of an arm with merging leaves zero out, so greater robustness is not shown"
         )
     )
+    alone = f"{telling.ONE_SEED} " if seeds == 1 else ""
     return (
-        f"{said}; {seeds} seeds, intervals over seeds and test images together. "
-        f"{shared.PAGE_NOTE}. The corruptions are ours, defined at 28 px, not MedMNIST-C's."
+        f"{said}; intervals over seeds and test images together. {alone}{shared.PAGE_NOTE}. The "
+        "corruptions are ours, defined at 28 px, not MedMNIST-C's."
     )
 
 

@@ -1,6 +1,5 @@
 """The command line that every question of the study has."""
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -177,12 +176,3 @@ def compare(cells: Sequence[Cell], places: Any) -> int:
             kept = "none is kept" if then is None else f"{then:.6f} is kept"
             print(f"  test {metric.upper()} {now:.6f}; {kept}")
     return int(differs)
-
-
-def with_seeds(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:
-    """Each cell with the seeds 0, 1, ..."""
-    return tuple(
-        dataclasses.replace(cell, backbone=dataclasses.replace(cell.backbone, seed=seed))
-        for seed in range(seeds)
-        for cell in cells
-    )

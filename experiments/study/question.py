@@ -1,6 +1,5 @@
 """A question of the study: its grid of cells, what is computed from them, and how it is told."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +164,3 @@ def seeds_of(cells: Iterable[Cell], count: int | None) -> tuple[Cell, ...]:
 def only_data(cells: Iterable[Cell], names: Sequence[str]) -> tuple[Cell, ...]:
     """Those on the data sets named; all where none is."""
     return tuple(cell for cell in cells if not names or cell.backbone.data in names)
-
-
-def replace_seed(cell: Cell, seed: int) -> Cell:
-    """The same cell with another seed."""
-    return dataclasses.replace(cell, backbone=dataclasses.replace(cell.backbone, seed=seed))

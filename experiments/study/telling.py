@@ -13,12 +13,15 @@ from rich.text import Text
 from experiments.study import datasets
 from experiments.study.question import Question
 from inmerge_jax.reporting import tables, wording
-from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
+from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 
+ONE_SEED = (
+    "With one seed, intervals and p cover the choice of test images alone: another training could "
+    "come out otherwise."
+)
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours."""
-METRICS = ("auc", "acc")
 
 
 def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -86,12 +89,7 @@ def resolvable(groups: Mapping[str, Any], pair: str) -> str:
         f"over images and seeds): {'; '.join(parts)}. Where that is above 0.01, a difference of "
         "0.01 could have been missed."
     )
-    if alone:
-        text += (
-            " With one seed the intervals and p cover the choice of test images alone: another "
-            "training could come out otherwise."
-        )
-    return text
+    return f"{text} {ONE_SEED}" if alone else text
 
 
 def mean_sd(row: Mapping[str, Any]) -> str:
@@ -256,23 +254,3 @@ def heat_map(
         axes.figure.colorbar(image, ax=axes, label=unit)
 
     return make_plot(draw, caption, title, (5.6, 1.4 + 0.2 * len(rows)))
-
-
-__all__ = [
-    "COLOURS",
-    "PALETTE",
-    "difference",
-    "difference_table",
-    "figure_name",
-    "heat_map",
-    "interval_plot",
-    "lines",
-    "mean_sd",
-    "p_value",
-    "report",
-    "resolvable",
-    "sweep_plot",
-    "to_markdown",
-    "to_rich",
-    "where",
-]
