@@ -58,8 +58,11 @@ def came_out(found: dict[str, Any]) -> str:
             and pair != "merge - finetune"
             and row["auc"]["p_images_holm"] < 0.05
         ]
-        apart = f"different from {', '.join(told)}" if told else "not told from any control"
-        parts.append(f"{name}: merging against finetune {own} AUC; {apart} (p < 0.05, Holm)")
+        apart = f"told apart from {', '.join(told)}" if told else "told apart from no control"
+        parts.append(
+            f"{name}: merging against finetune {own} AUC; {apart} at p < 0.05 after Holm's "
+            "correction"
+        )
     return "; ".join(parts) + "."
 
 

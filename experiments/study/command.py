@@ -68,7 +68,6 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
 
 def _run(question: Question, config: StudyConfig) -> int:
     from experiments.study import estimate, runner, store
-    from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
     places = runner.Places(config.data_dir, config.output, config.results)
@@ -92,7 +91,7 @@ def _run(question: Question, config: StudyConfig) -> int:
     stop = StopSignals()
     try:
         with stop:
-            runner.run_cells(
+            diverged = runner.run_cells(
                 cells,
                 places,
                 kept=is_kept,
@@ -101,9 +100,6 @@ def _run(question: Question, config: StudyConfig) -> int:
                 until=until,
                 parallel=config.parallel == "seeds",
             )
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         print(f"{stopped}; the same command goes on", file=sys.stderr)
         assert stop.signal is not None
@@ -113,7 +109,9 @@ def _run(question: Question, config: StudyConfig) -> int:
     if question.measure is not None:
         question.measure([c for c in with_backbones(cells) if runner.finished(c, places)], places)
     answer(question, config.results)
-    return 0
+    for message in diverged:
+        print(f"diverged, and not in the answer: {message}", file=sys.stderr)
+    return int(bool(diverged))
 
 
 def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:
@@ -167,8 +165,11 @@ def compare(cells: Sequence[Cell], places: Any) -> int:
     differs = False
     for cell in cells:
         result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
-        assert result is not None
         print(f"{cell.hash} {cell.name}")
+        if result is None:
+            print("  its training diverged, see the warning above")
+            differs = True
+            continue
         for metric in ("auc", "acc"):
             now = result["test"][metric]
             then = record["result"]["test"][metric] if record else None

@@ -45,7 +45,7 @@ from inmerge_jax.training.arms import (
 from inmerge_jax.training.checkpoints import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
 from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import read_result, train_stage
+from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.progress import ProgressLine
@@ -99,8 +99,10 @@ def run_cells(
     should_stop: Callable[[], bool] = never,
     until: float = float("inf"),
     parallel: bool = False,
-) -> None:
+) -> list[str]:
     """Trains what is not finished yet, and the backbones that it needs.
+
+    A cell whose training diverges is left unfinished, with those that would start from it.
 
     Args:
       cells: the grid.
@@ -111,9 +113,11 @@ def run_cells(
       until: time (`time.monotonic`) after which no further cell is begun.
       parallel: train cells that differ in their seeds alone together, one to a device.
 
+    Returns:
+      What is to be said of the trainings that diverged.
+
     Raises:
       InputError: data that are missing, or a file that cannot be written.
-      NonFiniteLossError: training diverged.
       Stopped: `should_stop` said so; the same call goes on.
     """
     keep_freed_memory()
@@ -124,19 +128,23 @@ def run_cells(
     # A backbone that is kept is trained again where its checkpoint is gone but still needed.
     wanted = [cell for cell in wanted if not finished(cell, places)]
     left = [cell for cell in in_order(with_backbones(wanted)) if not finished(cell, places)]
-    count = len(left)
+    count, diverged = len(left), []
     with ProgressLine(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             together = abreast(left) if parallel else left[:1]
             progress.say(f"cell {count - len(left) + 1} of {count}: {left[0].name}")
-            if len(together) > 1:
+            try:
                 run_together(together, places, progress, should_stop)
-            else:
-                run_cell(left[0], places, progress, should_stop)
+            except NonFiniteLossError as error:
+                diverged.append(f"{together[0].name}: {error}")
+                progress.say(f"WARNING: {diverged[-1]}", style="bold yellow")
             for cell in together:
                 left.remove(cell)
-                if not kept(cell):
+                if not finished(cell, places):
+                    left = [other for other in left if other.first() != cell]
+                elif not kept(cell):
                     keep(cell)
+    return diverged
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
@@ -200,6 +208,9 @@ def run_together(
     A thread for each runs the same loop as ever; the devices work while the threads wait. So a cell
     comes out bit for bit as it would alone, and is checkpointed and resumed alike.
     """
+    if len(cells) == 1:
+        run_cell(cells[0], places, progress, should_stop)
+        return
     plan_of(cells[0], places)
 
     def run(cell: Cell, device: jax.Device) -> None:
@@ -211,7 +222,7 @@ def run_together(
             pool.submit(run, cell, device)
             for cell, device in zip(cells, jax.local_devices(), strict=False)
         ]
-    for future in futures:
+    for future in futures:  # The first error that is raised; every thread has ended by now.
         future.result()
 
 

@@ -190,7 +190,8 @@ def _intervals(axes: Axes, title: str, groups: Mapping[str, Any], unit: str) -> 
     # Above the names too, which take half of the width.
     axes.figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(unit)
-    axes.figure.legend(loc="outside lower center", ncols=1 if len(groups) < 3 else 2)
+    if len(groups) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=1 if len(groups) < 3 else 2)
 
 
 def sweep_plot(

@@ -97,6 +97,15 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     assert one["test"] == two["test"] and one["merged"] == two["merged"]
 
 
+def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
+    places = runner.Places(trained[0].data, tmp_path)
+    wild = dataclasses.replace(START, learning_rate=3e38)
+    cells = [Cell(wild), Cell(wild, "finetune", 1), Cell(START)]
+    (message,) = runner.run_cells(cells, places)
+    assert "vgg11 x0.1 seed 0 backbone" in message and "loss became" in message
+    assert [runner.finished(cell, places) for cell in cells] == [False, False, True]
+
+
 def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
     places = runner.Places(trained[0].data, tmp_path)
     assert run(CELLS[:1], places, until=0) == {}
