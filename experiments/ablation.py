@@ -7,7 +7,7 @@ from typing import Any
 from experiments.study import shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, add_holm
+from experiments.study.question import Kept, Question, add_holm, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
@@ -48,14 +48,7 @@ PAIRS = (*((arm, "finetune") for arm in ARMS), ("finetune", "backbone"))
 def analyse(kept: Kept) -> dict[str, Any]:
     """Each data set; Holm's correction over all differences from finetune."""
     groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
-    add_holm(
-        [
-            row["auc"]
-            for group in groups.values()
-            for pair, row in group["differences"].items()
-            if pair.endswith(" - finetune")
-        ]
-    )
+    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "finetune"])
     return {"groups": groups}
 
 
@@ -68,13 +61,11 @@ def came_out(found: dict[str, Any]) -> str:
             for pair, row in group["differences"].items()
             if pair.endswith(" - finetune")
         }
-        told = [
-            f"{arm} {telling.difference(row)}"
-            for arm, row in rows.items()
-            if row["p_images_holm"] < 0.05
-        ]
+        if not rows:
+            continue
+        clear = [f"{arm} {telling.difference(row)}" for arm, row in rows.items() if told(row)]
         means = [row["mean"] for row in rows.values()]
-        said = "; ".join(told) if told else "none is told from finetune after Holm's correction"
+        said = "; ".join(clear) if clear else "none is told from finetune after Holm's correction"
         parts.append(
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
             f"against finetune; {said}"
@@ -94,8 +85,8 @@ def sure(found: dict[str, Any]) -> str:
 def tables(found: dict[str, Any]) -> list[Table]:
     """Every setting against finetune."""
     title = (
-        "Test AUC and ACC of each setting against finetune [95% bootstrap interval over seeds and "
-        "images]"
+        "Test AUC and ACC of each setting minus finetune's [95% interval over seeds and images]; p "
+        "over both, Holm's correction over the table; images: p of permuting test images alone"
     )
     return [telling.difference_table(title, found["groups"], "finetune")]
 

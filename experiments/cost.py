@@ -120,7 +120,8 @@ def sure(found: dict[str, Any]) -> str:
         f"Brackets: lowest and highest of {_count(config['rounds'], 'pair')} of processes, whose "
         "own spread is the precision; the machine's speed drifts. Width "
         f"{config['width']:g}, batch {config['batch_size']}, 28 px, every selected kernel merging."
-        " backbone and finetune run the same program, so what differs between them is noise."
+        " backbone and finetune run the same program, so what differs between them is noise. Peak "
+        "memory is the process's, compiling included."
     )
 
 

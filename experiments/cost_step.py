@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.study.cells import Treatment
+from experiments.study.treatments import selection
 from inmerge_jax import MergeRule
 from inmerge_jax.data import Dataset, make_phantom, steps_per_epoch, train_batches
-from inmerge_jax.kernels import deep_kernels
 from inmerge_jax.models import create_model
 from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
@@ -36,7 +37,7 @@ def main(model_name: str, arm: str, width: float, batch_size: int, epochs: int) 
     shape = (28, 28, 1)
     params, batch_stats = random_weights(model, shape, 0)
     kernels = convolutions(model, shape)
-    deep = deep_kernels(kernels, skip=min(10, len(kernels) // 2)) if arm == "inmerge" else ()
+    deep = selection(Treatment("merge"), kernels) if arm == "inmerge" else ()
     optimizer = make_optimizer(recipe)
     merging = {"kernels": deep, "rule": ALWAYS} if deep else {}
     step = make_train_step(model, optimizer, recipe, multi_label=False, devices=devices, **merging)

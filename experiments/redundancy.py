@@ -99,9 +99,8 @@ def came_out(found: dict[str, Any]) -> str:
             f"{np.median(start):.3%})"
         )
     return (
-        "; ".join(parts) + ". So a random partner hardly ever passes the threshold of 0.3 in deep "
-        "layers: cosines of long vectors of small random weights crowd around zero, the more so "
-        "the more weights a kernel has, and training moves them little."
+        "; ".join(parts) + ". This share is the chance that a selected kernel and a random "
+        "partner pass the threshold of 0.3."
     )
 
 
@@ -147,8 +146,8 @@ def figures(found: dict[str, Any]) -> list[Plot]:
         "cosine",
         "depth, from the first tenth of the convolutions to the last",
         "Each row is a network, from its first convolutions (left) to its last; 1x1 shortcuts left "
-        "out. Bright: some kernels are alike. Deep layers are dark: one pair in a hundred "
-        "has no more than this cosine, well below 0.3.",
+        "out. One pair of kernels in a hundred has more than this cosine. Where the colour is "
+        "below 0.3, the paper's threshold, fewer than one pair in a hundred can merge.",
     )
     drawn = [heat]
     for model, optimizer in SHOWN:

@@ -12,9 +12,9 @@ from experiments.study import shared, store, telling
 from experiments.study.cells import Cell, Treatment
 from experiments.study.command import main
 from experiments.study.corruptions import SEVERITIES, corrupt
-from experiments.study.question import Kept, Question
+from experiments.study.question import Kept, Question, told
 from experiments.study.runner import Places, plan_of, weights_of
-from experiments.study.statistics import bootstrap, draw_counts, holm, sign_flips_over_seeds
+from experiments.study.statistics import bootstrap, draw_counts, holm
 from inmerge_jax.files import write_bytes
 from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
@@ -48,6 +48,11 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **kept)
     write_bytes(file, buffer.getvalue())
+
+
+def measured(cell: Cell, places: Places) -> bool:
+    """Whether the cell's predictions are kept, so that its weights are not needed."""
+    return cell.hash in read_predictions(places.results / "study" / PREDICTIONS)
 
 
 def read_predictions(file: Path) -> dict[str, np.ndarray]:
@@ -107,22 +112,25 @@ def analyse(kept: Kept) -> dict[str, Any]:
     for key, cells in known.groups().items():
         arms = {arm: cells.by_arm()[arm] for arm in SHOWN if arm in cells.by_arm()}
         seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
+        if not seeds:
+            continue
         labels = store.read_labels(key[0], kept.folder).labels
         rng = np.random.default_rng(0)
         counts = np.concatenate(
             [np.ones((1, len(labels)), int), draw_counts(len(labels), RESAMPLES, rng)]
         )
-        errors, rows = {}, {}
+        errors, clean_errors, rows = {}, {}, {}
         for arm, of in arms.items():
             # (seeds, resamples, corruptions, severities)
             errors[arm] = np.stack(
                 [balanced_error(labels, predictions[of[s].hash], counts) for s in seeds]
             )
             scores = [store.read_test_scores(of[s], kept.folder) for s in seeds]
-            clean = np.stack([x.argmax(1) for x in scores])
+            predicted = np.stack([x.argmax(1) for x in scores])
+            clean_errors[arm] = balanced_error(labels, predicted, counts).T
             calibrated = [calibration(labels, x) for x in scores]
             rows[arm] = {
-                "clean": float(balanced_error(labels, clean, counts[:1]).mean()),
+                "clean": float(clean_errors[arm][:, 0].mean()),
                 "corruptions": {
                     name: errors[arm][:, 0, index].mean(0).tolist()
                     for index, name in enumerate(SEVERITIES)
@@ -133,23 +141,26 @@ def analyse(kept: Kept) -> dict[str, Any]:
             }
         differences = {}
         for arm in arms:
-            if arm == "finetune":
-                continue
-            gap = (errors[arm] - errors["finetune"]).mean((2, 3))
-            interval, _ = bootstrap(gap[:, 0], gap[:, 1:].T, np.random.default_rng(0))
-            differences[arm] = {
-                **{"mean": interval.value, "low": interval.low, "high": interval.high},
-                "seeds": gap[:, 0].tolist(),
-                "p_seeds": sign_flips_over_seeds(gap[:, 0]),
-            }
+            if arm != "finetune" and "finetune" in arms:
+                gap = (errors[arm] - errors["finetune"]).mean((2, 3))
+                clean = clean_errors[arm] - clean_errors["finetune"]
+                differences[arm] = {"error": _interval(gap), "rise": _interval(gap - clean)}
         groups[telling.where(key)] = {
             **{"key": list(key), "seeds": seeds, "images": len(labels)},
             **{"arms": rows, "differences": differences},
         }
-    every = [row for group in groups.values() for row in group["differences"].values()]
-    for row, p in zip(every, holm([row["p_seeds"] for row in every]), strict=True):
-        row["p_seeds_holm"] = p
+    for name in ("error", "rise"):
+        every = [row[name] for group in groups.values() for row in group["differences"].values()]
+        for row, p in zip(every, holm([row["p"] for row in every]), strict=True):
+            row["p_holm"] = p
     return {"groups": groups}
+
+
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    """Of (seeds, 1 + resamples), of which the first is on the images as they are."""
+    found = bootstrap(values[:, 0], values[:, 1:].T, np.random.default_rng(0))
+    row = found._asdict()
+    return {"mean": row.pop("value"), **row, "seeds": values[:, 0].tolist()}
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -159,12 +170,13 @@ def came_out(found: dict[str, Any]) -> str:
         errors = ", ".join(f"{arm} {row['mean']:.3f}" for arm, row in group["arms"].items())
         eces = ", ".join(f"{arm} {np.mean(row['ece']):.3f}" for arm, row in group["arms"].items())
         gaps = "; ".join(
-            f"{arm} {telling.difference(row)}"
+            f"{arm} {telling.difference(row['error'])}, and its rise above the clean images' error "
+            f"{telling.difference(row['rise'])}"
             for arm, row in group["differences"].items()
             if arm != "backbone"
         )
         parts.append(
-            f"{name}: mean balanced error under corruption {errors} (against finetune: {gaps}); "
+            f"{name}: mean balanced error under corruption {errors} (minus finetune: {gaps}); "
             f"expected calibration error {eces}"
         )
     return ". ".join(parts) + "."
@@ -173,18 +185,18 @@ def came_out(found: dict[str, Any]) -> str:
 def sure(found: dict[str, Any]) -> str:
     """Which intervals leave zero out."""
     clear = [
-        f"{arm} on {name}"
+        f"{'lower' if row[what]['mean'] < 0 else 'higher'} {words} of {arm} on {name}"
+        for what, words in (("error", "error under corruption"), ("rise", "rise with corruption"))
         for name, group in found["groups"].items()
         for arm, row in group["differences"].items()
-        if arm != "backbone" and (row["low"] > 0 or row["high"] < 0)
+        if arm != "backbone" and told(row[what])
     ]
     seeds = min((len(group["seeds"]) for group in found["groups"].values()), default=0)
     said = (
-        f"The interval leaves zero out for {', '.join(clear)}"
+        f"Told from none (p < 0.05 after Holm's correction): {'; '.join(clear)}"
         if clear
-        else (
-            "No interval of an arm with merging leaves zero out, so greater robustness is not shown"
-        )
+        else "No arm with merging is told from finetune, neither in its error under corruption nor "
+        "in how much that rises above its error on clean images, after Holm's correction"
     )
     alone = f"{telling.ONE_SEED} " if seeds == 1 else ""
     return (
@@ -200,17 +212,20 @@ def tables(found: dict[str, Any]) -> list[Table]:
         for arm, row in group["arms"].items():
             by_kind = [f"{np.mean(values):.3f}" for values in row["corruptions"].values()]
             gap = group["differences"].get(arm)
-            against = "" if gap is None else telling.difference(gap)
-            figures = f"{row['clean']:.3f}", *by_kind, f"{row['mean']:.3f}", against
+            against = ["", ""]
+            if gap is not None:
+                against = [telling.difference(gap[name]) for name in ("error", "rise")]
+            figures = f"{row['clean']:.3f}", *by_kind, f"{row['mean']:.3f}", *against
             rows.append((f"{name}: {arm}", *figures, f"{np.mean(row['ece']):.3f}"))
             kinds.append("total" if arm == "backbone" else "arm")
     columns = (
         *("data set: arm", "clean", *SEVERITIES, "all corruptions"),
-        *("minus finetune", "calibration error"),
+        *("minus finetune", "rise, minus finetune", "calibration error"),
     )
     title = (
-        "Balanced error on test images, mean over five severities and seeds [95% bootstrap "
-        "interval over seeds and images]; expected calibration error on clean images"
+        "Balanced error on test images, mean over five severities and seeds [95% interval over "
+        "seeds and images]; rise: error under corruption minus that on clean images; expected "
+        "calibration error on clean images"
     )
     return [Table(title, columns, tuple(rows), tuple(kinds))]
 
@@ -280,6 +295,7 @@ QUESTION = Question(
     tables=tables,
     figures=figures,
     measure=measure,
+    measured=measured,
 )
 
 if __name__ == "__main__":

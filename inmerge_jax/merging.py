@@ -32,7 +32,8 @@ def quantile(share: float | jax.Array) -> Quantile:
     How alike kernels are depends on the layer, the network and the optimizer, so a fixed threshold
     merges everything here and nothing there. With this one a layer whose merge compares m selected
     kernels with their partners merges the floor((1 - share) m) most similar (fewer where equal
-    similarities stand on both sides), so it merges at the rate probability * (1 - share).
+    similarities stand on both sides), so it merges at about the rate probability * (1 - share);
+    below that in layers of few kernels, and not at all where (1 - share) m is below 1.
 
     Example:
       >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")
@@ -243,7 +244,8 @@ def _to_exceed(threshold: Any, similarity: jax.Array) -> Any:
     compared = jnp.isfinite(similarity)
     count = jnp.sum(compared, dtype=jnp.int32)
     ascending = jnp.sort(jnp.where(compared, similarity, -jnp.inf))
-    stay = jnp.ceil(threshold.share * count.astype(jnp.float32)).astype(jnp.int32)
+    # Less a little: 0.6 times 25 is above 15 in float32.
+    stay = jnp.ceil(threshold.share * count.astype(jnp.float32) - 1e-4).astype(jnp.int32)
     last = ascending[len(ascending) - count + stay - 1]
     return jnp.where(stay > 0, last, -jnp.inf)
 

@@ -110,7 +110,10 @@ class Cell:
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, for JSON."""
         found: dict[str, Any] = {"backbone": dataclasses.asdict(self.backbone)}
-        found["backbone"]["learning_rate"] = self.backbone.rate
+        found["backbone"] |= {
+            "width": float(self.backbone.width),
+            "learning_rate": self.backbone.rate,
+        }
         if not self.is_backbone:
             found |= {
                 "epochs": self.epochs,

@@ -83,11 +83,15 @@ def _run(question: Question, config: StudyConfig) -> int:
 
     def is_kept(cell: Cell) -> bool:
         # Figures of a kept cell are no use where its weights are asked for, or another training.
-        needed = config.only or question.measure is not None
-        return not needed and store.read(cell, places.kept) is not None
+        known = store.read(cell, places.kept) is not None
+        return known and not config.only and question.measured(cell, places)
+
+    def keep(cell: Cell) -> None:
+        if not config.only and store.read(cell, places.kept) is None:
+            store.keep(cell, places)
 
     runner.use_cache()
-    until = time.monotonic() + 60 * (config.minutes or float("inf"))
+    until = time.monotonic() + 60 * (float("inf") if config.minutes is None else config.minutes)
     stop = StopSignals()
     try:
         with stop:
@@ -95,7 +99,7 @@ def _run(question: Question, config: StudyConfig) -> int:
                 cells,
                 places,
                 kept=is_kept,
-                keep=(lambda cell: None) if config.only else lambda c: store.keep(c, places),
+                keep=keep,
                 should_stop=stop,
                 until=until,
                 parallel=config.parallel == "seeds",

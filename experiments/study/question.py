@@ -32,7 +32,8 @@ class Question:
       tables: likewise.
       figures: likewise.
       measure: what is done with the trained networks, before the analysis; None for nothing. It
-        needs their weights, so such cells are trained even if their figures are kept.
+        needs their weights, so cells are trained for it even if their figures are kept.
+      measured: whether that has been done with a cell, of which the places are given too.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Question:
     tables: Callable[[dict[str, Any]], list[Table]]
     figures: Callable[[dict[str, Any]], list[Plot]]
     measure: Callable[[Sequence[Cell], Any], None] | None = None
+    measured: Callable[[Cell, Any], bool] = lambda cell, places: True
 
     @property
     def path(self) -> Path:
@@ -98,20 +100,17 @@ class Kept:
     def compare(
         self, pairs: Sequence[tuple[str, str]], *, resamples: int = 1000, permutations: int = 1000
     ) -> dict[str, Any]:
-        """`statistics.compare` of one group, over the seeds that every arm has.
+        """`statistics.compare` of one group.
 
-        Adds "images", "seeds", "merged" (arm to the mean share of a layer's kernels merged at an
-        update, or None), and "val" (arm to the mean validation AUC).
+        Adds "images"; and by arm "merged" (mean share of the kernels merged at an update, None
+        where it has no kernels to merge), "val" (validation AUC of every seed), "over" (the seeds)
+        and "cells" (the hashes).
         """
         arms = self.by_arm()
-        # An arm of which a seed is still missing is left out, so that all rows have the same seeds.
-        most = max((len(seeds) for seeds in arms.values()), default=0)
-        whole = {arm: seeds for arm, seeds in arms.items() if len(seeds) == most}
-        common = sorted(set.intersection(*(set(seeds) for seeds in whole.values())))
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
         scores = {
-            arm: np.stack([store.read_test_scores(seeds[s], self.folder) for s in common])
-            for arm, seeds in whole.items()
+            arm: {s: store.read_test_scores(cell, self.folder) for s, cell in seeds.items()}
+            for arm, seeds in arms.items()
         }
         found = statistics.compare(
             known.labels,
@@ -122,18 +121,16 @@ class Kept:
             permutations=permutations,
         )
         results = {
-            arm: [self.record(seeds[s])["result"] for s in common] for arm, seeds in whole.items()
+            arm: [self.record(seeds[s])["result"] for s in sorted(seeds)]
+            for arm, seeds in arms.items()
         }
         return {
             "images": len(known.labels),
-            "seeds": common,
             **found,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
-            "val": {
-                arm: float(np.mean([row["val"]["auc"] for row in rows]))
-                for arm, rows in results.items()
-            },
-            "cells": {arm: [seeds[s].hash for s in common] for arm, seeds in whole.items()},
+            "val": {arm: [row["val"]["auc"] for row in rows] for arm, rows in results.items()},
+            "over": {arm: sorted(seeds) for arm, seeds in arms.items()},
+            "cells": {arm: [seeds[s].hash for s in sorted(seeds)] for arm, seeds in arms.items()},
         }
 
 
@@ -147,11 +144,27 @@ def _merged_share(results: Sequence[Mapping[str, Any]]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def add_holm(rows: Sequence[dict[str, Any]], name: str = "p_images") -> None:
-    """Writes Holm's correction of `rows[...][name]` beside it, over all the rows together."""
-    corrected = statistics.holm([row[name] for row in rows])
-    for row, value in zip(rows, corrected, strict=True):
-        row[f"{name}_holm"] = value
+def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> None:
+    """Writes Holm's correction of p beside it, over these pairs in all groups, for each metric.
+
+    A pair whose first arm is to merge and never merged anything is two times the same training: it
+    has no p, and does not count.
+    """
+    found = [
+        group["differences"][f"{first} - {second}"]
+        for group in groups
+        for first, second in pairs
+        if f"{first} - {second}" in group["differences"] and group["merged"].get(first) != 0
+    ]
+    for metric in statistics.METRICS:
+        corrected = statistics.holm([rows[metric]["p"] for rows in found])
+        for rows, value in zip(found, corrected, strict=True):
+            rows[metric]["p_holm"] = value
+
+
+def told(row: Mapping[str, Any]) -> bool:
+    """Whether a difference is told from none after Holm's correction."""
+    return row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE
 
 
 def seeds_of(cells: Iterable[Cell], count: int | None) -> tuple[Cell, ...]:

@@ -193,7 +193,11 @@ def abreast(left: Sequence[Cell]) -> list[Cell]:
     def alike(cell: Cell) -> Cell:
         return dataclasses.replace(cell, backbone=dataclasses.replace(cell.backbone, seed=0))
 
-    found = [cell for cell in left if alike(cell) == alike(left[0])]
+    found = [
+        cell
+        for cell in left
+        if alike(cell) == alike(left[0]) and (cell.is_backbone or cell.first() not in left)
+    ]
     return found[: jax.local_device_count()]
 
 

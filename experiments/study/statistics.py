@@ -4,7 +4,7 @@ Scores are float (seeds, images, classes) throughout: the same seeds and images 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,21 @@ _EXACT = 16
 
 
 class Interval(NamedTuple):
-    """A value, and the middle 95 % of its bootstrap distribution."""
+    """A mean over trainings, and how sure it is over other trainings and other test images.
+
+    Attributes:
+      value: the mean.
+      low: end of the 95 % interval.
+      high: likewise.
+      resolvable: half of the width that an interval of this error has: what can be told from none.
+      p: two-sided, of the mean being zero.
+    """
 
     value: float
     low: float
     high: float
+    resolvable: float
+    p: float
 
 
 def metric_of_counts(
@@ -78,24 +88,38 @@ def draw_counts(images: int, resamples: int, rng: np.random.Generator) -> np.nda
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
 
 
-def bootstrap(
-    values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator
-) -> tuple[Interval, np.ndarray]:
+def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> Interval:
     """The mean over seeds, with an interval over seeds and images together.
+
+    Each resample draws images, and seeds with replacement. A few seeds vary too little when drawn
+    so: their deviations are stretched by sqrt(n / (n - 1)), and the whole distribution by the ratio
+    of the quantiles of Student's t and the normal distribution, with Satterthwaite's degrees of
+    freedom for an error of which the seeds' part has n - 1. With one seed the interval is over
+    images alone.
 
     Args:
       values: (seeds,), on the images as they are.
       resampled: (resamples, seeds), on each resample of the images.
-      rng: draws the seeds, with replacement, anew for each resample.
-
-    Returns:
-      The interval, and the (resamples,) means that it was read off.
+      rng: draws the seeds.
     """
-    seeds = resampled.shape[1]
-    drawn = rng.integers(0, seeds, resampled.shape)
-    means = np.take_along_axis(resampled, drawn, axis=1).mean(1)
-    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(np.mean(values)), float(low), float(high)), means
+    seeds = len(values)
+    value, images = float(np.mean(values)), resampled.mean(1)
+    means, freedom = images, np.inf
+    if seeds > 1:
+        drawn = rng.integers(0, seeds, resampled.shape)
+        deviations = resampled - images[:, None]
+        of_seeds = np.take_along_axis(deviations, drawn, axis=1).mean(1)
+        means = images + np.sqrt(seeds / (seeds - 1)) * of_seeds
+        own = float(np.var(values, ddof=1)) / seeds
+        if own > 0:
+            freedom = (own + float(np.nanvar(images))) ** 2 / (own**2 / (seeds - 1))
+    upper = (1 + CONFIDENCE) / 2
+    t = float(stats.t.ppf(upper, freedom))
+    stretch = t / stats.norm.ppf(upper)
+    ends = value + stretch * (np.nanquantile(means, [1 - upper, upper]) - value)
+    error = float(np.nanstd(means, ddof=1))
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error > 0 else float(value == 0)
+    return Interval(value, float(ends[0]), float(ends[1]), t * error, p)
 
 
 def permutation_over_images(
@@ -172,7 +196,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def compare(
     labels: np.ndarray,
-    arms: dict[str, np.ndarray],
+    arms: Mapping[str, Mapping[int, np.ndarray]],
     task: str,
     pairs: Sequence[tuple[str, str]],
     *,
@@ -184,7 +208,7 @@ def compare(
 
     Args:
       labels: of the test images.
-      arms: name to scores (seeds, images, classes); the same seeds in the same order.
+      arms: name to seed to scores (images, classes). A difference is over the seeds of both arms.
       task: one of medmnist's words.
       pairs: the differences to take, first minus second.
       resamples: of the bootstrap.
@@ -192,54 +216,55 @@ def compare(
       seed: of all draws.
 
     Returns:
-      {"arms": {name: {metric: row}}, "differences": {"a - b": {metric: row}}}: a row has mean, sd
-      over seeds (None for one), low, high, the value of every seed; a difference also p_images,
-      p_seeds and resolvable, 1.96 bootstrap standard errors.
+      {"arms": {name: {metric: row}}, "differences": {"a - b": {metric: row}}}: a row has what
+      `Interval` has, with "mean" for its value; sd over seeds (None for one) and "seeds", each
+      one's value. A difference also has p_images and p_seeds, of the permutation tests over either.
     """
-    rng = np.random.default_rng(seed)
-    counts = draw_counts(len(labels), resamples, rng)
-    whole = np.ones((1, len(labels)))
-    values: dict[str, dict[str, np.ndarray]] = {}
-    resampled: dict[str, dict[str, np.ndarray]] = {}
-    for arm, scores in arms.items():
-        one: Callable[..., Any] = metric_of_counts
-        values[arm] = {
-            m: np.array([one(m, labels, s, task, whole)[0] for s in scores]) for m in METRICS
+    counts = draw_counts(len(labels), resamples, np.random.default_rng(seed))
+    counts = np.concatenate([np.ones((1, len(labels)), counts.dtype), counts])
+    values = {
+        arm: {
+            m: {s: metric_of_counts(m, labels, x, task, counts) for s, x in scores.items()}
+            for m in METRICS
         }
-        resampled[arm] = {
-            m: np.stack([one(m, labels, s, task, counts) for s in scores], axis=1) for m in METRICS
-        }
+        for arm, scores in arms.items()
+    }
     found: dict[str, Any] = {"arms": {}, "differences": {}}
-    for arm in arms:
+    for arm, scores in arms.items():
+        chosen = sorted(scores)
         found["arms"][arm] = {
-            m: _row(values[arm][m], resampled[arm][m], np.random.default_rng(seed)) for m in METRICS
+            m: _row(np.stack([values[arm][m][s] for s in chosen], axis=1), seed) for m in METRICS
         }
     for first, second in pairs:
-        if first not in arms or second not in arms:
+        shared = sorted(set(arms.get(first, {})) & set(arms.get(second, {})))
+        if not shared:
             continue
         p_images = permutation_over_images(
-            labels, arms[first], arms[second], task, np.random.default_rng(seed), permutations
+            labels,
+            np.stack([arms[first][s] for s in shared]),
+            np.stack([arms[second][s] for s in shared]),
+            task,
+            np.random.default_rng(seed),
+            permutations,
         )
         rows = {}
         for m in METRICS:
-            gaps = values[first][m] - values[second][m]
-            many = resampled[first][m] - resampled[second][m]
-            rows[m] = _row(gaps, many, np.random.default_rng(seed))
+            one, two = (values[arm][m] for arm in (first, second))
+            rows[m] = _row(np.stack([one[s] - two[s] for s in shared], axis=1), seed)
             rows[m]["p_images"] = p_images[m]
-            rows[m]["p_seeds"] = sign_flips_over_seeds(gaps)
+            rows[m]["p_seeds"] = sign_flips_over_seeds(rows[m]["seeds"])
         found["differences"][f"{first} - {second}"] = rows
     return found
 
 
-def _row(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    interval, means = bootstrap(values, resampled, rng)
+def _row(values: np.ndarray, seed: int) -> dict[str, Any]:
+    """From (1 + resamples, seeds), of which the first is on the images as they are."""
+    interval = bootstrap(values[0], values[1:], np.random.default_rng(seed))
     return {
         "mean": interval.value,
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "low": interval.low,
-        "high": interval.high,
-        "resolvable": float(stats.norm.ppf((1 + CONFIDENCE) / 2) * np.nanstd(means, ddof=1)),
-        "seeds": values.tolist(),
+        "sd": float(np.std(values[0], ddof=1)) if values.shape[1] > 1 else None,
+        **{name: getattr(interval, name) for name in ("low", "high", "resolvable", "p")},
+        "seeds": values[0].tolist(),
     }
 
 

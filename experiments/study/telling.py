@@ -80,13 +80,13 @@ def resolvable(groups: Mapping[str, Any], pair: str) -> str:
         row = group["differences"].get(pair)
         if row is None:
             continue
-        count = len(group["seeds"])
+        count = len(row["auc"]["seeds"])
         alone |= count == 1
         seeds = "1 seed" if count == 1 else f"{count} seeds"
         parts.append(f"{name} {row['auc']['resolvable']:.3f} ({group['images']:,} images, {seeds})")
     text = (
-        "Smallest differences in AUC that could be told from none (1.96 bootstrap standard errors "
-        f"over images and seeds): {'; '.join(parts)}. Where that is above 0.01, a difference of "
+        "Smallest differences in AUC that could be told from none (half the 95 % interval): "
+        f"{'; '.join(parts)}. Where that is above 0.01, a difference of "
         "0.01 could have been missed."
     )
     return f"{text} {ONE_SEED}" if alone else text
@@ -130,8 +130,11 @@ def difference_table(
     """
     rows, kinds = [], []
     for group, found in groups.items():
+        if against not in found["arms"]:
+            continue
         base = found["arms"][against]
-        rows.append((group, "", mean_sd(base["auc"]), mean_sd(base["acc"]), "", ""))
+        blank = ("",) * 4
+        rows.append((group, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
         for pair, values in found["differences"].items():
             first, second = pair.split(" - ")
@@ -144,8 +147,8 @@ def difference_table(
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    p_value(values["auc"]["p_images"]),
-                    p_value(values["auc"].get("p_images_holm", values["auc"]["p_images"])),
+                    *_three(values["auc"], share),
+                    _three(values["acc"], share)[1],
                 )
             )
             kinds.append("difference")
@@ -154,10 +157,37 @@ def difference_table(
         "merged",
         "test AUC",
         "test ACC",
-        "p (AUC)",
-        "p, Holm",
+        "p, AUC",
+        "Holm",
+        "images",
+        "ACC, Holm",
     )
     return Table(title, columns, tuple(rows), tuple(kinds))
+
+
+def _three(row: Mapping[str, Any], share: float | None) -> tuple[str, str, str]:
+    """P over seeds and images, Holm's correction of it, and that of permuting images."""
+    if share == 0:
+        return ("same", "", "")
+    corrected = row.get("p_holm")
+    holm = "" if corrected is None else p_value(corrected)
+    return p_value(row["p"]), holm, p_value(row["p_images"])
+
+
+def never_merged(groups: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """Names the arms that were to merge and did not, once; "" where there are none."""
+    found = [
+        f"{arm} on {name}"
+        for name, group in groups.items()
+        for arm in arms
+        if group["merged"].get(arm) == 0
+    ]
+    if not found:
+        return ""
+    return (
+        f" NOTHING WAS MERGED by {'; '.join(found)}: no pair that was compared passed the "
+        "threshold, so that arm is finetune itself."
+    )
 
 
 def interval_plot(

@@ -1,7 +1,8 @@
 """What a second stage does to the weights before each update: merging, and its controls.
 
-The controls "any", "least", "noise" and "perturb" act on the very kernels that the rule would
-merge, at the same steps, so that they differ from merging in what a kernel is mixed with, alone:
+The controls "any", "least", "noise" and "perturb" act on the kernels that the rule would merge in
+the weights of their own training, at the same steps, and differ in what a kernel is mixed with. So
+they agree on the first update's kernels; later each goes its own way, and so do their numbers:
 
     merge    K_i <- alpha K_i + (1 - alpha) K_j, K_j the rule's partner
     any      the same with a partner drawn from all others

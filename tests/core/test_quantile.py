@@ -54,6 +54,12 @@ def test_the_rate_does_not_depend_on_how_alike_kernels_are(partner):
         assert 18 <= stats.merged <= 20
 
 
+@pytest.mark.parametrize(("share", "count", "merged"), [(0.6, 25, 10), (0.3, 50, 35), (0.9, 9, 0)])
+def test_a_share_that_divides_the_kernels_does_so(share, count, merged):
+    weight = similar_weight(0, (3, 3, 4, count))
+    assert merge(weight, 0, MergeRule(1.0, quantile(share), 0.8, "random"))[1].merged == merged
+
+
 @pytest.mark.parametrize("partner", PARTNERS)
 def test_the_ends_of_the_range(partner):
     weight = similar_weight(0, (3, 3, 4, 12))

@@ -44,6 +44,8 @@ def test_what_has_no_effect_does_not_change_the_hash():
         adaptive, treatment=dataclasses.replace(adaptive.treatment, threshold=0.9)
     )
     assert other.hash == adaptive.hash
+    whole = dataclasses.replace(START, width=1)
+    assert Cell(whole).hash == Cell(dataclasses.replace(START, width=1.0)).hash
     named = dataclasses.replace(START, learning_rate=START.rate)
     assert Cell(named).hash == Cell(START).hash
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.study import command, runner, store
 from experiments.study.cells import Backbone, Cell, Treatment
-from experiments.study.question import Kept, Question
+from experiments.study.question import Kept, Question, add_holm
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.stopping import Stopped
 
@@ -116,6 +116,8 @@ def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
     elsewhere = runner.Places(places.data, tmp_path)
     seeds = [Cell(dataclasses.replace(START, seed=seed)) for seed in (0, 1, 2)]
     assert len(runner.abreast(seeds)) == min(3, jax.local_device_count())
+    more = [Cell(cell.backbone, "finetune", 1) for cell in seeds]
+    assert runner.abreast([more[0], seeds[1], more[1]]) == more[:1]
     run(seeds, elsewhere, parallel=True)
     assert weights(places, seeds[0]) == weights(elsewhere, seeds[0])
     different = [weights(elsewhere, cell) for cell in seeds]
@@ -146,7 +148,7 @@ def test_a_comparison_of_kept_cells(trained, tmp_path):
     assert 0 < found["merged"]["in.merge"] < 0.5 and found["merged"]["finetune"] is None
 
 
-def test_an_arm_whose_seeds_are_not_all_there_is_left_out(trained, tmp_path):
+def test_an_arm_of_which_a_seed_is_missing_is_compared_over_the_others(trained, tmp_path):
     places, _ = trained
     second = [dataclasses.replace(c, backbone=dataclasses.replace(START, seed=1)) for c in CELLS]
     for cell in CELLS[:3]:
@@ -157,7 +159,16 @@ def test_an_arm_whose_seeds_are_not_all_there_is_left_out(trained, tmp_path):
             shutil.copy(kept / f"{old.hash}{suffix}", kept / f"{new.hash}{suffix}")
     kept = Kept.of([*CELLS, *second], tmp_path / "cells")
     found = kept.compare(PAIRS, resamples=20, permutations=20)
-    assert list(found["arms"]) == ["backbone", "finetune"] and found["seeds"] == [0, 1]
+    assert found["over"] == {"backbone": [0, 1], "finetune": [0, 1], "in.merge": [0]}
+    assert len(found["differences"]["in.merge - finetune"]["auc"]["seeds"]) == 1
+    assert len(found["differences"]["finetune - backbone"]["auc"]["seeds"]) == 2
+    groups = [found]
+    add_holm(groups, PAIRS)
+    assert "p_holm" in found["differences"]["in.merge - finetune"]["acc"]
+    found["merged"]["in.merge"] = 0.0
+    del found["differences"]["in.merge - finetune"]["acc"]["p_holm"]
+    add_holm(groups, PAIRS)
+    assert "p_holm" not in found["differences"]["in.merge - finetune"]["acc"]
 
 
 def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):

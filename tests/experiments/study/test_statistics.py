@@ -51,15 +51,41 @@ def test_a_class_that_a_resample_lacks_is_left_out():
 
 def test_the_bootstraps_width_is_delongs_and_grows_with_the_seeds_spread():
     labels, scores = make_scores("binary-class", images=400, seeds=1)
-    alone = statistics.compare(labels, {"a": scores}, "binary-class", [], resamples=4000)
+    alone = statistics.compare(
+        labels, {"a": dict(enumerate(scores))}, "binary-class", [], resamples=4000
+    )
     row = alone["arms"]["a"]["auc"]
     positive, s = labels == 1, scores[0][:, 1]
     placements = [np.mean((s[positive][:, None] > s[~positive]) + 0.0, axis=k) for k in (0, 1)]
     delong = np.sqrt(sum(np.var(p, ddof=1) / len(p) for p in placements))
     assert row["resolvable"] / 1.96 == pytest.approx(delong, rel=0.1)
-    values, resampled = np.array([0.5, 0.9]), np.tile([0.5, 0.9], (4000, 1))
-    interval, _ = statistics.bootstrap(values, resampled, np.random.default_rng(0))
-    assert interval == pytest.approx((0.7, 0.5, 0.9))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_few_seeds_are_not_taken_for_many(seeds):
+    """Where trainings alone vary: as often as Student's t interval, and with its p."""
+    rng = np.random.default_rng(0)
+    hits, rejected, trials = 0, 0, 400
+    for _ in range(trials):
+        values = rng.standard_normal(seeds)
+        found = statistics.bootstrap(values, np.tile(values, (400, 1)), rng)
+        hits += found.low <= 0 <= found.high
+        rejected += found.p < 0.05
+    assert 0.90 <= hits / trials <= 0.99
+    assert rejected / trials <= 0.09
+
+
+def test_p_and_interval_say_the_same_and_images_count_too():
+    rng = np.random.default_rng(0)
+    values = np.array([0.010, 0.012, 0.008, 0.011])
+    resampled = values + 0.02 * rng.standard_normal((4000, 1))
+    found = statistics.bootstrap(values, resampled, rng)
+    assert found.low < 0 < found.high and found.p > 0.3
+    assert found.resolvable == pytest.approx(1.96 * 0.02, rel=0.06)
+    sure = statistics.bootstrap(values, values + 1e-4 * rng.standard_normal((4000, 1)), rng)
+    assert sure.low > 0 and sure.p < 0.02
+    (alone,) = [statistics.bootstrap(values[:1], resampled[:, :1], rng)]
+    assert alone.resolvable == pytest.approx(1.96 * 0.02, rel=0.06)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -69,7 +95,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         labels = np.repeat([0, 1], 40).astype(np.int32)
         s = labels + rng.standard_normal(80)
         scores = np.stack([-s, s], axis=1)[None]
-        found = statistics.compare(labels, {"a": scores}, "binary-class", [], resamples=300)
+        found = statistics.compare(
+            labels, {"a": dict(enumerate(scores))}, "binary-class", [], resamples=300
+        )
         row = found["arms"]["a"]["auc"]
         hits += row["low"] <= truth <= row["high"]
     assert 0.87 <= hits / trials <= 0.995
@@ -79,7 +107,7 @@ def test_equal_arms_have_p_1_and_zero_differences():
     labels, scores = make_scores("multi-class")
     found = statistics.compare(
         labels,
-        {"a": scores, "b": scores},
+        {"a": dict(enumerate(scores)), "b": dict(enumerate(scores))},
         "multi-class",
         [("a", "b")],
         resamples=50,
@@ -87,7 +115,23 @@ def test_equal_arms_have_p_1_and_zero_differences():
     )
     row = found["differences"]["a - b"]["auc"]
     assert (row["mean"], row["low"], row["high"]) == (0, 0, 0)
-    assert row["p_images"] == row["p_seeds"] == 1
+    assert row["p_images"] == row["p_seeds"] == row["p"] == 1
+
+
+def test_a_difference_is_over_the_seeds_of_both_arms():
+    labels, scores = make_scores("binary-class", seeds=3)
+    found = statistics.compare(
+        labels,
+        {"a": dict(enumerate(scores)), "b": {1: scores[0], 2: scores[2]}, "c": {9: scores[0]}},
+        "binary-class",
+        [("a", "b"), ("a", "c"), ("a", "absent")],
+        resamples=20,
+        permutations=20,
+    )
+    assert list(found["differences"]) == ["a - b"]
+    gaps = found["differences"]["a - b"]["auc"]["seeds"]
+    values = found["arms"]["a"]["auc"]["seeds"]
+    assert gaps == pytest.approx([values[1] - values[0], 0])
 
 
 def test_the_permutation_test_is_uniform_without_and_small_with_a_difference():
