@@ -20,6 +20,7 @@ from experiments.timing import machine
 from inmerge_jax.files import write_json
 from inmerge_jax.reporting.plots import COLOURS, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
+from inmerge_jax.training.runfolder import environment
 
 ARMS = ("backbone", "finetune", "inmerge")
 MODELS = ("vgg16", "vgg19", "resnet18", "resnet50", "densenet121")
@@ -193,13 +194,21 @@ QUESTION = Question(
 def main(arguments: list[str] | None = None) -> int:
     """Measures, stores and prints; returns 0."""
     config = tyro.cli(CostConfig, prog="python -m experiments.cost", args=arguments)
-    started = time.monotonic()
+    started, around, git = time.monotonic(), machine(), environment()["git"]
+    commit = git["commit"] or "unknown"
     found = json.loads(json.dumps(measure(config)))
     count = len(config.models) * len(ARMS) * config.rounds
     stored = {
         "question": "cost",
         "command": shlex.join(["python", "-m", "experiments.cost", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
+        "machine": around,
+        "trained": {
+            "cpus": [around["cpus"]],
+            "jax": [around["packages"]["jax"]],
+            "commits": [f"{commit[:10]}{'+' if git['dirty'] else ''}"],
+            "first": around["started"],
+            "last": around["started"],
+        },
         "planned": count,
         "finished": count,
         "seconds": time.monotonic() - started,

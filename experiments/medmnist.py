@@ -90,11 +90,16 @@ def came_out(found: dict[str, Any]) -> str:
         clear = [f"{name} {telling.difference(one)}" for name, one in hits if told(one)]
         said = "; ".join(clear) if clear else "no difference that is told from none"
         parts.append(
-            f"{arm} against finetune, test AUC: {said} in {len(hits)} comparisons; over all "
+            f"{arm} against finetune, test AUC: {said}, of {len(hits)} compared; mean over "
             f"{row['trainings']} pairs of trainings {row['mean']:+.4f}, better in {row['better']} "
             f"(p {telling.p_value(row['p_seeds'])} by sign flips)"
         )
-    return "; ".join(parts) + "." + telling.never_merged(found["groups"], MERGING)
+    return (
+        "; ".join(parts)
+        + "."
+        + telling.never_merged(found["groups"], MERGING)
+        + telling.majority_only(found["groups"])
+    )
 
 
 def sure(found: dict[str, Any]) -> str:

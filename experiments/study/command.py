@@ -150,6 +150,7 @@ def answer(question: Question, results: Path) -> dict[str, Any]:
         "question": question.name,
         "command": shlex.join(["python", "-m", f"experiments.{question.name}"]),
         "machine": machine(),
+        "trained": trained(records),
         "planned": len(grid),
         "finished": len(kept.cells),
         "seconds": sum(record["result"]["seconds"] for record in records),
@@ -159,6 +160,24 @@ def answer(question: Question, results: Path) -> dict[str, Any]:
     write_json(results / "study" / f"{question.name}.json", stored)
     rich_print(telling.to_rich(question, stored))
     return stored
+
+
+def trained(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where and by what the cells were trained, which the analysis may be far from."""
+    around = [record["trained"] for record in records]
+    commits = [one["git"]["commit"] or "unknown" for one in around]
+    return {
+        "cpus": sorted({one["cpus"] for one in around}),
+        "jax": sorted({one["packages"]["jax"] for one in around}),
+        "commits": sorted(
+            {
+                f"{c[:10]}{'+' if one['git']['dirty'] else ''}"
+                for c, one in zip(commits, around, strict=True)
+            }
+        ),
+        "first": min(one["started"] for one in around),
+        "last": max(one["started"] for one in around),
+    }
 
 
 def compare(cells: Sequence[Cell], places: Any) -> int:

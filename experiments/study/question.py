@@ -102,7 +102,8 @@ class Kept:
     ) -> dict[str, Any]:
         """`statistics.compare` of one group.
 
-        Adds "images"; and by arm "merged" (mean share of the kernels merged at an update, None
+        Adds "images"; "majority", the share of the most frequent class, None with several labels
+        an image; and by arm "merged" (mean share of the kernels merged at an update, None
         where it has no kernels to merge), "val" (validation AUC of every seed), "over" (the seeds)
         and "cells" (the hashes).
         """
@@ -124,8 +125,12 @@ class Kept:
             arm: [self.record(seeds[s])["result"] for s in sorted(seeds)]
             for arm, seeds in arms.items()
         }
+        single = known.labels.ndim == 1
         return {
             "images": len(known.labels),
+            "majority": float(np.bincount(known.labels).max() / len(known.labels))
+            if single
+            else None,
             **found,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
             "val": {arm: [row["val"]["auc"] for row in rows] for arm, rows in results.items()},

@@ -26,14 +26,16 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """What every page of results says, in a line each."""
-    packages = stored["machine"]["packages"]
+    around = stored["trained"]
     cells = f"{stored['finished']} cells"
     if stored["finished"] < stored["planned"]:
         cells += f" of {stored['planned']} that are planned: this answer is not complete"
+    dirty = " (+: with changes not committed)" if "+" in "".join(around["commits"]) else ""
     run = (
-        f"{stored['command']}; {stored['machine']['cpus']} cores "
-        f"({', '.join(stored['machine']['devices']['kinds'])}), jax {packages['jax']}; "
-        f"{stored['seconds'] / 3600:.1f} h of training in {cells}"
+        f"`{stored['command']}`; {' or '.join(map(str, around['cpus']))} CPU cores, jax "
+        f"{' and '.join(around['jax'])}, from {around['first'][:10]} to {around['last'][:10]}, "
+        f"commits {', '.join(around['commits'])}{dirty}; {stored['seconds'] / 3600:.1f} h of "
+        f"training in {cells}"
     )
     return (
         ("What was asked", question.asked),
@@ -147,8 +149,8 @@ def difference_table(
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    *_three(values["auc"], share),
-                    _three(values["acc"], share)[1],
+                    *_three(values["auc"], same := share == 0 and against == "finetune"),
+                    _three(values["acc"], same)[1],
                 )
             )
             kinds.append("difference")
@@ -165,13 +167,31 @@ def difference_table(
     return Table(title, columns, tuple(rows), tuple(kinds))
 
 
-def _three(row: Mapping[str, Any], share: float | None) -> tuple[str, str, str]:
+def _three(row: Mapping[str, Any], same: bool) -> tuple[str, str, str]:
     """P over seeds and images, Holm's correction of it, and that of permuting images."""
-    if share == 0:
+    if same:
         return ("same", "", "")
     corrected = row.get("p_holm")
     holm = "" if corrected is None else p_value(corrected)
     return p_value(row["p"]), holm, p_value(row["p_images"])
+
+
+def majority_only(groups: Mapping[str, Any]) -> str:
+    """Names the groups whose networks give every image the most frequent class; "" for none."""
+    found = [
+        name
+        for name, group in groups.items()
+        if group["majority"] is not None
+        and all(
+            abs(row["acc"]["mean"] - group["majority"]) < 1e-9 for row in group["arms"].values()
+        )
+    ]
+    if not found:
+        return ""
+    return (
+        f" On {'; '.join(found)} ACC is that of naming the most frequent class every time, so it "
+        "says nothing: these networks were not trained for long enough."
+    )
 
 
 def never_merged(groups: Mapping[str, Any], arms: Sequence[str]) -> str:

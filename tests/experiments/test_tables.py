@@ -22,5 +22,5 @@ def test_a_number_typed_by_hand_is_noticed():
 
 
 def test_a_missing_place_is_an_error():
-    with pytest.raises(InputError, match="no lines <!-- begin breastmnist -->"):
+    with pytest.raises(InputError, match="no lines <!-- begin main -->"):
         tables.render("# nothing")
