@@ -8,6 +8,7 @@ from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
 from experiments.study.question import Kept, Question, add_holm, told
 from experiments.study.statistics import sign_flips_over_seeds
+from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.published import MEDMNIST_28
 from inmerge_jax.reporting.tables import Table
@@ -88,15 +89,19 @@ def came_out(found: dict[str, Any]) -> str:
             if f"{arm} - finetune" in group["differences"] and group["merged"].get(arm)
         ]
         clear = [f"{name} {telling.difference(one)}" for name, one in hits if told(one)]
-        said = "; ".join(clear) if clear else "no difference that is told from none"
+        said = "; ".join(clear) if clear else "no difference can be told"
+        count = row["trainings"]
+        flips = (
+            f"p {telling.p_value(row['p_seeds'])} by sign flips"
+            if count > 5
+            else "too few for a test by sign flips"
+        )
         parts.append(
-            f"{arm} against finetune, test AUC: {said}, of {len(hits)} compared; mean over "
-            f"{row['trainings']} pairs of trainings {row['mean']:+.4f}, better in {row['better']} "
-            f"(p {telling.p_value(row['p_seeds'])} by sign flips)"
+            f"{arm}: {said}; mean {wording.signed(row['mean'], 4)} over {count} "
+            f"pair{'s' if count > 1 else ''} of trainings, {row['better']} of them better ({flips})"
         )
     return (
-        "; ".join(parts)
-        + "."
+        f"Test AUC minus that of going on without merging. {'. '.join(parts)}."
         + telling.never_merged(found["groups"], MERGING)
         + telling.majority_only(found["groups"])
     )

@@ -32,7 +32,7 @@ def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str
         cells += f" of {stored['planned']} that are planned: this answer is not complete"
     dirty = " (+: with changes not committed)" if "+" in "".join(around["commits"]) else ""
     run = (
-        f"`{stored['command']}`; {' or '.join(map(str, around['cpus']))} CPU cores, jax "
+        f"{stored['command']}; {' or '.join(map(str, around['cpus']))} CPU cores, jax "
         f"{' and '.join(around['jax'])}, from {around['first'][:10]} to {around['last'][:10]}, "
         f"commits {', '.join(around['commits'])}{dirty}; {stored['seconds'] / 3600:.1f} h of "
         f"training in {cells}"
