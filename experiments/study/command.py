@@ -1,5 +1,6 @@
 """The command line that every question of the study has."""
 
+import inspect
 import json
 import shlex
 import sys
@@ -50,12 +51,15 @@ class StudyConfig:
     parallel: Literal["batches", "seeds"] = "batches"
 
 
+_DESCRIPTION = inspect.cleandoc(StudyConfig.__doc__ or "").split("\n\nAttributes:")[0]
+
+
 def main(question: Question, arguments: Sequence[str] | None = None) -> int:
     """Runs a question's command line; returns the status, as `experiments.train` has it."""
     config = tyro.cli(
         StudyConfig,
         prog=f"python -m experiments.{question.name}",
-        description=f"{question.title}: {question.asked}\n\n{StudyConfig.__doc__}",
+        description=f"{question.title} {question.asked}\n\n{_DESCRIPTION}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -70,7 +74,9 @@ def _run(question: Question, config: StudyConfig) -> int:
     from experiments.study import estimate, runner, store
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
-    places = runner.Places(config.data_dir, config.output, config.results)
+    shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
+    devices = runner.count_devices() if shared else 1
+    places = runner.Places(config.data_dir, config.output, config.results, devices)
     cells = only_data(seeds_of(question.cells, config.seeds), config.data)
     if config.only:
         cells = chosen(question, config.only)

@@ -11,6 +11,7 @@ The stages are those of `python -m experiments.train`: `training.loop.train_stag
 import dataclasses
 import functools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -69,11 +70,13 @@ class Places:
       data: folder that holds medmnist/ and nih/.
       output: folder of the cells.
       results: folder of what is kept of them, and of the answers.
+      devices: that share every batch, or fewer where they cannot share it evenly.
     """
 
     data: Path
     output: Path
     results: Path = Path("experiments/results")
+    devices: int = 1
 
     def cell(self, cell: Cell) -> Path:
         """The folder of one cell."""
@@ -327,7 +330,7 @@ def _plan(backbone: Any, places: Places) -> Plan:
         ),
         rule=RuleConfig(skip=0),
         output=places.output,
-        devices=1,
+        devices=math.gcd(batch_size(backbone.data), places.devices),
         workers=0,
     )
     return plan_run(config)
@@ -355,6 +358,11 @@ def _begin(cell: Cell, folder: Path) -> None:
         write_json(folder / "environment.json", environment())
     described = {"name": cell.name, "arm": cell.arm, **cell.described()}
     write_json(folder / "cell.json", json.loads(json.dumps(described)))
+
+
+def count_devices() -> int:
+    """Local devices."""
+    return jax.local_device_count()
 
 
 def use_cache() -> None:

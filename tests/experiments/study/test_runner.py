@@ -111,6 +111,14 @@ def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
     assert run(CELLS[:1], places, until=0) == {}
 
 
+def test_devices_share_batches_evenly(trained):
+    places, _ = trained
+    many = dataclasses.replace(places, devices=8)
+    assert len(runner.plan_of(CELLS[0], many).devices) == 8
+    assert len(runner.plan_of(CELLS[0], dataclasses.replace(places, devices=5)).devices) == 1
+    assert len(runner.plan_of(CELLS[0], places).devices) == 1
+
+
 def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
     places, _ = trained
     elsewhere = runner.Places(places.data, tmp_path)
