@@ -46,7 +46,7 @@ def narrow(network):
             setattr(owner, key, layer)
 
 
-def make_theirs(name, stem, images):
+def make_theirs(name, stem, images, width=None):
     """PyTorch's network with random entries; its running statistics are near those of `images`.
 
     Biases keep most units away from the kink of their ReLU.
@@ -54,7 +54,7 @@ def make_theirs(name, stem, images):
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         network = create_network(name, CLASSES, stem=stem, size=min(images.shape[1:3]))
-        if width_of(name, stem) != 1:
+        if (width or width_of(name, stem)) != 1:
             narrow(network)
     network = network.to_empty(device="cpu").train()
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -189,6 +189,21 @@ def check_network(name, stem):
     back = to_state_dict(name, variables, names=names)
     assert back.keys() == state_dict.keys()
     assert all(back[key].tobytes() == x.numpy().tobytes() for key, x in state_dict.items())
+
+
+def check_full_width(name, stem):
+    """Asserts that the scores of a network of full width are PyTorch's, to 1e-4 in float32."""
+    rng = np.random.default_rng(0)
+    network = make_theirs(name, stem, random_images(rng, stem), width=1)
+    variables = from_state_dict(name, network.state_dict())
+    images = random_images(rng, stem)
+    model = create_model(name, CLASSES, stem=stem)
+    forward = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+    forward = forward.lower(variables, images).compile(compiler_options=CHEAP)
+    with torch.no_grad():
+        theirs = network.eval()(nchw(images)).numpy()
+    assert np.ptp(theirs) > 0.1
+    np.testing.assert_allclose(forward(variables, images), theirs, rtol=0, atol=1e-4)
 
 
 def check_forward(evaluation, logits, trained, theirs, before, atol):
