@@ -10,6 +10,7 @@ The stages are those of `python -m experiments.train`: `training.loop.train_stag
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import re
@@ -147,6 +148,10 @@ def run_cells(
                     left = [other for other in left if other.first() != cell]
                 elif not kept(cell):
                     keep(cell)
+            # A system gives a process some 65,000 maps of memory; the programs of each cell take
+            # hundreds to a thousand of them. Another cell finds its own in the cache on disk.
+            jax.clear_caches()
+            gc.collect()
     return diverged
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -109,6 +110,20 @@ def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
 def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
     places = runner.Places(trained[0].data, tmp_path)
     assert run(CELLS[:1], places, until=0) == {}
+
+
+def maps():
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts Linux's maps of memory")
+def test_a_long_grid_does_not_use_up_the_maps_of_a_process(trained, tmp_path):
+    places = runner.Places(trained[0].data, tmp_path)
+    counts = []
+    for seed in range(4):
+        run([Cell(dataclasses.replace(START, seed=seed))], places)
+        counts.append(maps())
+    assert counts[-1] < counts[0] + 100, counts
 
 
 def test_devices_share_batches_evenly(trained):
