@@ -65,7 +65,11 @@ def came_out(found: dict[str, Any]) -> str:
             continue
         clear = [f"{arm} {telling.difference(row)}" for arm, row in rows.items() if told(row)]
         means = [row["mean"] for row in rows.values()]
-        said = "; ".join(clear) if clear else "none is told from finetune after Holm's correction"
+        said = (
+            f"told from finetune (p < 0.05 after Holm's correction): {'; '.join(clear)}"
+            if clear
+            else "none is told from finetune after Holm's correction"
+        )
         parts.append(
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
             f"against finetune; {said}"
