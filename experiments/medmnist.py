@@ -10,7 +10,7 @@ from experiments.study.question import Kept, Question, add_holm, told
 from experiments.study.statistics import sign_flips_over_seeds
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
-from inmerge_jax.reporting.published import MEDMNIST_28
+from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.tables import Table
 
 MODELS = ("vgg16", "resnet18")
@@ -146,9 +146,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 def published(key: list[Any]) -> str:
     """The benchmark's AUC / ACC."""
-    name = datasets.SOURCES[key[0]].published
-    numbers = MEDMNIST_28.get(name, {}).get(key[1])
-    return "none" if numbers is None else f"{numbers[0]:.3f} / {numbers[1]:.3f}"
+    data, model, width, _ = key
+    size = datasets.SOURCES[data].config.size
+    known = published_reference({"name": data, "size": size}, {"name": model, "width": width})
+    return "none" if known is None else f"{known.auc:.3f} / {known.acc:.3f}"
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:

@@ -1,6 +1,5 @@
 """Question 6: errors on corrupted test images, and calibration, of the three arms."""
 
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from experiments.study.corruptions import SEVERITIES, corrupt
 from experiments.study.question import Kept, Question, told
 from experiments.study.runner import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, draw_counts, holm
-from inmerge_jax.files import write_bytes
+from inmerge_jax.files import write_arrays
 from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 
@@ -29,12 +28,12 @@ RESAMPLES = 1000
 
 
 def measure(cells: Sequence[Cell], places: Places) -> None:
-    """Predicts every corrupted test image with every cell's best weights; keeps the classes."""
+    """Predicts corrupted test images with the best weights of finished cells; keeps the classes."""
     file = places.results / "study" / PREDICTIONS
     kept = read_predictions(file)
     corrupted: dict[str, list[np.ndarray]] = {}
     for cell in cells:
-        if cell.hash in kept or not (places.cell(cell) / "result.json").exists():
+        if cell.hash in kept:
             continue
         plan = plan_of(cell, places)
         data = cell.backbone.data
@@ -45,9 +44,7 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
         classes = [predict(images).argmax(1).astype(np.uint8) for images in corrupted[data]]
         kept[cell.hash] = np.stack(classes).reshape(len(SEVERITIES), len(LEVELS), -1)
         print(f"{cell.hash} {cell.name}: {len(classes)} corrupted copies of the test images")
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **kept)
-    write_bytes(file, buffer.getvalue())
+    write_arrays(file, kept)
 
 
 def measured(cell: Cell, places: Places) -> bool:

@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     import jax
 
+    from inmerge_jax.training.programs import keep_programs
+
     if config.cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        keep_programs(config.cache)
 
     from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.hosts import (

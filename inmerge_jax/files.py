@@ -1,10 +1,14 @@
 """Writing files whole or not at all."""
 
+import io
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -35,3 +39,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON to `path`, whole or not at all; see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a compressed npz to `path`, whole or not at all; see `write_bytes`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())

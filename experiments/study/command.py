@@ -71,11 +71,14 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(question: Question, config: StudyConfig) -> int:
+    import jax
+
     from experiments.study import estimate, runner, store
+    from inmerge_jax.training.programs import keep_programs
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
-    devices = runner.count_devices() if shared else 1
+    devices = jax.local_device_count() if shared else 1
     places = runner.Places(config.data_dir, config.output, config.results, devices)
     cells = only_data(seeds_of(question.cells, config.seeds), config.data)
     if config.only:
@@ -96,7 +99,7 @@ def _run(question: Question, config: StudyConfig) -> int:
         if not config.only and store.read(cell, places.kept) is None:
             store.keep(cell, places)
 
-    runner.use_cache()
+    keep_programs()
     until = time.monotonic() + 60 * (float("inf") if config.minutes is None else config.minutes)
     stop = StopSignals()
     try:

@@ -124,7 +124,8 @@ def run_cells(
       InputError: data that are missing, or a file that cannot be written.
       Stopped: `should_stop` said so; the same call goes on.
     """
-    keep_freed_memory()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     wanted = [cell for cell in with_backbones(cells) if not kept(cell)]
     for cell in wanted:
         if finished(cell, places):
@@ -363,16 +364,3 @@ def _begin(cell: Cell, folder: Path) -> None:
         write_json(folder / "environment.json", environment())
     described = {"name": cell.name, "arm": cell.arm, **cell.described()}
     write_json(folder / "cell.json", json.loads(json.dumps(described)))
-
-
-def count_devices() -> int:
-    """Local devices."""
-    return jax.local_device_count()
-
-
-def use_cache() -> None:
-    """Keeps compiled programs for the next start, as training does."""
-    cache = Path("~/.cache/inmerge_jax/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

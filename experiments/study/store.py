@@ -1,11 +1,10 @@
 """Finished cells as they are kept with the project: what each was, its figures, its test scores.
 
-experiments/results/cells/<hash>.json   configuration, figures, where and when
-<hash>.npz    test scores, float32 (images, classes)
+experiments/results/cells/<hash>.json        configuration, figures, where and when
+<hash>.npz         test scores, float32 (images, classes)
 labels-<data>.npz  labels of the test images, and the task
 """
 
-import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from experiments.study import datasets
 from experiments.study.cells import Cell
 from experiments.study.runner import Places, plan_of
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes, write_text
+from inmerge_jax.files import write_arrays, write_text
 from inmerge_jax.training.scores import read_scores
 
 CELLS = Path(__file__).parents[1] / "results" / "cells"
@@ -52,9 +51,10 @@ def keep(cell: Cell, places: Places) -> dict[str, Any]:
     labels = folder / f"labels-{cell.backbone.data}.npz"
     if not labels.exists():
         plan = plan_of(cell, places)
-        _write(labels, labels=plan.dataset.test.labels, task=np.array(plan.dataset.task))
+        known = {"labels": plan.dataset.test.labels, "task": np.array(plan.dataset.task)}
+        write_arrays(labels, known)
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
-    _write(folder / f"{cell.hash}.npz", scores=scores)
+    write_arrays(folder / f"{cell.hash}.npz", {"scores": scores})
     # On one line: they are many, and nobody reads them one by one.
     text = json.dumps(record, separators=(",", ":"))
     write_text(folder / f"{cell.hash}.json", text + "\n")
@@ -93,9 +93,3 @@ def _rounded(layer: dict[str, Any]) -> dict[str, Any]:
         return round(value, _DIGITS) if isinstance(value, float) else value
 
     return short(layer)
-
-
-def _write(path: Path, **arrays: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())

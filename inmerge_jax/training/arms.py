@@ -1,7 +1,6 @@
 """A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
 
 import dataclasses
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.merging import MergeRule
 from inmerge_jax.models import create_model
@@ -335,10 +334,8 @@ def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
     try:
-        write_bytes(path, buffer.getvalue())
+        write_arrays(path, arrays)
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from experiments.study import command, runner, store
+from experiments.study import command, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Question
 from inmerge_jax.reporting.tables import Table
+from inmerge_jax.training import programs
 
 START = Backbone("phantom", "vgg11", 0, 1, 0.05)
 CELLS = (
@@ -41,17 +42,14 @@ QUESTION = Question(
 
 
 @pytest.fixture
-def options(tmp_path):
+def options(tmp_path, monkeypatch):
+    # Not the folder of whoever runs the tests.
+    monkeypatch.setattr(programs, "keep_programs", lambda: None)
     return ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 
 def run(options, *more):
-    # Without the cache of compiled programs of whoever runs the tests.
-    runner_use_cache, runner.use_cache = runner.use_cache, lambda: None
-    try:
-        return command.main(QUESTION, [*options, *more])
-    finally:
-        runner.use_cache = runner_use_cache
+    return command.main(QUESTION, [*options, *more])
 
 
 def test_from_nothing_to_an_answer(options, tmp_path, capsys):
