@@ -7,7 +7,7 @@ from typing import Any
 from experiments.study import shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, add_holm, told
+from experiments.study.question import Kept, Question, compare_groups, minus, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
@@ -42,25 +42,19 @@ def arms() -> dict[str, Treatment]:
 
 
 ARMS = arms()
-PAIRS = (*((arm, "finetune") for arm in ARMS), ("finetune", "backbone"))
+PAIRS = tuple((arm, "finetune") for arm in ARMS)
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Each data set; Holm's correction over all differences from finetune."""
-    groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "finetune"])
-    return {"groups": groups}
+    return {"groups": compare_groups(kept, PAIRS, alone=shared.SECOND_STAGE)}
 
 
 def came_out(found: dict[str, Any]) -> str:
     """What can be told from finetune, and the range of means."""
     parts = []
     for name, group in found["groups"].items():
-        rows = {
-            pair.removesuffix(" - finetune"): row["auc"]
-            for pair, row in group["differences"].items()
-            if pair.endswith(" - finetune")
-        }
+        rows = {arm: row["auc"] for arm, row in minus(group, "finetune").items()}
         if not rows:
             continue
         clear = [f"{arm} {telling.difference(row)}" for arm, row in rows.items() if told(row)]
@@ -88,11 +82,7 @@ def sure(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Every setting against finetune."""
-    title = (
-        "Test AUC and ACC of each setting minus finetune's [95% interval over seeds and images]; p "
-        "over both, Holm's correction over the table; images: p of permuting test images alone"
-    )
-    return [telling.difference_table(title, found["groups"], "finetune")]
+    return [telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune")]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
@@ -107,7 +97,7 @@ def figures(found: dict[str, Any]) -> list[Plot]:
             points = []
             for value in values:
                 arm = "rule" if value == own else f"{field} {value}"
-                row = group["differences"].get(f"{arm} - finetune")
+                row = minus(group, "finetune").get(arm)
                 if row is not None:
                     points.append((value, row["auc"], group["merged"][arm]))
             series[name] = points

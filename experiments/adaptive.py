@@ -6,7 +6,7 @@ from typing import Any
 from experiments.study import shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, add_holm, told
+from experiments.study.question import Kept, Question, compare_groups, minus, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
@@ -19,18 +19,13 @@ ARMS = {
     "quantile 0.9, random partner": Treatment("merge", quantile=0.9, partner="random"),
 }
 FIXED = "threshold 0.3 (paper)"
-PAIRS = (
-    *((arm, "finetune") for arm in ARMS),
-    *((arm, FIXED) for arm in ARMS if arm.startswith("quantile")),
-    ("finetune", "backbone"),
-)
+FROM_FINETUNE = tuple((arm, "finetune") for arm in ARMS)
+FROM_FIXED = tuple((arm, FIXED) for arm in ARMS if arm.startswith("quantile"))
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Each data set, Holm's correction, and the arm with the best validation AUC."""
-    groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "finetune"])
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == FIXED])
+    groups = compare_groups(kept, FROM_FINETUNE, FROM_FIXED, alone=shared.SECOND_STAGE)
     gains: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for group in groups.values():
         plain = dict(
@@ -60,16 +55,15 @@ def came_out(found: dict[str, Any]) -> str:
     if best is None:
         return f"Kernels merged at an update: {rates}."
     tests = [
-        f"{name} {telling.difference(group['differences'][f'{best} - finetune']['auc'])}"
+        f"{name} {telling.difference(minus(group, 'finetune')[best]['auc'])}"
         for name, group in found["groups"].items()
-        if f"{best} - finetune" in group["differences"]
+        if best in minus(group, "finetune")
     ]
     against = [
-        f"{arm} on {name} {telling.difference(group['differences'][f'{arm} - {FIXED}']['auc'])}"
+        f"{arm} on {name} {telling.difference(row['auc'])}"
         for name, group in found["groups"].items()
-        for arm in ARMS
-        if f"{arm} - {FIXED}" in group["differences"]
-        and told(group["differences"][f"{arm} - {FIXED}"]["auc"])
+        for arm, row in minus(group, FIXED).items()
+        if told(row["auc"])
     ]
     fixed = "; ".join(against) if against else "none"
     return (
@@ -84,9 +78,9 @@ def sure(found: dict[str, Any]) -> str:
     """What could have been told, and whether anything is recommended."""
     best = found["best"]
     rows = [
-        group["differences"][f"{best} - finetune"]["auc"]
+        minus(group, "finetune")[best]["auc"]
         for group in found["groups"].values()
-        if f"{best} - finetune" in group["differences"]
+        if best in minus(group, "finetune")
     ]
     clear = len(rows) > 1 and all(row["low"] > 0 and told(row) for row in rows)
     verdict = (
@@ -107,10 +101,6 @@ def sure(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Differences from finetune and from the paper's rule, and what validation said."""
-    title = (
-        "Test AUC and ACC minus finetune's [95% interval over seeds and images]; p over both, "
-        "Holm's correction over the table; images: p of permuting test images alone"
-    )
     more = "The same minus the paper's fixed threshold"
     val = Table(
         "Validation AUC minus finetune's, mean over data sets and seeds: what chooses the rule",
@@ -119,7 +109,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         tuple("arm" for _ in found["val_gain"]),
     )
     return [
-        telling.difference_table(title, found["groups"], "finetune"),
+        telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune"),
         telling.difference_table(more, found["groups"], FIXED),
         val,
     ]
@@ -128,11 +118,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def figures(found: dict[str, Any]) -> list[Plot]:
     """Differences by rule."""
     groups = {
-        name: [
-            (pair.removesuffix(" - finetune"), row["auc"])
-            for pair, row in group["differences"].items()
-            if pair.endswith(" - finetune") and not pair.startswith("backbone")
-        ]
+        name: [(arm, row["auc"]) for arm, row in minus(group, "finetune").items()]
         for name, group in found["groups"].items()
     }
     caption = (

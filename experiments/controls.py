@@ -1,61 +1,60 @@
 """Question 3: is it the similarity of the partner that matters?"""
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.study import shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, add_holm, told
+from experiments.study.question import Kept, Question, compare_groups, minus, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
-_RULE = vars(shared.WORKING) | {}
 ARMS = {
     "merge": shared.WORKING,
-    "any partner": Treatment(**(_RULE | {"kind": "any"})),
+    "any partner": dataclasses.replace(shared.WORKING, kind="any"),
     "any partner, every selected kernel": Treatment("merge", threshold=-1.0, partner="random"),
-    "least similar partner": Treatment(**(_RULE | {"kind": "least"})),
-    "noise of the same length": Treatment(**(_RULE | {"kind": "noise"})),
-    "shrink and perturb": Treatment(**(_RULE | {"kind": "perturb"})),
+    "least similar partner": dataclasses.replace(shared.WORKING, kind="least"),
+    "noise of the same length": dataclasses.replace(shared.WORKING, kind="noise"),
+    "shrink and perturb": dataclasses.replace(shared.WORKING, kind="perturb"),
     "averaged weights (0.99)": Treatment("ema", decay=0.99),
     "weight decay 5e-4": Treatment("decay", decay=5e-4),
     # Added before Adam's moments, 5e-4 moves nothing in so short a stage; this is of the gradient's
     # size.
     "weight decay 0.05": Treatment("decay", decay=0.05),
 }
-PAIRS = (
-    *((arm, "finetune") for arm in ARMS),
-    *(("merge", arm) for arm in ARMS if arm != "merge"),
-    ("finetune", "backbone"),
-)
-
-
-FIRST = PAIRS[: len(ARMS)]
+FROM_FINETUNE = tuple((arm, "finetune") for arm in ARMS)
+FROM_CONTROLS = tuple(("merge", arm) for arm in ARMS if arm != "merge")
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
-    """Each data set; Holm's correction over all differences from finetune, and from merge."""
-    groups = {telling.where(key): cells.compare(PAIRS) for key, cells in kept.groups().items()}
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "finetune"])
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[0] == "merge" and pair not in FIRST])
-    return {"groups": groups}
+    """Each data set; Holm's correction over all differences from finetune, and from controls."""
+    families = FROM_FINETUNE, FROM_CONTROLS
+    return {"groups": compare_groups(kept, *families, alone=shared.SECOND_STAGE)}
+
+
+def _from_controls(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was found of merging minus each control, by control."""
+    pairs = {control: f"merge - {control}" for _, control in FROM_CONTROLS}
+    found = group["differences"]
+    return {control: found[pair] for control, pair in pairs.items() if pair in found}
 
 
 def came_out(found: dict[str, Any]) -> str:
     """Merging against finetune and each control, by data set."""
     parts = []
     for name, group in found["groups"].items():
-        rows = group["differences"]
-        if "merge - finetune" not in rows:
+        own = minus(group, "finetune").get("merge")
+        if own is None:
             continue
-        own = rows["merge - finetune"]
         apart = []
         for metric in ("auc", "acc"):
             better = [
-                f"{pair.removeprefix('merge - ')} {telling.difference(row[metric])}"
-                for pair, row in rows.items()
-                if pair.startswith("merge - ") and pair != "merge - finetune" and told(row[metric])
+                f"{control} {telling.difference(row[metric])}"
+                for control, row in _from_controls(group).items()
+                if told(row[metric])
             ]
             apart.append(f"in {metric.upper()} from {'; '.join(better) if better else 'none'}")
         parts.append(
@@ -79,38 +78,29 @@ def sure(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Differences from finetune."""
-    title = (
-        "Test AUC and ACC minus finetune's [95% interval over seeds and images]; p over both, "
-        "Holm's correction over the table; images: p of permuting test images alone"
-    )
     rows = [
         (
-            f"{name}: {pair}",
+            f"{name}: merge - {control}",
             telling.difference(row["auc"]),
             telling.p_value(row["auc"]["p_holm"]),
             telling.difference(row["acc"]),
             telling.p_value(row["acc"]["p_holm"]),
         )
         for name, group in found["groups"].items()
-        for pair, row in group["differences"].items()
-        if pair.startswith("merge - ") and "p_holm" in row["auc"] and pair != "merge - finetune"
+        for control, row in _from_controls(group).items()
     ]
     columns = ("merge minus control", "test AUC", "p, Holm", "test ACC", "p, Holm")
     direct = Table(
         "Merging against each control", columns, tuple(rows), tuple("difference" for _ in rows)
     )
-    return [telling.difference_table(title, found["groups"], "finetune"), direct]
+    return [telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune"), direct]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
     """One figure for each data set."""
     drawn = []
     for name, group in found["groups"].items():
-        rows = [
-            (pair.removesuffix(" - finetune"), row["auc"])
-            for pair, row in group["differences"].items()
-            if pair.endswith(" - finetune")
-        ]
+        rows = [(arm, row["auc"]) for arm, row in minus(group, "finetune").items()]
         caption = (
             "Test AUC minus that of finetune. Dots: means over seeds; bars: 95% bootstrap "
             "intervals over seeds and test images. If similarity matters, merge lies to the right "

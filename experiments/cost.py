@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich import print as rich_print
 
-from experiments.study import telling
-from experiments.study.question import Question
-from experiments.timing import machine
-from inmerge_jax.files import write_json
+from experiments.study.command import store_answer
+from experiments.study.question import RESULTS, Question
 from inmerge_jax.reporting.plots import COLOURS, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.runfolder import environment
@@ -172,18 +169,13 @@ def figures(found: dict[str, Any]) -> list[Plot]:
     return [make_plot(draw, caption, "Seconds an epoch, by network and arm")]
 
 
-def nothing(kept: Any) -> dict[str, Any]:
-    """It has no cells."""
-    raise NotImplementedError
-
-
 QUESTION = Question(
     name="cost",
     number=7,
     title="What does merging cost?",
     asked="How much time, memory and compilation does merging add to training, per network?",
     cells=(),
-    analyse=nothing,
+    analyse=None,
     came_out=came_out,
     sure=sure,
     tables=tables,
@@ -194,28 +186,19 @@ QUESTION = Question(
 def main(arguments: list[str] | None = None) -> int:
     """Measures, stores and prints; returns 0."""
     config = tyro.cli(CostConfig, prog="python -m experiments.cost", args=arguments)
-    started, around, git = time.monotonic(), machine(), environment()["git"]
-    commit = git["commit"] or "unknown"
-    found = json.loads(json.dumps(measure(config)))
+    started, around = time.monotonic(), environment()
+    found = measure(config)
     count = len(config.models) * len(ARMS) * config.rounds
-    stored = {
-        "question": "cost",
-        "command": shlex.join(["python", "-m", "experiments.cost", *(arguments or sys.argv[1:])]),
-        "machine": around,
-        "trained": {
-            "cpus": [around["cpus"]],
-            "jax": [around["packages"]["jax"]],
-            "commits": [f"{commit[:10]}{'+' if git['dirty'] else ''}"],
-            "first": around["started"],
-            "last": around["started"],
-        },
-        "planned": count,
-        "finished": count,
-        "seconds": time.monotonic() - started,
-        "analysis": found,
-    }
-    write_json(QUESTION.path, stored)
-    rich_print(telling.to_rich(QUESTION, stored))
+    store_answer(
+        QUESTION,
+        RESULTS,
+        arguments=sys.argv[1:] if arguments is None else arguments,
+        around=[around],
+        planned=count,
+        finished=count,
+        seconds=time.monotonic() - started,
+        analysis=found,
+    )
     return 0
 
 

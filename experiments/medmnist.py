@@ -6,7 +6,7 @@ from typing import Any
 from experiments.study import datasets, telling
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, add_holm, told
+from experiments.study.question import Kept, Question, compare_groups, minus, told, where
 from experiments.study.statistics import sign_flips_over_seeds
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
@@ -29,9 +29,8 @@ ARMS = {
     "inmerge": Treatment("merge"),
     "inmerge, adaptive": Treatment("merge", quantile=0.5),
 }
-PAIRS = (
-    ("inmerge", "finetune"),
-    ("inmerge, adaptive", "finetune"),
+FROM_FINETUNE = (("inmerge", "finetune"), ("inmerge, adaptive", "finetune"))
+FROM_BACKBONE = (
     ("inmerge", "backbone"),
     ("inmerge, adaptive", "backbone"),
     ("finetune", "backbone"),
@@ -53,21 +52,19 @@ def grid() -> tuple[Cell, ...]:
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Every data set and network, Holm's correction over all of them, and all trainings pooled."""
-    groups = {}
-    for key, cells in kept.groups().items():
-        found = cells.compare(PAIRS)
-        if "finetune" in found["arms"]:
-            groups[telling.where(key)] = {"key": list(key), **found}
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "finetune"])
-    add_holm(groups.values(), [pair for pair in PAIRS if pair[1] == "backbone"])
+    keys = {where(key): list(key) for key in kept.groups()}
+    groups = {
+        name: {"key": keys[name], **group}
+        for name, group in compare_groups(kept, FROM_FINETUNE, FROM_BACKBONE).items()
+        if "finetune" in group["arms"]
+    }
     pooled = {}
     for arm in MERGING:
-        pair = f"{arm} - finetune"
         gaps = [
             gap
             for group in groups.values()
-            if group["merged"].get(arm)
-            for gap in group["differences"].get(pair, {"auc": {"seeds": []}})["auc"]["seeds"]
+            if group["merged"].get(arm) and arm in minus(group, "finetune")
+            for gap in minus(group, "finetune")[arm]["auc"]["seeds"]
         ]
         if gaps:
             pooled[arm] = {
@@ -79,16 +76,21 @@ def analyse(kept: Kept) -> dict[str, Any]:
     return {"groups": groups, "pooled": pooled}
 
 
+def _against_finetune(found: dict[str, Any], arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """Data set and network, and the arm's test AUC there minus finetune's."""
+    groups = {name: minus(group, "finetune") for name, group in found["groups"].items()}
+    return [(name, rows[arm]["auc"]) for name, rows in groups.items() if arm in rows]
+
+
 def came_out(found: dict[str, Any]) -> str:
     """How many comparisons show something, and what all trainings say together."""
     parts = []
     for arm, row in found["pooled"].items():
-        hits = [
-            (name, group["differences"][f"{arm} - finetune"]["auc"])
-            for name, group in found["groups"].items()
-            if f"{arm} - finetune" in group["differences"] and group["merged"].get(arm)
+        clear = [
+            f"{name} {telling.difference(one)}"
+            for name, one in _against_finetune(found, arm)
+            if told(one)
         ]
-        clear = [f"{name} {telling.difference(one)}" for name, one in hits if told(one)]
         said = "; ".join(clear) if clear else "no difference can be told"
         count = row["trainings"]
         flips = (
@@ -132,14 +134,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
         tuple(rows),
         tuple(kinds),
     )
-    title = (
-        "Differences from finetune [95% interval over seeds and test images]; p over both, Holm's "
-        "correction over the table; images: p of permuting test images alone"
-    )
     more = "The same from the backbone, which had no second stage"
     return [
         arms,
-        telling.difference_table(title, found["groups"], "finetune"),
+        telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune"),
         telling.difference_table(more, found["groups"], "backbone"),
     ]
 
@@ -154,14 +152,7 @@ def published(key: list[Any]) -> str:
 
 def figures(found: dict[str, Any]) -> list[Plot]:
     """The differences from finetune, by data set and network."""
-    groups = {
-        arm: [
-            (name, group["differences"][f"{arm} - finetune"]["auc"])
-            for name, group in found["groups"].items()
-            if f"{arm} - finetune" in group["differences"]
-        ]
-        for arm in MERGING
-    }
+    groups = {arm: _against_finetune(found, arm) for arm in MERGING}
     caption = (
         "Test AUC of the arms with merging minus that of finetune, which had the same second stage "
         "without merging. Dots: means over seeds; bars: 95% bootstrap intervals over seeds and "

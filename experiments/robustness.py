@@ -11,7 +11,7 @@ from experiments.study import shared, store, telling
 from experiments.study.cells import Cell, Treatment
 from experiments.study.command import main
 from experiments.study.corruptions import SEVERITIES, corrupt
-from experiments.study.question import Kept, Question, told
+from experiments.study.question import Kept, Question, told, where
 from experiments.study.runner import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, draw_counts, holm
 from inmerge_jax.files import write_arrays
@@ -142,7 +142,7 @@ def analyse(kept: Kept) -> dict[str, Any]:
                 gap = (errors[arm] - errors["finetune"]).mean((2, 3))
                 clean = clean_errors[arm] - clean_errors["finetune"]
                 differences[arm] = {"error": _interval(gap), "rise": _interval(gap - clean)}
-        groups[telling.where(key)] = {
+        groups[where(key)] = {
             **{"key": list(key), "seeds": seeds, "images": len(labels)},
             **{"arms": rows, "differences": differences},
         }

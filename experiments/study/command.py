@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.study.cells import Cell, with_backbones
-from experiments.study.question import Kept, Question, only_data, seeds_of
+from experiments.study.question import Kept, Question
 from inmerge_jax.errors import InputError
 
 
@@ -80,15 +80,7 @@ def _run(question: Question, config: StudyConfig) -> int:
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
     devices = jax.local_device_count() if shared else 1
     places = runner.Places(config.data_dir, config.output, config.results, devices)
-    cells = only_data(seeds_of(question.cells, config.seeds), config.data)
-    if config.only:
-        cells = chosen(question, config.only)
-    if config.dry_run:
-        estimate.show(question, cells, places)
-        return 0
-    if config.analyse:
-        answer(question, config.results)
-        return 0
+    cells = chosen(question, config)
 
     def is_kept(cell: Cell) -> bool:
         # Figures of a kept cell are no use where its weights are asked for, or another training.
@@ -99,6 +91,12 @@ def _run(question: Question, config: StudyConfig) -> int:
         if not config.only and store.read(cell, places.kept) is None:
             store.keep(cell, places)
 
+    if config.dry_run:
+        estimate.show(question, cells, places, is_kept)
+        return 0
+    if config.analyse:
+        answer(question, config.results)
+        return 0
     keep_programs()
     until = time.monotonic() + 60 * (float("inf") if config.minutes is None else config.minutes)
     stop = StopSignals()
@@ -127,63 +125,101 @@ def _run(question: Question, config: StudyConfig) -> int:
     return int(bool(diverged))
 
 
-def chosen(question: Question, hashes: Sequence[str]) -> tuple[Cell, ...]:
-    """The cells of these hashes.
+def chosen(question: Question, config: StudyConfig) -> tuple[Cell, ...]:
+    """The cells that the options name; the whole grid without any.
 
     Raises:
-      InputError: the question has no such cell.
+      InputError: the question has no cell of such a hash.
     """
     known = {cell.hash: cell for cell in with_backbones(question.cells)}
-    unknown = [one for one in hashes if one not in known]
-    if unknown:
-        raise InputError(
-            f"--only {unknown[0]}: {question.name} has no cell of that hash; --dry-run lists them"
-        )
-    return tuple(known[one] for one in hashes)
+    for one in config.only:
+        if one not in known:
+            raise InputError(
+                f"--only {one}: {question.name} has no cell of that hash; --dry-run lists them"
+            )
+    if config.only:
+        return tuple(known[one] for one in config.only)
+    return tuple(
+        cell
+        for cell in question.cells
+        if (config.seeds is None or cell.backbone.seed < config.seeds)
+        and (not config.data or cell.backbone.data in config.data)
+    )
 
 
 def answer(question: Question, results: Path) -> dict[str, Any]:
     """Computes the answer from the kept cells, stores it, and prints it."""
+    grid = with_backbones(question.cells)
+    kept = Kept.of(grid, results / "cells")
+    if not kept.cells:
+        raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
+    assert question.analyse is not None
+    records = [kept.record(cell) for cell in kept.cells]
+    return store_answer(
+        question,
+        results,
+        arguments=(),
+        around=[record["trained"] for record in records],
+        planned=len(grid),
+        finished=len(kept.cells),
+        seconds=sum(record["result"]["seconds"] for record in records),
+        analysis=question.analyse(kept),
+    )
+
+
+def store_answer(
+    question: Question,
+    results: Path,
+    *,
+    arguments: Sequence[str],
+    around: Sequence[dict[str, Any]],
+    planned: int,
+    finished: int,
+    seconds: float,
+    analysis: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes an answer where the pages find it, and prints it.
+
+    Args:
+      question: that is answered.
+      results: the folder of results.
+      arguments: of the question's command.
+      around: of each training, or measurement, what `runfolder.environment` gave.
+      planned: how many of these there are to be.
+      finished: how many there are.
+      seconds: that they took.
+      analysis: what came out, JSON-ready.
+    """
     from rich import print as rich_print
 
     from experiments.study import telling
     from experiments.timing import machine
     from inmerge_jax.files import write_json
 
-    grid = with_backbones(question.cells)
-    kept = Kept.of(grid, results / "cells")
-    if not kept.cells:
-        raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
-    records = [kept.record(cell) for cell in kept.cells]
     stored = {
         "question": question.name,
-        "command": shlex.join(["python", "-m", f"experiments.{question.name}"]),
+        "command": shlex.join(["python", "-m", f"experiments.{question.name}", *arguments]),
         "machine": machine(),
-        "trained": trained(records),
-        "planned": len(grid),
-        "finished": len(kept.cells),
-        "seconds": sum(record["result"]["seconds"] for record in records),
-        "analysis": question.analyse(kept),
+        "trained": trained(around),
+        "planned": planned,
+        "finished": finished,
+        "seconds": seconds,
+        "analysis": analysis,
     }
     stored = json.loads(json.dumps(stored))
-    write_json(results / "study" / f"{question.name}.json", stored)
+    write_json(question.path(results), stored)
     rich_print(telling.to_rich(question, stored))
     return stored
 
 
-def trained(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Where and by what the cells were trained, which the analysis may be far from."""
-    around = [record["trained"] for record in records]
-    commits = [one["git"]["commit"] or "unknown" for one in around]
+def trained(around: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where and by what it was trained, which the analysis may be far from."""
+    gits = [one["git"] for one in around]
+    commits = {f"{(g['commit'] or 'unknown')[:10]}{'+' if g['dirty'] else ''}" for g in gits}
     return {
         "cpus": sorted({one["cpus"] for one in around}),
         "jax": sorted({one["packages"]["jax"] for one in around}),
-        "commits": sorted(
-            {
-                f"{c[:10]}{'+' if one['git']['dirty'] else ''}"
-                for c, one in zip(commits, around, strict=True)
-            }
-        ),
+        "commits": sorted(commits),
         "first": min(one["started"] for one in around),
         "last": max(one["started"] for one in around),
     }

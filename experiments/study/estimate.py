@@ -1,6 +1,6 @@
 """What a grid would take, and what it could tell: `--dry-run`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,12 @@ def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
     }
 
 
-def show(question: Question, cells: Sequence[Cell], places: Places) -> None:
+def show(
+    question: Question, cells: Sequence[Cell], places: Places, kept: Callable[[Cell], bool]
+) -> None:
     """Prints the cells that are left, the time, and what the data sets can resolve."""
     grid = with_backbones(cells)
-    left = [c for c in grid if store.read(c, places.kept) is None and not finished(c, places)]
+    left = [cell for cell in grid if not kept(cell) and not finished(cell, places)]
     known = seconds_per_image(grid, places.kept)
     table = Table(title=f"{question.name}: {len(left)} of {len(grid)} cells are left")
     for heading in ("cell", "what", "updates of", "estimate"):

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import statistics, store
+from experiments.study import datasets, statistics, store
 from experiments.study.cells import Cell
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
-RESULTS = Path(__file__).parents[1] / "results" / "study"
+RESULTS = Path(__file__).parents[1] / "results"
+Pair = tuple[str, str]
+"""Two arms: the first one minus the second."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Question:
       title: for a heading.
       asked: the question in one line.
       cells: the whole grid.
-      analyse: from the kept cells to what is stored, JSON-ready.
+      analyse: from the kept cells to what is stored, JSON-ready; None where nothing is trained.
       came_out: one line, from what is stored.
       sure: one line, likewise.
       tables: likewise.
@@ -41,7 +43,7 @@ class Question:
     title: str
     asked: str
     cells: tuple[Cell, ...]
-    analyse: Callable[["Kept"], dict[str, Any]]
+    analyse: Callable[["Kept"], dict[str, Any]] | None
     came_out: Callable[[dict[str, Any]], str]
     sure: Callable[[dict[str, Any]], str]
     tables: Callable[[dict[str, Any]], list[Table]]
@@ -49,14 +51,13 @@ class Question:
     measure: Callable[[Sequence[Cell], Any], None] | None = None
     measured: Callable[[Cell, Any], bool] = lambda cell, places: True
 
-    @property
-    def path(self) -> Path:
+    def path(self, results: Path = RESULTS) -> Path:
         """Of what is stored."""
-        return RESULTS / f"{self.name}.json"
+        return results / "study" / f"{self.name}.json"
 
     def stored(self) -> dict[str, Any] | None:
         """What is stored; None before the first answer."""
-        return json.loads(self.path.read_bytes()) if self.path.exists() else None
+        return json.loads(self.path().read_bytes()) if self.path().exists() else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Kept:
         return found
 
     def compare(
-        self, pairs: Sequence[tuple[str, str]], *, resamples: int = 1000, permutations: int = 1000
+        self, pairs: Sequence[Pair], *, resamples: int = 1000, permutations: int = 1000
     ) -> dict[str, Any]:
         """`statistics.compare` of one group.
 
@@ -125,12 +126,12 @@ class Kept:
             arm: [self.record(seeds[s])["result"] for s in sorted(seeds)]
             for arm, seeds in arms.items()
         }
-        single = known.labels.ndim == 1
+        majority = None
+        if known.labels.ndim == 1:
+            majority = float(np.bincount(known.labels).max() / len(known.labels))
         return {
             "images": len(known.labels),
-            "majority": float(np.bincount(known.labels).max() / len(known.labels))
-            if single
-            else None,
+            "majority": majority,
             **found,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
             "val": {arm: [row["val"]["auc"] for row in rows] for arm, rows in results.items()},
@@ -149,7 +150,7 @@ def _merged_share(results: Sequence[Mapping[str, Any]]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> None:
+def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
     """Writes Holm's correction of p beside it, over these pairs in all groups, for each metric.
 
     A pair whose first arm is to merge and never merged anything is two times the same training: it
@@ -167,18 +168,40 @@ def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[tuple[str, str
             rows[metric]["p_holm"] = value
 
 
+def compare_groups(
+    kept: Kept, *families: Sequence[Pair], alone: Sequence[Pair] = ()
+) -> dict[str, dict[str, Any]]:
+    """`Kept.compare` of every group, with Holm's correction over each family of pairs.
+
+    Args:
+      kept: cells of one question.
+      families: pairs that are corrected together.
+      alone: more pairs, whose p is not corrected.
+
+    Returns:
+      The group's name for people to what it gave.
+    """
+    pairs = [pair for family in (*families, alone) for pair in family]
+    groups = {where(key): cells.compare(pairs) for key, cells in kept.groups().items()}
+    for family in families:
+        add_holm(groups.values(), family)
+    return groups
+
+
+def where(key: Sequence[Any]) -> str:
+    """Data set and network of a group, for people; `key` as in `Kept.groups`."""
+    data, model, width, optimizer = key
+    factor = "" if float(width) == 1 else f" \u00d7{float(width):g}"
+    sgd = ", SGD" if optimizer == "sgd" else ""
+    return f"{datasets.SOURCES[data].title}, {model}{factor}{sgd}"
+
+
+def minus(group: Mapping[str, Any], against: str) -> dict[str, dict[str, Any]]:
+    """What was found of each arm minus the arm `against`, by arm."""
+    pairs = {tuple(pair.split(" - ")): rows for pair, rows in group["differences"].items()}
+    return {first: rows for (first, second), rows in pairs.items() if second == against}
+
+
 def told(row: Mapping[str, Any]) -> bool:
     """Whether a difference is told from none after Holm's correction."""
     return row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE
-
-
-def seeds_of(cells: Iterable[Cell], count: int | None) -> tuple[Cell, ...]:
-    """Those of the first `count` seeds of each data set; all for None."""
-    if count is None:
-        return tuple(cells)
-    return tuple(cell for cell in cells if cell.backbone.seed < count)
-
-
-def only_data(cells: Iterable[Cell], names: Sequence[str]) -> tuple[Cell, ...]:
-    """Those on the data sets named; all where none is."""
-    return tuple(cell for cell in cells if not names or cell.backbone.data in names)

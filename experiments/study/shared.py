@@ -14,6 +14,8 @@ EPOCHS = {"breastmnist": (30, 8), "retinamnist": (16, 5)}
 # read off the similarities of one backbone's weights, before any second stage was looked at.
 WORKING = Treatment("merge", threshold=0.1)
 PAPER = Treatment("merge")
+SECOND_STAGE = (("finetune", "backbone"),)
+"""What the second stage does without any treatment."""
 PAGE_NOTE = (
     "ResNet-18 at half width, Adam; BreastMNIST 30 and RetinaMNIST 16 epochs, then 8 and 5 at a "
     "learning rate of 1e-4"

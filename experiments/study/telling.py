@@ -1,7 +1,7 @@
 """How a question and its answer are shown: in a terminal, in Markdown, and as figures."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.text import Text
 
-from experiments.study import datasets
-from experiments.study.question import Question
+from experiments.study.question import Question, minus
 from inmerge_jax.reporting import tables, wording
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
@@ -19,6 +18,10 @@ from inmerge_jax.reporting.tables import Table
 ONE_SEED = (
     "With one seed, intervals and p cover the choice of test images alone: another training could "
     "come out otherwise."
+)
+AGAINST_FINETUNE = (
+    "Test AUC and ACC minus finetune's [95% interval over seeds and test images]; p over both, "
+    "Holm's correction over the table; images: p of permuting test images alone"
 )
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours."""
@@ -111,24 +114,13 @@ def p_value(p: float) -> str:
     return "< 0.01" if p < 0.01 else f"{p:.2f}"
 
 
-def where(key: Sequence[Any]) -> str:
-    """Data set and network of a group."""
-    data, model, width, optimizer = key
-    factor = "" if float(width) == 1 else f" \u00d7{float(width):g}"
-    sgd = ", SGD" if optimizer == "sgd" else ""
-    return f"{datasets.SOURCES[data].title}, {model}{factor}{sgd}"
-
-
-def difference_table(
-    title: str, groups: Mapping[str, Any], against: str, note: Callable[[str], str] | None = None
-) -> Table:
+def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Table:
     """One row for each arm of each group: its difference from the arm `against`.
 
     Args:
       title: of the table.
-      groups: name for people to what `Kept.compare` gave.
+      groups: what `question.compare_groups` gave.
       against: the arm that is subtracted.
-      note: words for an arm, in a second column.
     """
     rows, kinds = [], []
     for group, found in groups.items():
@@ -138,14 +130,11 @@ def difference_table(
         blank = ("",) * 4
         rows.append((group, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
-        for pair, values in found["differences"].items():
-            first, second = pair.split(" - ")
-            if second != against:
-                continue
-            share = found["merged"].get(first)
+        for arm, values in minus(found, against).items():
+            share = found["merged"].get(arm)
             rows.append(
                 (
-                    note(first) if note else first,
+                    arm,
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
@@ -247,10 +236,10 @@ def _intervals(axes: Axes, title: str, groups: Mapping[str, Any], unit: str) -> 
 def sweep_plot(
     title: str,
     unit: str,
-    series: Mapping[str, Sequence[tuple[float, Any, float | None]]],
+    series: Mapping[str, Sequence[tuple[Any, Any, float | None]]],
     caption: str,
-    default: float | None = None,
-    labels: Mapping[float, str] | None = None,
+    default: Any,
+    labels: Mapping[Any, str],
 ) -> Plot:
     """A difference against a parameter, with the share of kernels merged on a second axis.
 
@@ -260,11 +249,11 @@ def sweep_plot(
       series: group to (value, row with mean, low and high, share merged or None).
       caption: under the figure.
       default: value that is marked.
-      labels: words for values, which then stand at equal distances.
+      labels: words for all values, which stand at equal distances in their order.
     """
 
     def draw(axes: Axes) -> None:
-        at = (lambda x: list(labels).index(x)) if labels else (lambda x: x)
+        at = list(labels).index
         second = axes.twinx()
         for colour, (group, points) in zip(PALETTE, series.items(), strict=False):
             xs = [at(x) for x, _, _ in points]
@@ -275,10 +264,8 @@ def sweep_plot(
             shares = [math.nan if share is None else 100 * share for _, _, share in points]
             second.plot(xs, shares, ":s", color=colour, ms=3, lw=1)
         axes.axhline(0, color=GUIDE, lw=1)
-        if default is not None:
-            axes.axvline(at(default), color=GUIDE, lw=1, ls="--")
-        if labels:
-            axes.set_xticks(range(len(labels)), list(labels.values()))
+        axes.axvline(at(default), color=GUIDE, lw=1, ls="--")
+        axes.set_xticks(range(len(labels)), list(labels.values()))
         axes.set_title(title)
         axes.set_xlabel(unit)
         axes.set_ylabel("test AUC minus finetune")

@@ -207,8 +207,12 @@ def test_unknown_cells_and_data(trained):
     places, _ = trained
     question = Question("medmnist", 1, "t", "a", CELLS, *[None] * 5)
     with pytest.raises(InputError, match="--only 123: medmnist has no cell of that hash"):
-        command.chosen(question, ("123",))
-    assert command.chosen(question, (CELLS[1].hash,)) == (CELLS[1],)
+        command.chosen(question, command.StudyConfig(only=("123",)))
+    one = command.StudyConfig(only=(CELLS[1].hash,))
+    assert command.chosen(question, one) == (CELLS[1],)
+    assert command.chosen(question, command.StudyConfig(seeds=1)) == CELLS
+    assert command.chosen(question, command.StudyConfig(seeds=0)) == ()
+    assert command.chosen(question, command.StudyConfig(data=("breastmnist",))) == ()
     bad = Cell(dataclasses.replace(START, data="nothing"))
     with pytest.raises(InputError, match="data set nothing: unknown; choose one of"):
         runner.run_cell(bad, places, None)
