@@ -215,7 +215,13 @@ class StopTogether:
             numbers = process_allgather(np.array(self.stop.signal or 0, np.int32))
             if numbers.any():
                 self._agreed = True
-                self.stop.signal = self.stop.signal or signal.Signals(int(numbers.max()))
+                if self.stop.signal is None:
+                    self.stop.signal = signal.Signals(int(numbers.max()))
+                    print(
+                        f"{self.stop.signal.name} came to process {numbers.argmax()}: process "
+                        f"{jax.process_index()} stops too, after this update, which is kept",
+                        file=sys.stderr,
+                    )
         self._calls += 1
         return self._agreed
 

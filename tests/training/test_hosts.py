@@ -85,32 +85,63 @@ def test_two_processes_agree_and_compute_what_one_does(tmp_path):
                 np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
-def test_a_run_of_two_processes_loses_one_and_resumes_to_the_bits_of_one_process(tmp_path):
-    (status,), said = finish(start_all(tmp_path / "one", count=1))
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory):
+    """What a run of one process with two devices leaves behind."""
+    folder = tmp_path_factory.mktemp("hosts") / "one"
+    (status,), said = finish(start_all(folder, count=1))
     assert status == 0, said
+    return kills.run_evidence(folder)
 
-    processes = start_all(tmp_path / "two")
+
+def interrupt(folder, number, kind):
+    """Starts a run of two processes and sends one of them a signal after the first epoch."""
+    processes = start_all(folder)
     try:
-        checkpoint = tmp_path / "two" / "seed7" / "backbone" / "checkpoints" / "1"
+        checkpoint = folder / "seed7" / "backbone" / "checkpoints" / "1"
         deadline = time.monotonic() + 200
         while not checkpoint.exists():
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        processes[1].send_signal(signal.SIGKILL)
+        processes[number].send_signal(kind)
     statuses, said = finish(processes)
-    assert statuses == [hosts.LOST, -signal.SIGKILL], said
-    assert "process 0 lost another process" in said[0] and "--resume" in said[0]
-    assert not (tmp_path / "two" / "results.json").exists()
+    assert not (folder / "results.json").exists()
+    return statuses, said
 
-    statuses, said = finish(start_all(tmp_path / "two", "--resume"))
+
+def assert_resumes(folder, evidence):
+    statuses, said = finish(start_all(folder, "--resume"))
     assert statuses == [0, 0], said
     assert "goes on from epoch" in said[0] and "report: " in said[0]
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
-    assert kills.run_evidence(tmp_path / "two") == kills.run_evidence(tmp_path / "one")
+    assert kills.run_evidence(folder) == evidence
+
+
+def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path, evidence):
+    statuses, said = interrupt(tmp_path / "two", 1, signal.SIGKILL)
+    assert statuses == [hosts.LOST, -signal.SIGKILL], said
+    assert "process 0 lost another process" in said[0] and "--resume" in said[0]
+    assert_resumes(tmp_path / "two", evidence)
+
+
+def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path, evidence):
+    # Process 0 holds the meeting point: where it is gone, JAX itself may end the others first.
+    statuses, said = interrupt(tmp_path / "two", 0, signal.SIGKILL)
+    assert statuses[0] == -signal.SIGKILL and statuses[1] in (hosts.LOST, -signal.SIGABRT), said
+    assert "process 1 lost another process" in said[1] or "coordination" in said[1], said
+    assert_resumes(tmp_path / "two", evidence)
+
+
+def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evidence):
+    statuses, said = interrupt(tmp_path / "two", 1, signal.SIGTERM)
+    assert statuses == [128 + signal.SIGTERM] * 2, said
+    assert "SIGTERM: stopping after this update" in said[1], said
+    assert "SIGTERM came to process 1: process 0" in said[0] and "--resume" in said[0], said
+    assert_resumes(tmp_path / "two", evidence)
 
 
 def test_one_process_with_other_options_stops_all(tmp_path):
