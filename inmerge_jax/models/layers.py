@@ -22,7 +22,7 @@ TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 BATCH_MOMENTS = "batch_moments"
 """Name of the batch statistics, for policies of rematerialisation that keep them."""
 
-_MOMENTUM, _EPSILON = 0.1, 1e-5
+MOMENTUM, _EPSILON = 0.1, 1e-5
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ class BatchNorm(nn.Module):
 
 def _moved(running: jax.Array, batch: jax.Array) -> jax.Array:
     """PyTorch's momentum 0.1 is the share of the batch; Flax's 0.9 is the share that stays."""
-    return (1 - _MOMENTUM) * running + _MOMENTUM * batch
+    return (1 - MOMENTUM) * running + MOMENTUM * batch
 
 
 class Linear(nn.Module):
