@@ -1,5 +1,6 @@
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
+# make test-long   the others: every network against PyTorch, runs of several processes, long runs
 # make check   lint, format and types
 # make tpu-check   compile the training step with the TPU compiler; no TPU is needed
 # make clean   remove the environment
@@ -12,14 +13,17 @@ TPU := build/tpu-check
 TPU_CHECK ?=
 CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/columns.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
 
-.PHONY: run test check tpu-check clean
+.PHONY: run test test-long check tpu-check clean
 
 run: $(READY)
 	$(BIN)/python -m experiments.quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=inmerge_jax --cov-report=
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --cov=inmerge_jax --cov-report=
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=95
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ def options(folder, *more):
     ]
 
 
+@pytest.mark.long
 def test_it_counts_merges_of_both_presets_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert fidelity.main(options(tmp_path)) == 0
     stored = json.loads((tmp_path / "fidelity.json").read_text())

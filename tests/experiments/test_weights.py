@@ -35,6 +35,7 @@ def save(network, path):
     return ["--init-from", str(path)]
 
 
+@pytest.mark.long
 def test_vgg19_trains_here_with_merging_and_goes_back_to_torchvision(tmp_path, capsys):
     from inmerge_jax.models import create_model
     from inmerge_jax.models.torchvision import from_state_dict, read_state_dict

@@ -7,10 +7,12 @@ pytest.importorskip("torchvision")
 
 from tests.models.parity import check_network
 
-NETWORKS = [
-    *((f"resnet{depth}", stem) for depth in (18, 34, 50) for stem in ("imagenet", "small")),
+LONG = [
+    ("resnet18", "imagenet"),
+    *((f"resnet{depth}", stem) for depth in (34, 50) for stem in ("imagenet", "small")),
     ("densenet121", "imagenet"),
 ]
+NETWORKS = [("resnet18", "small"), *(pytest.param(*one, marks=pytest.mark.long) for one in LONG)]
 
 
 @pytest.mark.parametrize(("name", "stem"), NETWORKS)

@@ -13,11 +13,13 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "stem"), NETWORKS)
 def test_network_is_pytorchs(name, stem):
     check_network(name, stem)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, stem in NETWORKS if stem == "imagenet"])
 def test_full_width_scores_are_pytorchs(name):
     check_full_width(name, "imagenet")

@@ -22,6 +22,7 @@ def network(name):
     return model, *random_weights(model, SHAPE, seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("name", ["resnet18", "vgg16"])
 def test_the_exported_training_step_is_the_step(name, partner):
@@ -64,6 +65,7 @@ def test_the_exported_training_step_is_the_step(name, partner):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "vgg16"])
 def test_exported_inference_is_inference(name):
     model, params, batch_stats = network(name)

@@ -121,6 +121,7 @@ def assert_resumes(folder, evidence):
     assert kills.run_evidence(folder) == evidence
 
 
+@pytest.mark.long
 def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path, evidence):
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGKILL)
     assert statuses == [hosts.LOST, -signal.SIGKILL], said
@@ -128,6 +129,7 @@ def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path,
     assert_resumes(tmp_path / "two", evidence)
 
 
+@pytest.mark.long
 def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path, evidence):
     # Process 0 holds the meeting point: where it is gone, JAX itself may end the others first.
     statuses, said = interrupt(tmp_path / "two", 0, signal.SIGKILL)
@@ -136,6 +138,7 @@ def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path,
     assert_resumes(tmp_path / "two", evidence)
 
 
+@pytest.mark.long
 def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evidence):
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGTERM)
     assert statuses == [128 + signal.SIGTERM] * 2, said

@@ -178,6 +178,7 @@ def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_released_on_a_vgg_merges_in_validation_and_reports_it(tmp_path, capsys):
     options = "--model vgg16 --preset released --threshold -1 --arms inmerge".split()
     assert main([*TINY, *options, "--output", str(tmp_path / "run")]) == 0
@@ -189,6 +190,7 @@ def test_released_on_a_vgg_merges_in_validation_and_reports_it(tmp_path, capsys)
     assert f"by seed: {sum(result['val_merged']):,}." in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.long
 def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys):
     options = "--model resnet18 --preset released --arms inmerge".split()
     assert main([*TINY, *options, "--output", str(tmp_path / "run")]) == 0

@@ -79,6 +79,7 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert kills.run_evidence(output) == kills.run_evidence(whole)
 
 
+@pytest.mark.long
 def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole, tmp_path):
     job = kills.training(tmp_path / "run", Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     row = kills.kill_and_resume(job, 0.0, kills.CHECKPOINT, kills.run_evidence(whole))
@@ -101,6 +102,7 @@ def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     assert kills.run_evidence(output) == kills.run_evidence(whole)
 
 
+@pytest.mark.long
 def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, capsys):
     file, parts = tmp_path / "start.safetensors", tmp_path / "parts"
     assert export.main([str(whole), "--to", str(file)]) == 0

@@ -283,6 +283,7 @@ def check(folder, case, loss, weight):
         assert merged.sum() > 100 and (merged > 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", DOUBLE, ids=str)
 def test_twenty_steps_are_pytorchs(tmp_path, case):
     # Merging computes in float32, so a kernel's last bits may differ after it.

@@ -76,6 +76,7 @@ def test_from_nothing_to_an_answer(options, tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 def test_one_cell_again(options, tmp_path, capsys):
     assert run(options, "--only", CELLS[1].hash) == 0
     assert "none is kept" in capsys.readouterr().out

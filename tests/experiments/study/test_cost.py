@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from experiments import cost
 
@@ -10,6 +11,7 @@ def test_the_memory_of_the_process_that_asks_does_not_count():
     assert found["peak_bytes"] < ballast.nbytes
 
 
+@pytest.mark.long
 def test_each_arm_is_timed_in_a_process_of_its_own():
     config = cost.CostConfig(models=("vgg11",), width=0.05, batch_size=8, epochs=2, rounds=1)
     found = cost.measure(config)

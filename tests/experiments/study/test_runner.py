@@ -134,6 +134,7 @@ def test_devices_share_batches_evenly(trained):
     assert len(runner.plan_of(CELLS[0], places).devices) == 1
 
 
+@pytest.mark.long
 def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
     places, _ = trained
     elsewhere = runner.Places(places.data, tmp_path)

@@ -99,6 +99,7 @@ def test_an_unfinished_answer_says_so(question):
     assert (stored["finished"] < stored["planned"]) == ("not complete" in run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("question", ANSWERED, ids=lambda question: question.name)
 def test_the_stored_answer_is_that_of_the_kept_cells(question):
     """Means, deviations and shares are computed anew; the draws of the bootstrap are not."""
