@@ -4,10 +4,10 @@ import dataclasses
 import sys
 from typing import Any
 
-from experiments.study import shared, telling
+from experiments.study import batch_statistics, shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
-from experiments.study.question import Kept, Question, compare_groups, minus, told
+from experiments.study.question import Kept, Question, compare_groups, minus, told, where
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
@@ -47,7 +47,10 @@ PAIRS = tuple((arm, "finetune") for arm in ARMS)
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Each data set; Holm's correction over all differences from finetune."""
-    return {"groups": compare_groups(kept, PAIRS, alone=shared.SECOND_STAGE)}
+    groups = compare_groups(kept, PAIRS, alone=shared.SECOND_STAGE)
+    for key, cells in kept.groups().items():
+        groups[where(key)]["batch_statistics"] = batch_statistics.summary(cells)
+    return {"groups": groups}
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -66,23 +69,27 @@ def came_out(found: dict[str, Any]) -> str:
         )
         parts.append(
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
-            f"against finetune; {said}"
+            f"against finetune; {said}{batch_statistics.told(group['batch_statistics'])}"
         )
     return ". ".join(parts) + "."
 
 
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
-    could = telling.resolvable(found["groups"], "rule - finetune")
+    could = telling.could_tell(found["groups"], "rule - finetune")
     return (
-        f"{shared.PAGE_NOTE}. {could} No setting was chosen by these test scores: the whole sweep "
-        "is shown."
+        f"{shared.PAGE_NOTE}. {shared.RULE_NOTE}. {could} No setting was chosen by these test "
+        "scores: the whole sweep is shown. Test scores are those of the running batch statistics, "
+        f"which lag behind weights that jump: the last table tells that apart."
+        f"{telling.one_answer(found['groups'])}"
     )
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Every setting against finetune."""
-    return [telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune")]
+    renewed = {name: group["batch_statistics"] for name, group in found["groups"].items()}
+    against = telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune")
+    return [against, batch_statistics.table(renewed)]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
@@ -126,6 +133,8 @@ QUESTION = Question(
     sure=sure,
     tables=tables,
     figures=figures,
+    measure=batch_statistics.measure,
+    measured=batch_statistics.measured,
 )
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def sure(found: dict[str, Any]) -> str:
         else "it is not told from finetune on every data set, so no rule is recommended over "
         "training on without merging"
     )
-    could = telling.resolvable(found["groups"], f"{best} - finetune")
+    could = telling.could_tell(found["groups"], f"{best} - finetune")
     return (
         f"{shared.PAGE_NOTE}. {could} The rule was chosen by the best validation AUC of an "
         f"epoch, which favours a rule that swings; {verdict}. What "

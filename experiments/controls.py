@@ -2,10 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from experiments.study import batch_statistics, shared, telling
 from experiments.study.cells import Treatment
@@ -30,30 +28,14 @@ ARMS = {
 FROM_FINETUNE = tuple((arm, "finetune") for arm in ARMS)
 FROM_CONTROLS = tuple(("merge", arm) for arm in ARMS if arm != "merge")
 
-KINDS = ("running", "renewed")
-"""Of batch statistics."""
-
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Each data set; Holm's correction over all differences from finetune, and from controls."""
     families = FROM_FINETUNE, FROM_CONTROLS
     groups = compare_groups(kept, *families, alone=shared.SECOND_STAGE)
-    known = batch_statistics.read(kept.folder.parent / "study" / batch_statistics.FILE)
     for key, cells in kept.groups().items():
-        groups[where(key)]["batch_statistics"] = {
-            arm: found
-            for arm, of in cells.by_arm().items()
-            if (found := _mean_of([known[c.hash] for c in of.values() if c.hash in known]))
-        }
+        groups[where(key)]["batch_statistics"] = batch_statistics.summary(cells)
     return {"groups": groups}
-
-
-def _mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean over seeds of what `batch_statistics.measure` keeps; empty for none."""
-    return {
-        kind: {name: float(np.mean([row[kind][name] for row in rows])) for name in rows[0][kind]}
-        for kind in (rows[0] if rows else ())
-    }
 
 
 def _from_controls(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,37 +63,23 @@ def came_out(found: dict[str, Any]) -> str:
         parts.append(
             f"{name}: merging against finetune {telling.difference(own['auc'])} AUC, "
             f"{telling.difference(own['acc'])} ACC; told apart from controls (merge minus control, "
-            f"p < 0.05 after Holm's correction) {', '.join(apart)}{_renewed(group)}"
+            f"p < 0.05 after Holm's correction) {', '.join(apart)}"
+            f"{batch_statistics.told(group['batch_statistics'])}"
         )
     return ". ".join(parts) + "."
 
 
-def _renewed(group: Mapping[str, Any]) -> str:
-    """How far the arms' ACC lie apart with each kind of batch statistics."""
-    rows = group["batch_statistics"].values()
-    if not rows:
-        return ""
-    ranges = [
-        f"{min(found):.3f} to {max(found):.3f}"
-        for kind in KINDS
-        for found in [[row[kind]["acc"] for row in rows]]
-    ]
-    return (
-        f"; on validation images the arms' ACC are {ranges[0]}, and {ranges[1]} where the batch "
-        "statistics are averaged anew for the same weights"
-    )
-
-
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
-    could = telling.resolvable(found["groups"], "merge - finetune")
+    could = telling.could_tell(found["groups"], "merge - finetune")
     return (
-        f"{shared.PAGE_NOTE}. All controls had the same backbone, batches and epochs. Any, least "
-        "similar, noise and perturb act at each update on the kernels that the rule would merge in "
-        "their own weights: the same at the first, later more or fewer, as the column merged "
-        f"shows, because what is mixed grows alike. Test scores are those of the running batch "
-        "statistics, as trained: where these lag behind weights that jump, AUC hardly and ACC much "
-        f"suffers, which the last table tells apart from harm to the weights themselves. {could}"
+        f"{shared.PAGE_NOTE}. {shared.RULE_NOTE}. All controls had the same backbone, batches and "
+        "epochs. Any, least similar, noise and perturb act at each update on the kernels that the "
+        "rule would merge in their own weights: the same at the first, later more or fewer, as "
+        "the column merged shows, because what is mixed grows alike. Test scores are those of the "
+        "running batch statistics, as trained. Where weights jump these lag behind, and the last "
+        "table tells that from harm to the weights themselves, for which alone similarity could "
+        f"matter. {could}{telling.one_answer(found['groups'])}"
     )
 
 
@@ -133,24 +101,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         "Merging against each control", columns, tuple(rows), tuple("difference" for _ in rows)
     )
     against = telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune")
-    return [against, direct, _renewed_table(found["groups"])]
-
-
-def _renewed_table(groups: Mapping[str, Any]) -> Table:
-    rows, kinds = [], []
-    for name, group in groups.items():
-        found = group["batch_statistics"]
-        for arm in sorted(found, key=lambda arm: arm != "finetune"):
-            base = arm == "finetune"
-            numbers = [f"{found[arm][k][m]:.3f}" for m in ("auc", "acc", "loss") for k in KINDS]
-            rows.append((f"{name}: finetune" if base else arm, *numbers))
-            kinds.append("total" if base else "difference")
-    title = (
-        "Validation images, with the running batch statistics, and (anew) with the mean statistics "
-        "of the training batches under the final weights; mean over seeds"
-    )
-    columns = ("arm", "AUC", "AUC anew", "ACC", "ACC anew", "loss", "loss anew")
-    return Table(title, columns, tuple(rows), tuple(kinds))
+    renewed = {name: group["batch_statistics"] for name, group in found["groups"].items()}
+    return [against, direct, batch_statistics.table(renewed)]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:

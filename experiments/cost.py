@@ -104,11 +104,17 @@ def came_out(found: dict[str, Any]) -> str:
         ratio, merge, plain = row["ratio"], row["inmerge"], row["finetune"]
         memory = (merge["peak_bytes"] - plain["peak_bytes"]) / 2**20
         more = merge["compile"] - plain["compile"]
+        same = row["backbone"]
+        noise = abs(same["peak_bytes"] - plain["peak_bytes"]) / 2**20
         parts.append(
             f"{model} {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] times as "
-            f"long an epoch, {memory:+.0f} MiB, {more:+.1f} s to compile"
+            f"long an epoch, {memory:+.0f} MiB (noise {noise:.0f}), {more:+.1f} s to compile "
+            f"(noise {abs(same['compile'] - plain['compile']):.1f})"
         )
-    return "Merging against finetune: " + "; ".join(parts) + ". At inference it costs nothing."
+    return (
+        "Merging against finetune (noise: what backbone differs from finetune by, of the same "
+        f"program): {'; '.join(parts)}. A trained network is the same at inference."
+    )
 
 
 def sure(found: dict[str, Any]) -> str:

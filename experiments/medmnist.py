@@ -14,13 +14,15 @@ from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.tables import Table
 
 MODELS = ("vgg16", "resnet18")
-# Data set to seeds, epochs of the backbone (the benchmark's are 100) and of the second stage.
+# Data set to seeds, epochs of the backbones (the benchmark's are 100) in the order of MODELS, and
+# of the second stage. VGG16, without batch normalisation, needs some 200 updates to leave the most
+# frequent class: seen on validation images, after 24 epochs on BreastMNIST.
 PLAN = {
-    "breastmnist": (5, 24, 8),
-    "retinamnist": (5, 16, 6),
-    "bloodmnist_like": (3, 2, 1),
-    "pneumoniamnist": (3, 3, 1),
-    "chestxray14": (3, 4, 2),
+    "breastmnist": (5, (60, 24), 8),
+    "retinamnist": (5, (30, 16), 6),
+    "bloodmnist_like": (3, (2, 2), 1),
+    "pneumoniamnist": (3, (6, 3), 1),
+    "chestxray14": (3, (4, 4), 2),
 }
 # The second arm with merging is one that does merge on every network, by the rule of question 5.
 # Its quantile was fixed before anything was trained, not chosen by that question's answers.
@@ -41,9 +43,9 @@ MERGING = tuple(arm for arm in ARMS if arm != "finetune")
 def grid() -> tuple[Cell, ...]:
     """All cells, small data sets and low seeds first."""
     found = []
-    for data, (seeds, epochs, more) in PLAN.items():
+    for data, (seeds, backbones, more) in PLAN.items():
         for seed in range(seeds):
-            for model in MODELS:
+            for model, epochs in zip(MODELS, backbones, strict=True):
                 start = Backbone(data, model, seed, epochs)
                 found.append(Cell(start))
                 found += [Cell(start, arm, more, treatment=t) for arm, t in ARMS.items()]
@@ -105,13 +107,13 @@ def came_out(found: dict[str, Any]) -> str:
     return (
         f"Test AUC minus that of going on without merging. {'. '.join(parts)}."
         + telling.never_merged(found["groups"], MERGING)
-        + telling.majority_only(found["groups"])
+        + telling.one_answer(found["groups"])
     )
 
 
 def sure(found: dict[str, Any]) -> str:
     """What the data sets could have told."""
-    return telling.resolvable(found["groups"], "inmerge, adaptive - finetune")
+    return telling.could_tell(found["groups"], "inmerge, adaptive - finetune")
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -120,7 +122,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, group in found["groups"].items():
         known = published(group["key"])
         data = group["key"][0]
-        _, epochs, more = PLAN[data]
+        _, backbones, more = PLAN[data]
+        epochs = backbones[MODELS.index(group["key"][1])]
         for arm, row in group["arms"].items():
             share = group["merged"][arm]
             cells = telling.mean_sd(row["auc"]), telling.mean_sd(row["acc"])
@@ -156,7 +159,7 @@ def figures(found: dict[str, Any]) -> list[Plot]:
     caption = (
         "Test AUC of the arms with merging minus that of finetune, which had the same second stage "
         "without merging. Dots: means over seeds; bars: 95% bootstrap intervals over seeds and "
-        "test images. A bar that crosses the dotted line shows no difference."
+        "test images. A bar that crosses the dotted line does not tell a difference."
     )
     drawn = {name: rows for name, rows in groups.items() if rows}
     return [

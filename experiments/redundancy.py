@@ -63,10 +63,13 @@ def analyse(kept: Kept) -> dict[str, Any]:
 
 
 def above(layers: Sequence[Mapping[str, Any]]) -> float:
-    """Share of all pairs of these layers above the paper's threshold."""
-    pairs = [layer["kernels"] * (layer["kernels"] - 1) for layer in layers]
+    """Share of the kernels' pairs above the paper's threshold, each kernel with one of its layer.
+
+    It is the chance that a kernel of these layers and a random partner pass.
+    """
+    kernels = [layer["kernels"] for layer in layers]
     shares = [layer["above"][THRESHOLD] for layer in layers]
-    return float(np.average(shares, weights=pairs))
+    return float(np.average(shares, weights=kernels))
 
 
 def spatial(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

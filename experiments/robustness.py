@@ -195,6 +195,11 @@ def sure(found: dict[str, Any]) -> str:
         else "No arm with merging is told from finetune, neither in its error under corruption nor "
         "in how much that rises above its error on clean images, after Holm's correction"
     )
+    said += (
+        ". Robustness is the rise: an arm with a lower error on clean images too may have a lower "
+        "one under corruption without it. Calibration has no test, and neither is told apart from "
+        "batch statistics that lag (question 3)"
+    )
     alone = f"{telling.ONE_SEED} " if seeds == 1 else ""
     return (
         f"{said}; intervals over seeds and test images together. {alone}{shared.PAGE_NOTE}. The "

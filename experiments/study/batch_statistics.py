@@ -9,19 +9,24 @@ training and validation images are looked at.
 
 import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.study.cells import Cell
+from experiments.study.question import Kept
 from experiments.study.runner import Places, best_state, plan_of
 from inmerge_jax.data import Split, eval_batches
+from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
+from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
@@ -32,18 +37,28 @@ FILE = "batch_statistics.json"
 """Beside the answers."""
 
 
+KINDS = ("running", "renewed")
+METRICS = ("auc", "acc", "loss")
+
+
 def measure(cells: Sequence[Cell], places: Places) -> None:
     """Scores of the validation images with both, by the best weights of finished cells; keeps them.
 
-    By the hash of a cell: "running" and "renewed", each with "auc", "acc" and "loss".
+    By the hash of a cell: "running" and "renewed", each with "auc", "acc" and "loss". A cell whose
+    checkpoint is gone is named and left out.
     """
     file = places.results / "study" / FILE
     kept = read(file)
     for cell in cells:
-        if cell.hash not in kept:
+        if cell.hash in kept:
+            continue
+        try:
             kept[cell.hash] = compare(cell, places)
-            print(f"{cell.hash} {cell.name}: batch statistics estimated anew")
-            write_json(file, kept)
+        except InputError as error:
+            print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
+            continue
+        print(f"{cell.hash} {cell.name}: batch statistics estimated anew")
+        write_json(file, kept)
 
 
 def measured(cell: Cell, places: Places) -> bool:
@@ -74,6 +89,74 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
         metrics = compute_metrics(val.labels, scores, task)
         found[name] = {"auc": metrics.auc, "acc": metrics.acc, "loss": loss}
     return found
+
+
+def summary(kept: Kept) -> dict[str, dict[str, Any]]:
+    """What is measured, by arm, as means over the seeds that are measured of every arm.
+
+    Each arm has what an entry of `measure` has, "epoch", the mean epoch of the best checkpoint, and
+    "seeds", how many. Empty where no seed is whole.
+
+    Args:
+      kept: cells of one data set and network.
+    """
+    known = read(kept.folder.parent / "study" / FILE)
+    arms = {
+        arm: {seed: cell for seed, cell in of.items() if cell.hash in known}
+        for arm, of in kept.by_arm().items()
+    }
+    seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
+    if not seeds:
+        return {}
+    return {
+        arm: {
+            "seeds": len(seeds),
+            "epoch": float(np.mean([kept.record(of[s])["result"]["best_epoch"] for s in seeds])),
+            **{
+                kind: {
+                    m: float(np.mean([known[of[s].hash][kind][m] for s in seeds])) for m in METRICS
+                }
+                for kind in KINDS
+            },
+        }
+        for arm, of in arms.items()
+    }
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """How far the arms of a `summary` lie apart with each kind; "" for an empty one."""
+    if not found:
+        return ""
+
+    def ends(kind: str, metric: str) -> str:
+        values = [row[kind][metric] for row in found.values()]
+        return f"{min(values):.3f} to {max(values):.3f}"
+
+    return (
+        f"; on validation images the arms have ACC {ends('running', 'acc')} and AUC "
+        f"{ends('running', 'auc')} with the running batch statistics, and ACC "
+        f"{ends('renewed', 'acc')} and AUC {ends('renewed', 'auc')} where these are averaged anew "
+        "for the same weights"
+    )
+
+
+def table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every arm of each group's `summary`."""
+    rows, kinds = [], []
+    for name, found in groups.items():
+        for number, arm in enumerate(sorted(found, key=lambda arm: arm != "finetune")):
+            row = found[arm]
+            numbers = [f"{row[kind][m]:.3f}" for m in METRICS for kind in KINDS]
+            words = f"{name}: {arm}" if number == 0 else arm
+            rows.append((words, str(row["seeds"]), f"{row['epoch']:.1f}", *numbers))
+            kinds.append("difference" if number else "total")
+    title = (
+        "Validation images, by the best checkpoints: with the running batch statistics, whose AUC "
+        "chose the epoch, and (anew) with the mean statistics of the training batches under the "
+        "same weights; mean over seeds"
+    )
+    columns = ("arm", "seeds", "epoch", "AUC", "anew", "ACC", "anew", "loss", "anew")
+    return Table(title, columns, tuple(rows), tuple(kinds))
 
 
 def estimate(model: nn.Module, params: Any, batch_stats: Any, images: Split, recipe: Recipe) -> Any:

@@ -103,10 +103,10 @@ class Kept:
     ) -> dict[str, Any]:
         """`statistics.compare` of one group.
 
-        Adds "images"; "majority", the share of the most frequent class, None with several labels
-        an image; and by arm "merged" (mean share of the kernels merged at an update, None
-        where it has no kernels to merge), "val" (validation AUC of every seed), "over" (the seeds)
-        and "cells" (the hashes).
+        Adds "images"; and by arm "merged" (mean share of the kernels merged at an update, None
+        where it has no kernels to merge), "same" (of every seed, the share of the test images that
+        get the most frequent answer, None with several labels an image), "val" (validation AUC of
+        every seed), "over" (the seeds) and "cells" (the hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -126,14 +126,14 @@ class Kept:
             arm: [self.record(seeds[s])["result"] for s in sorted(seeds)]
             for arm, seeds in arms.items()
         }
-        majority = None
-        if known.labels.ndim == 1:
-            majority = float(np.bincount(known.labels).max() / len(known.labels))
         return {
             "images": len(known.labels),
-            "majority": majority,
             **found,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
+            "same": {
+                arm: [_most_frequent(scores[arm][s], known.task) for s in sorted(seeds)]
+                for arm, seeds in arms.items()
+            },
             "val": {arm: [row["val"]["auc"] for row in rows] for arm, rows in results.items()},
             "over": {arm: sorted(seeds) for arm, seeds in arms.items()},
             "cells": {arm: [seeds[s].hash for s in sorted(seeds)] for arm, seeds in arms.items()},
@@ -148,6 +148,13 @@ def _merged_share(results: Sequence[Mapping[str, Any]]) -> float | None:
         if row["layers"]
     ]
     return float(np.mean(shares)) if shares else None
+
+
+def _most_frequent(scores: np.ndarray, task: str) -> float | None:
+    """The share of the images that get the most frequent answer."""
+    if task.startswith("multi-label"):
+        return None
+    return float(np.bincount(scores.argmax(axis=1)).max() / len(scores))
 
 
 def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
@@ -203,5 +210,5 @@ def minus(group: Mapping[str, Any], against: str) -> dict[str, dict[str, Any]]:
 
 
 def told(row: Mapping[str, Any]) -> bool:
-    """Whether a difference is told from none after Holm's correction."""
-    return row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE
+    """Whether a difference is told from none after Holm's correction; never from one training."""
+    return len(row["seeds"]) > 1 and row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE

@@ -20,6 +20,10 @@ PAGE_NOTE = (
     "ResNet-18 at half width, Adam; BreastMNIST 30 and RetinaMNIST 16 epochs, then 8 and 5 at a "
     "learning rate of 1e-4"
 )
+RULE_NOTE = (
+    "The rule is the paper's (nearest partner, p 0.3, alpha 0.8, the first 10 convolutions left "
+    "alone) but for the threshold, 0.1 in place of 0.3, unless a row says otherwise"
+)
 
 
 def second_stages(arms: dict[str, Treatment]) -> tuple[Cell, ...]:

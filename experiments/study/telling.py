@@ -11,18 +11,20 @@ from rich.console import Group
 from rich.text import Text
 
 from experiments.study.question import Question, minus
+from experiments.study.statistics import TO_BE_TOLD, Z
 from inmerge_jax.reporting import tables, wording
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 
 ONE_SEED = (
-    "With one seed, intervals and p cover the choice of test images alone: another training could "
-    "come out otherwise."
+    "Where there is one seed, intervals and p cover the choice of test images alone, so nothing is "
+    "told from none there: another training could come out otherwise."
 )
 AGAINST_FINETUNE = (
     "Test AUC and ACC minus finetune's [95% interval over seeds and test images]; p over both, "
     "Holm's correction over the table; images: p of permuting test images alone"
 )
+STUCK = 0.99
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours."""
 
@@ -78,23 +80,29 @@ def figure_name(question: Question, index: int) -> str:
     return f"{question.name}-{index + 1}.svg"
 
 
-def resolvable(groups: Mapping[str, Any], pair: str) -> str:
+def could_tell(groups: Mapping[str, Any], pair: str) -> str:
     """What each group could have told of a pair's AUC, and the warning where there is one seed."""
-    parts, alone = [], False
+    parts = []
     for name, group in groups.items():
         row = group["differences"].get(pair)
         if row is None:
             continue
         count = len(row["auc"]["seeds"])
-        alone |= count == 1
         seeds = "1 seed" if count == 1 else f"{count} seeds"
-        parts.append(f"{name} {row['auc']['resolvable']:.3f} ({group['images']:,} images, {seeds})")
+        needed = TO_BE_TOLD / Z * row["auc"]["half_width"]
+        parts.append(f"{name} {needed:.3f} ({group['images']:,} images, {seeds})")
     text = (
-        "Smallest differences in AUC that could be told from none (half the 95 % interval): "
-        f"{'; '.join(parts)}. Where that is above 0.01, a difference of "
-        "0.01 could have been missed."
+        "Differences in AUC that would be told from none four times out of five "
+        f"({TO_BE_TOLD / Z:.2f} times half the 95 % interval; more after Holm's correction): "
+        f"{'; '.join(parts)}. Where that is above 0.01, a difference of 0.01 may well have been "
+        "missed."
     )
-    return f"{text} {ONE_SEED}" if alone else text
+    few = any(
+        len(row["auc"]["seeds"]) == 1
+        for group in groups.values()
+        for row in group["differences"].values()
+    )
+    return f"{text} {ONE_SEED}" if few else text
 
 
 def mean_sd(row: Mapping[str, Any]) -> str:
@@ -128,13 +136,15 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
             continue
         base = found["arms"][against]
         blank = ("",) * 4
-        rows.append((group, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
+        count = str(len(base["auc"]["seeds"]))
+        rows.append((group, count, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
         for arm, values in minus(found, against).items():
             share = found["merged"].get(arm)
             rows.append(
                 (
                     arm,
+                    str(len(values["auc"]["seeds"])),
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
@@ -145,6 +155,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
             kinds.append("difference")
     columns = (
         f"arm, minus {against} (bold)",
+        "seeds",
         "merged",
         "test AUC",
         "test ACC",
@@ -165,21 +176,24 @@ def _three(row: Mapping[str, Any], same: bool) -> tuple[str, str, str]:
     return p_value(row["p"]), holm, p_value(row["p_images"])
 
 
-def majority_only(groups: Mapping[str, Any]) -> str:
-    """Names the groups whose networks give every image the most frequent class; "" for none."""
-    found = [
-        name
-        for name, group in groups.items()
-        if group["majority"] is not None
-        and all(
-            abs(row["acc"]["mean"] - group["majority"]) < 1e-9 for row in group["arms"].values()
-        )
-    ]
+def one_answer(groups: Mapping[str, Any]) -> str:
+    """Names the networks that give nearly every image the same class; "" for none."""
+    found = []
+    for name, group in groups.items():
+        stuck = {
+            arm: sum(share is not None and share >= STUCK for share in shares)
+            for arm, shares in group["same"].items()
+        }
+        arms = [
+            f"{arm} ({count} of {len(group['same'][arm])})" for arm, count in stuck.items() if count
+        ]
+        if arms:
+            found.append(f"{name}: {', '.join(arms)}")
     if not found:
         return ""
     return (
-        f" On {'; '.join(found)} ACC is that of naming the most frequent class every time, so it "
-        "says nothing: these networks were not trained for long enough."
+        f" Networks that give at least {STUCK:.0%} of the test images the same class, whose ACC is "
+        f"that class's share and tells nothing else (seeds): {'; '.join(found)}."
     )
 
 

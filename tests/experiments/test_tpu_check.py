@@ -66,6 +66,14 @@ def test_a_violation_is_an_error(change, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_crash_is_known_only_where_the_plain_step_has_it_too():
+    name = "resnet18 28 px, v6e:2x2, random"
+    assert not ROWS[name]["compiles"]
+    rows = copy.deepcopy(ROWS)
+    rows[name]["reason"] = "out of memory"
+    assert tpu_check.failures(rows) == [f"{name}: does not compile: out of memory"]
+
+
 def test_without_a_violation_the_status_is_zero(capsys):
     assert tpu_check.main(["--dry-run"]) == 0
 

@@ -58,21 +58,33 @@ def test_the_bootstraps_width_is_delongs_and_grows_with_the_seeds_spread():
     positive, s = labels == 1, scores[0][:, 1]
     placements = [np.mean((s[positive][:, None] > s[~positive]) + 0.0, axis=k) for k in (0, 1)]
     delong = np.sqrt(sum(np.var(p, ddof=1) / len(p) for p in placements))
-    assert row["resolvable"] / 1.96 == pytest.approx(delong, rel=0.1)
+    assert row["half_width"] / 1.96 == pytest.approx(delong, rel=0.1)
 
 
+@pytest.mark.parametrize("images", [0, 0.3, 1])
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-def test_few_seeds_are_not_taken_for_many(seeds):
-    """Where trainings alone vary: as often as Student's t interval, and with its p."""
+def test_few_seeds_are_not_taken_for_many(seeds, images):
+    """Trainings vary by 1 and the choice of images by `images`, the same for all trainings."""
     rng = np.random.default_rng(0)
     hits, rejected, trials = 0, 0, 400
     for _ in range(trials):
-        values = rng.standard_normal(seeds)
-        found = statistics.bootstrap(values, np.tile(values, (400, 1)), rng)
+        values = rng.standard_normal(seeds) + images * rng.standard_normal()
+        resampled = values + images * rng.standard_normal((400, 1))
+        found = statistics.bootstrap(values, resampled, rng)
         hits += found.low <= 0 <= found.high
         rejected += found.p < 0.05
-    assert 0.90 <= hits / trials <= 0.99
-    assert rejected / trials <= 0.09
+    assert 0.92 <= hits / trials
+    assert rejected / trials <= 0.08
+
+
+def test_two_seeds_that_agree_by_chance_leave_the_images_error():
+    rng = np.random.default_rng(0)
+    values = np.array([0.01, 0.01])
+    found = statistics.bootstrap(values, values + 0.01 * rng.standard_normal((4000, 1)), rng)
+    assert found.half_width == pytest.approx(1.96 * 0.01, rel=0.05)
+    assert found.p == pytest.approx(2 * stats.norm.sf(1), rel=0.1)
+    exactly = statistics.bootstrap(values, np.tile(values, (50, 1)), rng)
+    assert (exactly.low, exactly.high, exactly.p) == (0.01, 0.01, 0.0)
 
 
 def test_p_and_interval_say_the_same_and_images_count_too():
@@ -81,11 +93,11 @@ def test_p_and_interval_say_the_same_and_images_count_too():
     resampled = values + 0.02 * rng.standard_normal((4000, 1))
     found = statistics.bootstrap(values, resampled, rng)
     assert found.low < 0 < found.high and found.p > 0.3
-    assert found.resolvable == pytest.approx(1.96 * 0.02, rel=0.06)
+    assert found.half_width == pytest.approx(1.96 * 0.02, rel=0.06)
     sure = statistics.bootstrap(values, values + 1e-4 * rng.standard_normal((4000, 1)), rng)
     assert sure.low > 0 and sure.p < 0.02
     (alone,) = [statistics.bootstrap(values[:1], resampled[:, :1], rng)]
-    assert alone.resolvable == pytest.approx(1.96 * 0.02, rel=0.06)
+    assert alone.half_width == pytest.approx(1.96 * 0.02, rel=0.06)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -187,6 +199,6 @@ def test_expected_resolution_shrinks_with_images_and_seeds():
     one = statistics.expected_resolution(
         51, 58, 1, auc=0.893, acc=0.5, correlation=0.5, seed_sd=0.0
     )
-    assert one["auc"] / 1.96 == pytest.approx(0.032, abs=1e-3)
+    assert one["auc"] / 2.8 == pytest.approx(0.032, abs=1e-3)
     noisy = statistics.expected_resolution(5000, 10000, 4, seed_sd=0.02, **common)
-    assert noisy["auc"] == pytest.approx(1.96 * 0.01, rel=0.05)
+    assert noisy["auc"] == pytest.approx(2.8 * 0.01, rel=0.05)
