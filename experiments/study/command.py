@@ -88,8 +88,16 @@ def _run(question: Question, config: StudyConfig) -> int:
         return known and not config.only and question.measured(cell, places)
 
     def keep(cell: Cell) -> None:
-        if not config.only and store.read(cell, places.kept) is None:
+        if config.only:
+            return
+        if store.read(cell, places.kept) is None:
             store.keep(cell, places)
+        elif differs(cell, places):
+            print(
+                f"WARNING: {cell.hash} {cell.name} is another training than the one that is kept; "
+                "what is measured of its weights is not of the kept scores",
+                file=sys.stderr,
+            )
 
     if config.dry_run:
         estimate.show(question, cells, places, is_kept)
@@ -225,23 +233,31 @@ def trained(around: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def differs(cell: Cell, places: Any) -> bool:
+    """Whether a finished cell's test AUC or ACC is not what is kept of it, or it diverged."""
+    from experiments.study import store
+    from inmerge_jax.training.loop import read_result
+
+    result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
+    if result is None or record is None:
+        return result is None
+    return any(result["test"][name] != record["result"]["test"][name] for name in ("auc", "acc"))
+
+
 def compare(cells: Sequence[Cell], places: Any) -> int:
     """Prints the figures of cells that were trained anew beside those kept; 1 where they differ."""
     from experiments.study import store
     from inmerge_jax.training.loop import read_result
 
-    differs = False
     for cell in cells:
         result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
         print(f"{cell.hash} {cell.name}")
         if result is None:
             print("  its training diverged, see the warning above")
-            differs = True
             continue
         for metric in ("auc", "acc"):
-            now = result["test"][metric]
-            then = record["result"]["test"][metric] if record else None
-            differs |= then is not None and then != now
-            kept = "none is kept" if then is None else f"{then:.6f} is kept"
-            print(f"  test {metric.upper()} {now:.6f}; {kept}")
-    return int(differs)
+            kept = "none is kept"
+            if record is not None:
+                kept = f"{record['result']['test'][metric]:.6f} is kept"
+            print(f"  test {metric.upper()} {result['test'][metric]:.6f}; {kept}")
+    return int(any(differs(cell, places) for cell in cells))

@@ -1,0 +1,75 @@
+"""What is said of results that say little: one seed, one class, batch statistics of few seeds."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.study import batch_statistics, telling
+from experiments.study.question import told
+
+
+def difference(seeds, p_holm):
+    return {"mean": 0.1, "low": 0.05, "high": 0.15, "half_width": 0.05, "p_holm": p_holm} | {
+        "seeds": [0.1] * seeds
+    }
+
+
+@pytest.mark.parametrize(
+    ("seeds", "p_holm", "expected"), [(1, 0.0, False), (2, 0.04, True), (2, 0.06, False)]
+)
+def test_nothing_is_told_from_one_training(seeds, p_holm, expected):
+    assert told(difference(seeds, p_holm)) is expected
+
+
+def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
+    def group(seeds):
+        rows = {"a - b": {"auc": difference(3, 0)}, "c - b": {"auc": difference(seeds, 0)}}
+        return {"images": 50, "differences": rows}
+
+    assert telling.ONE_SEED in telling.could_tell({"data": group(1)}, "a - b")
+    text = telling.could_tell({"data": group(2)}, "a - b")
+    assert telling.ONE_SEED not in text and "data 0.071 (50 images, 3 seeds)" in text
+
+
+def test_networks_that_know_one_class_are_named():
+    groups = {
+        "one": {"same": {"a": [0.995, 0.7], "b": [0.5, 0.6]}},
+        "labels": {"same": {"a": [None, None]}},
+    }
+    assert "one: a (1 of 2)." in telling.one_answer(groups)
+    assert "labels" not in telling.one_answer(groups)
+    assert telling.one_answer({"labels": groups["labels"]}) == ""
+
+
+def kept_cells(folder, measured):
+    """Two arms with two seeds, of which the hashes in `measured` have a measurement."""
+    arms = {
+        arm: {seed: SimpleNamespace(hash=f"{arm}{seed}") for seed in (0, 1)}
+        for arm in ("merge", "finetune")
+    }
+    one = {"auc": 0.5, "acc": 0.25, "loss": 1.0}
+    entries = {name: {"running": one, "renewed": one | {"acc": 0.75}} for name in measured}
+    (folder / "study").mkdir()
+    (folder / "study" / batch_statistics.FILE).write_text(json.dumps(entries))
+    return SimpleNamespace(
+        by_arm=lambda: arms,
+        record=lambda cell: {"result": {"best_epoch": 2 + int(cell.hash[-1])}},
+        folder=folder / "cells",
+    )
+
+
+def test_batch_statistics_are_compared_over_the_seeds_of_all_arms(tmp_path):
+    kept = kept_cells(tmp_path, ["merge0", "finetune0", "finetune1"])
+    found = batch_statistics.summary(kept)
+    assert [(row["seeds"], row["epoch"]) for row in found.values()] == [(1, 2), (1, 2)]
+    assert "ACC 0.250 to 0.250" in batch_statistics.told(found)
+    assert "ACC 0.750 to 0.750" in batch_statistics.told(found)
+    rows = batch_statistics.table({"data": found}).rows
+    assert [row[0] for row in rows] == ["data: finetune", "merge"]
+    assert rows[0][1:] == ("1", "2.0", "0.500", "0.500", "0.250", "0.750", "1.000", "1.000")
+
+
+def test_without_a_whole_seed_nothing_is_said(tmp_path):
+    found = batch_statistics.summary(kept_cells(tmp_path, ["merge0", "finetune1"]))
+    assert found == {} and batch_statistics.told(found) == ""
