@@ -110,10 +110,10 @@ def came_out(found: dict[str, Any]) -> str:
 def sure(found: dict[str, Any]) -> str:
     """What was measured, and on what."""
     return (
-        f"Shares are exact for the weights that were measured; but these are networks of width "
-        f"{WIDTH}, trained for {EPOCHS} epochs on BreastMNIST with one seed (arms {MORE} epochs), "
-        f"{len(found['networks'])} of {len(MODELS) * len(OPTIMIZERS)} networks and optimizers. "
-        "Wider kernels have more weights, and so cosines nearer to zero, at the start."
+        "Shares count all pairs of the weights that were measured; but these are networks of "
+        f"width {WIDTH}, trained for {EPOCHS} epochs on BreastMNIST with one seed (arms {MORE} "
+        f"epochs), {len(found['networks'])} of {len(MODELS) * len(OPTIMIZERS)} networks and "
+        "optimizers. Wider kernels have more weights, and so cosines nearer to zero, at the start."
     )
 
 
