@@ -24,6 +24,11 @@ PREDICTIONS = "robustness.npz"
 """Beside the answer."""
 LEVELS = range(1, 6)
 BINS = 10
+MEASURES = {
+    "error": "error under corruption",
+    "rise": "rise with corruption",
+    "ece": "calibration error",
+}
 RESAMPLES = 1000
 
 
@@ -85,20 +90,36 @@ def _column(drawn: np.ndarray, ndim: int) -> np.ndarray:
     return np.where(total > 0, total, np.nan).reshape(-1, *[1] * (ndim - 1))
 
 
-def calibration(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """Expected calibration error over ten equal bins of confidence, and the bins."""
-    confidence, right = scores.max(1), scores.argmax(1) == labels
+def calibration_error(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Expected calibration error over ten equal bins of confidence, (resamples,).
+
+    Args:
+      labels: int (n,).
+      scores: (n, classes), probabilities.
+      counts: (resamples, n), how often each image is drawn.
+    """
+    gaps, index = _confidence_bins(labels, scores)
+    return sum(
+        np.abs(counts[:, mine] @ gaps[mine]) for mine in (index == one for one in range(BINS))
+    ) / counts.sum(1)
+
+
+def reliability(labels: np.ndarray, scores: np.ndarray) -> list[tuple[float, float, int]]:
+    """Mean confidence, share of right answers and images of each bin that has any."""
+    confidence = scores.max(1)
+    gaps, index = _confidence_bins(labels, scores)
+    rows = []
+    for mine in (index == one for one in np.unique(index)):
+        sure = float(confidence[mine].mean())
+        rows.append((sure, sure + float(gaps[mine].mean()), int(mine.sum())))
+    return rows
+
+
+def _confidence_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By image: right or not (1 or 0) minus confidence, and its bin."""
+    confidence = scores.max(1)
     index = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    rows, error = [], 0.0
-    for one in range(BINS):
-        mine = index == one
-        if mine.any():
-            gap = abs(float(right[mine].mean()) - float(confidence[mine].mean()))
-            error += gap * float(mine.mean())
-            rows.append(
-                (float(confidence[mine].mean()), float(right[mine].mean()), int(mine.sum()))
-            )
-    return {"ece": error, "bins": rows}
+    return (scores.argmax(1) == labels) - confidence, index
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
@@ -116,7 +137,7 @@ def analyse(kept: Kept) -> dict[str, Any]:
         counts = np.concatenate(
             [np.ones((1, len(labels)), int), draw_counts(len(labels), RESAMPLES, rng)]
         )
-        errors, clean_errors, rows = {}, {}, {}
+        errors, clean_errors, eces, rows = {}, {}, {}, {}
         for arm, of in arms.items():
             # (seeds, resamples, corruptions, severities)
             errors[arm] = np.stack(
@@ -125,7 +146,7 @@ def analyse(kept: Kept) -> dict[str, Any]:
             scores = [store.read_test_scores(of[s], kept.folder) for s in seeds]
             predicted = np.stack([x.argmax(1) for x in scores])
             clean_errors[arm] = balanced_error(labels, predicted, counts).T
-            calibrated = [calibration(labels, x) for x in scores]
+            eces[arm] = np.stack([calibration_error(labels, x, counts) for x in scores])
             rows[arm] = {
                 "clean": float(clean_errors[arm][:, 0].mean()),
                 "corruptions": {
@@ -133,20 +154,24 @@ def analyse(kept: Kept) -> dict[str, Any]:
                     for index, name in enumerate(SEVERITIES)
                 },
                 "mean": float(errors[arm][:, 0].mean()),
-                "ece": [one["ece"] for one in calibrated],
-                "bins": [one["bins"] for one in calibrated],
+                "ece": eces[arm][:, 0].tolist(),
+                "bins": [reliability(labels, x) for x in scores],
             }
         differences = {}
         for arm in arms:
             if arm != "finetune" and "finetune" in arms:
                 gap = (errors[arm] - errors["finetune"]).mean((2, 3))
                 clean = clean_errors[arm] - clean_errors["finetune"]
-                differences[arm] = {"error": _interval(gap), "rise": _interval(gap - clean)}
+                sure = eces[arm] - eces["finetune"]
+                differences[arm] = {
+                    **{"error": _interval(gap), "rise": _interval(gap - clean)},
+                    "ece": _interval(sure),
+                }
         groups[where(key)] = {
             **{"key": list(key), "seeds": seeds, "images": len(labels)},
             **{"arms": rows, "differences": differences},
         }
-    for name in ("error", "rise"):
+    for name in MEASURES:
         every = [row[name] for group in groups.values() for row in group["differences"].values()]
         for row, p in zip(every, holm([row["p"] for row in every]), strict=True):
             row["p_holm"] = p
@@ -167,14 +192,13 @@ def came_out(found: dict[str, Any]) -> str:
         errors = ", ".join(f"{arm} {row['mean']:.3f}" for arm, row in group["arms"].items())
         eces = ", ".join(f"{arm} {np.mean(row['ece']):.3f}" for arm, row in group["arms"].items())
         gaps = "; ".join(
-            f"{arm} {telling.difference(row['error'])}, and its rise above the clean images' error "
-            f"{telling.difference(row['rise'])}"
+            f"{arm} {telling.difference(row['rise'])}"
             for arm, row in group["differences"].items()
             if arm != "backbone"
         )
         parts.append(
-            f"{name}: mean balanced error under corruption {errors} (minus finetune: {gaps}); "
-            f"expected calibration error {eces}"
+            f"{name}: mean balanced error under corruption {errors}; its rise above the error on "
+            f"clean images, minus finetune's: {gaps}; expected calibration error {eces}"
         )
     return ". ".join(parts) + "."
 
@@ -183,7 +207,7 @@ def sure(found: dict[str, Any]) -> str:
     """Which intervals leave zero out."""
     clear = [
         f"{'lower' if row[what]['mean'] < 0 else 'higher'} {words} of {arm} on {name}"
-        for what, words in (("error", "error under corruption"), ("rise", "rise with corruption"))
+        for what, words in MEASURES.items()
         for name, group in found["groups"].items()
         for arm, row in group["differences"].items()
         if arm != "backbone" and told(row[what])
@@ -192,13 +216,14 @@ def sure(found: dict[str, Any]) -> str:
     said = (
         f"Told from none (p < 0.05 after Holm's correction): {'; '.join(clear)}"
         if clear
-        else "No arm with merging is told from finetune, neither in its error under corruption nor "
-        "in how much that rises above its error on clean images, after Holm's correction"
+        else "No arm with merging is told from finetune, neither in its error under corruption, in "
+        "how much that rises above its error on clean images, nor in its calibration error, after "
+        "Holm's correction"
     )
     said += (
         ". Robustness is the rise: an arm with a lower error on clean images too may have a lower "
-        "one under corruption without it. Calibration has no test, and neither is told apart from "
-        "batch statistics that lag (question 3)"
+        "one under corruption without it. None of this is told apart from batch statistics that "
+        "lag (question 3)"
     )
     alone = f"{telling.ONE_SEED} " if seeds == 1 else ""
     return (
@@ -208,28 +233,30 @@ def sure(found: dict[str, Any]) -> str:
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
-    """Balanced error by corruption, and calibration."""
-    rows, kinds = [], []
+    """Balanced error by corruption; then what is compared with finetune."""
+    rows, compared, kinds = [], [], []
     for name, group in found["groups"].items():
         for arm, row in group["arms"].items():
             by_kind = [f"{np.mean(values):.3f}" for values in row["corruptions"].values()]
+            who, clean, mean = f"{name}: {arm}", f"{row['clean']:.3f}", f"{row['mean']:.3f}"
+            rows.append((who, clean, *by_kind, mean))
             gap = group["differences"].get(arm)
-            against = ["", ""]
-            if gap is not None:
-                against = [telling.difference(gap[name]) for name in ("error", "rise")]
-            figures = f"{row['clean']:.3f}", *by_kind, f"{row['mean']:.3f}", *against
-            rows.append((f"{name}: {arm}", *figures, f"{np.mean(row['ece']):.3f}"))
+            against = [""] * 3 if gap is None else [telling.difference(gap[m]) for m in MEASURES]
+            figures = against[0], against[1], f"{np.mean(row['ece']):.3f}", against[2]
+            compared.append((who, str(len(group["seeds"])), mean, *figures))
             kinds.append("total" if arm == "backbone" else "arm")
-    columns = (
-        *("data set: arm", "clean", *SEVERITIES, "all corruptions"),
-        *("minus finetune", "rise, minus finetune", "calibration error"),
+    title = "Balanced error on test images, mean over five severities and seeds"
+    more = (
+        "Error over all corruptions, its rise above that on clean images, and expected calibration "
+        "error on clean images, each minus finetune's [95% interval over seeds and images]"
     )
-    title = (
-        "Balanced error on test images, mean over five severities and seeds [95% interval over "
-        "seeds and images]; rise: error under corruption minus that on clean images; expected "
-        "calibration error on clean images"
-    )
-    return [Table(title, columns, tuple(rows), tuple(kinds))]
+    columns = ("data set: arm", "clean", *SEVERITIES, "all")
+    minus = "minus finetune"
+    heads = ("data set: arm", "seeds", "error", minus, "rise, " + minus, "calibration", minus)
+    return [
+        Table(title, columns, tuple(rows), tuple(kinds)),
+        Table(more, heads, tuple(compared), tuple(kinds)),
+    ]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:

@@ -1,6 +1,7 @@
 """What a grid would take, and what it could tell: `--dry-run`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich import print as rich_print
 from rich.table import Table
 
 from experiments.study import datasets, store
-from experiments.study.cells import Cell, with_backbones
+from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
 from experiments.study.statistics import TO_BE_TOLD, expected_resolution
@@ -21,7 +22,7 @@ AUC, ACC = 0.9, 0.85
 NEEDED = 0.01
 """The difference that the study would like to see."""
 _GFLOPS = 60
-"""Of two CPU cores in training, for networks of which no cell is kept yet."""
+"""Of two CPU cores in training, for networks of which no cell of any data set is kept yet."""
 
 
 def seconds_per_image(cells: Iterable[Cell], kept: Path) -> dict[tuple[str, str, float], float]:
@@ -35,21 +36,34 @@ def seconds_per_image(cells: Iterable[Cell], kept: Path) -> dict[tuple[str, str,
     return {key: float(np.median(rates)) for key, rates in found.items()}
 
 
-def guess_seconds_per_image(cell: Cell) -> float:
-    """From the network's operations, as counted by XLA without compiling."""
+def operations_per_image(start: Backbone) -> float:
+    """Of a training step, as counted by XLA without compiling."""
     import jax
     import jax.numpy as jnp
 
     from inmerge_jax.models import create_model
 
-    source, start = datasets.SOURCES[cell.backbone.data], cell.backbone
+    size = datasets.SOURCES[start.data].config.size
     model = create_model(start.model, 10, stem="small", width=start.width)
-    image = jax.ShapeDtypeStruct((1, source.config.size, source.config.size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     key = jax.random.key(0)
     weights = jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, image)
     forward = jax.jit(lambda weights, x: model.apply(weights, x, train=False))
     operations: Any = forward.lower(weights, image).cost_analysis()
-    return 3 * operations["flops"] / (_GFLOPS * 1e9)
+    return 3 * operations["flops"]
+
+
+def guess_seconds_per_image(
+    start: Backbone, known: Mapping[tuple[str, str, float], float]
+) -> float:
+    """From the same network's speed on data sets with kept cells, else that of two CPU cores."""
+    speeds = [
+        operations_per_image(replace(start, data=data)) / seconds
+        for (data, model, width), seconds in known.items()
+        if (model, width) == (start.model, start.width)
+    ]
+    speed = float(np.median(speeds)) if speeds else _GFLOPS * 1e9
+    return operations_per_image(start) / speed
 
 
 def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
@@ -100,14 +114,14 @@ def show(
         mark = ""
         if key not in known:
             if key not in guessed:
-                guessed[key] = guess_seconds_per_image(cell)
+                guessed[key] = guess_seconds_per_image(cell.backbone, known)
             mark, guesses = "~", guesses + 1
         seconds = images_of(cell) * known.get(key, guessed.get(key, 0.0))
         total += seconds
         epochs = f"{cell.epochs or cell.backbone.epochs} epochs"
         table.add_row(cell.hash, cell.name, epochs, f"{mark}{seconds / 60:.1f} min")
     rich_print(table)
-    how = f"; ~ by operations at {_GFLOPS} GFLOP/s, {guesses} cells" if guesses else ""
+    how = f"; ~ {guesses} cells by operations, at the network's speed elsewhere" if guesses else ""
     print(f"in all {total / 3600:.1f} h by what kept cells took{how}\n")
 
     table = Table(title="difference between two arms that is told from none four times out of five")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.robustness import balanced_error, calibration
+from experiments.robustness import balanced_error, calibration_error, reliability
 from experiments.study.corruptions import SEVERITIES, corrupt
 from inmerge_jax.data import make_phantom
 
@@ -38,8 +38,8 @@ def test_balanced_error_counts_every_class_alike():
 def test_calibration_error():
     labels = np.array([0, 1, 0, 1])
     scores = np.array([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.35, 0.65]])
-    found = calibration(labels, scores)
-    assert found["ece"] == pytest.approx(0.5 * 0.45 + 0.5 * 0.35)
-    assert [n for _, _, n in found["bins"]] == [2, 2]
-    sure = calibration(labels, np.eye(2)[labels])
-    assert sure["ece"] == 0
+    counts = np.array([[1, 1, 1, 1], [3, 1, 0, 0], [0, 0, 2, 2]])
+    found = calibration_error(labels, scores, counts)
+    np.testing.assert_allclose(found, [0.5 * 0.45 + 0.5 * 0.35, 0.95 - 0.75, 0.35])
+    np.testing.assert_allclose(reliability(labels, scores), [(0.65, 1, 2), (0.95, 0.5, 2)])
+    assert calibration_error(labels, np.eye(2)[labels], counts[:1]) == 0
