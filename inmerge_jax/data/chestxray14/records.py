@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import InputError
 
 BUILD = "python -m experiments.chestxray14 build"
+# TFDS imports most of itself at first use, which deadlocks where two threads do so at once.
+_OPENING = threading.Lock()
 
 
 def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
@@ -48,6 +51,8 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         )
         for part in PARTS
     }
+    for split in splits.values():
+        split.images.open()  # Here, while no thread that reads in advance imports anything.
     here, full = (sum(manifest[name].values()) for name in ("counts", "full_counts"))
     subset = f", a subset: {here:,} of its {full:,} images" if here < full else ""
     return Dataset(
@@ -117,7 +122,7 @@ class RecordImages:
     def _read(self, row: int) -> np.ndarray:
         where = f"{self.folder}: record {row} of {self.split}, {self.names[row]},"
         try:
-            example = self._source()[row]
+            example = self.open()[row]
         except RuntimeError as error:
             raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
         found = example["name"].decode()
@@ -128,14 +133,20 @@ class RecordImages:
         except ValueError as error:
             raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
 
-    def _source(self) -> Any:
+    def open(self) -> Any:
+        """TFDS's data source of the shards; threads that ask at once get the same one."""
         if "source" not in self._opened:
-            import tensorflow_datasets as tfds
-
-            builder = tfds.builder_from_directory(self.folder)
-            skip = {"image": tfds.decode.SkipDecoding()}
-            self._opened["source"] = builder.as_data_source(self.split, decoders=skip)
+            with _OPENING:
+                if "source" not in self._opened:
+                    self._opened["source"] = self._source()
         return self._opened["source"]
+
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        skip = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(self.split, decoders=skip)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from inmerge_jax.data.chestxray14 import build as building
 from inmerge_jax.data.chestxray14.build import Request, build, summary
 from inmerge_jax.data.chestxray14.images import decode, find_images, reduce_image
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
-from inmerge_jax.data.chestxray14.records import load_chestxray14
+from inmerge_jax.data.chestxray14.records import RecordImages, load_chestxray14
 from inmerge_jax.errors import InputError
 from tests.data.chestxray14.nih import make_nih, pixels, request, write_labels, write_lists
 from tests.paths import SHARED, needs
@@ -276,6 +279,31 @@ def test_a_flipped_byte_in_a_shard_stops_reading(copy, workers):
     with pytest.raises(InputError, match=r"record \d+ of train, \w+\.png, is damaged"):
         for _ in train_batches(split, seed=0, batch_size=4, stop=len(split), workers=workers):
             pass
+
+
+def test_threads_that_read_at_once_open_the_shards_once(built, monkeypatch):
+    """TFDS's lazy imports deadlock where two threads are the first to use it."""
+    images = load_chestxray14(built).train.images
+    fresh = pickle.loads(pickle.dumps(images))  # As in a worker process.
+    opened, source = [], RecordImages._source
+
+    def slowly(self):
+        opened.append(threading.get_ident())
+        time.sleep(0.1)
+        return source(self)
+
+    monkeypatch.setattr(RecordImages, "_source", slowly)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(fresh.__getitem__, range(8)))
+    np.testing.assert_array_equal(found, images[:8])
+    assert len(opened) == 1
+
+
+def test_loading_opens_the_shards_before_any_thread_reads(built, monkeypatch):
+    data = load_chestxray14(built)
+    monkeypatch.setattr(RecordImages, "_source", None)
+    for split in (data.train, data.val, data.test):
+        assert split.images[0].shape == (32, 32, 1)
 
 
 def test_records_of_another_build_are_noticed(copy):
