@@ -18,13 +18,14 @@ def section(question: Question) -> str:
 
 
 def main_table() -> str:
-    """The tables of question 1, for the top of the README."""
+    """Question 1's arms and their differences from finetune, for the top of the README."""
     question = QUESTIONS[0]
     stored = question.stored()
     if stored is None:
         return "Not answered yet.\n"
     said = dict(telling.lines(question, stored))
-    parts = [said["What came out"], *map(markdown_table, question.tables(stored["analysis"]))]
+    arms, from_finetune, *_ = question.tables(stored["analysis"])
+    parts = [said["What came out"], markdown_table(arms), markdown_table(from_finetune)]
     parts += [f"{said['How sure']}\n\n*Run:* {said['What was run']}"]
     return "\n\n".join(parts) + "\n"
 

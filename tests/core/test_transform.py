@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from inmerge_jax import MergeRule, find_kernels, in_model_merging, merge_kernels
+from tests.long import long_unless
 
 STEPS = 5
 RULE = MergeRule(probability=0.6, threshold=-0.2, alpha=0.7)
@@ -87,7 +88,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", long_unless(lambda name: name == "sgd", OPTIMIZERS))
 def test_equals_merging_before_every_forward_pass(optimizer):
     tx = OPTIMIZERS[optimizer]()
     chained = optax.chain(OPTIMIZERS[optimizer](), in_model_merging(KERNELS, RULE, KEY))

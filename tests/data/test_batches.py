@@ -17,6 +17,7 @@ from inmerge_jax.data import (
     train_batches,
 )
 from inmerge_jax.errors import InputError
+from tests.long import long_unless
 
 
 def numbered(n: int, *, columns: int = 0) -> Split:
@@ -168,7 +169,7 @@ def test_batches_in_a_row_are_those_by_number(make, start, stop):
     endless.close()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", long_unless(lambda workers: workers == 1, [1, 3]))
 def test_worker_processes_change_nothing(workers):
     import multiprocessing
 

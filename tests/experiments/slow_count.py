@@ -10,7 +10,7 @@ def main():
     folder.mkdir(exist_ok=True)
     count = folder / "count"
     if not resume:
-        count.write_text("0")
+        write(count, 0)
     for name in ("config.json", "environment.json"):
         (folder / name).touch()
     if resume:
@@ -24,7 +24,13 @@ def train_stage(count, start):
         time.sleep(0.05)
         if number == 4:
             evaluate()
-        count.write_text(str(number))
+        write(count, number)
+
+
+def write(count, number):
+    part = count.with_suffix(".part")
+    part.write_text(str(number))
+    part.replace(count)  # Killed at any moment, one number or the next is there.
 
 
 def evaluate():

@@ -130,6 +130,7 @@ def test_target_decides_what_is_met(target, met):
 # ---- the sections at tiny sizes
 
 
+@pytest.mark.long
 def test_merge_section_merges_what_it_says(monkeypatch):
     monkeypatch.setattr(benchmark, "UPDATES", 2)
     rows = benchmark.merge_rows(rounds=2, width=0.05, repeats=2)
@@ -141,6 +142,7 @@ def test_merge_section_merges_what_it_says(monkeypatch):
         assert all(len(times) == 2 for times in row.seconds.values())
 
 
+@pytest.mark.long
 def test_the_weights_that_are_merged_were_trained():
     start, _ = train_vgg19(updates=1, width=0.05, batch=16)
     weights, losses = train_vgg19(updates=40, width=0.05, batch=16)
@@ -151,6 +153,7 @@ def test_the_weights_that_are_merged_were_trained():
     )
 
 
+@pytest.mark.long
 def test_steps_are_compared_in_one_process():
     row = benchmark.overhead_row(TINY).to_dict()
     assert row["quantity"] == "merging / plain"

@@ -46,6 +46,7 @@ def test_it_writes_results_and_report(first, output):
     assert page.count("<img") >= 6
 
 
+@pytest.mark.long
 def test_run_again_replaces_its_own_run_and_prints_the_table(first, output, capsys):
     assert quickstart.continuation(output, SMALL) == "--overwrite"
     before = json.loads((output / "results.json").read_text())

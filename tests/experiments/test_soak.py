@@ -20,6 +20,7 @@ def rows(change=None, at=12):
     return found
 
 
+@pytest.mark.long
 def test_a_short_one_measures_every_evaluation(tmp_path):
     # One evaluation more than the warm-up; on 48 steps memory has not settled, so no verdict.
     config = soak.SoakConfig(48, every=8, batch_size=8, model="vgg11", skip=6, width=0.05)

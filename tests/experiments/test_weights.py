@@ -105,6 +105,7 @@ def resnet_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.long
 def test_the_finetune_arm_goes_to_the_benchmarks_resnet_with_its_scores(resnet_run, tmp_path):
     file = tmp_path / "resnet18_28_1.pth"
     command = [str(resnet_run), "--arm", "finetune", "--names", "medmnist", "--to", str(file)]

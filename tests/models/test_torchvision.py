@@ -20,6 +20,7 @@ from inmerge_jax.models.torchvision import (
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from tests.long import long_unless  # noqa: E402
 from tests.oracles.torch_networks import create_network  # noqa: E402
 
 CLASSES = 3
@@ -29,6 +30,7 @@ CONVERSION = """
 import re, sys, time
 from pathlib import Path
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict, to_state_dict
+from tests.long import long_unless
 tensors = read_state_dict(sys.argv[1])
 started = time.process_time()
 variables = from_state_dict("vgg19", tensors)
@@ -55,7 +57,13 @@ def assert_same(actual, expected):
         assert found.tobytes() == value.tobytes(), key
 
 
-@pytest.mark.parametrize("name", [n for n in model_names() if n not in ("vgg13_bn", "vgg16")])
+@pytest.mark.parametrize(
+    "name",
+    long_unless(
+        ("resnet50", "vgg11_bn").__contains__,
+        [n for n in model_names() if n not in ("vgg13_bn", "vgg16")],
+    ),
+)
 def test_small_networks_come_back_bit_for_bit(name):
     # Every other pair of network and stem does so in the tests of parity.
     state_dict = theirs(name).state_dict()
@@ -63,6 +71,7 @@ def test_small_networks_come_back_bit_for_bit(name):
     assert_same(to_state_dict(name, from_state_dict(name, state_dict), names=names), state_dict)
 
 
+@pytest.mark.long
 def test_small_densenet_computes_what_pytorchs_does():
     network = theirs("densenet121").eval()
     images = np.random.default_rng(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
@@ -84,6 +93,7 @@ def test_every_entry_of_the_full_networks_has_torchvisions_name_and_shape():
     assert {key: value.shape for key, value in back.items()} == expected
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_vgg19_converts_in_5_seconds_and_2_gigabytes(tmp_path, suffix):

@@ -109,6 +109,7 @@ def test_batch_normalisation_sees_each_part_on_its_own():
     )
 
 
+@pytest.mark.long
 def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives():
     model = DenseNet((4,), tiny.CLASSES, growth=8)
     # XLA's CPU backend drops the barriers before what is computed again, and then shares it with

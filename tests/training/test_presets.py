@@ -27,6 +27,7 @@ from inmerge_jax.training.steps import (
     normalise,
     zero_totals,
 )
+from tests.long import long_unless
 from tests.training import tiny
 from tests.training.test_loop import evidence, interrupt_at, run
 
@@ -110,7 +111,7 @@ def merging_eval(devices):
     )
 
 
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", long_unless(lambda count: count > 1, [1, 8]))
 def test_image_k_is_evaluated_after_k_merges(count):
     devices = tuple(jax.local_devices()[:count])
     setup, (params, stats) = tiny.make_setup(), tiny.init()

@@ -87,6 +87,7 @@ def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole,
     assert row["resumed_from"] in ("the beginning", "epoch 1 of 3")
 
 
+@pytest.mark.long
 def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     output = tmp_path / "parts"
     said = kill_mid_epoch(output, "backbone", signals=(signal.SIGTERM, signal.SIGTERM))

@@ -43,6 +43,7 @@ from inmerge_jax.training.steps import (
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from tests.long import long_unless  # noqa: E402
 from tests.oracles import torch_networks, torch_training  # noqa: E402
 
 CLASSES, SIZE, WIDTH, SKIP = 3, 16, 0.125, 10
@@ -291,6 +292,6 @@ def test_twenty_steps_are_pytorchs(tmp_path, case):
     check(tmp_path, case, loss, weight)
 
 
-@pytest.mark.parametrize("case", SINGLE, ids=str)
+@pytest.mark.parametrize("case", long_unless(lambda case: case.rule, SINGLE), ids=str)
 def test_twenty_small_steps_in_float32_are_pytorchs(tmp_path, case):
     check(tmp_path, case, loss=1e-3, weight=2e-2)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.study import batch_statistics, runner
 from experiments.study.cells import Backbone, Cell
@@ -41,6 +42,7 @@ def test_they_are_the_mean_of_the_full_batches_own():
     np.testing.assert_allclose(one["var"], variances, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_it_is_measured_once_for_each_cell_and_kept(tmp_path, capsys):
     cell = Cell(Backbone("phantom", "vgg11_bn", 0, 1, 0.1))
     places = runner.Places(tmp_path, tmp_path / "runs", tmp_path / "results")

@@ -52,6 +52,7 @@ def run(options, *more):
     return command.main(QUESTION, [*options, *more])
 
 
+@pytest.mark.long
 def test_from_nothing_to_an_answer(options, tmp_path, capsys):
     assert run(options, "--dry-run") == 0
     text = capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 from experiments import cost
 
 
+@pytest.mark.long
 def test_the_memory_of_the_process_that_asks_does_not_count():
     config = cost.CostConfig(width=0.05, batch_size=8, epochs=1)
     ballast = np.ones(3 * 2**27)

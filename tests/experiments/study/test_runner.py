@@ -116,6 +116,7 @@ def maps():
     return len(Path("/proc/self/maps").read_text().splitlines())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts Linux's maps of memory")
 def test_a_long_grid_does_not_use_up_the_maps_of_a_process(trained, tmp_path):
     places = runner.Places(trained[0].data, tmp_path)

@@ -130,6 +130,7 @@ def assert_close(one, two):
         assert one == two
 
 
+@pytest.mark.long
 def test_a_sceptic_gets_the_same_analysis(tmp_path):
     question = next(question for question in ANSWERED if question.name == "adaptive")
     again = json.loads(json.dumps(question.analyse(Kept.of(with_backbones(question.cells)))))

@@ -61,6 +61,7 @@ def test_the_bootstraps_width_is_delongs_and_grows_with_the_seeds_spread():
     assert row["half_width"] / 1.96 == pytest.approx(delong, rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("images", [0, 0.3, 1])
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_few_seeds_are_not_taken_for_many(seeds, images):

@@ -1,0 +1,23 @@
+"""Marks what `make test` leaves out and `make test-long` runs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+LONG = pytest.mark.long
+
+
+def long_unless(kept: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
+    """Cases for `pytest.mark.parametrize`, of which those that are not `kept` are long.
+
+    Args:
+      kept: told of each case; a tuple is the values of several arguments.
+      cases: all.
+    """
+    return [
+        case
+        if kept(case)
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=LONG)
+        for case in cases
+    ]
