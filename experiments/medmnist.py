@@ -107,6 +107,7 @@ def came_out(found: dict[str, Any]) -> str:
     return (
         f"Test AUC minus that of going on without merging. {'. '.join(parts)}."
         + telling.never_merged(found["groups"], MERGING)
+        + telling.in_shortcuts(found["groups"], MERGING)
         + telling.one_answer(found["groups"])
     )
 

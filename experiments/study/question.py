@@ -104,9 +104,10 @@ class Kept:
         """`statistics.compare` of one group.
 
         Adds "images"; and by arm "merged" (mean share of the kernels merged at an update, None
-        where it has no kernels to merge), "same" (of every seed, the share of the test images that
-        get the most frequent answer, None with several labels an image), "val" (validation AUC of
-        every seed), "over" (the seeds) and "cells" (the hashes).
+        where it has no kernels to merge), "shortcuts" (share of its merges in 1x1 shortcuts, and of
+        its kernels that are theirs; None where it merged nothing), "same" (of every seed, the share
+        of the test images that get the most frequent answer, None with several labels an image),
+        "val" (validation AUC of every seed), "over" (the seeds) and "cells" (the hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -130,6 +131,7 @@ class Kept:
             "images": len(known.labels),
             **found,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
+            "shortcuts": {arm: _in_shortcuts(rows) for arm, rows in results.items()},
             "same": {
                 arm: [_most_frequent(scores[arm][s], known.task) for s in sorted(seeds)]
                 for arm, seeds in arms.items()
@@ -148,6 +150,18 @@ def _merged_share(results: Sequence[Mapping[str, Any]]) -> float | None:
         if row["layers"]
     ]
     return float(np.mean(shares)) if shares else None
+
+
+def _in_shortcuts(results: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Of the merges of all seeds, and of the kernels that could merge, the share in shortcuts."""
+    shares = {}
+    for what in ("merged", "kernels"):
+        counts = [pair for row in results for pair in zip(row["layers"], row[what], strict=True)]
+        total = sum(n for _, n in counts)
+        if not total:
+            return None
+        shares[what] = sum(n for name, n in counts if "shortcut" in name) / total
+    return shares
 
 
 def _most_frequent(scores: np.ndarray, task: str) -> float | None:

@@ -213,6 +213,22 @@ def never_merged(groups: Mapping[str, Any], arms: Sequence[str]) -> str:
     )
 
 
+def in_shortcuts(groups: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """Says how many merges were in 1x1 shortcuts; "" where no network has them."""
+    found = [
+        f"{arm} on {name} {row['merged']:.0%} (they have {row['kernels']:.0%} of the kernels)"
+        for name, group in groups.items()
+        for arm in arms
+        if (row := group["shortcuts"].get(arm)) and row["kernels"]
+    ]
+    if not found:
+        return ""
+    return (
+        " Of all merges, those in 1x1 shortcuts, whose kernels have few weights: "
+        f"{'; '.join(found)}."
+    )
+
+
 def interval_plot(
     title: str,
     groups: Mapping[str, Sequence[tuple[str, Mapping[str, float]]]],

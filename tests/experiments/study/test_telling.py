@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.study import batch_statistics, telling
-from experiments.study.question import told
+from experiments.study.question import _in_shortcuts, told
 
 
 def difference(seeds, p_holm):
@@ -73,3 +73,20 @@ def test_batch_statistics_are_compared_over_the_seeds_of_all_arms(tmp_path):
 def test_without_a_whole_seed_nothing_is_said(tmp_path):
     found = batch_statistics.summary(kept_cells(tmp_path, ["merge0", "finetune1"]))
     assert found == {} and batch_statistics.told(found) == ""
+
+
+def test_merges_in_shortcuts_are_counted_and_told():
+    layers = ["layer3_0/conv1/kernel", "layer3_0/shortcut_conv/kernel"]
+    one = {"layers": layers, "merged": [10, 20], "kernels": [30, 10]}
+    two = {"layers": layers, "merged": [0, 10], "kernels": [30, 10]}
+    shares = _in_shortcuts([one, two])
+    assert shares == {"merged": 0.75, "kernels": 0.25}
+    assert _in_shortcuts([{"layers": [], "merged": [], "kernels": []}]) is None
+    assert _in_shortcuts([one | {"merged": [0, 0]}]) is None
+    groups = {
+        "residual": {"shortcuts": {"a": shares, "b": None}},
+        "plain": {"shortcuts": {"a": {"merged": 0.0, "kernels": 0.0}}},
+    }
+    text = telling.in_shortcuts(groups, ("a", "b"))
+    assert text.endswith("few weights: a on residual 75% (they have 25% of the kernels).")
+    assert telling.in_shortcuts({"plain": groups["plain"]}, ("a",)) == ""
