@@ -107,14 +107,14 @@ def came_out(found: dict[str, Any]) -> str:
     return (
         f"Test AUC minus that of going on without merging. {'. '.join(parts)}."
         + telling.never_merged(found["groups"], MERGING)
-        + telling.in_shortcuts(found["groups"], MERGING)
         + telling.one_answer(found["groups"])
     )
 
 
 def sure(found: dict[str, Any]) -> str:
     """What the data sets could have told."""
-    return telling.could_tell(found["groups"], "inmerge, adaptive - finetune")
+    could = telling.could_tell(found["groups"], "inmerge, adaptive - finetune")
+    return could + telling.in_shortcuts(found["groups"], MERGING)
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

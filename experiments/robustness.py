@@ -243,7 +243,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             gap = group["differences"].get(arm)
             against = [""] * 3 if gap is None else [telling.difference(gap[m]) for m in MEASURES]
             figures = against[0], against[1], f"{np.mean(row['ece']):.3f}", against[2]
-            compared.append((who, str(len(group["seeds"])), mean, *figures))
+            compared.append((who, str(len(group["seeds"])), *figures))
             kinds.append("total" if arm == "backbone" else "arm")
     title = "Balanced error on test images, mean over five severities and seeds"
     more = (
@@ -251,8 +251,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         "error on clean images, each minus finetune's [95% interval over seeds and images]"
     )
     columns = ("data set: arm", "clean", *SEVERITIES, "all")
-    minus = "minus finetune"
-    heads = ("data set: arm", "seeds", "error", minus, "rise, " + minus, "calibration", minus)
+    gaps = (f"{what}, minus finetune" for what in ("error", "rise"))
+    heads = ("data set: arm", "seeds", *gaps, "calibration", "that, minus finetune")
     return [
         Table(title, columns, tuple(rows), tuple(kinds)),
         Table(more, heads, tuple(compared), tuple(kinds)),
@@ -279,10 +279,13 @@ def _severity_plot(name: str, group: dict[str, Any]) -> Plot:
             axes.plot(range(6), line, "-o", color=_colour(arm), ms=4, lw=1.4, label=arm)
         axes.set_title(f"Errors by severity: {name}", fontsize=10)
         axes.set_xlabel("severity (0: clean)")
-        axes.set_ylabel("balanced error, mean of 7 corruptions")
+        axes.set_ylabel("mean balanced error")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
-    caption = "Lower is better. If merging made networks more robust, its lines would rise less."
+    caption = (
+        "Mean over seven corruptions and seeds; lower is better. If merging made networks more "
+        "robust, its lines would rise less."
+    )
     return make_plot(draw, caption, f"Errors by severity: {name}")
 
 
