@@ -7,7 +7,7 @@ from experiments.study import datasets, telling
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
 from experiments.study.question import Kept, Question, compare_groups, minus, told, where
-from experiments.study.statistics import sign_flips_over_seeds
+from experiments.study.statistics import holm, interval_over_trainings, sign_flips_over_seeds
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.published import published_reference
@@ -75,6 +75,12 @@ def analyse(kept: Kept) -> dict[str, Any]:
                 "better": sum(gap > 0 for gap in gaps),
                 "p_seeds": sign_flips_over_seeds(gaps),
             }
+            if len(gaps) > 1:
+                low, high = interval_over_trainings(gaps)
+                pooled[arm] |= {"low": low, "high": high}
+    corrected = holm([row["p_seeds"] for row in pooled.values()])
+    for row, value in zip(pooled.values(), corrected, strict=True):
+        row["p_holm"] = value
     return {"groups": groups, "pooled": pooled}
 
 
@@ -82,6 +88,14 @@ def _against_finetune(found: dict[str, Any], arm: str) -> list[tuple[str, dict[s
     """Data set and network, and the arm's test AUC there minus finetune's."""
     groups = {name: minus(group, "finetune") for name, group in found["groups"].items()}
     return [(name, rows[arm]["auc"]) for name, rows in groups.items() if arm in rows]
+
+
+def _pooled_mean(row: dict[str, Any]) -> str:
+    """The mean over all trainings with its interval, which one training does not have."""
+    mean = wording.signed(row["mean"], 4)
+    if "low" not in row:
+        return mean
+    return f"{mean} [{wording.signed(row['low'], 4)}, {wording.signed(row['high'], 4)}]"
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -96,12 +110,12 @@ def came_out(found: dict[str, Any]) -> str:
         said = "; ".join(clear) if clear else "no difference can be told"
         count = row["trainings"]
         flips = (
-            f"p {telling.p_value(row['p_seeds'])} by sign flips"
+            f"p {telling.p_value(row['p_holm'])} by sign flips, after Holm's correction"
             if count > 5
             else "too few for a test by sign flips"
         )
         parts.append(
-            f"{arm}: {said}; mean {wording.signed(row['mean'], 4)} over {count} "
+            f"{arm}: {said}; mean {_pooled_mean(row)} over {count} "
             f"pair{'s' if count > 1 else ''} of trainings, {row['better']} of them better ({flips})"
         )
     return (

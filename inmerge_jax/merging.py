@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.kernels import Kernel, path_name
-from inmerge_jax.pairs import as_rows_on_tpu, mix_pairs, nearest_partner, pair_similarity
+from inmerge_jax.pairs import (
+    as_rows_on_tpu,
+    in_turn_on_tpu,
+    mix_pairs,
+    nearest_partner,
+    pair_similarity,
+)
 
 PARTNERS = ("random", "nearest")
 
@@ -160,6 +166,7 @@ def merge_kernels(
     position = {path: i for i, (path, _) in enumerate(paths_leaves)}
     leaves = [leaf for _, leaf in paths_leaves]
     counts: list[tuple[jax.Array, ...]] = []
+    before = None
     for kernel in kernels:
         i = _locate(kernel, position, leaves)
         if kernel.count < 2:
@@ -167,8 +174,9 @@ def merge_kernels(
             counts.append((none, none, jnp.float32(0)))
             continue
         selected, partner = draw_pairs(key, kernel, rule)
-        weight = jnp.asarray(leaves[i])
-        leaves[i], *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
+        weight = in_turn_on_tpu(jnp.asarray(leaves[i]), before)
+        before, *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
+        leaves[i] = before
         counts.append(tuple(count))
     selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
     total = jnp.array([kernel.count for kernel in kernels], jnp.int32)

@@ -204,6 +204,16 @@ def sign_flips_over_seeds(differences: Sequence[float]) -> float:
     return float(np.mean(sums >= abs(values.sum()) - 1e-12))
 
 
+def interval_over_trainings(differences: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean over two trainings or more.
+
+    The trainings count as independent draws, also those that share their test images.
+    """
+    values = np.asarray(differences, np.float64)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction: p-values that may be compared with 0.05 one by one, in the same order."""
     order = np.argsort(p_values, kind="stable")

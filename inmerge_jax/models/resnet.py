@@ -14,6 +14,7 @@ from inmerge_jax.models.layers import (
     BatchNorm,
     Linear,
     at_least_float32,
+    before_stride,
     conv,
     scaled,
 )
@@ -35,6 +36,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, h, w, inputs) to (batch, h / stride, w / stride, channels)."""
+        x = before_stride(x, self.stride)
         y = self.conv(self.channels, 3, self.stride, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.channels, 3, name="conv2")(y)
@@ -62,12 +64,13 @@ class Bottleneck(nn.Module):
         """Maps (batch, h, w, inputs) to (batch, h / stride, w / stride, 4 * channels)."""
         outputs = 4 * self.channels
         y = self.conv(self.channels, 1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = before_stride(nn.relu(self.norm(name="bn1")(y)), self.stride)
         y = self.conv(self.channels, 3, self.stride, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(outputs, 1, name="conv3")(y)
         y = self.norm(name="bn3")(y)
         if self.stride != 1 or x.shape[-1] != outputs:
+            x = before_stride(x, self.stride)
             x = self.conv(outputs, 1, self.stride, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_bn")(x)
         return nn.relu(x + y)

@@ -365,3 +365,18 @@ def test_imagenet_stem_refuses_images_that_vanish(name):
 def test_small_densenet_refuses_images_that_vanish():
     with pytest.raises(InputError, match="7x7.*small stem 8 px or more"):
         abstract_variables(create_model("densenet121", 2), 7)
+
+
+@pytest.mark.parametrize(("name", "barriers"), [("resnet18", 3), ("resnet50", 6), ("vgg16", 0)])
+def test_on_tpus_alone_a_barrier_stands_before_strided_convolutions(name, barriers):
+    model = create_model(name, 10, stem="small", width=0.125)
+    variables = abstract_variables(model, 28)
+    traced = jax.jit(lambda v, x: model.apply(v, x, train=False)).trace(
+        variables, jax.ShapeDtypeStruct((2, 28, 28, 3), jnp.float32)
+    )
+    program = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("tpu", "cuda", "cpu")
+    }
+    assert program["tpu"].count("optimization_barrier") == barriers
+    assert "optimization_barrier" not in program["cuda"] + program["cpu"]

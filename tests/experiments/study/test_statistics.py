@@ -172,6 +172,18 @@ def test_permutation_ignores_another_calibration():
     assert p["auc"] == 1
 
 
+def test_the_interval_over_trainings_is_students():
+    low, high = statistics.interval_over_trainings([0.01, 0.03])
+    # 12.706 is the t of 95 % with one degree of freedom; the standard error is 0.01.
+    assert (low, high) == pytest.approx((0.02 - 0.12706, 0.02 + 0.12706), rel=1e-4)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        low, high = statistics.interval_over_trainings(rng.normal(0.3, 1, 6))
+        covered += low < 0.3 < high
+    assert 0.935 < covered / 2000 < 0.965
+
+
 def test_sign_flips_are_exact():
     assert statistics.sign_flips_over_seeds([1, 1, 1]) == 2 / 8
     assert statistics.sign_flips_over_seeds([0.3, -0.3]) == 1
