@@ -1,6 +1,7 @@
 """Question 1: backbone, finetune and inmerge on real data, with the benchmark's numbers beside."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.study import datasets, telling
@@ -54,34 +55,61 @@ def grid() -> tuple[Cell, ...]:
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Every data set and network, Holm's correction over all of them, and all trainings pooled."""
-    keys = {where(key): list(key) for key in kept.groups()}
+    data = {where(key): (list(key), cells) for key, cells in kept.groups().items()}
     groups = {
-        name: {"key": keys[name], **group}
+        name: {"key": data[name][0], **group}
         for name, group in compare_groups(kept, FROM_FINETUNE, FROM_BACKBONE).items()
         if "finetune" in group["arms"]
     }
     pooled = {}
     for arm in MERGING:
-        gaps = [
-            gap
-            for group in groups.values()
-            if group["merged"].get(arm) and arm in minus(group, "finetune")
-            for gap in minus(group, "finetune")[arm]["auc"]["seeds"]
-        ]
-        if gaps:
-            pooled[arm] = {
-                "trainings": len(gaps),
-                "mean": sum(gaps) / len(gaps),
-                "better": sum(gap > 0 for gap in gaps),
-                "p_seeds": sign_flips_over_seeds(gaps),
-            }
-            if len(gaps) > 1:
-                low, high = interval_over_trainings(gaps)
-                pooled[arm] |= {"low": low, "high": high}
+        merges = {name: data[name][1].merges(arm) for name in groups}
+        found = pool(groups, merges, arm)
+        if found is not None:
+            pooled[arm] = found
     corrected = holm([row["p_seeds"] for row in pooled.values()])
     for row, value in zip(pooled.values(), corrected, strict=True):
         row["p_holm"] = value
     return {"groups": groups, "pooled": pooled}
+
+
+def pool(
+    groups: Mapping[str, Any], merges: Mapping[str, Mapping[int, int]], arm: str
+) -> dict[str, Any] | None:
+    """The arm's test AUC minus finetune's over the trainings of all groups that merged something.
+
+    Args:
+      groups: what `compare_groups` gave.
+      merges: group to seed to the kernels that the arm merged there.
+      arm: one with merging.
+
+    Returns:
+      What `came_out` tells; None where no training merged anything.
+    """
+    gaps, idle = [], 0
+    for name, group in groups.items():
+        if arm not in minus(group, "finetune"):
+            continue
+        both = [seed for seed in group["over"][arm] if seed in group["over"]["finetune"]]
+        of_seeds = minus(group, "finetune")[arm]["auc"]["seeds"]
+        for seed, gap in zip(both, of_seeds, strict=True):
+            if merges[name][seed]:
+                gaps.append(gap)
+            else:
+                idle += 1
+    if not gaps:
+        return None
+    found = {
+        "trainings": len(gaps),
+        "merged_nothing": idle,
+        "mean": sum(gaps) / len(gaps),
+        "better": sum(gap > 0 for gap in gaps),
+        "p_seeds": sign_flips_over_seeds(gaps),
+    }
+    if len(gaps) == 1:
+        return found
+    low, high = interval_over_trainings(gaps)
+    return found | {"low": low, "high": high}
 
 
 def _against_finetune(found: dict[str, Any], arm: str) -> list[tuple[str, dict[str, Any]]]:
@@ -117,6 +145,7 @@ def came_out(found: dict[str, Any]) -> str:
         parts.append(
             f"{arm}: {said}; mean {_pooled_mean(row)} over {count} "
             f"pair{'s' if count > 1 else ''} of trainings, {row['better']} of them better ({flips})"
+            + (f"; {row['merged_nothing']} more merged nothing" if row["merged_nothing"] else "")
         )
     return (
         f"Test AUC minus that of going on without merging. {'. '.join(parts)}."
