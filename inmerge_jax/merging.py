@@ -1,5 +1,6 @@
 """In-model merging: mixing the similar kernels of one network (arXiv 2502.20516)."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from inmerge_jax.pairs import (
 )
 
 PARTNERS = ("random", "nearest")
+_IN_TURN = 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -166,6 +168,8 @@ def merge_kernels(
     position = {path: i for i, (path, _) in enumerate(paths_leaves)}
     leaves = [leaf for _, leaf in paths_leaves]
     counts: list[tuple[jax.Array, ...]] = []
+    # Only where some layer is large: DenseNet-121's many small ones took more memory in turn.
+    in_turn = max(math.prod(kernel.shape) for kernel in kernels) >= _IN_TURN
     before = None
     for kernel in kernels:
         i = _locate(kernel, position, leaves)
@@ -174,7 +178,9 @@ def merge_kernels(
             counts.append((none, none, jnp.float32(0)))
             continue
         selected, partner = draw_pairs(key, kernel, rule)
-        weight = in_turn_on_tpu(jnp.asarray(leaves[i]), before)
+        weight = jnp.asarray(leaves[i])
+        if in_turn and before is not None:
+            weight = in_turn_on_tpu(weight, before)
         before, *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
         leaves[i] = before
         counts.append(tuple(count))

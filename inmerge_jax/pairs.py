@@ -46,18 +46,16 @@ def as_rows_on_tpu(
     return lax.platform_dependent(weight, selected, rest, tpu=rows, default=as_is)
 
 
-def in_turn_on_tpu(weight: jax.Array, before: jax.Array | None) -> jax.Array:
+def in_turn_on_tpu(weight: jax.Array, before: jax.Array) -> jax.Array:
     """`weight`, which on TPU is not read before the array `before` has been computed.
 
-    With it layers merge one after the other, and early. Left free, the TPU compiler plans 1 to 8
-    layers' weights more of temporary memory for a step (docs/tpu.md).
+    With it layers merge one after the other. Left free, the TPU compiler plans 1 to 6 layers'
+    weights more of temporary memory for a step of ResNet-18, VGG-19 or ResNet-50.
 
     Args:
       weight: any dtype and shape.
-      before: what the layer merged before it became; None for the first.
+      before: what the layer merged before it became.
     """
-    if before is None:
-        return weight
     return lax.platform_dependent(
         weight,
         before,

@@ -116,18 +116,19 @@ def test_rows_are_in_the_program_for_tpus_alone():
     assert "optimization_barrier" not in program("cpu")
 
 
-def test_on_tpus_alone_each_layer_waits_for_the_one_before():
-    weight, _, _ = case((3, 3, 4, 6), "float32")
-    kernels = [Kernel((jax.tree_util.DictKey(name),), weight.shape, 3) for name in "abc"]
+@pytest.mark.parametrize(("channels", "waiting"), [(512, 2), (256, 0)])
+def test_on_tpus_alone_large_layers_wait_for_the_one_before(channels, waiting):
+    shape = (3, 3, channels, channels)
+    kernels = [Kernel((jax.tree_util.DictKey(name),), shape, 3) for name in "abc"]
 
     def barriers(platform):
         traced = jax.jit(
             lambda w: merging.merge_kernels(w, jax.random.key(0), kernels, MergeRule())
-        ).trace(dict.fromkeys("abc", weight))
+        ).trace(dict.fromkeys("abc", jax.ShapeDtypeStruct(shape, jnp.float32)))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         lines = [line for line in text.splitlines() if "optimization_barrier" in line]
         return [line.partition(" : ")[2].count("tensor") for line in lines]
 
     # One array for each layer's rows, and from the second on the weight with the one before.
-    assert sorted(barriers("tpu")) == [1, 1, 1, 2, 2]
+    assert sorted(barriers("tpu")) == [1] * 3 + [2] * waiting
     assert barriers("cuda") == barriers("cpu") == []

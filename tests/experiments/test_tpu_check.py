@@ -41,7 +41,7 @@ def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
     page = tpu_check.markdown(ROWS)
     for (network, step, quantity), known in tpu_check.KNOWN.items():
         for pair in compared():
-            if (pair.network, pair.row["step"]) != (network, step):
+            if pair.known(quantity) != (network, known) or pair.row["step"] != step:
                 continue
             added = {name: (more, limit) for name, more, limit in pair.added()}
             more, usual = added[quantity]
@@ -72,6 +72,18 @@ def test_a_step_that_does_not_compile_is_a_failure():
     rows[name] |= {"compiles": False, "reason": "the compiler crashed, signal 11"}
     assert tpu_check.failures(rows) == [
         f"{name}: does not compile: the compiler crashed, signal 11"
+    ]
+
+
+def test_a_limit_of_one_chip_is_not_that_of_another():
+    rows = copy.deepcopy(ROWS)
+    name = "resnet18 28 px, {}:2x2, random"
+    for chip in ("v5e", "v6e"):
+        rows[name.format(chip)]["bytes_moved"] = (
+            1.12 * rows[f"resnet18 28 px, {chip}:2x2, plain"]["bytes_moved"]
+        )
+    assert tpu_check.failures(rows) == [
+        "resnet18 28 px, v5e:2x2, random: 12 % more bytes moved, above 9 %"
     ]
 
 
