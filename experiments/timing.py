@@ -48,7 +48,7 @@ def take_turns(
 
 def machine() -> dict[str, Any]:
     """What was measured on, for results that are stored: `environment` without paths and commit."""
-    kept = ("started", "python", "platform", "cpus", "packages", "devices")
+    kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices")
     around = environment()
     return {name: around[name] for name in kept}
 

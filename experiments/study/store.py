@@ -46,7 +46,9 @@ def keep(cell: Cell, places: Places) -> dict[str, Any]:
             when: [_rounded(layer) for layer in similar[when]]
             for when in (("before", "after") if cell.is_backbone else ("after",))
         },
-        "trained": {name: around[name] for name in ("started", "git", "cpus", "packages")},
+        # A run begun by an earlier version has no processor.
+        "trained": {name: around[name] for name in ("started", "git", "cpus", "packages")}
+        | {"processor": around.get("processor")},
     }
     labels = folder / f"labels-{cell.backbone.data}.npz"
     if not labels.exists():

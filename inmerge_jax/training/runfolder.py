@@ -24,16 +24,17 @@ _PACKAGES = (
     "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
     "scikit-learn medmnist tensorflow-datasets torch"
 ).split()
+_VECTORS = ("avx512f", "avx2", "avx")
 _VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
 def environment() -> dict[str, Any]:
     """What this process runs on, as a dict for JSON.
 
-    Keys: started (ISO time with zone), command, python, platform, cpus, packages (name to version,
-    installed ones only), devices (backend, count, kinds, processes), variables (those set that
-    change jax's numbers), git (commit and dirty of the checkout that holds this package; both
-    None where there is none).
+    Keys: started (ISO time with zone), command, python, platform, cpus, processor (see
+    `processor`), packages (name to version, installed ones only), devices (backend, count, kinds,
+    processes), variables (those set that change jax's numbers), git (commit and dirty of the
+    checkout that holds this package; both None where there is none).
     """
     import jax
 
@@ -43,6 +44,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "processor": processor(),
         "packages": dict(_versions()),
         "devices": {
             "backend": jax.default_backend(),
@@ -53,6 +55,27 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "git": _git(Path(__file__).parent),
     }
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The first processor's name and widest vectors: "AMD EPYC, family 25, model 1, avx2", say.
+
+    Speed on CPU depends on both, and so does rounding. None where Linux doesn't tell.
+    """
+    try:
+        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    found = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    if "model name" not in found:
+        return None
+    vectors = [name for name in _VECTORS if name in found.get("flags", "").split()]
+    family = [
+        f"{word.split()[-1]} {found[word]}" for word in ("cpu family", "model") if word in found
+    ]
+    return ", ".join([found["model name"], *family, *vectors[:1]])
 
 
 def open_run(

@@ -87,6 +87,25 @@ def test_environment_describes_this_process():
     assert found["variables"]["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"
+            "flags\t\t: sse avx avx2 fma\n\nprocessor\t: 1\nmodel name\t: Other\n",
+            "AMD EPYC, family 25, model 1, avx2",
+        ),
+        ("model name : Xeon\nflags : avx avx2 avx512f\n", "Xeon, avx512f"),
+        ("processor : 0\nCPU part : 0xd0c\n", None),
+        (None, None),
+    ],
+)
+def test_processor(tmp_path, cpuinfo, expected):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert runfolder.processor(tmp_path / "cpuinfo") == expected
+
+
 def test_git_commit_and_dirt(tmp_path):
     def git(*words):
         who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
