@@ -69,7 +69,7 @@ def came_out(found: dict[str, Any]) -> str:
         )
         parts.append(
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
-            f"against finetune; {said}{batch_statistics.told(group['batch_statistics'])}"
+            f"against finetune; {said}"
         )
     return ". ".join(parts) + "."
 
@@ -77,11 +77,18 @@ def came_out(found: dict[str, Any]) -> str:
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
     could = telling.could_tell(found["groups"], "rule - finetune")
+    return f"{could} No setting was chosen by these test scores: the whole sweep is shown."
+
+
+def notes(found: dict[str, Any]) -> tuple[str, ...]:
+    """What was trained, and what of it is due to lagging batch statistics."""
     return (
-        f"{shared.PAGE_NOTE}. {shared.RULE_NOTE}. {could} No setting was chosen by these test "
-        "scores: the whole sweep is shown. Test scores are those of the running batch statistics, "
-        f"which lag behind weights that jump: the last table tells that apart."
-        f"{telling.one_answer(found['groups'])}"
+        f"{shared.PAGE_NOTE}.",
+        f"{shared.RULE_NOTE}.",
+        "Test scores are those of the running batch statistics, which lag behind weights that "
+        "jump: the last table tells that apart.",
+        *batch_statistics.notes(found["groups"]),
+        telling.one_answer(found["groups"]),
     )
 
 
@@ -133,6 +140,7 @@ QUESTION = Question(
     sure=sure,
     tables=tables,
     figures=figures,
+    notes=notes,
     measure=batch_statistics.measure,
     measured=batch_statistics.measured,
 )

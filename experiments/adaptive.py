@@ -91,11 +91,18 @@ def sure(found: dict[str, Any]) -> str:
     )
     could = telling.could_tell(found["groups"], f"{best} - finetune")
     return (
-        f"{shared.PAGE_NOTE}. {could} The rule was chosen by the best validation AUC of an "
-        f"epoch, which favours a rule that swings; {verdict}. What "
-        "the quantile does for certain is to merge at about its rate, probability times "
+        f"{could} The rule was chosen by the best validation AUC of an epoch, which favours a rule "
+        f"that swings; {verdict}."
+    )
+
+
+def notes(found: dict[str, Any]) -> tuple[str, ...]:
+    """What was trained, and what a quantile does for certain."""
+    return (
+        f"{shared.PAGE_NOTE}.",
+        "What the quantile does for certain is to merge at about its rate, probability times "
         "(1 - quantile), a little less in layers of few kernels, whatever the network; a fixed "
-        "threshold does not."
+        "threshold does not.",
     )
 
 
@@ -144,6 +151,7 @@ QUESTION = Question(
     sure=sure,
     tables=tables,
     figures=figures,
+    notes=notes,
 )
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ def came_out(found: dict[str, Any]) -> str:
             f"{name}: merging against finetune {telling.difference(own['auc'])} AUC, "
             f"{telling.difference(own['acc'])} ACC; told apart from controls (merge minus control, "
             f"p < 0.05 after Holm's correction) {', '.join(apart)}"
-            f"{batch_statistics.told(group['batch_statistics'])}"
         )
     return ". ".join(parts) + "."
 
@@ -72,14 +71,22 @@ def came_out(found: dict[str, Any]) -> str:
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
     could = telling.could_tell(found["groups"], "merge - finetune")
+    return f"{could} All controls had the same backbone, batches and epochs."
+
+
+def notes(found: dict[str, Any]) -> tuple[str, ...]:
+    """What was trained, and what of it is due to lagging batch statistics."""
     return (
-        f"{shared.PAGE_NOTE}. {shared.RULE_NOTE}. All controls had the same backbone, batches and "
-        "epochs. Any, least similar, noise and perturb act at each update on the kernels that the "
-        "rule would merge in their own weights: the same at the first, later more or fewer, as "
-        "the column merged shows, because what is mixed grows alike. Test scores are those of the "
-        "running batch statistics, as trained. Where weights jump these lag behind, and the last "
-        "table tells that from harm to the weights themselves, for which alone similarity could "
-        f"matter. {could}{telling.one_answer(found['groups'])}"
+        f"{shared.PAGE_NOTE}.",
+        f"{shared.RULE_NOTE}.",
+        "Any, least similar, noise and perturb act at each update on the kernels that the rule "
+        "would merge in their own weights: the same at the first, later more or fewer, as the "
+        "column merged shows, because what is mixed grows alike.",
+        "Test scores are those of the running batch statistics, as trained. Where weights jump "
+        "these lag behind, and the last table tells that from harm to the weights themselves, for "
+        "which alone similarity could matter.",
+        *batch_statistics.notes(found["groups"]),
+        telling.one_answer(found["groups"]),
     )
 
 
@@ -134,6 +141,7 @@ QUESTION = Question(
     sure=sure,
     tables=tables,
     figures=figures,
+    notes=notes,
     measure=batch_statistics.measure,
     measured=batch_statistics.measured,
 )

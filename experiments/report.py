@@ -41,6 +41,7 @@ def build(output: Path) -> Path:
             "question": question,
             "lines": telling.lines(question, stored),
             "tables": question.tables(stored["analysis"]),
+            "notes": telling.notes(question, stored),
             "figures": question.figures(stored["analysis"]),
             "cells": cell_rows(question),
         }

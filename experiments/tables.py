@@ -4,7 +4,9 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments import chestxray14_input as chestxray14_rates
 from experiments import fidelity, kills, scaling, soak, tpu_check
@@ -18,19 +20,40 @@ RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / pages.FIGURES
 
 
-def benchmark_table(path: Path) -> str:
-    """The benchmark's rows as Markdown; those without a target are there for information."""
-    stored = json.loads(path.read_bytes())
+def benchmark_table(path: Path, earlier: Path) -> str:
+    """The benchmark's rows as Markdown; those without a target are there for information.
+
+    Args:
+      path: what the benchmark stored.
+      earlier: what it stored on another machine, whose values stand in the last two columns.
+    """
+    stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
+    old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
     met = {True: "yes", False: "**no**", None: ""}
-    lines = ["| measured | median times | quantity | value | target | met |", "| --- " * 6 + "|"]
+    lines = [
+        "| measured | median times | quantity | value | target | met | earlier | met |",
+        "| --- " * 8 + "|",
+    ]
     for section in stored.values():
         for row in section["rows"]:
             medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
+            same = old.get((row["name"], row["quantity"]))
+            beside = "|  |  |" if same is None else f"| {same['value']:.3g} | {met[same['met']]} |"
             lines.append(
                 f"| {row['name']} | {medians} | {row['quantity']} | {row['value']:.3g} "
-                f"| {row['target'] or ''} | {met[row['met']]} |"
+                f"| {row['target'] or ''} | {met[row['met']]} {beside}"
             )
-    return "\n".join(lines) + "\n"
+    where = [
+        f"{what}: {', '.join(sorted({_machine(part) for part in sections.values()}))}."
+        for what, sections in (("Measured on", stored), ("Earlier", before))
+    ]
+    return "\n".join(lines) + "\n\n" + " ".join(where) + "\n"
+
+
+def _machine(section: Mapping[str, Any]) -> str:
+    around = section["environment"]
+    processor = around.get("processor") or "a processor that was not recorded"
+    return f"{around['cpus']} cores of {processor} ({around['started'][:10]})"
 
 
 def _time(seconds: float) -> str:
@@ -55,7 +78,9 @@ def chestxray14_input(path: Path) -> str:
 
 SOURCES = {
     "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
-    "benchmark": lambda: benchmark_table(RESULTS / "benchmark.json"),
+    "benchmark": lambda: benchmark_table(
+        RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
+    ),
     "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),

@@ -133,11 +133,20 @@ def told(found: Mapping[str, Any]) -> str:
         return f"{min(values):.3f} to {max(values):.3f}"
 
     return (
-        f"; on validation images the arms have ACC {ends('running', 'acc')} and AUC "
+        f"on validation images the arms have ACC {ends('running', 'acc')} and AUC "
         f"{ends('running', 'auc')} with the running batch statistics, and ACC "
         f"{ends('renewed', 'acc')} and AUC {ends('renewed', 'auc')} where these are averaged anew "
         "for the same weights"
     )
+
+
+def notes(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`told` of each group of a question."""
+    return [
+        f"{name}: {text}."
+        for name, group in groups.items()
+        if (text := told(group["batch_statistics"]))
+    ]
 
 
 def table(groups: Mapping[str, Mapping[str, Any]]) -> Table:

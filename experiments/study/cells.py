@@ -61,13 +61,14 @@ class Backbone:
 
     Attributes:
       data: name in `datasets.SOURCES`.
-      model: of `create_model`, with the small stem.
+      model: of `create_model`.
       seed: of the weights and of the batches.
       epochs: how many.
       width: factor on the channels.
       optimizer: "adam" at 1e-3, or "sgd" at 0.05 with momentum 0.9 and weight decay 1e-4; either
         with the MedMNIST benchmark's recipe in all else.
       learning_rate: of the first epoch, in place of the optimizer's own.
+      stem: of the network.
     """
 
     data: str
@@ -77,6 +78,7 @@ class Backbone:
     width: float = 1.0
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float | None = None
+    stem: Literal["small", "imagenet"] = "small"
 
     @property
     def rate(self) -> float:
@@ -114,6 +116,9 @@ class Cell:
             "width": float(self.backbone.width),
             "learning_rate": self.backbone.rate,
         }
+        # Not named where it is small, as in the hashes of cells that were kept before it was here.
+        if self.backbone.stem == "small":
+            del found["backbone"]["stem"]
         if not self.is_backbone:
             found |= {
                 "epochs": self.epochs,

@@ -5,14 +5,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments.study.cells import Cell, with_backbones
+from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Kept, Question
 from inmerge_jax.errors import InputError
 
@@ -29,6 +29,7 @@ class StudyConfig:
       data_dir: Folder that holds medmnist/ and nih/.
       output: Folder of the runs.
       data: Data sets to train on, such as breastmnist; all of the question's by default.
+      models: Networks to train, such as resnet18; likewise.
       seeds: Train the first so many seeds alone.
       only: Train these cells alone, by hash, even if they are kept, and compare with what is kept.
       minutes: Begin no cell after so many; the answer is then that of the cells finished so far.
@@ -42,6 +43,7 @@ class StudyConfig:
     data_dir: Path = Path("../shared/data")
     output: Path = Path("runs/study")
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     seeds: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HASH ...")] = ()
     minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
@@ -51,6 +53,11 @@ class StudyConfig:
     parallel: Literal["batches", "seeds"] = "batches"
 
 
+# The option, what is given for it, and what of a backbone it chooses by.
+_CHOICES: tuple[tuple[str, Callable[..., tuple[str, ...]], Callable[[Backbone], str]], ...] = (
+    ("data", lambda config: config.data, lambda start: start.data),
+    ("models", lambda config: config.models, lambda start: start.model),
+)
 _DESCRIPTION = inspect.cleandoc(StudyConfig.__doc__ or "").split("\n\nAttributes:")[0]
 
 
@@ -137,8 +144,15 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Cell, ...]:
     """The cells that the options name; the whole grid without any.
 
     Raises:
-      InputError: the question has no cell of such a hash.
+      InputError: the question has no cell of such a hash, data set or network.
     """
+    for option, wanted, of in _CHOICES:
+        has = dict.fromkeys(of(cell.backbone) for cell in question.cells)
+        for name in wanted(config):
+            if name not in has:
+                raise InputError(
+                    f"--{option} {name}: {question.name} has none of these; it has {', '.join(has)}"
+                )
     known = {cell.hash: cell for cell in with_backbones(question.cells)}
     for one in config.only:
         if one not in known:
@@ -151,7 +165,9 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Cell, ...]:
         cell
         for cell in question.cells
         if (config.seeds is None or cell.backbone.seed < config.seeds)
-        and (not config.data or cell.backbone.data in config.data)
+        and all(
+            not wanted(config) or of(cell.backbone) in wanted(config) for _, wanted, of in _CHOICES
+        )
     )
 
 

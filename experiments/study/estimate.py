@@ -25,14 +25,24 @@ _GFLOPS = 60
 """Of two CPU cores in training, for networks of which no cell of any data set is kept yet."""
 
 
-def seconds_per_image(cells: Iterable[Cell], kept: Path) -> dict[tuple[str, str, float], float]:
-    """Of kept cells, by data set, network and width."""
-    found: dict[tuple[str, str, float], list[float]] = {}
+Network = tuple[str, str, float, str]
+"""Data set, model, width and stem: what decides a step's operations."""
+
+
+def network(start: Backbone) -> Network:
+    """That of a backbone."""
+    return start.data, start.model, start.width, start.stem
+
+
+def seconds_per_image(cells: Iterable[Cell], kept: Path) -> dict[Network, float]:
+    """Of kept cells, by network."""
+    found: dict[Network, list[float]] = {}
     for cell in cells:
         record = store.read(cell, kept)
         if record is not None:
-            key = cell.backbone.data, cell.backbone.model, cell.backbone.width
-            found.setdefault(key, []).append(record["result"]["seconds"] / images_of(cell))
+            found.setdefault(network(cell.backbone), []).append(
+                record["result"]["seconds"] / images_of(cell)
+            )
     return {key: float(np.median(rates)) for key, rates in found.items()}
 
 
@@ -44,7 +54,7 @@ def operations_per_image(start: Backbone) -> float:
     from inmerge_jax.models import create_model
 
     size = datasets.SOURCES[start.data].config.size
-    model = create_model(start.model, 10, stem="small", width=start.width)
+    model = create_model(start.model, 10, stem=start.stem, width=start.width)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     key = jax.random.key(0)
     weights = jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, image)
@@ -53,13 +63,11 @@ def operations_per_image(start: Backbone) -> float:
     return 3 * operations["flops"]
 
 
-def guess_seconds_per_image(
-    start: Backbone, known: Mapping[tuple[str, str, float], float]
-) -> float:
+def guess_seconds_per_image(start: Backbone, known: Mapping[Network, float]) -> float:
     """From the same network's speed on data sets with kept cells, else that of two CPU cores."""
     speeds = [
-        operations_per_image(replace(start, data=data)) / seconds
-        for (data, model, width), seconds in known.items()
+        operations_per_image(replace(start, data=data, stem=stem)) / seconds
+        for (data, model, width, stem), seconds in known.items()
         if (model, width) == (start.model, start.width)
     ]
     speed = float(np.median(speeds)) if speeds else _GFLOPS * 1e9
@@ -110,7 +118,7 @@ def show(
     total, guesses = 0.0, 0
     guessed: dict[Any, float] = {}
     for cell in left:
-        key = cell.backbone.data, cell.backbone.model, cell.backbone.width
+        key = network(cell.backbone)
         mark = ""
         if key not in known:
             if key not in guessed:

@@ -25,8 +25,10 @@ def main_table() -> str:
         return "Not answered yet.\n"
     said = dict(telling.lines(question, stored))
     arms, from_finetune, *_ = question.tables(stored["analysis"])
-    parts = [said["What came out"], markdown_table(arms), markdown_table(from_finetune)]
-    parts += [f"{said['How sure']}\n\n*Run:* {said['What was run']}"]
+    notes = "".join(f"- {note}\n" for note in telling.notes(question, stored))
+    parts = [said["What came out"], said["How sure"]]
+    parts += [markdown_table(from_finetune), markdown_table(arms)]
+    parts += [f"{notes}- Run: {said['What was run']}"]
     return "\n\n".join(parts) + "\n"
 
 

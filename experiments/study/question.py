@@ -33,6 +33,7 @@ class Question:
       sure: one line, likewise.
       tables: likewise.
       figures: likewise.
+      notes: sentences below the tables, likewise: what a reader of these must know.
       measure: what is done with the trained networks, before the analysis; None for nothing. It
         needs their weights, so cells are trained for it even if their figures are kept.
       measured: whether that has been done with a cell, of which the places are given too.
@@ -48,6 +49,7 @@ class Question:
     sure: Callable[[dict[str, Any]], str]
     tables: Callable[[dict[str, Any]], list[Table]]
     figures: Callable[[dict[str, Any]], list[Plot]]
+    notes: Callable[[dict[str, Any]], Sequence[str]] = lambda found: ()
     measure: Callable[[Sequence[Cell], Any], None] | None = None
     measured: Callable[[Cell, Any], bool] = lambda cell, places: True
 

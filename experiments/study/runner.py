@@ -326,7 +326,7 @@ def _plan(backbone: Any, places: Places) -> Plan:
     options = OPTIMIZERS[backbone.optimizer]
     config = TrainConfig(
         data=datasets.config_of(backbone.data, places.data, places.built),
-        model=ModelConfig(name=backbone.model, width=backbone.width),
+        model=ModelConfig(name=backbone.model, stem=backbone.stem, width=backbone.width),
         recipe=RecipeConfig(
             name="medmnist",
             epochs=backbone.epochs,

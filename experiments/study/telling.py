@@ -25,6 +25,8 @@ AGAINST_FINETUNE = (
     "Holm's correction over the table; images: p of permuting test images alone"
 )
 STUCK = 0.99
+NEEDED = 0.01
+"""The difference in AUC that the study would like to see."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours."""
 
@@ -35,12 +37,17 @@ def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str
     cells = f"{stored['finished']} cells"
     if stored["finished"] < stored["planned"]:
         cells += f" of {stored['planned']} that are planned: this answer is not complete"
-    dirty = " (+: with changes not committed)" if "+" in "".join(around["commits"]) else ""
+    commits, dirty = (
+        around["commits"],
+        " or with changes to it" if "+" in str(around["commits"]) else "",
+    )
+    code = f"commit {commits[0].rstrip('+')}{dirty}"
+    if len(commits) > 1:
+        code = f"the code of {len(commits)} commits, each named in its cell's file"
     run = (
         f"{stored['command']}; {' or '.join(map(str, around['cpus']))} CPU cores, jax "
         f"{' and '.join(around['jax'])}, from {around['first'][:10]} to {around['last'][:10]}, "
-        f"commits {', '.join(around['commits'])}{dirty}; {stored['seconds'] / 3600:.1f} h of "
-        f"training in {cells}"
+        f"{code}; {stored['seconds'] / 3600:.1f} h of training in {cells}"
     )
     return (
         ("What was asked", question.asked),
@@ -54,7 +61,12 @@ def report(question: Question, stored: Mapping[str, Any]) -> tables.Report:
     """The answer in the form of a run's report."""
     told = tuple(f"{name}: {text}" for name, text in lines(question, stored))
     found = question.tables(stored["analysis"])
-    return tables.Report(question.title, tuple(found), told)
+    return tables.Report(question.title, tuple(found), told + notes(question, stored))
+
+
+def notes(question: Question, stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands below the tables."""
+    return tuple(note for note in question.notes(stored["analysis"]) if note)
 
 
 def to_rich(question: Question, stored: Mapping[str, Any]) -> Group:
@@ -68,11 +80,12 @@ def to_markdown(question: Question, stored: Mapping[str, Any], figures: str) -> 
     parts = [said]
     for table in question.tables(stored["analysis"]):
         parts.append(tables.markdown_table(table))
+    parts.append("\n".join(f"- {note}" for note in notes(question, stored)))
     for index, plot in enumerate(question.figures(stored["analysis"])):
         parts.append(
             f"![{plot.label}]({figures}/{figure_name(question, index)})\n\n*{plot.caption}*"
         )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def figure_name(question: Question, index: int) -> str:
@@ -81,28 +94,32 @@ def figure_name(question: Question, index: int) -> str:
 
 
 def could_tell(groups: Mapping[str, Any], pair: str) -> str:
-    """What each group could have told of a pair's AUC, and the warning where there is one seed."""
-    parts = []
-    for name, group in groups.items():
-        row = group["differences"].get(pair)
-        if row is None:
-            continue
-        count = len(row["auc"]["seeds"])
-        seeds = "1 seed" if count == 1 else f"{count} seeds"
-        needed = TO_BE_TOLD / Z * row["auc"]["half_width"]
-        parts.append(f"{name} {needed:.3f} ({group['images']:,} images, {seeds})")
+    """How large a difference could have been told, and a warning where there is one seed."""
+    rows = {
+        name: group["differences"][pair]["auc"]
+        for name, group in groups.items()
+        if pair in group["differences"]
+    }
+    needed = {name: could_be_told(row) for name, row in rows.items()}
+    coarse = [name for name, size in needed.items() if size > NEEDED]
     text = (
-        "Differences in AUC that would be told from none four times out of five "
-        f"({TO_BE_TOLD / Z:.2f} times half the 95 % interval; more after Holm's correction): "
-        f"{'; '.join(parts)}. Where that is above 0.01, a difference of 0.01 may well have been "
-        "missed."
+        "A difference in test AUC would be told from none four times out of five if it were as "
+        f"large as the column 'could tell' says, here {min(needed.values()):.3f} to "
+        f"{max(needed.values()):.3f}, or larger after Holm's correction"
     )
+    if coarse:
+        text += f"; one of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"
     few = any(
         len(row["auc"]["seeds"]) == 1
         for group in groups.values()
         for row in group["differences"].values()
     )
-    return f"{text} {ONE_SEED}" if few else text
+    return f"{text}. {ONE_SEED}" if few else f"{text}."
+
+
+def could_be_told(row: Mapping[str, Any]) -> float:
+    """The difference that is told from none four times out of five, by its interval's width."""
+    return TO_BE_TOLD / Z * row["half_width"]
 
 
 def mean_sd(row: Mapping[str, Any]) -> str:
@@ -135,12 +152,14 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         if against not in found["arms"]:
             continue
         base = found["arms"][against]
-        blank = ("",) * 4
+        blank = ("",) * 5
         count = str(len(base["auc"]["seeds"]))
-        rows.append((group, count, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
+        words = f"{group} ({found['images']:,} images)"
+        rows.append((words, count, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
         for arm, values in minus(found, against).items():
             share = found["merged"].get(arm)
+            same = share == 0 and against == "finetune"
             rows.append(
                 (
                     arm,
@@ -148,7 +167,8 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    *_three(values["auc"], same := share == 0 and against == "finetune"),
+                    "" if same else f"{could_be_told(values['auc']):.3f}",
+                    *_three(values["auc"], same),
                     _three(values["acc"], same)[1],
                 )
             )
@@ -159,6 +179,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         "merged",
         "test AUC",
         "test ACC",
+        "could tell",
         "p, AUC",
         "Holm",
         "images",
@@ -192,40 +213,43 @@ def one_answer(groups: Mapping[str, Any]) -> str:
     if not found:
         return ""
     return (
-        f" Networks that give at least {STUCK:.0%} of the test images the same class, whose ACC is "
+        f"Networks that give at least {STUCK:.0%} of the test images the same class, whose ACC is "
         f"that class's share and tells nothing else (seeds): {'; '.join(found)}."
     )
 
 
 def never_merged(groups: Mapping[str, Any], arms: Sequence[str]) -> str:
     """Names the arms that were to merge and did not, once; "" where there are none."""
-    found = [
-        f"{arm} on {name}"
-        for name, group in groups.items()
-        for arm in arms
-        if group["merged"].get(arm) == 0
-    ]
+    found = []
+    for arm in arms:
+        idle = [name for name, group in groups.items() if group["merged"].get(arm) == 0]
+        if idle:
+            found.append(f"{arm} on {'; '.join(idle)}")
     if not found:
         return ""
     return (
-        f" NOTHING WAS MERGED by {'; '.join(found)}: no pair that was compared passed the "
+        f"NOTHING WAS MERGED by {'; by '.join(found)}: no pair that was compared passed the "
         "threshold, so that arm is finetune itself."
     )
 
 
 def in_shortcuts(groups: Mapping[str, Any], arms: Sequence[str]) -> str:
     """Says how many merges were in 1x1 shortcuts; "" where no network has them."""
-    found = [
-        f"{arm} on {name} {row['merged']:.0%} (they have {row['kernels']:.0%} of the kernels)"
-        for name, group in groups.items()
-        for arm in arms
-        if (row := group["shortcuts"].get(arm)) and row["kernels"]
-    ]
+    found = []
+    for arm in arms:
+        rows = {name: group["shortcuts"].get(arm) for name, group in groups.items()}
+        shares = [
+            f"{name} {row['merged']:.0%} of {row['kernels']:.0%}"
+            for name, row in rows.items()
+            if row and row["kernels"]
+        ]
+        if shares:
+            found.append(f"{arm}: {', '.join(shares)}")
     if not found:
         return ""
     return (
-        " Of all merges, those in 1x1 shortcuts, whose kernels have few weights: "
-        f"{'; '.join(found)}."
+        "Share of all merges that was in 1x1 shortcuts, whose kernels have few weights, of the "
+        f"kernels' share that they have. {'. '.join(found)}."
     )
 
 

@@ -66,3 +66,11 @@ def test_a_grids_arms_are_told_apart_by_name(question):
     for cell in with_backbones(question.cells):
         key = (cell.backbone, cell.arm)
         assert seen.setdefault(key, cell.hash) == cell.hash
+
+
+def test_a_small_stem_is_not_named_so_that_older_hashes_stand():
+    start = Backbone("chestxray14", "vgg16", 0, 4)
+    assert Cell(start).hash == "9927e1e683"
+    other = Cell(dataclasses.replace(start, stem="imagenet"))
+    assert other.hash != Cell(start).hash
+    assert other.described()["backbone"]["stem"] == "imagenet"

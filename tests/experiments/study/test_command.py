@@ -1,5 +1,6 @@
 """A question's command line, from nothing to an answer that names what it lacks."""
 
+import dataclasses
 import json
 
 import pytest
@@ -103,5 +104,29 @@ def test_help_and_bad_input(options, capsys):
     assert "--dry-run" in text and "What?" in text
     assert run(options, "--only", "0000") == 2
     assert "--only 0000: medmnist has no cell of that hash" in capsys.readouterr().err
+    assert run(options, "--data", "breast") == 2
+    assert "--data breast: medmnist has none of these; it has phantom" in capsys.readouterr().err
+    assert run(options, "--models", "vgg11", "resnet") == 2
+    assert "--models resnet: medmnist has none of these; it has vgg11" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(["--parallel", "nothing"])
+
+
+def test_cells_are_chosen_by_data_network_and_seed():
+    grid = tuple(
+        Cell(Backbone(data, model, seed, 1))
+        for data in ("phantom", "breastmnist")
+        for model in ("vgg11", "resnet18")
+        for seed in (0, 1)
+    )
+    question = dataclasses.replace(QUESTION, cells=grid)
+
+    def found(**options):
+        cells = command.chosen(question, command.StudyConfig(**options))
+        return {(c.backbone.data, c.backbone.model, c.backbone.seed) for c in cells}
+
+    assert len(found()) == 8
+    assert found(data=("phantom",), seeds=1) == {("phantom", m, 0) for m in ("vgg11", "resnet18")}
+    assert found(models=("resnet18",), data=("phantom", "breastmnist"), seeds=1) == {
+        (data, "resnet18", 0) for data in ("phantom", "breastmnist")
+    }

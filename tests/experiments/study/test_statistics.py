@@ -116,6 +116,35 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 0.87 <= hits / trials <= 0.995
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_permuting_images_gives_what_exchanging_ranks_one_by_one_gives(task):
+    labels, scores = make_scores(task, images=30, seeds=4, skill=0.5)
+    found = statistics.permutation_over_images(
+        labels, scores[:2], scores[2:], task, np.random.default_rng(5), permutations=40
+    )
+    ranks = stats.rankdata(scores, axis=1)
+    rng = np.random.default_rng(5)
+
+    def gap(swap):
+        a = np.where(swap[:, None], ranks[2:], ranks[:2])
+        b = np.where(swap[:, None], ranks[:2], ranks[2:])
+        aucs = [[compute_metrics(labels, one, task).auc for one in arm] for arm in (a, b)]
+        return np.mean(aucs[0]) - np.mean(aucs[1])
+
+    seen = gap(np.zeros(30, bool))
+    extreme = [abs(gap(rng.random(30) < 0.5)) >= abs(seen) - 1e-12 for _ in range(40)]
+    assert found["auc"] == pytest.approx((1 + sum(extreme)) / 41)
+    assert 0 < found["acc"] <= 1
+
+
+def test_permuting_images_without_any_auc_tells_nothing():
+    labels, (scores, _) = np.zeros(8, np.int32), make_scores("binary-class", images=8)[1]
+    found = statistics.permutation_over_images(
+        labels, scores[None], scores[None, ::-1], "binary-class", np.random.default_rng(0), 20
+    )
+    assert found["auc"] == 1
+
+
 def test_equal_arms_have_p_1_and_zero_differences():
     labels, scores = make_scores("multi-class")
     found = statistics.compare(

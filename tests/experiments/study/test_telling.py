@@ -29,7 +29,23 @@ def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
 
     assert telling.ONE_SEED in telling.could_tell({"data": group(1)}, "a - b")
     text = telling.could_tell({"data": group(2)}, "a - b")
-    assert telling.ONE_SEED not in text and "data 0.071 (50 images, 3 seeds)" in text
+    assert telling.ONE_SEED not in text and text.endswith("may well have been missed on data.")
+    assert "here 0.071 to 0.071" in text
+
+
+def test_what_could_be_told_stands_in_the_table():
+    metrics = {"auc": difference(3, 0.2), "acc": difference(3, 0.2)}
+    rows = {name: {**row, "p": 0.1, "p_images": 0.1, "sd": 0.02} for name, row in metrics.items()}
+    group = {
+        "images": 1050,
+        "arms": {"b": rows},
+        "differences": {"a - b": rows},
+        "merged": {"a": 0.25},
+    }
+    table = telling.difference_table("title", {"data": group}, "b")
+    column = table.columns.index("could tell")
+    assert [row[column] for row in table.rows] == ["", "0.071"]
+    assert table.rows[0][0] == "data (1,050 images)"
 
 
 def test_networks_that_know_one_class_are_named():
@@ -88,5 +104,5 @@ def test_merges_in_shortcuts_are_counted_and_told():
         "plain": {"shortcuts": {"a": {"merged": 0.0, "kernels": 0.0}}},
     }
     text = telling.in_shortcuts(groups, ("a", "b"))
-    assert text.endswith("few weights: a on residual 75% (they have 25% of the kernels).")
+    assert text.endswith("a: residual 75% of 25%.")
     assert telling.in_shortcuts({"plain": groups["plain"]}, ("a",)) == ""
