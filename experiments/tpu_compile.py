@@ -6,9 +6,7 @@ A process of its own for each case: `experiments.tpu_check` starts them.
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,19 +15,9 @@ from typing import Any, Literal
 
 import tyro
 
+from experiments.tpu_listing import collectives, main_memory_bytes
 from inmerge_jax.files import write_json
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "collective-permute",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-broadcast",
-)
-_OPERATION = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _WITHOUT_TPU = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -90,34 +78,6 @@ class CompileConfig:
     known: str = ""
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Number and bytes of the collectives in a compiled module's text, by kind.
-
-    The bytes are those of the results; an asynchronous operation counts where it starts, and its
-    result alone, which comes after the operand in the tuple that starts it.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for result, kind, start in _OPERATION.findall(text):
-        arrays = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(result)]
-        if start and kind != "all-reduce":
-            arrays = _started(arrays)
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += sum(arrays)
-    return found
-
-
-def _started(arrays: list[int]) -> list[int]:
-    """The results among a starting operation's operands, results and 4-byte context values."""
-    arrays = [size for size in arrays if size > 4] or arrays
-    return arrays[len(arrays) // 2 :]
-
-
-def _bytes(dtype: str, shape: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
-    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
-
-
 def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
     """Lowers the step and, unless it is the `known` program, compiles it.
 
@@ -158,6 +118,7 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         name: getattr(memory, f"{name}_size_in_bytes")
         for name in ("argument", "output", "alias", "temp", "generated_code")
     }
+    listing = compiled.as_text()
     held = sizes["argument"] + sizes["output"] - sizes["alias"]
     return row | {
         "compiles": True,
@@ -165,7 +126,8 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         "flops": cost["flops"],
         "bytes_moved": cost["bytes accessed"],
         "memory": sizes | {"total": held + sizes["temp"] + sizes["generated_code"]},
-        "collectives": collectives(compiled.as_text()),
+        "main_memory_bytes": main_memory_bytes(listing),
+        "collectives": collectives(listing),
     }
 
 

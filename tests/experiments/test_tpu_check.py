@@ -7,7 +7,7 @@ import pytest
 
 from experiments import tpu_check
 from experiments.tables import RESULTS
-from experiments.tpu_compile import collectives
+from experiments.tpu_listing import collectives, main_memory_bytes
 from inmerge_jax.errors import InputError
 
 PATH = RESULTS / "tpu_check.json"
@@ -44,6 +44,9 @@ def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
             if pair.known(quantity) != (network, known) or pair.row["step"] != step:
                 continue
             added = {name: (more, limit) for name, more, limit in pair.added()}
+            if quantity not in added:  # A row from before that count.
+                assert quantity == tpu_check.MAIN_MEMORY and "main_memory_bytes" not in pair.row
+                continue
             more, usual = added[quantity]
             assert known.limit > usual
             assert more <= usual or f"{network}, {step}, {quantity}: {known.why}" in page
@@ -121,3 +124,58 @@ def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: None)
     assert tpu_check.main(["--output", str(tmp_path / "rows.json")]) == 2
     assert "make tpu-check" in capsys.readouterr().err
+
+
+LISTING = """HloModule jit_step
+
+%fused_computation (param_0: f32[4,8]) -> f32[4,8] {
+  %param_0 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  ROOT %negate.1 = f32[4,8]{1,0:T(8,128)} negate(%param_0)
+}
+
+%body (state: (f32[16], f32[16])) -> (f32[16], f32[16]) {
+  %state = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) parameter(0)
+  %first = f32[16]{0:T(128)} get-tuple-element(%state), index=0
+  %second = f32[16]{0:T(128)S(1)} get-tuple-element(%state), index=1
+  %sum = f32[16]{0:T(128)} add(%first, %second)
+  ROOT %next = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) tuple(%sum, %second)
+}
+
+%more (state: (f32[16], f32[16])) -> pred[] {
+  %state.1 = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) parameter(0)
+  ROOT %true = pred[]{:T(256)} constant(true)
+}
+
+ENTRY %main (a: f32[4,8], b: bf16[16]) -> f32[4,8] {
+  %a = f32[4,8]{1,0:T(8,128)} parameter(0), sharding={replicated}
+  %b = bf16[16]{0:T(128)(2,1)} parameter(1)
+  %copy-start.1 = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = f32[4,8]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((f32[4,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={}
+  %slice-done.1 = f32[1,8]{1,0:S(1)} slice-done(%slice-start.1)
+  %fusion.1 = f32[4,8]{1,0:T(8,128)S(1)} fusion(%copy-done.1), kind=kLoop, calls=%fused_computation
+  %reduce.1 = f32[16]{0:T(128)} convert(%b)
+  %fast = f32[16]{0:T(128)S(1)} copy(%reduce.1)
+  %pair = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) tuple(%reduce.1, %fast)
+  %while.1 = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) while(%pair), condition=%more, body=%body
+  ROOT %psum.1 = f32[4,8]{1,0:T(8,128)} all-reduce(%fusion.1), channel_id=1, to_apply=%add
+}
+"""
+
+
+def test_main_memory_is_what_is_not_in_fast_memory():
+    copied, sliced, converted, fast, summed, result = 4 * 32, 4 * 8, 2 * 16 + 4 * 16, 64, 128, 128
+    assert main_memory_bytes(LISTING) == copied + sliced + converted + fast + summed + result
+
+
+def test_main_memory_has_the_limit_of_bytes_and_older_rows_have_none():
+    rows = copy.deepcopy(ROWS)
+    names = [f"vgg19 224 px, v6e:2x2, {step}" for step in ("plain", "random")]
+    for name, count in zip(names, (100, 103), strict=True):
+        rows[name]["main_memory_bytes"] = count
+    assert tpu_check.failures(rows) == [
+        "vgg19 224 px, v6e:2x2, random: 3 % more bytes of main memory, above 2 %"
+    ]
+    assert "+3.00 %*, 0.0 passes" in tpu_check.markdown(rows)
+    del rows[names[0]]["main_memory_bytes"]
+    assert tpu_check.failures(rows) == []
