@@ -42,8 +42,9 @@ TAKES_A_CPU_ROUTE = set(SHAPES) - {"imagenet stem"}
 # One for each route on CPU, and one that has none.
 BRIEFLY = ("one pixel", "small and strided", "large", "stride 3", "imagenet stem", "odd tiles")
 TILES = [case for case in SHAPES if "tiles" in case]
-# Rounding, relative to the largest value. The tiles' differences cancel part of what they add up.
-TOLERANCE = {case: 3e-5 if case in TILES else 1e-5 for case in SHAPES}
+# Rounding, relative to the largest value; it differs from one processor to the next. The tiles'
+# differences cancel part of what they add up. In float64 all agree to 1e-12, see below.
+TOLERANCE = {case: 1e-4 if case in TILES else 1e-5 for case in SHAPES}
 
 
 def draw(batch, height, width, inputs, outputs, window, dtype=jnp.float32):

@@ -214,7 +214,7 @@ def test_unknown_cells_and_data(trained):
     assert command.chosen(question, one) == (CELLS[1],)
     assert command.chosen(question, command.StudyConfig(seeds=1)) == CELLS
     assert command.chosen(question, command.StudyConfig(seeds=0)) == ()
-    assert command.chosen(question, command.StudyConfig(data=("breastmnist",))) == ()
+    assert command.chosen(question, command.StudyConfig(data=("phantom",))) == CELLS
     bad = Cell(dataclasses.replace(START, data="nothing"))
     with pytest.raises(InputError, match="data set nothing: unknown; choose one of"):
         runner.run_cell(bad, places, None)
