@@ -14,13 +14,12 @@ from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
 from experiments.study.statistics import TO_BE_TOLD, expected_resolution
+from experiments.study.telling import NEEDED
 from inmerge_jax.errors import InputError
 
 SEED_SD = 0.02
 CORRELATION = 0.9
 AUC, ACC = 0.9, 0.85
-NEEDED = 0.01
-"""The difference that the study would like to see."""
 _GFLOPS = 60
 """Of two CPU cores in training, for networks of which no cell of any data set is kept yet."""
 

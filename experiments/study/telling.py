@@ -37,11 +37,8 @@ def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str
     cells = f"{stored['finished']} cells"
     if stored["finished"] < stored["planned"]:
         cells += f" of {stored['planned']} that are planned: this answer is not complete"
-    commits, dirty = (
-        around["commits"],
-        " or with changes to it" if "+" in str(around["commits"]) else "",
-    )
-    code = f"commit {commits[0].rstrip('+')}{dirty}"
+    commits = around["commits"]
+    code = f"commit {commits[0]}"
     if len(commits) > 1:
         code = f"the code of {len(commits)} commits, each named in its cell's file"
     run = (
