@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import tpu_check
+from experiments import tpu_check, tpu_limits
 from experiments.tables import RESULTS
 from experiments.tpu_listing import collectives, main_memory_bytes
 from inmerge_jax.errors import InputError
@@ -15,7 +15,7 @@ ROWS = tpu_check.read(PATH)
 
 
 def compared():
-    return [pair for pair in tpu_check.comparisons(ROWS)]
+    return [pair for pair in tpu_limits.comparisons(ROWS)]
 
 
 def changed(**changes):
@@ -28,7 +28,7 @@ def changed(**changes):
 
 
 def test_the_stored_rows_keep_their_limits():
-    assert compared() and tpu_check.failures(ROWS) == []
+    assert compared() and tpu_limits.failures(ROWS) == []
 
 
 def test_merging_adds_no_collective():
@@ -39,13 +39,13 @@ def test_merging_adds_no_collective():
 
 def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
     page = tpu_check.markdown(ROWS)
-    for (network, step, quantity), known in tpu_check.KNOWN.items():
+    for (network, step, quantity), known in tpu_limits.KNOWN.items():
         for pair in compared():
             if pair.known(quantity) != (network, known) or pair.row["step"] != step:
                 continue
             added = {name: (more, limit) for name, more, limit in pair.added()}
             if quantity not in added:  # A row from before that count.
-                assert quantity == tpu_check.MAIN_MEMORY and "main_memory_bytes" not in pair.row
+                assert quantity == tpu_limits.MAIN_MEMORY and "main_memory_bytes" not in pair.row
                 continue
             more, usual = added[quantity]
             assert known.limit > usual
@@ -73,7 +73,7 @@ def test_a_step_that_does_not_compile_is_a_failure():
     name = "resnet18 28 px, v6e:2x2, random"
     rows = copy.deepcopy(ROWS)
     rows[name] |= {"compiles": False, "reason": "the compiler crashed, signal 11"}
-    assert tpu_check.failures(rows) == [
+    assert tpu_limits.failures(rows) == [
         f"{name}: does not compile: the compiler crashed, signal 11"
     ]
 
@@ -85,7 +85,7 @@ def test_a_limit_of_one_chip_is_not_that_of_another():
         rows[name.format(chip)]["bytes_moved"] = (
             1.12 * rows[f"resnet18 28 px, {chip}:2x2, plain"]["bytes_moved"]
         )
-    assert tpu_check.failures(rows) == [
+    assert tpu_limits.failures(rows) == [
         "resnet18 28 px, v5e:2x2, random: 12 % more bytes moved, above 9 %"
     ]
 
@@ -173,9 +173,9 @@ def test_main_memory_has_the_limit_of_bytes_and_older_rows_have_none():
     names = [f"vgg19 224 px, v6e:2x2, {step}" for step in ("plain", "random")]
     for name, count in zip(names, (100, 103), strict=True):
         rows[name]["main_memory_bytes"] = count
-    assert tpu_check.failures(rows) == [
+    assert tpu_limits.failures(rows) == [
         "vgg19 224 px, v6e:2x2, random: 3 % more bytes of main memory, above 2 %"
     ]
     assert "+3.00 %*, 0.0 passes" in tpu_check.markdown(rows)
     del rows[names[0]]["main_memory_bytes"]
-    assert tpu_check.failures(rows) == []
+    assert tpu_limits.failures(rows) == []

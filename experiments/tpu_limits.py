@@ -1,0 +1,180 @@
+"""What merging may add to a training step on TPU, and where a network's step adds more."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+"""What `tpu_compile.compile_case` gave of one case."""
+
+CHIP_GIB = {"v5e": 16, "v6e": 32}
+FLOPS, BYTES, LAYERS = 0.01, 0.02, 1.0
+MAIN_MEMORY = "bytes of main memory"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A limit that a network's step cannot keep, the one that is held instead, and why."""
+
+    limit: float
+    why: str
+
+
+SMALL_STEP = (
+    "eleven or twelve passes over the merged weights, and more in and out of fast memory, "
+    "where three would do, which alone are 2.4 % of a step on 64 images of 28 px"
+)
+TWO_PASSES = (
+    "the merged weights are read and written once more, 2.1 passes where two are the least, and a "
+    "step on 64 images of 28 px moves little else"
+)
+POINTWISE = (
+    "eleven passes over the merged weights, and four to five in and out of fast memory, "
+    "where three would do"
+)
+ALL_PAIRS = (
+    "comparing all pairs of the deep kernels takes 9.8 GFLOP, beside 149 for 64 images of 28 px"
+)
+SCANNED = (
+    "a step in the loop moves about what it moves alone, but without merging the loop saves "
+    "copies; why merging keeps them was not found"
+)
+DEEP = (
+    "23 to 63 % of all merged weights, by the compiler's own plan of its memory; why was not found"
+)
+ALL_OF_50 = "comparing all pairs of the deep kernels takes 39 GFLOP, beside 1,521 for 64 images"
+KNOWN: dict[tuple[str, str, str], Known] = {
+    ("resnet18 28 px", "random", "bytes moved"): Known(0.09, SMALL_STEP),
+    ("resnet18 28 px", "nearest", "bytes moved"): Known(0.10, SMALL_STEP),
+    ("resnet18 28 px", "random", MAIN_MEMORY): Known(0.10, TWO_PASSES),
+    ("resnet18 28 px", "nearest", MAIN_MEMORY): Known(0.10, TWO_PASSES),
+    ("resnet18 28 px, v6e", "random", "bytes moved"): Known(0.13, SMALL_STEP),
+    ("resnet18 28 px, v6e", "nearest", "bytes moved"): Known(0.12, SMALL_STEP),
+    ("resnet18 28 px", "nearest", "FLOPs"): Known(0.07, ALL_PAIRS),
+    ("resnet18 28 px, 4 steps a call", "random", "bytes moved"): Known(0.12, SCANNED),
+    ("resnet18 28 px, 4 steps a call", "nearest", "bytes moved"): Known(0.11, SCANNED),
+    ("resnet18 28 px, 4 steps a call", "nearest", "FLOPs"): Known(0.07, ALL_PAIRS),
+    ("resnet50 224 px", "random", "bytes moved"): Known(0.03, POINTWISE),
+    ("resnet50 224 px", "nearest", "bytes moved"): Known(0.035, POINTWISE),
+    ("resnet50 224 px", "nearest", "FLOPs"): Known(0.03, ALL_OF_50),
+    ("resnet50 224 px", "random", "temporary memory"): Known(3.0, DEEP),
+    ("resnet50 224 px", "nearest", "temporary memory"): Known(2.5, DEEP),
+    ("densenet121 224 px", "random", "temporary memory"): Known(8.5, DEEP),
+    ("densenet121 224 px", "nearest", "temporary memory"): Known(7.0, DEEP),
+}
+"""Limits that do not hold, by network (and chip, where it has its own), partner and quantity."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A step with merging against the same step without.
+
+    Attributes:
+      row: with merging.
+      plain: without.
+    """
+
+    row: Row
+    plain: Row
+
+    @property
+    def network(self) -> str:
+        """For people; with the steps in one dispatch where they are several."""
+        steps = self.row["steps_per_call"]
+        calls = "" if steps == 1 else f", {steps} steps a call"
+        return f"{self.row['model']} {self.row['size']} px{calls}"
+
+    @property
+    def flops(self) -> float:
+        """Share of the plain step's floating-point operations that merging adds."""
+        return self.row["flops"] / self.plain["flops"] - 1
+
+    @property
+    def bytes_moved(self) -> float:
+        """Share of the plain step's bytes that merging adds."""
+        return self.row["bytes_moved"] / self.plain["bytes_moved"] - 1
+
+    @property
+    def main_memory(self) -> float | None:
+        """The same of main memory alone; None where a row is older than that count."""
+        ours, plain = (row.get("main_memory_bytes") for row in (self.row, self.plain))
+        return None if ours is None or plain is None else ours / plain - 1
+
+    @property
+    def temporary(self) -> int:
+        """Bytes of temporary memory that merging adds to a chip; negative where it takes less."""
+        return self.row["memory"]["temp"] - self.plain["memory"]["temp"]
+
+    def added(self) -> tuple[tuple[str, float, float], ...]:
+        """Each quantity, what merging adds of it, and the usual limit.
+
+        FLOPs and bytes as shares of the plain step's, memory in weights of the largest layer.
+        """
+        layers = self.temporary / self.row["largest_merged_layer_bytes"]
+        main = self.main_memory
+        return (
+            ("FLOPs", self.flops, FLOPS),
+            ("bytes moved", self.bytes_moved, BYTES),
+            *(() if main is None else ((MAIN_MEMORY, main, BYTES),)),
+            ("temporary memory", layers, LAYERS),
+        )
+
+    def failures(self) -> Iterator[str]:
+        """What merging adds beyond its limits, in words."""
+        name = f"{self.network}, {self.row['topology']}, {self.row['step']}"
+        if self.row["collectives"] != self.plain["collectives"]:
+            yield f"{name}: collectives differ from those of the plain step"
+        for quantity, more, limit in self.added():
+            known = self.known(quantity)
+            limit = limit if known is None else known[1].limit
+            if more > limit:
+                yield f"{name}: {amount(quantity, more)} more {quantity}, above " + amount(
+                    quantity, limit
+                )
+
+    def known(self, quantity: str) -> tuple[str, Known] | None:
+        """The limit held in place of the usual one, after the name that it is listed by."""
+        for name in (f"{self.network}, {chip_of(self.row)}", self.network):
+            known = KNOWN.get((name, self.row["step"], quantity))
+            if known is not None:
+                return name, known
+        return None
+
+
+def amount(quantity: str, value: float) -> str:
+    """An amount of `Comparison.added`, for people."""
+    if quantity == "temporary memory":
+        return f"{value:.3g} layers' weights"
+    return f"{100 * value:.3g} %"
+
+
+def comparisons(rows: Mapping[str, Row]) -> list[Comparison]:
+    """Each compiled step with merging beside its plain one."""
+    found = []
+    for row in rows.values():
+        same = ("model", "size", "topology", "images", "steps_per_call")
+        plain = [
+            other
+            for other in rows.values()
+            if other["step"] == "plain" and all(other[key] == row[key] for key in same)
+        ]
+        if row["step"] != "plain" and plain and row["compiles"] and plain[0]["compiles"]:
+            found.append(Comparison(row, plain[0]))
+    return found
+
+
+def chip_of(row: Row) -> str:
+    """The chip's generation, such as v5e."""
+    return row["topology"].partition(":")[0]
+
+
+def failures(rows: Mapping[str, Row]) -> list[str]:
+    """All that is not as it is to be, in words: programs that do not compile or fit, and limits."""
+    found = []
+    for name, row in rows.items():
+        chip = CHIP_GIB[chip_of(row)] * 2**30
+        if not row["compiles"]:
+            found.append(f"{name}: does not compile: {row['reason']}")
+        elif row["memory"]["total"] > chip:
+            found.append(f"{name}: takes {row['memory']['total']:,} bytes of a chip's {chip:,}")
+    return found + [text for pair in comparisons(rows) for text in pair.failures()]
