@@ -8,7 +8,8 @@ from pathlib import Path
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_RIGHTS = (errno.EACCES, errno.EPERM)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *_NO_RIGHTS)
 _TABLE = "table.md"
 
 
@@ -63,7 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
+        if error.errno in _NO_RIGHTS:  # Perhaps of a file that was to be read.
+            print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
+        else:
+            print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)

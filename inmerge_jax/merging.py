@@ -41,7 +41,8 @@ def quantile(share: float | jax.Array) -> Quantile:
     merges everything here and nothing there. With this one a layer whose merge compares m selected
     kernels with their partners merges the floor((1 - share) m) most similar (fewer where equal
     similarities stand on both sides), so it merges at about the rate probability * (1 - share);
-    below that in layers of few kernels, and not at all where (1 - share) m is below 1.
+    below that in layers of few kernels, and not at all where (1 - share) m is below 1. A product
+    less than 1e-4 below a whole number is rounding, and counts as that number.
 
     Example:
       >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")

@@ -131,14 +131,15 @@ def together(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls `function` in every process; if it fails in one, it fails in all.
 
     Raises:
-      InputError: this process's, or that of the first process that met one.
+      InputError: this process's, or what the first process that met one, or an OSError, said.
+      OSError: this process's.
     """
     if jax.process_count() == 1:
         return function(*args, **kwargs)
     own = result = None
     try:
         result = function(*args, **kwargs)
-    except InputError as error:
+    except (InputError, OSError) as error:
         own = error
     messages = _gather(b"" if own is None else str(own).encode())
     if own is not None:
@@ -193,8 +194,8 @@ def gather_rows(values: np.ndarray) -> np.ndarray:
 class StopTogether:
     """`stop`, answered alike in every process, once it is true in any of them.
 
-    Every process has to call it equally often. They ask each other at every eighth call: each
-    question waits for the updates that are under way.
+    Every process has to call it equally often. They ask each other at every eighth call, which is
+    once in eight dispatches of one or more updates: each question waits for those under way.
 
     Attributes:
       stop: of this process; its `signal` is set where it came to another one.

@@ -173,22 +173,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _whole_lines(path)]
 
 
-def truncate_metrics(path: Path, epoch: int) -> int:
-    """Drops every record after `epoch` and a torn last line; returns how many records stay.
+def truncate_metrics(path: Path, epoch: int) -> None:
+    """Drops every record after `epoch` and a torn last line.
 
     What stays is kept byte for byte; the file is replaced whole, or untouched where nothing goes.
 
     Raises:
-      InputError: a line, not the last, is not a JSON object with a number "epoch".
+      InputError: a line, not the last, is not a JSON object with a number "epoch"; or what stays
+        is not one record for each epoch from 1 to `epoch`, of which the best epoch and the
+        learning rate would come out wrong.
     """
-    kept = [line for line, record in _whole_lines(path) if _epoch(path, record) <= epoch]
-    data = b"".join(kept)
+    kept = [(line, n) for line, record in _whole_lines(path) if (n := _epoch(path, record)) <= epoch]
+    epochs = [n for _, n in kept]
+    if epochs != list(range(1, epoch + 1)):
+        raise InputError(
+            f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; put the "
+            "file back as it was written, or start the run anew"
+        )
+    data = b"".join(line for line, _ in kept)
     if path.exists() and path.read_bytes() != data:
         try:
             write_bytes(path, data)
         except OSError as error:
             raise cannot_write(path, error) from error
-    return len(kept)
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
@@ -329,12 +336,13 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             found.append((line + b"\n", record))
         elif number < len(lines):
             raise InputError(
-                f"{path}, line {number} is damaged; delete that line, or start the run anew"
+                f"{path}, line {number} is damaged; put the file back as it was written, or start "
+                "the run anew"
             )
     return found
 
 
-def _epoch(path: Path, record: dict[str, Any]) -> float:
+def _epoch(path: Path, record: dict[str, Any]) -> int:
     if not isinstance(record.get("epoch"), int):
         raise InputError(f"{path} holds a line without its epoch; start the run anew")
     return record["epoch"]

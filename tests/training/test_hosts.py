@@ -1,6 +1,8 @@
 """Several processes of one run, on this machine, against one process with as many devices."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,7 +30,7 @@ OPTIONS = (
 def environment(devices):
     # Cheap to compile; the same for all that are compared.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags}
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port():
@@ -37,10 +39,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(arguments, devices):
+def start(arguments, devices, cwd=REPOSITORY):
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -48,14 +50,22 @@ def start(arguments, devices):
     )
 
 
+def elsewhere(output):
+    """Where process 1 works, like a host that shares no storage with process 0."""
+    folder = output.parent / "host1"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def start_all(output, *options, count=2):
     """The processes of a run of `experiments.train` with `count` devices in all."""
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    command = ["experiments.train", "--output", str(output), "--cache", cache, *OPTIONS, *options]
+    command = ["experiments.train", "--output", output.name, "--cache", cache, *OPTIONS, *options]
     if count == 1:
-        return [start(command, 2)]
-    meeting = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
-    return [start([*command, *meeting, "--process-id", str(i)], 1) for i in range(count)]
+        return [start(command, 2, output.parent)]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
+    places = (output.parent, elsewhere(output))
+    return [start([*command, "--process-id", str(i)], 1, places[i]) for i in range(count)]
 
 
 def finish(processes, timeout=200):
@@ -78,11 +88,11 @@ def test_two_processes_agree_and_compute_what_one_does(tmp_path):
     assert statuses == [0, 0], said
     expected = host_worker.train(tuple(jax.local_devices()[:4]))
     assert expected["merged"].sum() > 0 and expected["merged_in_validation"].sum() > 0
-    for file in outputs:
-        with np.load(file) as found:
-            assert set(found) == set(expected)
-            for name, value in expected.items():
-                np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    first, second = (dict(np.load(file)) for file in outputs)
+    assert set(first) == set(second) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+        np.testing.assert_allclose(first[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,7 @@ def interrupt(folder, number, kind):
         processes[number].send_signal(kind)
     statuses, said = finish(processes)
     assert not (folder / "results.json").exists()
+    assert list(elsewhere(folder).iterdir()) == []
     return statuses, said
 
 
@@ -119,6 +130,28 @@ def assert_resumes(folder, evidence):
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
     assert kills.run_evidence(folder) == evidence
+    assert list(elsewhere(folder).iterdir()) == []
+
+
+@pytest.mark.long
+def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", readme, re.M)
+    assert block.count("python -m experiments.train") == 2 and block.count("127.0.0.1:9876") == 1
+    python = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", "-ec", block.replace(":9876", f":{free_port()}")],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": python, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    results = json.loads((tmp_path / "runs" / "rehearsal" / "results.json").read_bytes())
+    assert results["environment"]["devices"]["processes"] == 2
+    assert results["environment"]["devices"]["count"] == 4
+    assert {"config.json", "report.html", "table.md"} <= set(os.listdir(tmp_path / "runs/rehearsal"))
 
 
 @pytest.mark.long
@@ -151,7 +184,7 @@ def test_one_process_with_other_options_stops_all(tmp_path):
     first, second = start_all(tmp_path / "run")
     second.kill()
     second.wait()
-    second = start([*second.args[2:], "--alpha", "0.5"], 1)
+    second = start([*second.args[2:], "--alpha", "0.5"], 1, elsewhere(tmp_path / "run"))
     statuses, said = finish([first, second])
     assert statuses == [2, 2], said
     assert "process 1 was started with other options" in said[0]

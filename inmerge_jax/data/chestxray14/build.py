@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ def build(request: Request, console: Console) -> Built:
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
     manifest = {**identity, **_verify(folder, output, labels, rows, console)}
-    write_json(output / MANIFEST, manifest)
+    with _writing(output):
+        write_json(output / MANIFEST, manifest)
     seconds = time.perf_counter() - started
     shutil.rmtree(output / REDUCED)
     return Built(manifest, reduced, seconds)
@@ -259,14 +260,8 @@ def _write_records(
             data_dir=output / RECORDS,
             config=ChestXray14.config_for(request.split, request.size),
         )
-        try:
-            with quiet:
-                builder.download_and_prepare(file_format="array_record")
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {output}: {error.strerror or error}; make room or give rights "
-                "there, then build again: what is done is kept"
-            ) from error
+        with _writing(output), quiet:
+            builder.download_and_prepare(file_format="array_record")
     return Path(builder.data_dir)
 
 
@@ -310,7 +305,8 @@ def _verify(
     check_patients({part: arrays[f"{part}_patients"] for part in PARTS}, str(output))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_bytes(output / INDEX, buffer.getvalue())
+    with _writing(output):
+        write_bytes(output / INDEX, buffer.getvalue())
     positives = {
         part: dict(zip(FINDINGS, arrays[f"{part}_labels"].sum(0).tolist(), strict=True))
         for part in PARTS
@@ -323,6 +319,18 @@ def _verify(
         "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "content_sha256": content.hexdigest(),
     }
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """A full disk, say, is told as an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {output}: {error.strerror or error}; make room or give rights "
+            "there, then build again: what is done is kept"
+        ) from error
 
 
 def _require(valid: bool, what: str, output: Path) -> None:

@@ -7,6 +7,7 @@ name is a hash of what it was made from, so a part that is there is a part that 
 import hashlib
 import json
 import multiprocessing
+import statistics
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +119,7 @@ def reduce_parts(
     todo = [part for part in every if not part.path.exists()]
     if not todo:
         return Reduced(parts, 0, 0.0, workers)
-    expected = image_size(every[0].sources[0])
+    expected = _usual_size([source for part in every for source in part.sources])
     done = sum(map(len, every)) - sum(map(len, todo))
     workers, busy = min(workers, len(todo)), 0.0
     with Meter("reducing images", sum(map(len, every)), done, console) as meter:
@@ -127,6 +128,11 @@ def reduce_parts(
             meter.advance(images)
             meter.show()
     return Reduced(parts, sum(map(len, todo)), busy, workers)
+
+
+def _usual_size(sources: Sequence[Path]) -> tuple[int, int]:
+    """The most frequent width and height of nine images, so that one wrong image is no measure."""
+    return statistics.mode(map(image_size, sources[:: -(-len(sources) // 9)]))
 
 
 def _results(

@@ -19,6 +19,7 @@ from rich.console import Console
 from experiments.chestxray14 import main
 from inmerge_jax.data import DataConfig, load_dataset
 from inmerge_jax.data.chestxray14 import build as building
+from inmerge_jax.data.chestxray14 import reduce
 from inmerge_jax.data.chestxray14.build import Request, build, summary
 from inmerge_jax.data.chestxray14.images import decode, find_images, reduce_image
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
@@ -184,6 +185,14 @@ def test_a_damaged_image_stops_the_build_and_is_named(nih, tmp_path, workers):
     victim.write_bytes(whole)
     made, _ = make(place, tmp_path / "out", workers=1)
     assert sum(made.manifest["counts"].values()) == 60
+
+
+def test_a_first_image_of_another_size_is_the_one_that_is_named(nih, tmp_path):
+    place = shutil.copytree(nih, tmp_path / "nih")
+    first = sorted(find_images(place).values())[0]
+    Image.fromarray(pixels(0, 48)).save(first)
+    with pytest.raises(InputError, match=rf"{first.name} has 48 x 48 pixels, the others 40 x 40"):
+        make(place, tmp_path / "out")
 
 
 @pytest.mark.parametrize("stage", ["_write_records", "_verify", "write_json"])
@@ -369,16 +378,18 @@ def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     assert "started with another configuration:\n  data.content_sha256" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch):
-    from inmerge_jax.data.chestxray14 import reduce
-
+@pytest.mark.parametrize(
+    "module, write", [(reduce, "write_bytes"), (building, "write_bytes"), (building, "write_json")]
+)
+def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch, module, write):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(reduce, "write_bytes", full)
-        with pytest.raises(InputError, match=r"cannot write .*\.zip: No space left.*what is done"):
+        patched.setattr(module, write, full)
+        with pytest.raises(InputError, match=r"cannot write .*out.*: No space left.*what is done"):
             make(nih, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
     make(nih, tmp_path / "out")
     assert content(tmp_path / "out") == content(built)
 
