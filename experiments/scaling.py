@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments.scaling_step import params_file
 from inmerge_jax.files import write_json
 
 CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
@@ -50,8 +51,11 @@ def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
             if not output.exists():
                 _start(output, devices, processes, steps)
             row = json.loads(output.read_bytes())
-            with np.load(output.with_suffix(".npz")) as arrays:
-                found[devices, processes] = row["losses"], dict(arrays)
+            params, *others = (dict(np.load(params_file(output, n))) for n in range(processes))
+            found[devices, processes] = row["losses"], params
+            row["processes_equal"] = all(
+                np.array_equal(params[name], other[name]) for other in others for name in params
+            )
             for name, other in (("one_device", (1, 1)), ("one_process", (devices, 1))):
                 row[name] = _differences(found[devices, processes], found[other])
             rows.append(row)
@@ -88,11 +92,13 @@ def _start(output: Path, devices: int, processes: int, steps: int) -> None:
 
 
 def _differences(found: Any, other: Any) -> dict[str, float]:
-    """Largest relative difference of a step's loss, and largest difference of a parameter."""
+    """Largest relative difference of a step's loss, and largest of a parameter, by when."""
     (losses, params), (other_losses, other_params) = found, other
+    largest = {name: float(np.abs(params[name] - other_params[name]).max()) for name in params}
     return {
         "loss": float(np.max(np.abs(np.divide(losses, other_losses) - 1))),
-        "parameter": max(float(np.abs(params[k] - other_params[k]).max()) for k in params),
+        "first": max(value for name, value in largest.items() if name.startswith("first")),
+        "parameter": max(value for name, value in largest.items() if name.startswith("last")),
     }
 
 
@@ -100,6 +106,7 @@ HEADINGS = (
     "devices",
     "processes",
     "updates within 1e-6",
+    "weights after one update, from one device",
     "loss, from one device",
     "weights, from one device",
     "weights, from one process",
@@ -127,6 +134,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
             str(row["devices"]),
             str(row["processes"]),
             str(agreeing),
+            f"{row['one_device']['first']:.1e}",
             f"{row['one_device']['loss']:.1e}",
             f"{row['one_device']['parameter']:.1e}",
             ""
@@ -134,7 +142,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
             else "same bits"
             if exact
             else f"{row['one_process']['parameter']:.1e}",
-            "same bits" if row["replicas_equal"] else "**differ**",
+            "same bits" if row["replicas_equal"] and row["processes_equal"] else "**differ**",
             str(number),
             f"{size / 1e6:.2f}",
             f"{more[0]}, {more[1]} bytes",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.timing import machine
 from experiments.tpu_compile import collectives
 from inmerge_jax.files import write_json
 
@@ -36,7 +37,10 @@ class StepConfig:
 
 
 def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row of this process's devices, and the parameters after the last step by their path."""
+    """The row of this process's devices, and its parameters after the first and the last step.
+
+    Of the parameters' names, the first part is "first" or "last", the other their path.
+    """
     import jax
     import numpy as np
 
@@ -88,13 +92,16 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "merging": step.lower(state, totals, batches[0], root).compile(),
         "plain": plain.lower(state, nothing, batches[0], root).compile(),
     }
-    losses, seconds, merged = [], [], 0
+    losses, seconds, merged, params = [], [], 0, {}
     for batch in batches:
         started = time.monotonic()
         state, found = jax.block_until_ready(step(state, totals, batch, root))
         seconds.append(time.monotonic() - started)
         losses.append(float(unreplicate(found).loss))
         merged += int(unreplicate(found).merged.sum())
+        leaves = jax.tree_util.tree_leaves_with_path(unreplicate(state.params))
+        when = "last" if params else "first"
+        params |= {f"{when} {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     equal = all(
         np.array_equal(leaf[0], other)
         for leaf in map(np.asarray, jax.tree.leaves(state))
@@ -103,6 +110,7 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     row = {
         "devices": len(devices),
         "processes": jax.process_count(),
+        "process": jax.process_index(),
         "steps": steps,
         "losses": losses,
         "merged": merged,
@@ -110,10 +118,14 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "collectives": {name: collectives(each.as_text()) for name, each in compiled.items()},
         # The first call looks the compiled program up.
         "step_seconds": sorted(seconds[1:]),
-        "jax": jax.__version__,
+        "machine": machine(),
     }
-    leaves = jax.tree_util.tree_leaves_with_path(unreplicate(state.params))
-    return row, {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return row, params
+
+
+def params_file(output: Path, process: int) -> Path:
+    """Where a process leaves its parameters."""
+    return output.with_suffix(f".{process}.npz")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     connect(config.coordinator, config.num_processes, config.process_id)
     row, params = run(config.steps)
+    np.savez(params_file(config.output, row["process"]), **params)
     if is_first():
-        np.savez(config.output.with_suffix(".npz"), **params)
         write_json(config.output, row)
     return 0
 

@@ -65,7 +65,16 @@ def chestxray14_runs(folder: Path) -> str:
     parts = []
     for run in sorted(path.parent for path in folder.glob("*/table.md")):
         command = json.loads((run / "environment.json").read_bytes())["command"]
-        parts.append(f"### {run.name}\n\n    {command}\n\n{(run / 'table.md').read_text()}")
+        epochs = [
+            json.loads(line)
+            for path in run.glob("seed*/*/metrics.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        speed = max(epoch["images_per_second"] for epoch in epochs)
+        parts.append(
+            f"### {run.name}\n\n    {command}\n\nFastest epoch: {speed:.1f} images/s.\n\n"
+            f"{(run / 'table.md').read_text()}"
+        )
     return "\n".join(parts)
 
 
@@ -94,7 +103,7 @@ SOURCES = {
 }
 PAGES = {
     "README.md": ("main", "breastmnist", "benchmark", "fidelity"),
-    "docs/robustness.md": ("kills", "soak"),
+    "docs/interruptions.md": ("kills", "soak"),
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),

@@ -47,8 +47,8 @@ def take_turns(
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, for results that are stored: `environment` without paths and commit."""
-    kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices")
+    """What was measured on, for results that are stored: `environment` without command and paths."""
+    kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices", "git")
     around = environment()
     return {name: around[name] for name in kept}
 

@@ -11,16 +11,18 @@ ROWS = json.loads((tables.RESULTS / "scaling.json").read_bytes())
 
 
 def test_differences():
-    one = [1.0, 2.0], {"a": np.array([1.0, 2.0]), "b": np.zeros(3)}
-    other = [1.0, 2.5], {"a": np.array([1.0, 1.5]), "b": np.ones(3)}
-    assert scaling._differences(other, one) == pytest.approx({"loss": 0.25, "parameter": 1.0})
-    assert scaling._differences(one, one) == {"loss": 0, "parameter": 0}
+    one = [1.0, 2.0], {"first a": np.array([1.0, 2.0]), "last a": np.zeros(3)}
+    other = [1.0, 2.5], {"first a": np.array([1.0, 1.5]), "last a": np.ones(3)}
+    found = scaling._differences(other, one)
+    assert found == pytest.approx({"loss": 0.25, "first": 0.5, "parameter": 1.0})
+    assert scaling._differences(one, one) == {"loss": 0, "first": 0, "parameter": 0}
 
 
 def test_the_stored_rows_are_all_cases_and_the_same_training():
     assert [(row["devices"], row["processes"]) for row in ROWS] == list(scaling.CASES)
     for row in ROWS:
-        assert row["replicas_equal"] and row["merged"] > 0
+        assert row["replicas_equal"] and row["processes_equal"] and row["merged"] > 0
+        assert row["one_device"]["first"] < 1e-6, "weights after one update"
         np.testing.assert_allclose(row["losses"][:3], ROWS[0]["losses"][:3], rtol=1e-6)
         assert row["one_device"]["loss"] < 1e-3
         assert row["collectives"]["merging"] == row["collectives"]["plain"]
@@ -29,6 +31,6 @@ def test_the_stored_rows_are_all_cases_and_the_same_training():
 
 
 def test_a_difference_is_in_the_table():
-    broken = [{**ROWS[-1], "replicas_equal": False}]
-    assert "**differ**" in scaling.markdown(broken)
+    for name in ("replicas_equal", "processes_equal"):
+        assert "**differ**" in scaling.markdown([{**ROWS[-1], name: False}])
     assert "**differ**" not in scaling.markdown(ROWS)

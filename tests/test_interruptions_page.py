@@ -1,4 +1,4 @@
-"""The tests that docs/robustness.md names exist."""
+"""The tests that docs/interruptions.md names exist."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAMED = re.findall(
     r"`(tests/[\w/]+\.py)::(test_\w+)` \|$",
-    (ROOT / "docs" / "robustness.md").read_text(),
+    (ROOT / "docs" / "interruptions.md").read_text(),
     re.MULTILINE,
 )
 
 
 def test_every_row_names_one():
-    text = (ROOT / "docs" / "robustness.md").read_text().partition("## Kills")[0]
+    text = (ROOT / "docs" / "interruptions.md").read_text().partition("## Kills")[0]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(NAMED) == len(rows) - 2 >= 20
 
