@@ -47,7 +47,7 @@ def take_turns(
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, for results that are stored: `environment` without command and paths."""
+    """What was measured on, for results that are stored: `environment` without the command."""
     kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices", "git")
     around = environment()
     return {name: around[name] for name in kept}

@@ -183,14 +183,14 @@ def truncate_metrics(path: Path, epoch: int) -> None:
         is not one record for each epoch from 1 to `epoch`, of which the best epoch and the
         learning rate would come out wrong.
     """
-    kept = [(line, n) for line, record in _whole_lines(path) if (n := _epoch(path, record)) <= epoch]
-    epochs = [n for _, n in kept]
+    lines = [(line, _epoch(path, record)) for line, record in _whole_lines(path)]
+    epochs = [n for _, n in lines if n <= epoch]
     if epochs != list(range(1, epoch + 1)):
         raise InputError(
             f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; put the "
             "file back as it was written, or start the run anew"
         )
-    data = b"".join(line for line, _ in kept)
+    data = b"".join(line for line, n in lines if n <= epoch)
     if path.exists() and path.read_bytes() != data:
         try:
             write_bytes(path, data)

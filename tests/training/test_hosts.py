@@ -148,10 +148,11 @@ def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
         timeout=400,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    results = json.loads((tmp_path / "runs" / "rehearsal" / "results.json").read_bytes())
+    output = tmp_path / "runs" / "rehearsal"
+    results = json.loads((output / "results.json").read_bytes())
     assert results["environment"]["devices"]["processes"] == 2
     assert results["environment"]["devices"]["count"] == 4
-    assert {"config.json", "report.html", "table.md"} <= set(os.listdir(tmp_path / "runs/rehearsal"))
+    assert {"config.json", "report.html", "table.md"} <= set(os.listdir(output))
 
 
 @pytest.mark.long
