@@ -54,7 +54,7 @@ def analyse(kept: Kept) -> dict[str, Any]:
 
 
 def came_out(found: dict[str, Any]) -> str:
-    """What can be told from finetune, and the range of means."""
+    """What is distinguished from finetune, and the range of means."""
     parts = []
     for name, group in found["groups"].items():
         rows = {arm: row["auc"] for arm, row in minus(group, "finetune").items()}
@@ -63,9 +63,9 @@ def came_out(found: dict[str, Any]) -> str:
         clear = [f"{arm} {telling.difference(row)}" for arm, row in rows.items() if told(row)]
         means = [row["mean"] for row in rows.values()]
         said = (
-            f"told from finetune (p < 0.05 after Holm's correction): {'; '.join(clear)}"
+            f"distinguished from finetune (p < 0.05 after Holm's correction): {'; '.join(clear)}"
             if clear
-            else "none is told from finetune after Holm's correction"
+            else "none is distinguished from finetune after Holm's correction"
         )
         parts.append(
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "

@@ -67,9 +67,9 @@ def came_out(found: dict[str, Any]) -> str:
     ]
     fixed = "; ".join(against) if against else "none"
     return (
-        f"Kernels merged at an update, by data set: {rates}. Quantiles told apart in test AUC from "
-        f"the paper's threshold (p < 0.05 after Holm's correction): {fixed}. On validation images "
-        f"{best} gains most over finetune ({found['val_gain'][best]:+.4f} AUC); on test images it "
+        f"Kernels merged at an update, by data set: {rates}. Quantiles distinguished in test AUC "
+        f"from the paper's threshold (p < 0.05 after Holm's correction): {fixed}. On validation "
+        f"images {best} gains most over finetune ({found['val_gain'][best]:+.4f} AUC); on test images it "
         f"differs from finetune by {'; '.join(tests)}."
     )
 
@@ -86,8 +86,8 @@ def sure(found: dict[str, Any]) -> str:
     verdict = (
         "on every data set it is better than finetune (p < 0.05 after Holm's correction)"
         if clear
-        else "it is not told from finetune on every data set, so no rule is recommended over "
-        "training on without merging"
+        else "it is not distinguished from finetune on every data set, so no rule is recommended "
+        "over training on without merging"
     )
     could = telling.could_tell(found["groups"], f"{best} - finetune")
     return (

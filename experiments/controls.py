@@ -62,8 +62,8 @@ def came_out(found: dict[str, Any]) -> str:
             apart.append(f"in {metric.upper()} from {'; '.join(better) if better else 'none'}")
         parts.append(
             f"{name}: merging against finetune {telling.difference(own['auc'])} AUC, "
-            f"{telling.difference(own['acc'])} ACC; told apart from controls (merge minus control, "
-            f"p < 0.05 after Holm's correction) {', '.join(apart)}"
+            f"{telling.difference(own['acc'])} ACC; distinguished from controls (merge minus "
+            f"control, p < 0.05 after Holm's correction) {', '.join(apart)}"
         )
     return ". ".join(parts) + "."
 

@@ -13,7 +13,7 @@ from experiments.study import datasets, store
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
-from experiments.study.statistics import TO_BE_TOLD, expected_resolution
+from experiments.study.statistics import DETECTABLE, expected_resolution
 from experiments.study.telling import NEEDED
 from inmerge_jax.errors import InputError
 
@@ -96,7 +96,7 @@ def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
         )
         for one in ones
     ]
-    from_seeds = TO_BE_TOLD**2 * SEED_SD**2 / seeds
+    from_seeds = DETECTABLE**2 * SEED_SD**2 / seeds
     auc = sum(row["auc"] ** 2 for row in rows) / len(rows) ** 2
     return {
         "auc": float(np.sqrt(auc + from_seeds)),
@@ -131,7 +131,7 @@ def show(
     how = f"; ~ {guesses} cells by operations, at the network's speed elsewhere" if guesses else ""
     print(f"in all {total / 3600:.1f} h by what kept cells took{how}\n")
 
-    table = Table(title="difference between two arms that is told from none four times out of five")
+    table = Table(title="detectable difference between two arms (four times out of five)")
     for heading in ("data set", "test images", "seeds", "AUC", "ACC", f"resolves {NEEDED}"):
         table.add_column(heading)
     for name in dict.fromkeys(cell.backbone.data for cell in grid):
@@ -143,7 +143,7 @@ def show(
         table.add_row(source.title, f"{source.images[2]:,}", str(seeds), *figures)
     rich_print(table)
     print(
-        f"{TO_BE_TOLD:.2f} standard errors of a paired difference, supposing AUC {AUC}, ACC {ACC}, "
+        f"{DETECTABLE:.2f} standard errors of a paired difference, supposing AUC {AUC}, ACC {ACC}, "
         f"a correlation of {CORRELATION} between two arms' errors over images, and {SEED_SD} "
         "standard deviation of the difference over trainings. The answer has what was measured."
     )

@@ -110,11 +110,13 @@ class Kept:
     ) -> dict[str, Any]:
         """`statistics.compare` of one group.
 
-        Adds "images"; and by arm "merged" (mean share of the kernels merged at an update, None
-        where it has no kernels to merge), "shortcuts" (share of its merges in 1x1 shortcuts, and of
-        its kernels that are theirs; None where it merged nothing), "same" (of every seed, the share
-        of the test images that get the most frequent answer, None with several labels an image),
-        "val" (validation AUC of every seed), "over" (the seeds) and "cells" (the hashes).
+        Adds "images"; by pair "identical" (the seeds whose networks give the test images the very
+        same scores: nothing merged, or only after the epoch that is scored); and by arm "merged"
+        (mean share of the kernels merged at an update, None where it has no kernels to merge),
+        "shortcuts" (share of its merges in 1x1 shortcuts, and of its kernels that are theirs; None
+        where it merged nothing), "same" (of every seed, the share of the test images that get the
+        most frequent answer, None with several labels an image), "val" (validation AUC of every
+        seed), "over" (the seeds) and "cells" (the hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -129,7 +131,16 @@ class Kept:
             pairs,
             resamples=resamples,
             permutations=permutations,
+            patients=known.patients,
         )
+        both = {
+            pair: sorted(set(arms.get(pair[0], {})) & set(arms.get(pair[1], {}))) for pair in pairs
+        }
+        identical = {
+            f"{one} - {two}": [s for s in seeds if np.array_equal(scores[one][s], scores[two][s])]
+            for (one, two), seeds in both.items()
+            if seeds
+        }
         results = {
             arm: [self.record(seeds[s])["result"] for s in sorted(seeds)]
             for arm, seeds in arms.items()
@@ -137,6 +148,7 @@ class Kept:
         return {
             "images": len(known.labels),
             **found,
+            "identical": identical,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
             "shortcuts": {arm: _in_shortcuts(rows) for arm, rows in results.items()},
             "same": {
@@ -181,19 +193,20 @@ def _most_frequent(scores: np.ndarray, task: str) -> float | None:
 def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
     """Writes Holm's correction of p beside it, over these pairs in all groups, for each metric.
 
-    A pair whose first arm is to merge and never merged anything is two times the same training: it
-    has no p, and does not count.
+    A pair that is the same network twice in every seed does not count, nor does one of a single
+    training, whose p says nothing of another.
     """
     found = [
-        group["differences"][f"{first} - {second}"]
+        rows
         for group in groups
-        for first, second in pairs
-        if f"{first} - {second}" in group["differences"] and group["merged"].get(first) != 0
+        for name in (f"{first} - {second}" for first, second in pairs)
+        if (rows := group["differences"].get(name)) is not None
+        and len(group["identical"][name]) < len(rows["auc"]["seeds"]) > 1
     ]
     for metric in statistics.METRICS:
         corrected = statistics.holm([rows[metric]["p"] for rows in found])
         for rows, value in zip(found, corrected, strict=True):
-            rows[metric]["p_holm"] = value
+            rows[metric] |= {"p_holm": value, "comparisons": len(found)}
 
 
 def compare_groups(
@@ -231,5 +244,5 @@ def minus(group: Mapping[str, Any], against: str) -> dict[str, dict[str, Any]]:
 
 
 def told(row: Mapping[str, Any]) -> bool:
-    """Whether a difference is told from none after Holm's correction; never from one training."""
-    return len(row["seeds"]) > 1 and row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE
+    """Whether a difference is distinguished from zero after Holm's correction."""
+    return row.get("p_holm", 1.0) < 1 - statistics.CONFIDENCE

@@ -137,11 +137,13 @@ def run_cells(
     with ProgressLine(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             together = abreast(left) if parallel else left[:1]
-            progress.say(f"cell {count - len(left) + 1} of {count}: {left[0].name}")
+            names = "; ".join(cell.name for cell in together)
+            progress.say(f"cell {count - len(left) + 1} of {count}: {names}")
             try:
                 run_together(together, places, progress, should_stop)
             except NonFiniteLossError as error:
-                diverged.append(f"{together[0].name}: {error}")
+                # The error names the seed.
+                diverged.append(f"{names}: {error}")
                 progress.say(f"WARNING: {diverged[-1]}", style="bold yellow")
             for cell in together:
                 left.remove(cell)

@@ -16,8 +16,9 @@ METRICS = ("auc", "acc")
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 """Standard errors in half of an interval: 1.96."""
-TO_BE_TOLD = Z + float(stats.norm.ppf(0.8))
-"""Standard errors of a difference that is told from none four times out of five: 2.80."""
+_POWER = float(stats.norm.ppf(0.8))
+DETECTABLE = Z + _POWER
+"""Standard errors of a difference that is distinguished from zero four times out of five: 2.80."""
 _EXACT = 16
 """Seeds up to which all sign flips are counted."""
 _ROWS = 64
@@ -33,6 +34,8 @@ class Interval(NamedTuple):
       high: likewise.
       half_width: of the interval, if its ends were equally far from the mean.
       p: two-sided, of the mean being zero.
+      seeds_error: standard error of the mean over trainings; 0 for one training.
+      images_error: over the choice of test images.
     """
 
     value: float
@@ -40,6 +43,12 @@ class Interval(NamedTuple):
     high: float
     half_width: float
     p: float
+    seeds_error: float = 0.0
+    images_error: float = 0.0
+
+    def above(self, lowest: float) -> "Interval":
+        """Cut to where the value can be, `lowest` to 1; half-width and p stay."""
+        return self._replace(low=max(self.low, lowest), high=min(self.high, 1.0))
 
 
 def metric_of_counts(
@@ -89,9 +98,28 @@ def _auc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.nda
     return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
 
 
-def draw_counts(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each image is drawn in each bootstrap resample: int (resamples, images)."""
-    return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+def draw_counts(
+    images: int, resamples: int, rng: np.random.Generator, patients: np.ndarray | None = None
+) -> np.ndarray:
+    """How often each image is drawn in each bootstrap resample: int (resamples, images).
+
+    Args:
+      images: how many there are.
+      resamples: likewise.
+      rng: draws.
+      patients: whose image each is, (images,). A patient is drawn with all of its images, which
+        are more alike than those of others. None: each image is a patient.
+    """
+    index = _patient_index(images, patients)
+    count = int(index.max()) + 1
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, index]
+
+
+def _patient_index(images: int, patients: np.ndarray | None) -> np.ndarray:
+    """The patient of each image, from 0."""
+    if patients is None:
+        return np.arange(images)
+    return np.unique(patients, return_inverse=True)[1]
 
 
 def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> Interval:
@@ -118,18 +146,35 @@ def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generato
         of_seeds = np.take_along_axis(deviations, drawn, axis=1).mean(1)
         means = images + np.sqrt(seeds / (seeds - 1)) * of_seeds
         own = float(np.var(values, ddof=1)) / seeds
-    of_images = float(np.nanvar(images, ddof=1))
+    errors = float(np.sqrt(own)), float(np.nanstd(images, ddof=1))
 
     def half_width(tail: float) -> float:
-        t = stats.t.isf(tail, seeds - 1) if own > 0 else 0.0
-        return float(np.hypot(t * np.sqrt(own), stats.norm.isf(tail) * np.sqrt(of_images)))
+        return half_width_at(tail, seeds, *errors)
 
     tail = (1 - CONFIDENCE) / 2
     half = half_width(tail)
     low, high = np.nanquantile(means, [tail, 1 - tail])
     stretch = 2 * half / (high - low) if high > low else 0.0
     ends = float(value - stretch * (value - low)), float(value + stretch * (high - value))
-    return Interval(value, *ends, half, _p(abs(value), half_width))
+    return Interval(value, *ends, half, _p(abs(value), half_width), *errors)
+
+
+def half_width_at(tail: float, seeds: int, seeds_error: float, images_error: float) -> float:
+    """Half of an interval that leaves `tail` out at either end, see `bootstrap`."""
+    t = stats.t.isf(tail, seeds - 1) if seeds_error > 0 else 0.0
+    return float(np.hypot(t * seeds_error, stats.norm.isf(tail) * images_error))
+
+
+def detectable(row: Mapping[str, Any], comparisons: int = 1) -> float:
+    """The difference that is distinguished from zero four times out of five.
+
+    Args:
+      row: what `compare` gave of a difference.
+      comparisons: of which this one has the smallest p, by Holm's correction.
+    """
+    tail = (1 - CONFIDENCE) / 2 / comparisons
+    errors = row["seeds_error"], row["images_error"]
+    return half_width_at(tail, len(row["seeds"]), *errors) + _POWER * float(np.hypot(*errors))
 
 
 def _p(value: float, half_width: Callable[[float], float]) -> float:
@@ -151,16 +196,19 @@ def permutation_over_images(
     task: str,
     rng: np.random.Generator,
     permutations: int = 1000,
+    patients: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Two-sided p of a paired permutation test whose units are the test images, for each metric.
 
     Under the null hypothesis it does not matter which arm's network an image was given to: each
     permutation exchanges the two arms' answers to a random half of the images, those of all seeds
-    together. For AUC, answers are ranks within their own network, so that two networks may be
-    calibrated differently (Venkatraman and Begg 1996). It asks about these trained networks, with
-    other images; not about other trainings, for which see `sign_flips_over_seeds`.
+    and, where `patients` says whose image each is, all images of a patient together. For AUC,
+    answers are ranks within their own network, so that two networks may be calibrated differently
+    (Venkatraman and Begg 1996). It asks about these trained networks, with other images; not about
+    other trainings, for which see `sign_flips_over_seeds`.
     """
-    swaps = rng.random((permutations, len(labels))) < 0.5
+    index = _patient_index(len(labels), patients)
+    swaps = (rng.random((permutations, int(index.max()) + 1)) < 0.5)[:, index]
     swaps = np.concatenate([np.zeros_like(swaps[:1]), swaps])  # The first is what was seen.
     right = [np.mean([right_answers(labels, s, task) for s in arm], 0) for arm in (first, second)]
     gain = right[0] - right[1]
@@ -252,6 +300,7 @@ def compare(
     resamples: int = 1000,
     permutations: int = 1000,
     seed: int = 0,
+    patients: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Everything that a table states of some arms on one data set, JSON-ready.
 
@@ -263,13 +312,14 @@ def compare(
       resamples: of the bootstrap.
       permutations: of the test over images.
       seed: of all draws.
+      patients: see `draw_counts`.
 
     Returns:
       {"arms": {name: {metric: row}}, "differences": {"a - b": {metric: row}}}: a row has what
       `Interval` has, with "mean" for its value; sd over seeds (None for one) and "seeds", each
       one's value. A difference also has p_images and p_seeds, of the permutation tests over either.
     """
-    counts = draw_counts(len(labels), resamples, np.random.default_rng(seed))
+    counts = draw_counts(len(labels), resamples, np.random.default_rng(seed), patients)
     counts = np.concatenate([np.ones((1, len(labels)), counts.dtype), counts])
     values = {
         arm: {
@@ -282,7 +332,8 @@ def compare(
     for arm, scores in arms.items():
         chosen = sorted(scores)
         found["arms"][arm] = {
-            m: _row(np.stack([values[arm][m][s] for s in chosen], axis=1), seed) for m in METRICS
+            m: _row(np.stack([values[arm][m][s] for s in chosen], axis=1), seed, 0.0)
+            for m in METRICS
         }
     for first, second in pairs:
         shared = sorted(set(arms.get(first, {})) & set(arms.get(second, {})))
@@ -295,24 +346,25 @@ def compare(
             task,
             np.random.default_rng(seed),
             permutations,
+            patients,
         )
         rows = {}
         for m in METRICS:
             one, two = (values[arm][m] for arm in (first, second))
-            rows[m] = _row(np.stack([one[s] - two[s] for s in shared], axis=1), seed)
+            rows[m] = _row(np.stack([one[s] - two[s] for s in shared], axis=1), seed, -1.0)
             rows[m]["p_images"] = p_images[m]
             rows[m]["p_seeds"] = sign_flips_over_seeds(rows[m]["seeds"])
         found["differences"][f"{first} - {second}"] = rows
     return found
 
 
-def _row(values: np.ndarray, seed: int) -> dict[str, Any]:
+def _row(values: np.ndarray, seed: int, lowest: float) -> dict[str, Any]:
     """From (1 + resamples, seeds), of which the first is on the images as they are."""
-    interval = bootstrap(values[0], values[1:], np.random.default_rng(seed))
+    interval = bootstrap(values[0], values[1:], np.random.default_rng(seed)).above(lowest)
     return {
         "mean": interval.value,
         "sd": float(np.std(values[0], ddof=1)) if values.shape[1] > 1 else None,
-        **{name: getattr(interval, name) for name in ("low", "high", "half_width", "p")},
+        **{name: value for name, value in interval._asdict().items() if name != "value"},
         "seeds": values[0].tolist(),
     }
 
@@ -327,7 +379,7 @@ def expected_resolution(
     correlation: float,
     seed_sd: float,
 ) -> dict[str, float]:
-    """The difference that will be told from none in four of five repetitions, `TO_BE_TOLD`.
+    """The difference that will be distinguished from zero four times out of five, `DETECTABLE`.
 
     Before anything is run, and before any correction for several comparisons.
 
@@ -350,6 +402,6 @@ def expected_resolution(
         "acc": acc * (1 - acc) / (positives + negatives),
     }
     return {
-        name: float(TO_BE_TOLD * np.sqrt(2 * (1 - correlation) * one + seed_sd**2 / seeds))
+        name: float(DETECTABLE * np.sqrt(2 * (1 - correlation) * one + seed_sd**2 / seeds))
         for name, one in over_images.items()
     }

@@ -2,7 +2,7 @@
 
 experiments/results/cells/<hash>.json        configuration, figures, where and when
 <hash>.npz         test scores, float32 (images, classes)
-labels-<data>.npz  labels of the test images, and the task
+labels-<data>.npz  labels of the test images, the task, and whose image each is where that is known
 """
 
 import json
@@ -24,10 +24,11 @@ _DIGITS = 4
 
 
 class Labels(NamedTuple):
-    """Of a data set's test images, and medmnist's word for the task."""
+    """Of a data set's test images, medmnist's word for the task, and the patient of each image."""
 
     labels: np.ndarray
     task: str
+    patients: np.ndarray | None
 
 
 def keep(cell: Cell, places: Places) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def keep(cell: Cell, places: Places) -> dict[str, Any]:
     if not labels.exists():
         plan = plan_of(cell, places)
         known = {"labels": plan.dataset.test.labels, "task": np.array(plan.dataset.task)}
-        write_arrays(labels, known)
+        patients = datasets.test_patients(cell.backbone.data, places.built)
+        write_arrays(labels, known if patients is None else known | {"patients": patients})
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
     write_arrays(folder / f"{cell.hash}.npz", {"scores": scores})
     # On one line: they are many, and nobody reads them one by one.
@@ -85,7 +87,8 @@ def read_labels(data: str, folder: Path = CELLS) -> Labels:
     if not path.exists():
         raise InputError(f"{path} is missing: no cell on {datasets.SOURCES[data].title} is kept")
     with np.load(path) as arrays:
-        return Labels(arrays["labels"], str(arrays["task"]))
+        patients = arrays["patients"] if "patients" in arrays else None
+        return Labels(arrays["labels"], str(arrays["task"]), patients)
 
 
 def _rounded(layer: dict[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,19 @@ from rich.console import Group
 from rich.text import Text
 
 from experiments.study.question import Question, minus
-from experiments.study.statistics import TO_BE_TOLD, Z
+from experiments.study.statistics import detectable
 from inmerge_jax.reporting import tables, wording
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 
 ONE_SEED = (
-    "Where there is one seed, intervals and p cover the choice of test images alone, so nothing is "
-    "told from none there: another training could come out otherwise."
+    "Where there is one seed, intervals cover the choice of test images alone, so there is no p "
+    "and nothing is concluded: another training could come out otherwise."
 )
 AGAINST_FINETUNE = (
     "Test AUC and ACC minus finetune's [95% interval over seeds and test images]; p over both, "
-    "Holm's correction over the table; images: p of permuting test images alone"
+    "Holm's correction over the table; p, images: of permuting test images alone; detectable: the "
+    "AUC difference that one comparison distinguishes from zero four times out of five"
 )
 STUCK = 0.99
 NEEDED = 0.01
@@ -90,33 +91,51 @@ def figure_name(question: Question, index: int) -> str:
     return f"{question.name}-{index + 1}.svg"
 
 
-def could_tell(groups: Mapping[str, Any], pair: str) -> str:
-    """How large a difference could have been told, and a warning where there is one seed."""
+def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
+    """How large a difference could have been seen, and a warning where there is one seed."""
     rows = {
-        name: group["differences"][pair]["auc"]
+        name: [group["differences"][pair]["auc"] for pair in changed(group, pairs)]
         for name, group in groups.items()
-        if pair in group["differences"]
     }
-    needed = {name: could_be_told(row) for name, row in rows.items()}
-    coarse = [name for name, size in needed.items() if size > NEEDED]
-    text = (
-        "A difference in test AUC would be told from none four times out of five if it were as "
-        f"large as the column 'could tell' says, here {min(needed.values()):.3f} to "
-        f"{max(needed.values()):.3f}, or larger after Holm's correction"
-    )
-    if coarse:
-        text += f"; one of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"
+    needed = {name: max(map(detectable, some)) for name, some in rows.items() if some}
     few = any(
         len(row["auc"]["seeds"]) == 1
         for group in groups.values()
         for row in group["differences"].values()
     )
-    return f"{text}. {ONE_SEED}" if few else f"{text}."
+    alone = ONE_SEED if few else ""
+    if not needed:
+        return f"Nothing that was compared differs at all, so far. {alone}".strip()
+    coarse = [name for name, size in needed.items() if size > NEEDED]
+    text = (
+        "A difference in test AUC as large as the column 'detectable' says, here up to "
+        f"{min(needed.values()):.3f} to {max(needed.values()):.3f}, would be distinguished from "
+        "zero four times out of five where it is the only comparison"
+    )
+    corrected = [
+        detectable(row, row["comparisons"])
+        for some in rows.values()
+        for row in some
+        if "comparisons" in row
+    ]
+    if corrected:
+        text += (
+            f"; as the first of the table's after Holm's correction it has to be "
+            f"{min(corrected):.3f} to {max(corrected):.3f}"
+        )
+    if coarse:
+        text += f". One of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"
+    return f"{text}. {alone}".strip()
 
 
-def could_be_told(row: Mapping[str, Any]) -> float:
-    """The difference that is told from none four times out of five, by its interval's width."""
-    return TO_BE_TOLD / Z * row["half_width"]
+def changed(group: Mapping[str, Any], pairs: Sequence[str]) -> list[str]:
+    """Those of the pairs that are not the same networks twice in every seed."""
+    return [
+        pair
+        for pair in pairs
+        if pair in group["differences"]
+        and len(group["identical"][pair]) < len(group["differences"][pair]["auc"]["seeds"])
+    ]
 
 
 def mean_sd(row: Mapping[str, Any]) -> str:
@@ -156,7 +175,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         kinds.append("total")
         for arm, values in minus(found, against).items():
             share = found["merged"].get(arm)
-            same = share == 0 and against == "finetune"
+            same = not changed(found, [f"{arm} - {against}"])
             rows.append(
                 (
                     arm,
@@ -164,22 +183,22 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    "" if same else f"{could_be_told(values['auc']):.3f}",
+                    "" if same else f"{detectable(values['auc']):.3f}",
                     *_three(values["auc"], same),
                     _three(values["acc"], same)[1],
                 )
             )
             kinds.append("difference")
     columns = (
-        f"arm, minus {against} (bold)",
+        f"arm, minus {against}",
         "seeds",
         "merged",
         "test AUC",
         "test ACC",
-        "could tell",
+        "detectable",
         "p, AUC",
         "Holm",
-        "images",
+        "p, images",
         "ACC, Holm",
     )
     return Table(title, columns, tuple(rows), tuple(kinds))
@@ -189,6 +208,8 @@ def _three(row: Mapping[str, Any], same: bool) -> tuple[str, str, str]:
     """P over seeds and images, Holm's correction of it, and that of permuting images."""
     if same:
         return ("same", "", "")
+    if len(row["seeds"]) == 1:
+        return ("one seed", "", p_value(row["p_images"]))
     corrected = row.get("p_holm")
     holm = "" if corrected is None else p_value(corrected)
     return p_value(row["p"]), holm, p_value(row["p_images"])

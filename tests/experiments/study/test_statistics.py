@@ -88,6 +88,35 @@ def test_two_seeds_that_agree_by_chance_leave_the_images_error():
     assert (exactly.low, exactly.high, exactly.p) == (0.01, 0.01, 0.0)
 
 
+def test_an_interval_ends_where_the_value_can_be():
+    found = statistics.Interval(-0.27, -1.1, 0.5, 0.8, 0.5)
+    assert found.above(-1) == found._replace(low=-1)
+    assert statistics.Interval(0.9, 0.7, 1.2, 0.25, 0.0).above(0).high == 1
+    labels = np.tile([0, 1], 20).astype(np.int32)
+    scores = [np.stack([1 - x, x], axis=1) for x in (labels * 0.8 + 0.1, 0.9 - labels * 0.8)]
+    arms = {"a": {0: scores[0], 1: scores[1]}, "b": {0: scores[1], 1: scores[1]}}
+    row = statistics.compare(labels, arms, "binary-class", [("a", "b")])
+    assert row["differences"]["a - b"]["auc"]["low"] == -1 < row["arms"]["a"]["auc"]["low"] == 0
+
+
+def test_a_patients_images_are_drawn_and_exchanged_together():
+    labels, scores = make_scores("binary-class", images=80, seeds=2)
+    arms = {"a": {0: scores[0]}, "b": {0: scores[1]}}
+    once = statistics.compare(labels, arms, "binary-class", [("a", "b")])
+    patients = np.tile(np.arange(80) + 7, 3)
+    three = {arm: {0: np.tile(of[0], (3, 1))} for arm, of in arms.items()}
+    known = statistics.compare(
+        np.tile(labels, 3), three, "binary-class", [("a", "b")], patients=patients
+    )
+    for metric, row in known["differences"]["a - b"].items():
+        for name in ("mean", "low", "high", "p", "p_images"):
+            expected = once["differences"]["a - b"][metric][name]
+            assert row[name] == pytest.approx(expected, abs=1e-9), (metric, name)
+    more = statistics.compare(np.tile(labels, 3), three, "binary-class", [("a", "b")])
+    gap, narrow = (found["differences"]["a - b"]["auc"] for found in (once, more))
+    assert narrow["half_width"] < 0.7 * gap["half_width"]
+
+
 def test_p_and_interval_say_the_same_and_images_count_too():
     rng = np.random.default_rng(0)
     values = np.array([0.010, 0.012, 0.008, 0.011])

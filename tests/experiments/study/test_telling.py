@@ -3,49 +3,63 @@
 import json
 from types import SimpleNamespace
 
-import pytest
-
 from experiments.study import batch_statistics, telling
-from experiments.study.question import _in_shortcuts, told
+from experiments.study.question import _in_shortcuts, add_holm, told
 
 
 def difference(seeds, p_holm):
-    return {"mean": 0.1, "low": 0.05, "high": 0.15, "half_width": 0.05, "p_holm": p_holm} | {
-        "seeds": [0.1] * seeds
+    row = {"mean": 0.1, "low": 0.05, "high": 0.15, "half_width": 0.05, "p": 0.001, "p_images": 0.2}
+    row |= {"seeds_error": 0.0, "images_error": 0.025, "seeds": [0.1] * seeds}
+    return row if p_holm is None else row | {"p_holm": p_holm, "comparisons": 4}
+
+
+def group(seeds, p_holm=0.2, identical=()):
+    rows = {metric: difference(seeds, p_holm) for metric in ("auc", "acc")}
+    return {
+        "images": 1050,
+        "arms": {"b": {metric: row | {"sd": 0.02} for metric, row in rows.items()}},
+        "differences": {"a - b": rows},
+        "identical": {"a - b": list(identical)},
+        "merged": {"a": 0.25},
     }
 
 
-@pytest.mark.parametrize(
-    ("seeds", "p_holm", "expected"), [(1, 0.0, False), (2, 0.04, True), (2, 0.06, False)]
-)
-def test_nothing_is_told_from_one_training(seeds, p_holm, expected):
-    assert told(difference(seeds, p_holm)) is expected
+def test_holms_correction_leaves_out_one_training_and_the_same_network_twice():
+    groups = [group(1, None), group(3, None), group(3, None, [0, 1, 2]), group(3, None, [1])]
+    groups[3]["differences"]["a - b"]["auc"]["p"] = 0.5
+    add_holm(groups, [("a", "b")])
+    rows = [one["differences"]["a - b"]["auc"] for one in groups]
+    assert [row.get("p_holm") for row in rows] == [None, 0.002, None, 0.5]
+    assert [told(row) for row in rows] == [False, True, False, False]
+    assert rows[1]["comparisons"] == 2
 
 
 def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
-    def group(seeds):
-        rows = {"a - b": {"auc": difference(3, 0)}, "c - b": {"auc": difference(seeds, 0)}}
-        return {"images": 50, "differences": rows}
-
-    assert telling.ONE_SEED in telling.could_tell({"data": group(1)}, "a - b")
+    few = group(3)
+    few["differences"]["c - b"] = group(1)["differences"]["a - b"]
+    assert telling.ONE_SEED in telling.could_tell({"data": few}, "a - b")
     text = telling.could_tell({"data": group(2)}, "a - b")
     assert telling.ONE_SEED not in text and text.endswith("may well have been missed on data.")
-    assert "here 0.071 to 0.071" in text
+    assert "here up to 0.070 to 0.070" in text
+    # 2.50 + 0.84 standard errors: 0.05 over four comparisons, and four times out of five.
+    assert "has to be 0.083 to 0.083" in text
 
 
-def test_what_could_be_told_stands_in_the_table():
-    metrics = {"auc": difference(3, 0.2), "acc": difference(3, 0.2)}
-    rows = {name: {**row, "p": 0.1, "p_images": 0.1, "sd": 0.02} for name, row in metrics.items()}
-    group = {
-        "images": 1050,
-        "arms": {"b": rows},
-        "differences": {"a - b": rows},
-        "merged": {"a": 0.25},
-    }
-    table = telling.difference_table("title", {"data": group}, "b")
-    column = table.columns.index("could tell")
-    assert [row[column] for row in table.rows] == ["", "0.071"]
+def test_what_does_not_differ_at_all_could_not_be_seen():
+    same = {"data": group(2, None, [0, 1])}
+    assert telling.could_tell(same, "a - b") == "Nothing that was compared differs at all, so far."
+    assert telling.could_tell({}, "a - b").startswith("Nothing that was compared")
+    (_, row) = telling.difference_table("title", same, "b").rows
+    assert row[-5:] == ("", "same", "", "", "")
+
+
+def test_what_could_be_seen_stands_in_the_table():
+    table = telling.difference_table("title", {"data": group(3)}, "b")
+    column = table.columns.index("detectable")
+    assert [row[column] for row in table.rows] == ["", "0.070"]
     assert table.rows[0][0] == "data (1,050 images)"
+    (_, row) = telling.difference_table("title", {"data": group(1)}, "b").rows
+    assert row[column + 1] == "one seed"
 
 
 def test_networks_that_know_one_class_are_named():
