@@ -69,8 +69,8 @@ def came_out(found: dict[str, Any]) -> str:
     return (
         f"Kernels merged at an update, by data set: {rates}. Quantiles distinguished in test AUC "
         f"from the paper's threshold (p < 0.05 after Holm's correction): {fixed}. On validation "
-        f"images {best} gains most over finetune ({found['val_gain'][best]:+.4f} AUC); on test images it "
-        f"differs from finetune by {'; '.join(tests)}."
+        f"images {best} gains most over finetune ({found['val_gain'][best]:+.4f} AUC); on test "
+        f"images it differs from finetune by {'; '.join(tests)}."
     )
 
 

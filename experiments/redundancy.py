@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import telling
+from experiments import medmnist
+from experiments.study import datasets, telling
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
 from experiments.study.question import Kept, Question
@@ -24,32 +25,64 @@ SGD_RATE = {"vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
 WHEN = ("before training", "backbone", "finetune", "inmerge")
 BINS = 10
 THRESHOLD = "0.3"
-SHOWN = (("resnet18", "adam"), ("resnet18", "sgd"), ("vgg16", "adam"), ("vgg16", "sgd"))
+# At full width: with Adam question 1's trainings, one seed, and one network with SGD.
+FULL_DATA = ("breastmnist", "retinamnist")
+FULL_SGD = ("resnet18", 24, 8)
+LEARNED = 0.6
+"""Test AUC of the backbone below which a network counts as one that learned nothing."""
+SHOWN = (
+    ("resnet18", "adam", 1.0),
+    ("resnet18", "sgd", 1.0),
+    ("vgg16", "adam", 1.0),
+    ("vgg16", "sgd", WIDTH),
+)
+COLOURS = {
+    "before training": GUIDE,
+    "backbone": "#0072B2",
+    "finetune": "#009E73",
+    "inmerge": "#D55E00",
+}
 
 
 def grid() -> tuple[Cell, ...]:
-    """Every network with both optimizers, one seed."""
-    found = []
+    """Every network with both optimizers at a quarter of its width, and some whole; one seed."""
+    starts = []
     for model in MODELS:
         for optimizer in OPTIMIZERS:
             rate = SGD_RATE.get(model) if optimizer == "sgd" else None
-            start = Backbone(DATA, model, 0, EPOCHS, WIDTH, optimizer, rate)
-            more = 1e-4 if optimizer == "adam" else start.rate / 10
-            found += [
-                Cell(start),
-                Cell(start, "finetune", MORE, more),
-                Cell(start, "inmerge", MORE, more, Treatment("merge")),
-            ]
-    return tuple(found)
+            starts.append((Backbone(DATA, model, 0, EPOCHS, WIDTH, optimizer, rate), MORE))
+    model, epochs, more = FULL_SGD
+    starts.append((Backbone(DATA, model, 0, epochs, optimizer="sgd"), more))
+    found = []
+    for start, more in starts:
+        rate = 1e-4 if start.optimizer == "adam" else start.rate / 10
+        found += [
+            Cell(start),
+            Cell(start, "finetune", more, rate),
+            Cell(start, "inmerge", more, rate, Treatment("merge")),
+        ]
+    whole = [
+        cell
+        for cell in medmnist.grid()
+        if cell.backbone.data in FULL_DATA and cell.backbone.seed == 0 and cell.arm in WHEN
+    ]
+    return (*found, *whole)
+
+
+def named(start: Backbone) -> str:
+    """The network for people."""
+    name = f"{start.model}, {start.optimizer.upper()}"
+    return f"{name}, full width, {datasets.SOURCES[start.data].title}" if start.width == 1 else name
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Layers in the order of the forward pass, at each of `WHEN`."""
     networks: dict[str, Any] = {}
     for cell in kept.cells:
-        record = kept.record(cell)
-        name = f"{cell.backbone.model}, {cell.backbone.optimizer.upper()}"
-        one = networks.setdefault(name, {"model": cell.backbone.model, "when": {}})
+        record, start = kept.record(cell), cell.backbone
+        about = {"model": start.model, "optimizer": start.optimizer, "width": start.width}
+        about |= {"epochs": start.epochs, "data": start.data, "when": {}}
+        one = networks.setdefault(named(start), about)
         if cell.is_backbone:
             one["when"]["before training"] = record["similarity"]["before"]
         one["when"][cell.arm] = record["similarity"]["after"]
@@ -85,35 +118,48 @@ def came_out(found: dict[str, Any]) -> str:
     """How rarely deep kernels are above the threshold, and where they are alike."""
     parts = []
     for optimizer in OPTIMIZERS:
-        chosen = {
-            name: one
-            for name, one in found["networks"].items()
-            if name.endswith(optimizer.upper()) and "backbone" in one["when"]
-        }
+        narrow = [
+            one
+            for one in found["networks"].values()
+            if one["optimizer"] == optimizer and one["width"] != 1 and "backbone" in one["when"]
+        ]
+        chosen = [one for one in narrow if one["test_auc"]["backbone"] >= LEARNED]
         if not chosen:
             continue
-        deep = [above(_deep(one, "backbone")) for one in chosen.values()]
-        start = [above(_deep(one, "before training")) for one in chosen.values()]
+        deep = [above(spatial(_deep(one, "backbone"))) for one in chosen]
+        start = [above(spatial(_deep(one, "before training"))) for one in chosen]
         none = sum(share == 0 for share in deep)
         parts.append(
             f"{optimizer.upper()}: after the backbone, {min(deep):.2%} to {max(deep):.2%} of the "
             f"pairs of deep kernels have a cosine above 0.3 (median of {len(deep)} networks "
             f"{np.median(deep):.3%}; none at all in {none}; before training "
-            f"{np.median(start):.3%})"
+            f"{np.median(start):.3%}; {len(narrow) - len(chosen)} more networks learned "
+            "nothing and are left out)"
         )
+    whole = [
+        f"{name} {above(spatial(_deep(one, 'before training'))):.3%} before training, "
+        f"{above(spatial(_deep(one, 'backbone'))):.3%} after the backbone"
+        for name, one in found["networks"].items()
+        if one["width"] == 1 and "backbone" in one["when"]
+    ]
+    if whole:
+        parts.append("; ".join(whole))
     return (
-        "; ".join(parts) + ". This share is the chance that a selected kernel and a random "
-        "partner pass the threshold of 0.3."
+        "; ".join(parts) + ". All without 1x1 shortcuts. This share is the chance that a selected "
+        "kernel and a random partner pass the threshold of 0.3."
     )
 
 
 def sure(found: dict[str, Any]) -> str:
     """What was measured, and on what."""
+    whole = sum(one["width"] == 1 for one in found["networks"].values())
+    narrow = len(found["networks"]) - whole
     return (
-        "Shares count all pairs of the weights that were measured; but these are networks of "
-        f"width {WIDTH}, trained for {EPOCHS} epochs on BreastMNIST with one seed (arms {MORE} "
-        f"epochs), {len(found['networks'])} of {len(MODELS) * len(OPTIMIZERS)} networks and "
-        "optimizers. Wider kernels have more weights, and so cosines nearer to zero, at the start."
+        "Shares count all pairs of the weights that were measured; but most of these are networks "
+        f"of width {WIDTH}, trained for {EPOCHS} epochs on BreastMNIST with one seed (arms {MORE} "
+        f"epochs), {narrow} of {len(MODELS) * len(OPTIMIZERS)} networks and optimizers; {whole} "
+        "are of full width and trained for longer, with one seed too. Wider kernels have more weights, "
+        "and so cosines nearer to zero, at the start."
     )
 
 
@@ -122,28 +168,42 @@ def tables(found: dict[str, Any]) -> list[Table]:
     rows = []
     for name, one in found["networks"].items():
         cells = [f"{above(_deep(one, when)):.2%}" if when in one["when"] else "" for when in WHEN]
-        shallow = one["when"].get("backbone", [])[: one.get("skip", 0)]
-        top = ""
+        alone = highest = auc = shallow = merged = ""
         if "backbone" in one["when"]:
-            top = f"{max(layer['maximum'] for layer in spatial(_deep(one, 'backbone'))):.2f}"
-        merged = ""
+            deep = spatial(_deep(one, "backbone"))
+            alone, highest = f"{above(deep):.2%}", f"{max(x['maximum'] for x in deep):.2f}"
+            auc = f"{one['test_auc']['backbone']:.3f}"
+            first = one["when"]["backbone"][: one.get("skip", 0)]
+            shallow = f"{above(first):.2%}" if first else ""
         if "merged" in one:
-            merged = f"{sum(one['merged'].values()):,} of {one['selected']:,}"
-        rows.append((name, *cells, f"{above(shallow):.2%}" if shallow else "", top, merged))
+            inside = sum(n for layer, n in one["merged"].items() if "shortcut" in layer)
+            merged = f"{sum(one['merged'].values()):,} of {one['selected']:,}; {inside:,}"
+        rows.append((name, str(one["epochs"]), auc, *cells, alone, highest, shallow, merged))
     columns = (
-        *("network", *(f"deep: {when}" for when in WHEN), "shallow: backbone"),
-        *("highest cosine, deep, without shortcuts", "merged of selected"),
+        *("network", "epochs", "backbone's test AUC", *(f"deep: {when}" for when in WHEN)),
+        *("deep without shortcuts: backbone", "highest cosine there", "shallow: backbone"),
+        "merged of selected; in shortcuts",
     )
     title = "Share of kernel pairs with a cosine above 0.3"
     return [Table(title, columns, tuple(rows), tuple("arm" for _ in rows))]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
-    """Heat map over depth, and quantiles of some networks."""
-    names = [name for name, one in found["networks"].items() if "backbone" in one["when"]]
-    values = np.array([_binned(found["networks"][name]["when"]["backbone"]) for name in names])
-    heat = telling.heat_map(
-        "99% quantile of kernel similarity, after the backbone",
+    """Heat maps over depth, and quantiles of some networks."""
+    drawn = [_heat(found, when) for when in ("backbone", "inmerge")]
+    for model, optimizer, width in SHOWN:
+        for name, one in found["networks"].items():
+            chosen = (one["model"], one["optimizer"], one["width"], one["data"])
+            if chosen == (model, optimizer, width, DATA) and "backbone" in one["when"]:
+                drawn.append(_quantile_plot(name, one))
+    return drawn
+
+
+def _heat(found: dict[str, Any], when: str) -> Plot:
+    names = [name for name, one in found["networks"].items() if when in one["when"]]
+    values = np.array([_binned(found["networks"][name]["when"][when]) for name in names])
+    return telling.heat_map(
+        f"99% quantile of kernel similarity, after {'the ' * (when == 'backbone')}{when}",
         names,
         values,
         "cosine",
@@ -152,13 +212,6 @@ def figures(found: dict[str, Any]) -> list[Plot]:
         "out. One pair of kernels in a hundred has more than this cosine. Where the colour is "
         "below 0.3, the paper's threshold, fewer than one pair in a hundred can merge.",
     )
-    drawn = [heat]
-    for model, optimizer in SHOWN:
-        name = f"{model}, {optimizer.upper()}"
-        one = found["networks"].get(name)
-        if one is not None and "backbone" in one["when"]:
-            drawn.append(_quantile_plot(name, one))
-    return drawn
 
 
 def _binned(layers: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -171,15 +224,18 @@ def _binned(layers: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def _quantile_plot(name: str, one: Mapping[str, Any]) -> Plot:
     def draw(axes: Any) -> None:
-        shown = {"before training": GUIDE, "backbone": "#0072B2"}
-        for when, colour in shown.items():
-            layers = one["when"][when]
+        for when, colour in COLOURS.items():
+            layers = one["when"].get(when)
+            if layers is None:
+                continue
             x = np.arange(1, len(layers) + 1)
-            column = [[layer["quantiles"][q] for layer in layers] for q in ("0.05", "0.5", "0.95")]
-            axes.fill_between(x, column[0], column[2], color=colour, alpha=0.2, lw=0)
-            axes.plot(x, column[1], color=colour, lw=1.5, label=when)
-            high = [layer["quantiles"]["0.99"] for layer in layers]
-            axes.plot(x, high, color=colour, lw=0.8, ls=":")
+            low, middle, high, top = (
+                [layer["quantiles"][q] for layer in layers] for q in ("0.05", "0.5", "0.95", "0.99")
+            )
+            if when == "backbone":
+                axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(x, middle, color=colour, lw=1.5, label=when)
+            axes.plot(x, top, color=colour, lw=1, ls=":")
         axes.axhline(0.3, color="black", lw=1, ls=(0, (5, 3)))
         axes.annotate("threshold 0.3", (1, 0.3), (0, 3), textcoords="offset points", fontsize=8)
         axes.set_title(name)
@@ -188,8 +244,9 @@ def _quantile_plot(name: str, one: Mapping[str, Any]) -> Plot:
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     caption = (
-        "Line: median; band: the middle 90% of pairs; dotted: the 99% quantile. Merging with a "
-        "random partner needs pairs above the dashed line. Single peaks are 1x1 shortcuts."
+        "Lines: median; dotted: the 99% quantile; band: the middle 90% of pairs after the "
+        "backbone. Merging with a random partner needs pairs above the dashed line. Single peaks are 1x1 "
+        "shortcuts."
     )
     return make_plot(draw, caption, f"Kernel similarity by depth: {name}")
 
