@@ -158,8 +158,8 @@ def sure(found: dict[str, Any]) -> str:
         "Shares count all pairs of the weights that were measured; but most of these are networks "
         f"of width {WIDTH}, trained for {EPOCHS} epochs on BreastMNIST with one seed (arms {MORE} "
         f"epochs), {narrow} of {len(MODELS) * len(OPTIMIZERS)} networks and optimizers; {whole} "
-        "are of full width and trained for longer, with one seed too. Wider kernels have more weights, "
-        "and so cosines nearer to zero, at the start."
+        "are of full width and trained for longer, with one seed too. Wider kernels have more "
+        "weights, and so cosines nearer to zero, at the start."
     )
 
 
@@ -245,8 +245,8 @@ def _quantile_plot(name: str, one: Mapping[str, Any]) -> Plot:
 
     caption = (
         "Lines: median; dotted: the 99% quantile; band: the middle 90% of pairs after the "
-        "backbone. Merging with a random partner needs pairs above the dashed line. Single peaks are 1x1 "
-        "shortcuts."
+        "backbone. Merging with a random partner needs pairs above the dashed line. Single peaks "
+        "are 1x1 shortcuts."
     )
     return make_plot(draw, caption, f"Kernel similarity by depth: {name}")
 
