@@ -134,7 +134,7 @@ def came_out(found: dict[str, Any]) -> str:
             f"pairs of deep kernels have a cosine above 0.3 (median of {len(deep)} networks "
             f"{np.median(deep):.3%}; none at all in {none}; before training "
             f"{np.median(start):.3%}; {len(narrow) - len(chosen)} more networks learned "
-            "nothing and are left out)"
+            "nothing and are not counted)"
         )
     whole = [
         f"{name} {above(spatial(_deep(one, 'before training'))):.3%} before training, "
@@ -239,6 +239,7 @@ def _quantile_plot(name: str, one: Mapping[str, Any]) -> Plot:
         axes.axhline(0.3, color="black", lw=1, ls=(0, (5, 3)))
         axes.annotate("threshold 0.3", (1, 0.3), (0, 3), textcoords="offset points", fontsize=8)
         axes.set_title(name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("convolution, in the order of the forward pass")
         axes.set_ylabel("cosine between kernels of a layer")
         axes.figure.legend(loc="outside lower center", ncols=2)

@@ -108,9 +108,9 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
         return f"Nothing that was compared differs at all, so far. {alone}".strip()
     coarse = [name for name, size in needed.items() if size > NEEDED]
     text = (
-        "A difference in test AUC as large as the column 'detectable' says, here up to "
-        f"{min(needed.values()):.3f} to {max(needed.values()):.3f}, would be distinguished from "
-        "zero four times out of five where it is the only comparison"
+        "A difference in test AUC as large as the column 'detectable' says, here at most "
+        f"{max(needed.values()):.3f}, would be distinguished from zero four times out of five "
+        "where it is the only comparison"
     )
     corrected = [
         detectable(row, row["comparisons"])
@@ -120,8 +120,8 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
     ]
     if corrected:
         text += (
-            f"; as the first of the table's after Holm's correction it has to be "
-            f"{min(corrected):.3f} to {max(corrected):.3f}"
+            "; as the first of the table's after Holm's correction it has to be larger, at most "
+            f"{max(corrected):.3f}"
         )
     if coarse:
         text += f". One of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"
@@ -363,4 +363,5 @@ def heat_map(
         axes.grid(visible=False)
         axes.figure.colorbar(image, ax=axes, label=unit)
 
-    return make_plot(draw, caption, title, (5.6, 1.4 + 0.2 * len(rows)))
+    width = 4.6 + 0.06 * max(map(len, rows))
+    return make_plot(draw, caption, title, (width, 1.4 + 0.2 * len(rows)))

@@ -40,9 +40,9 @@ def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
     assert telling.ONE_SEED in telling.could_tell({"data": few}, "a - b")
     text = telling.could_tell({"data": group(2)}, "a - b")
     assert telling.ONE_SEED not in text and text.endswith("may well have been missed on data.")
-    assert "here up to 0.070 to 0.070" in text
+    assert "here at most 0.070" in text
     # 2.50 + 0.84 standard errors: 0.05 over four comparisons, and four times out of five.
-    assert "has to be 0.083 to 0.083" in text
+    assert "has to be larger, at most 0.083" in text
 
 
 def test_what_does_not_differ_at_all_could_not_be_seen():
