@@ -187,13 +187,33 @@ def test_an_arm_of_which_a_seed_is_missing_is_compared_over_the_others(trained, 
     assert found["over"] == {"backbone": [0, 1], "finetune": [0, 1], "in.merge": [0]}
     assert len(found["differences"]["in.merge - finetune"]["auc"]["seeds"]) == 1
     assert len(found["differences"]["finetune - backbone"]["auc"]["seeds"]) == 2
-    groups = [found]
-    add_holm(groups, PAIRS)
-    assert "p_holm" in found["differences"]["in.merge - finetune"]["acc"]
-    found["merged"]["in.merge"] = 0.0
-    del found["differences"]["in.merge - finetune"]["acc"]["p_holm"]
-    add_holm(groups, PAIRS)
-    assert "p_holm" not in found["differences"]["in.merge - finetune"]["acc"]
+    add_holm([found], PAIRS)
+    assert "p_holm" in found["differences"]["finetune - backbone"]["acc"]
+    assert "p_holm" not in found["differences"]["in.merge - finetune"]["acc"], "one seed"
+    assert found["identical"]["finetune - backbone"] == []
+
+
+def test_networks_with_the_same_scores_are_known_and_have_no_p(trained, tmp_path):
+    places, _ = trained
+    kept = tmp_path / "cells"
+    for cell in CELLS[:2]:
+        store.keep(cell, dataclasses.replace(places, results=tmp_path))
+        second = dataclasses.replace(cell, backbone=dataclasses.replace(START, seed=1))
+        for suffix in (".json", ".npz"):
+            shutil.copy(kept / f"{cell.hash}{suffix}", kept / f"{second.hash}{suffix}")
+    both = [
+        dataclasses.replace(cell, backbone=dataclasses.replace(START, seed=seed))
+        for cell in CELLS[:2]
+        for seed in (0, 1)
+    ]
+    shutil.copy(kept / f"{CELLS[0].hash}.npz", kept / f"{both[3].hash}.npz")
+    found = Kept.of(both, kept).compare(PAIRS, resamples=20, permutations=20)
+    assert found["identical"]["finetune - backbone"] == [1]
+    shutil.copy(kept / f"{CELLS[0].hash}.npz", kept / f"{both[2].hash}.npz")
+    found = Kept.of(both, kept).compare(PAIRS, resamples=20, permutations=20)
+    assert found["identical"]["finetune - backbone"] == [0, 1]
+    add_holm([found], PAIRS)
+    assert "p_holm" not in found["differences"]["finetune - backbone"]["acc"]
 
 
 def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
