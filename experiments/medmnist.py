@@ -193,6 +193,14 @@ def notes(found: dict[str, Any]) -> tuple[str, ...]:
         telling.never_merged(found["groups"], MERGING),
         telling.one_answer(found["groups"]),
         telling.in_shortcuts(found["groups"], MERGING),
+        *dict.fromkeys(
+            f"{datasets.SOURCES[group['key'][0]].title}: ACC is the mean over {of['classes']} "
+            f"findings, and no to all of them has {of['constant']:.3f}; AUC is the mean over the "
+            f"{of['defined']} that have positive and negative test images. The "
+            f"{group['images']} images are {of['patients']} patients'."
+            for group in found["groups"].values()
+            if (of := group["labels"])["patients"] is not None
+        ),
         *(
             f"{name} has torchvision's stem (7x7, stride 2, max-pool), the others the small one."
             for name, group in found["groups"].items()

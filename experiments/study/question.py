@@ -110,13 +110,13 @@ class Kept:
     ) -> dict[str, Any]:
         """`statistics.compare` of one group.
 
-        Adds "images"; by pair "identical" (the seeds whose networks give the test images the very
-        same scores: nothing merged, or only after the epoch that is scored); and by arm "merged"
-        (mean share of the kernels merged at an update, None where it has no kernels to merge),
-        "shortcuts" (share of its merges in 1x1 shortcuts, and of its kernels that are theirs; None
-        where it merged nothing), "same" (of every seed, the share of the test images that get the
-        most frequent answer, None with several labels an image), "val" (validation AUC of every
-        seed), "over" (the seeds) and "cells" (the hashes).
+        Adds "images"; "labels" (see `_of_labels`); by pair "identical" (the seeds whose networks
+        give the test images the very same scores: nothing merged, or only after the epoch that is
+        scored); and by arm "merged" (mean share of the kernels merged at an update, None where it
+        has no kernels to merge), "shortcuts" (share of its merges in 1x1 shortcuts, and of its
+        kernels that are theirs; None where it merged nothing), "same" (of every seed, the share of
+        the test images that get the most frequent answer, None with several labels an image), "val"
+        (validation AUC of every seed), "over" (the seeds) and "cells" (the hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -147,6 +147,7 @@ class Kept:
         }
         return {
             "images": len(known.labels),
+            "labels": _of_labels(known),
             **found,
             "identical": identical,
             "merged": {arm: _merged_share(rows) for arm, rows in results.items()},
@@ -159,6 +160,21 @@ class Kept:
             "over": {arm: sorted(seeds) for arm, seeds in arms.items()},
             "cells": {arm: [seeds[s].hash for s in sorted(seeds)] for arm, seeds in arms.items()},
         }
+
+
+def _of_labels(known: store.Labels) -> dict[str, Any]:
+    """What test labels say: patients, classes, those with an AUC, ACC of the same answer to all."""
+    labels = known.labels
+    if labels.ndim == 2:
+        ones = labels.mean(0)
+        constant = float(np.maximum(ones, 1 - ones).mean())
+        classes, defined = labels.shape[1], int(((ones > 0) & (ones < 1)).sum())
+    else:
+        counts = np.bincount(labels)
+        constant, classes = float(counts.max() / len(labels)), len(counts)
+        defined = int((counts > 0).sum())
+    patients = None if known.patients is None else len(np.unique(known.patients))
+    return {"patients": patients, "classes": classes, "defined": defined, "constant": constant}
 
 
 def _merged_share(results: Sequence[Mapping[str, Any]]) -> float | None:

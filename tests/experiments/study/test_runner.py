@@ -209,6 +209,11 @@ def test_networks_with_the_same_scores_are_known_and_have_no_p(trained, tmp_path
     shutil.copy(kept / f"{CELLS[0].hash}.npz", kept / f"{both[3].hash}.npz")
     found = Kept.of(both, kept).compare(PAIRS, resamples=20, permutations=20)
     assert found["identical"]["finetune - backbone"] == [1]
+    counts = np.bincount(store.read_labels("phantom", kept).labels)
+    assert found["labels"] == {"patients": None, "classes": len(counts)} | {
+        "defined": len(counts),
+        "constant": counts.max() / counts.sum(),
+    }
     shutil.copy(kept / f"{CELLS[0].hash}.npz", kept / f"{both[2].hash}.npz")
     found = Kept.of(both, kept).compare(PAIRS, resamples=20, permutations=20)
     assert found["identical"]["finetune - backbone"] == [0, 1]
