@@ -80,13 +80,13 @@ def pool(
 ) -> dict[str, Any] | None:
     """The arm's test AUC minus finetune's over the trainings of all groups that merged something.
 
+    A training whose scores are finetune's own does not count: where it merged at all, it did so
+    only after the epoch that is scored.
+
     Args:
       groups: what `compare_groups` gave.
       merges: group to seed to the kernels that the arm merged there.
       arm: one with merging.
-
-    A training whose scores are finetune's own does not count: where it merged at all, it did so
-    only after the epoch that is scored.
 
     Returns:
       What `came_out` tells; None where no training merged anything.
@@ -195,7 +195,7 @@ def notes(found: dict[str, Any]) -> tuple[str, ...]:
         telling.in_shortcuts(found["groups"], MERGING),
         *dict.fromkeys(
             f"{datasets.SOURCES[group['key'][0]].title}: ACC is the mean over {of['classes']} "
-            f"findings, and no to all of them has {of['constant']:.3f}; AUC is the mean over the "
+            f"findings, and the commoner answer to each has {of['constant']:.3f}; AUC is the mean over the "
             f"{of['defined']} that have positive and negative test images. The "
             f"{group['images']} images are {of['patients']} patients'."
             for group in found["groups"].values()

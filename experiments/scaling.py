@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from experiments.scaling_step import params_file
+from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 
 CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
@@ -37,6 +38,11 @@ class ScalingConfig:
 
     output: Path = Path("experiments/results/scaling.json")
     steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise InputError(f"--steps {self.steps}: choose 2 or more")
+
     keep: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
 
 

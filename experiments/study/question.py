@@ -163,7 +163,7 @@ class Kept:
 
 
 def _of_labels(known: store.Labels) -> dict[str, Any]:
-    """What test labels say: patients, classes, those with an AUC, ACC of the same answer to all."""
+    """What test labels say: patients, classes, those with an AUC, ACC of the commonest answer."""
     labels = known.labels
     if labels.ndim == 2:
         ones = labels.mean(0)

@@ -166,7 +166,10 @@ def half_width_at(tail: float, seeds: int, seeds_error: float, images_error: flo
 
 
 def detectable(row: Mapping[str, Any], comparisons: int = 1) -> float:
-    """The difference that is distinguished from zero four times out of five.
+    """The difference that is distinguished from zero about four times out of five.
+
+    By the errors that were measured, which of few seeds are themselves uncertain: with three, about
+    three times out of four.
 
     Args:
       row: what `compare` gave of a difference.

@@ -23,7 +23,7 @@ ONE_SEED = (
 AGAINST_FINETUNE = (
     "Test AUC and ACC minus finetune's [95% interval over seeds and test images]; p over both, "
     "Holm's correction over the table; p, images: of permuting test images alone; detectable: the "
-    "AUC difference that one comparison distinguishes from zero four times out of five"
+    "AUC difference that one comparison distinguishes from zero about four times out of five"
 )
 STUCK = 0.99
 NEEDED = 0.01
@@ -94,7 +94,11 @@ def figure_name(question: Question, index: int) -> str:
 def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
     """How large a difference could have been seen, and a warning where there is one seed."""
     rows = {
-        name: [group["differences"][pair]["auc"] for pair in changed(group, pairs)]
+        name: [
+            row
+            for pair in changed(group, pairs)
+            if len((row := group["differences"][pair]["auc"])["seeds"]) > 1
+        ]
         for name, group in groups.items()
     }
     needed = {name: max(map(detectable, some)) for name, some in rows.items() if some}
@@ -105,11 +109,11 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
     )
     alone = ONE_SEED if few else ""
     if not needed:
-        return f"Nothing that was compared differs at all, so far. {alone}".strip()
+        return f"Nothing with two seeds differs at all, so far. {alone}".strip()
     coarse = [name for name, size in needed.items() if size > NEEDED]
     text = (
         "A difference in test AUC as large as the column 'detectable' says, here at most "
-        f"{max(needed.values()):.3f}, would be distinguished from zero four times out of five "
+        f"{max(needed.values()):.3f}, would be distinguished from zero about four times out of five "
         "where it is the only comparison"
     )
     corrected = [
@@ -176,6 +180,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         for arm, values in minus(found, against).items():
             share = found["merged"].get(arm)
             same = not changed(found, [f"{arm} - {against}"])
+            alone = len(values["auc"]["seeds"]) == 1
             rows.append(
                 (
                     arm,
@@ -183,7 +188,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    "" if same else f"{detectable(values['auc']):.3f}",
+                    "" if same or alone else f"{detectable(values['auc']):.3f}",
                     *_three(values["auc"], same),
                     _three(values["acc"], same)[1],
                 )
@@ -351,12 +356,20 @@ def sweep_plot(
 
 
 def heat_map(
-    title: str, rows: Sequence[str], values: np.ndarray, unit: str, x: str, caption: str
+    title: str,
+    rows: Sequence[str],
+    values: np.ndarray,
+    unit: str,
+    x: str,
+    caption: str,
+    highest: float,
 ) -> Plot:
-    """A number for each row and column as a colour; NaN is left white."""
+    """A number from 0 to `highest` for each row and column as a colour; NaN is left white."""
 
     def draw(axes: Axes) -> None:
-        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
+        image = axes.imshow(
+            values, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0, vmax=highest
+        )
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_title(title)
         axes.set_xlabel(x)

@@ -141,7 +141,7 @@ def together(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         result = function(*args, **kwargs)
     except (InputError, OSError) as error:
         own = error
-    messages = _gather(b"" if own is None else str(own).encode())
+    messages = _gather(b"" if own is None else (str(own) or repr(own)).encode())
     if own is not None:
         raise own
     for number, message in enumerate(messages):
