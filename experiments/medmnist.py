@@ -195,7 +195,7 @@ def notes(found: dict[str, Any]) -> tuple[str, ...]:
         telling.in_shortcuts(found["groups"], MERGING),
         *dict.fromkeys(
             f"{datasets.SOURCES[group['key'][0]].title}: ACC is the mean over {of['classes']} "
-            f"findings, and the commoner answer to each has {of['constant']:.3f}; AUC is the mean over the "
+            f"findings, and the commoner answer to each has {of['constant']:.3f}; AUC is over the "
             f"{of['defined']} that have positive and negative test images. The "
             f"{group['images']} images are {of['patients']} patients'."
             for group in found["groups"].values()

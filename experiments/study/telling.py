@@ -113,8 +113,8 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
     coarse = [name for name, size in needed.items() if size > NEEDED]
     text = (
         "A difference in test AUC as large as the column 'detectable' says, here at most "
-        f"{max(needed.values()):.3f}, would be distinguished from zero about four times out of five "
-        "where it is the only comparison"
+        f"{max(needed.values()):.3f}, would be distinguished from zero about four times out "
+        "of five where it is the only comparison"
     )
     corrected = [
         detectable(row, row["comparisons"])
