@@ -13,7 +13,7 @@ from experiments.study import datasets, store
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
-from experiments.study.statistics import DETECTABLE, expected_resolution
+from experiments.study.statistics import DETECTABLE
 from experiments.study.telling import NEEDED
 from inmerge_jax.errors import InputError
 
@@ -147,3 +147,41 @@ def show(
         f"a correlation of {CORRELATION} between two arms' errors over images, and {SEED_SD} "
         "standard deviation of the difference over trainings. The answer has what was measured."
     )
+
+
+def expected_resolution(
+    positives: int,
+    negatives: int,
+    seeds: int,
+    *,
+    auc: float,
+    acc: float,
+    correlation: float,
+    seed_sd: float,
+) -> dict[str, float]:
+    """The difference that will be distinguished from zero four times out of five, `DETECTABLE`.
+
+    Before anything is run, and before any correction for several comparisons.
+
+    The AUC's variance over images is that of Hanley and McNeil (1982), the ACC's binomial; two arms
+    on the same images share `correlation` of it; trainings add `seed_sd` a seed.
+
+    Args:
+      positives: test images of a class.
+      negatives: all others.
+      seeds: trainings of each arm.
+      auc: expected.
+      acc: expected.
+      correlation: of the two arms' errors over images.
+      seed_sd: standard deviation of the paired difference over trainings.
+    """
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    over_images = {
+        "auc": variance / (positives * negatives),
+        "acc": acc * (1 - acc) / (positives + negatives),
+    }
+    return {
+        name: float(DETECTABLE * np.sqrt(2 * (1 - correlation) * one + seed_sd**2 / seeds))
+        for name, one in over_images.items()
+    }

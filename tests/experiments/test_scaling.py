@@ -24,7 +24,7 @@ def test_the_stored_rows_are_all_cases_and_the_same_training():
         assert row["replicas_equal"] and row["processes_equal"] and row["merged"] > 0
         assert row["one_device"]["first"] < 1e-6, "weights after one update"
         np.testing.assert_allclose(row["losses"][:3], ROWS[0]["losses"][:3], rtol=1e-6)
-        assert row["one_device"]["loss"] < 1e-2  # Rounding at a ReLU's kink, ten updates on.
+        assert row["one_device"]["loss"] < 2e-3  # Rounding at a ReLU's kink, ten updates on.
         assert row["collectives"]["merging"] == row["collectives"]["plain"]
     sent = [row["collectives"]["merging"] for row in ROWS if row["devices"] > 1]
     assert all(kinds == sent[0] for kinds in sent), "no more of them with more devices"

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from experiments.study import statistics
+from experiments.study import estimate, statistics
 from inmerge_jax.training.metrics import compute_metrics
 
 TASKS = {"binary-class": 2, "multi-class": 4, "multi-label, binary-class": 3}
@@ -263,13 +263,11 @@ def test_holm():
 
 def test_expected_resolution_shrinks_with_images_and_seeds():
     common = {"auc": 0.9, "acc": 0.85, "correlation": 0.9}
-    few = statistics.expected_resolution(50, 100, 3, seed_sd=0.0, **common)
-    many = statistics.expected_resolution(5000, 10000, 3, seed_sd=0.0, **common)
+    few = estimate.expected_resolution(50, 100, 3, seed_sd=0.0, **common)
+    many = estimate.expected_resolution(5000, 10000, 3, seed_sd=0.0, **common)
     assert many["auc"] == pytest.approx(few["auc"] / 10, rel=0.05)
     # Hanley and McNeil (1982) give about 0.032 for 51 abnormal and 58 normal images.
-    one = statistics.expected_resolution(
-        51, 58, 1, auc=0.893, acc=0.5, correlation=0.5, seed_sd=0.0
-    )
+    one = estimate.expected_resolution(51, 58, 1, auc=0.893, acc=0.5, correlation=0.5, seed_sd=0.0)
     assert one["auc"] / 2.8 == pytest.approx(0.032, abs=1e-3)
-    noisy = statistics.expected_resolution(5000, 10000, 4, seed_sd=0.02, **common)
+    noisy = estimate.expected_resolution(5000, 10000, 4, seed_sd=0.02, **common)
     assert noisy["auc"] == pytest.approx(2.8 * 0.01, rel=0.05)
