@@ -15,6 +15,7 @@ import tyro
 
 from experiments.study.command import store_answer
 from experiments.study.question import RESULTS, Question
+from inmerge_jax.models import model_names
 from inmerge_jax.reporting.plots import COLOURS, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.runfolder import environment
@@ -28,21 +29,29 @@ class CostConfig:
     """Times the three arms of some networks on the phantom at 28 px, each in a fresh process.
 
     Every selected kernel merges with its most similar one, the dearest case; nothing is read from
-    the cache of compiled programs. The arms take turns, forwards and backwards.
+    the cache of compiled programs. The arms take turns, forwards and backwards. Each network is
+    stored as it is done, and not measured again under the same options.
 
     Attributes:
-      models: The networks.
+      models: The networks; of the others, what is stored stays if the options below are the same.
       width: Factor on their channels.
       batch_size: Images of an update; an epoch has four.
       epochs: Timed in each process, after one that is not.
       rounds: Processes for each arm.
+      overwrite: Measure again what is stored.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = MODELS
     width: float = 0.5
     batch_size: int = 64
     epochs: int = 3
-    rounds: int = 3
+    rounds: int = 2
+    overwrite: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the figures of a network."""
+        return {name: getattr(self, name) for name in ("width", "batch_size", "epochs", "rounds")}
 
 
 def run_arm(config: CostConfig, model: str, arm: str) -> dict[str, Any]:
@@ -61,27 +70,51 @@ def run_arm(config: CostConfig, model: str, arm: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config: CostConfig) -> dict[str, Any]:
-    """All rounds of all networks."""
-    found: dict[str, Any] = {}
-    for model in config.models:
-        arms: dict[str, list[Any]] = {arm: [] for arm in ARMS}
-        for number in range(config.rounds):
-            for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
-                arms[arm].append(run_arm(config, model, arm))
-            print(f"{model}: round {number + 1} of {config.rounds}", flush=True)
-        found[model] = {arm: _figures(runs) for arm, runs in arms.items()}
-        ratios = [
-            a / b
-            for merged, plain in zip(arms["inmerge"], arms["finetune"], strict=True)
-            for a, b in [(statistics.median(merged["epochs"]), statistics.median(plain["epochs"]))]
-        ]
-        found[model]["ratio"] = {
-            "median": statistics.median(ratios),
-            "low": min(ratios),
-            "high": max(ratios),
-        }
-    return {"config": {**vars(config), "models": list(config.models)}, "models": found}
+def measure(config: CostConfig, model: str) -> dict[str, Any]:
+    """All rounds of one network."""
+    started, around = time.monotonic(), environment()
+    arms: dict[str, list[Any]] = {arm: [] for arm in ARMS}
+    for number in range(config.rounds):
+        for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
+            arms[arm].append(run_arm(config, model, arm))
+        print(f"{model}: round {number + 1} of {config.rounds}", flush=True)
+    ratios = [
+        statistics.median(merged["epochs"]) / statistics.median(plain["epochs"])
+        for merged, plain in zip(arms["inmerge"], arms["finetune"], strict=True)
+    ]
+    ratio = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return {
+        **{arm: _figures(runs) for arm, runs in arms.items()},
+        "ratio": ratio,
+        "environment": around,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def stored_networks(config: CostConfig, results: Path) -> dict[str, Any]:
+    """What is stored of each network, measured under the same options."""
+    path = QUESTION.path(results)
+    if not path.exists():
+        return {}
+    analysis = json.loads(path.read_bytes())["analysis"]
+    return analysis["models"] if analysis["config"] == config.options else {}
+
+
+def store(config: CostConfig, found: dict[str, Any], results: Path) -> None:
+    """Writes the answer of the networks measured so far, in the order of `MODELS`; prints it."""
+    order = [name for name in (*MODELS, *sorted(set(found) - set(MODELS))) if name in found]
+    processes = len(ARMS) * config.rounds
+    planned = len(set(MODELS) | set(found))
+    store_answer(
+        QUESTION,
+        results,
+        arguments=(),
+        around=[row["environment"] for row in found.values()],
+        planned=processes * planned,
+        finished=processes * len(found),
+        seconds=sum(row["seconds"] for row in found.values()),
+        analysis={"config": config.options, "models": {name: found[name] for name in order}},
+    )
 
 
 def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,22 +222,19 @@ QUESTION = Question(
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measures, stores and prints; returns 0."""
+def main(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
+    """Measures, stores and prints; returns 0, or 2 on a name that no network has."""
     config = tyro.cli(CostConfig, prog="python -m experiments.cost", args=arguments)
-    started, around = time.monotonic(), environment()
-    found = measure(config)
-    count = len(config.models) * len(ARMS) * config.rounds
-    store_answer(
-        QUESTION,
-        RESULTS,
-        arguments=sys.argv[1:] if arguments is None else arguments,
-        around=[around],
-        planned=count,
-        finished=count,
-        seconds=time.monotonic() - started,
-        analysis=found,
-    )
+    for model in config.models:
+        if model not in model_names():
+            known = ", ".join(model_names())
+            print(f"error: --models {model}: no such network; there are {known}", file=sys.stderr)
+            return 2
+    found = stored_networks(config, results)
+    for model in config.models:
+        if config.overwrite or model not in found:
+            found[model] = measure(config, model)
+            store(config, found, results)
     return 0
 
 
