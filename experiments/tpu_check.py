@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.tpu_compile import Case, environment
+from experiments.tpu_compile import Case, environment, fingerprint
 from experiments.tpu_limits import (
     BYTES,
     CHIP_GIB,
@@ -67,6 +67,8 @@ class TpuCheckConfig:
       small: Only ResNet-18 at 28 px on four v5e chips.
       overwrite: Compile again what the output file holds.
       dry_run: Compile nothing; judge and print what the output file holds.
+      stale: Compile nothing; fail where a case is missing from the output file, or its program or
+        the compiler's versions are no longer those that it holds.
     """
 
     output: Path = Path("experiments/results/tpu_check.json")
@@ -74,6 +76,7 @@ class TpuCheckConfig:
     small: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    stale: bool = False
 
 
 def chosen_cases(config: TpuCheckConfig) -> list[Case]:
@@ -96,11 +99,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
       InputError: libtpu is missing, or the output file can't be read or written.
       RuntimeError: a process failed otherwise than by the compiler refusing the program.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
-            "or put such a folder on PYTHONPATH"
-        )
+    need_libtpu()
     _deep_stack()
     for case in chosen_cases(config):
         stored = read(config.output)
@@ -139,6 +138,31 @@ def compile_cases(config: TpuCheckConfig) -> None:
         except OSError as error:
             raise InputError(f"--output {config.output}: {error}; choose another file") from error
         print(f"{row['compile_seconds']} s" if row["compiles"] else row["reason"])
+
+
+def stale_cases(config: TpuCheckConfig) -> list[str]:
+    """The chosen cases that the output file does not hold as this code lowers them.
+
+    Raises:
+      InputError: libtpu is missing, or the output file can't be read.
+    """
+    need_libtpu()
+    os.environ.update(environment(os.environ))
+    stored = read(config.output)
+    return [
+        case.name
+        for case in chosen_cases(config)
+        if stored.get(case.name, {}).get("fingerprint") != fingerprint(case)
+    ]
+
+
+def need_libtpu() -> None:
+    """Raises InputError where libtpu is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
+            "or put such a folder on PYTHONPATH"
+        )
 
 
 def _deep_stack() -> None:
@@ -244,9 +268,20 @@ def markdown(rows: Mapping[str, Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 where merging adds too much, or 2 on bad input."""
+    """Runs the command line.
+
+    Returns:
+      0, 1 where merging adds too much or a stored row is stale, or 2 on bad input.
+    """
     config = tyro.cli(TpuCheckConfig, prog="python -m experiments.tpu_check", args=arguments)
     try:
+        if config.stale:
+            stale = stale_cases(config)
+            for name in stale:
+                print(f"STALE: {name}: run make tpu-check", file=sys.stderr)
+            if not stale:
+                print(f"{config.output} holds the programs of today")
+            return int(bool(stale))
         if not config.dry_run:
             compile_cases(config)
         rows = read(config.output)

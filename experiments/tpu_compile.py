@@ -86,21 +86,13 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
       where the program is known.
     """
     import jax
-    import jaxlib
-    import libtpu
 
     lowered, chips, layers = _lower(case)
-    versions = {
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "libtpu": libtpu.__version__,
-    }
-    program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
-    program.update(lowered.as_text().encode())
-    if program.hexdigest() == known:
+    program, versions = _fingerprint(case, lowered)
+    if program == known:
         return None
     row = dataclasses.asdict(case) | {
-        "fingerprint": program.hexdigest(),
+        "fingerprint": program,
         "versions": versions,
         "chips": chips,
         "merged_layers": len(layers),
@@ -129,6 +121,26 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         "main_memory_bytes": main_memory_bytes(listing),
         "collectives": collectives(listing),
     }
+
+
+def fingerprint(case: Case) -> str:
+    """The hash of the case's program, as this code lowers it, and of the compiler's versions."""
+    return _fingerprint(case, _lower(case)[0])[0]
+
+
+def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:
+    import jax
+    import jaxlib
+    import libtpu
+
+    versions = {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "libtpu": libtpu.__version__,
+    }
+    program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
+    program.update(lowered.as_text().encode())
+    return program.hexdigest(), versions
 
 
 def _lower(case: Case) -> tuple[Any, int, list[int]]:

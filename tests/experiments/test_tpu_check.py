@@ -126,6 +126,26 @@ def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_pa
     assert "make tpu-check" in capsys.readouterr().err
 
 
+def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    stored = {case.name: {"fingerprint": case.step} for case in tpu_check.CASES}
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpu_check.os, "environ", dict(tpu_check.os.environ))
+    monkeypatch.setattr(tpu_check, "fingerprint", lambda case: case.step)
+    arguments = ["--output", str(path), "--stale"]
+    assert tpu_check.main(arguments) == 0
+    first, second, third = [case.name for case in tpu_check.CASES[:3]]
+    del stored[second]
+    stored[third]["fingerprint"] = "of yesterday"
+    path.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert tpu_check.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert f"STALE: {second}:" in told and f"STALE: {third}:" in told and first not in told
+    assert tpu_check.main([*arguments, "--only", "densenet121"]) == 0
+
+
 LISTING = """HloModule jit_step
 
 %fused_computation (param_0: f32[4,8]) -> f32[4,8] {
