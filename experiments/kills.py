@@ -1,8 +1,10 @@
 """Kills training and a data-set build at seeded random moments, resumes, and compares every bit.
 
-A moment is drawn uniformly; where a phase is named, such as a checkpoint's write, the kill waits
-from then on until the process is in it. What the process is doing is read off its Python stack just
-before the kill. The stored rows are kept: the same command goes on with those that are missing.
+A moment is drawn uniformly; where a phase is named, such as an evaluation, the kill waits from then
+on until the process is in it. What the process is doing is read off its Python stack just before.
+Orbax writes in threads and long calls, during which Python tells no stack: a checkpoint's write
+is seen by the folder that it fills, and the kill comes a random time later, while that is there.
+The stored rows are kept: the same command goes on with those that are missing.
 """
 
 import contextlib
@@ -80,6 +82,10 @@ open(sys.argv[1] + ".ready", "w").close()
 sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+_UNFINISHED = "*/*/checkpoints/.writing-[0-9]*"
+"""Where in a run's folder a checkpoint is while it is written."""
+_WRITE = 0.06
+"""Seconds within which a kill comes once a checkpoint's write has begun."""
 _PATIENCE = 0.1
 """Seconds that a process may take to tell its stack: Python does so between two calls of C code."""
 
@@ -113,11 +119,13 @@ class Kill:
       seconds: from the start of the process's own code to the kill.
       doing: the phase.
       innermost: the innermost function of this project on the main thread's stack.
+      unfinished: files of the checkpoint that was being written; None where none was.
     """
 
     seconds: float
     doing: str
     innermost: str
+    unfinished: int | None = None
 
 
 def training(output: Path, cache: Path) -> Job:
@@ -206,35 +214,59 @@ def run(job: Job, *more: str) -> str:
     return done.stdout
 
 
-def kill(job: Job, moment: float, phase: str | None) -> Kill | None:
-    """Starts the command and kills it in `phase`, at `moment` or later; None where it ended first.
+def kill(job: Job, moment: float, phase: str | None, later: float = 0.0) -> Kill | None:
+    """Starts the command and kills it in `phase`, at `moment` or after; None where it ended first.
 
     Args:
       job: what to start.
       moment: seconds since the start of its own code.
       phase: one of those above; None for whatever it is in.
+      later: seconds from where a checkpoint's write has begun, if that is the phase.
     """
     with _started(job) as (process, stack):
         began = time.monotonic()
         time.sleep(moment)
         while process.poll() is None:
-            frames = _frames(process, stack)
-            functions = {name for _, name in frames}
-            doing = next((p for p, some in _PHASES.items() if some & functions), "start or end")
-            if not frames:
-                doing = "one long call, such as an import or a compilation"
+            if phase == CHECKPOINT:
+                if not any(job.output.glob(_UNFINISHED)):
+                    time.sleep(0.0005)
+                    continue
+                time.sleep(later)
+                frames, doing = [], CHECKPOINT
+            else:
+                frames = _frames(process, stack)
+                doing = _phase(frames)
             if phase in (None, doing):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
+                ended, left = time.monotonic() - began, unfinished(job.output)
+                if phase == CHECKPOINT and left is None:
+                    return None
                 ours = [name for file, name in frames if file.startswith(str(_ROOT))]
-                return Kill(time.monotonic() - began, doing, ours[0] if ours else "")
+                return Kill(ended, doing, ours[0] if ours else "", left)
     return None
 
 
-def kill_and_resume(job: Job, moment: float, phase: str | None, whole: dict[str, Any]) -> dict:
+def unfinished(output: Path) -> int | None:
+    """The files of the checkpoint that is being written in a run's folder; None where none is."""
+    for folder in output.glob(_UNFINISHED):
+        return sum(path.is_file() for path in folder.rglob("*"))
+    return None
+
+
+def _phase(frames: list[tuple[str, str]]) -> str:
+    if not frames:
+        return "one long call, such as an import or a compilation"
+    functions = {name for _, name in frames}
+    return next((phase for phase, some in _PHASES.items() if some & functions), "start or end")
+
+
+def kill_and_resume(
+    job: Job, moment: float, phase: str | None, whole: dict[str, Any], later: float = 0.0
+) -> dict:
     """The row of one kill: see `kill`; and what the resumed command has in common with `whole`."""
-    while (killed := kill(job, moment, phase)) is None:
-        moment *= 0.8  # It ended before that.
+    while (killed := kill(job, moment, phase, later)) is None:
+        moment, later = 0.8 * moment, 0.8 * later  # It, or the checkpoint, ended before that.
         shutil.rmtree(job.output)
     there = {path.name for path in job.output.glob("*")}
     resumed_from = "nothing was left to do"
@@ -313,19 +345,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {config.output} is of the seed {stored['seed']}", file=sys.stderr)
         return 2
     began, place = time.monotonic(), config.work.absolute()
-    for index in range(len(stored["rows"]), config.rows):
+    done = {row["number"] for row in stored["rows"]}
+    for index in (index for index in range(config.rows) if index not in done):
         if time.monotonic() - began > 60 * config.minutes:
             break
         name, phase = ROWS[index]
         whole = _whole(name, place, stored["seconds"])
-        share = np.random.default_rng([config.seed, index]).random()
+        share, later = np.random.default_rng([config.seed, index]).random(2)
         # The first half of a command is its start, where no phase that is aimed at comes.
         moment = stored["seconds"][name] * (share if phase is None else (1 + share) / 2)
         job = _job(name, place, "killed")
         shutil.rmtree(job.output, ignore_errors=True)
-        row = kill_and_resume(job, moment, phase, whole)
-        row = {"aimed_at": phase or "any moment", **row}
-        stored["rows"].append(row)
+        row = kill_and_resume(job, moment, phase, whole, _WRITE * later)
+        row = {"number": index, "aimed_at": phase or "any moment", **row}
+        stored["rows"] = sorted([*stored["rows"], row], key=lambda row: row["number"])
         stored["environment"] = machine()
         write_json(config.output, stored)
         print(json.dumps(row), flush=True)
@@ -347,6 +380,9 @@ def markdown(stored: dict[str, Any]) -> str:
     ]
     for row in stored["rows"]:
         doing = row["doing"] + (f" (`{row['innermost']}`)" if row["innermost"] else "")
+        if row.get("unfinished") is not None:
+            files = "1 file" if row["unfinished"] == 1 else f"{row['unfinished']} files"
+            doing += f" ({files} of it there)"
         same = f"**no: {', '.join(row['differences'])}**" if row["differences"] else "yes"
         cells = (row["command"].rpartition(".")[2], row["aimed_at"], f"{row['seconds']:.2f} s")
         lines.append(f"| {' | '.join(cells)} | {doing} | {row['resumed_from']} | {same} |")

@@ -24,6 +24,18 @@ def test_a_command_is_killed_where_it_was_aimed_at_and_goes_on(tmp_path, phase, 
     assert row["differences"] == []
 
 
+@pytest.mark.parametrize(("later", "files"), [(0.0, 0), (0.15, 1), (0.35, 1)])
+def test_a_checkpoint_is_left_unfinished(tmp_path, later, files):
+    output = tmp_path / "run"
+    row = kills.kill_and_resume(job(output), 0.0, kills.CHECKPOINT, {"count": "10"}, later)
+    assert (row["doing"], row["unfinished"]) == (kills.CHECKPOINT, files)
+    assert row["resumed_from"].startswith("epoch 7") and row["differences"] == []
+    told = "1 file" if files == 1 else "0 files"
+    assert f"checkpoint write ({told} of it there)" in kills.markdown(
+        {"rows": [{"aimed_at": kills.CHECKPOINT, **row}]}
+    )
+
+
 def test_a_moment_after_the_end_is_drawn_forward_and_a_difference_is_told(tmp_path):
     row = kills.kill_and_resume(job(tmp_path / "run"), 2.0, kills.STEP, {"count": "9", "more": 1})
     assert row["seconds"] < 2.0 and row["doing"] == kills.STEP
