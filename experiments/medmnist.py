@@ -7,9 +7,8 @@ from typing import Any, Literal
 from experiments.study import datasets, telling
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
+from experiments.study.pooling import NAMES, mean, pool, pooled_table, verdict
 from experiments.study.question import Kept, Question, compare_groups, minus, told, where
-from experiments.study.statistics import holm, interval_over_trainings, sign_flips_over_seeds
-from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.tables import Table
@@ -28,7 +27,7 @@ PLAN = {
 # At 64 px torchvision's stem takes a ResNet-18 a fifteenth of the small stem's operations.
 STEMS: dict[tuple[str, str], Literal["imagenet"]] = {("chestxray14", "resnet18"): "imagenet"}
 # The second arm with merging is one that does merge on every network, by the rule of question 5.
-# Its quantile was fixed before anything was trained, not chosen by that question's answers.
+# Its quantile was fixed before any training of this question or with a quantile.
 ARMS = {
     "finetune": Treatment(),
     "inmerge": Treatment("merge"),
@@ -57,66 +56,13 @@ def grid() -> tuple[Cell, ...]:
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Every data set and network, Holm's correction over all of them, and all trainings pooled."""
-    data = {where(key): (list(key), cells) for key, cells in kept.groups().items()}
+    keys = {where(key): list(key) for key in kept.groups()}
     groups = {
-        name: {"key": data[name][0], **group}
+        name: {"key": keys[name], **group}
         for name, group in compare_groups(kept, FROM_FINETUNE, FROM_BACKBONE).items()
         if "finetune" in group["arms"]
     }
-    pooled = {}
-    for arm in MERGING:
-        merges = {name: data[name][1].merges(arm) for name in groups}
-        found = pool(groups, merges, arm)
-        if found is not None:
-            pooled[arm] = found
-    corrected = holm([row["p_seeds"] for row in pooled.values()])
-    for row, value in zip(pooled.values(), corrected, strict=True):
-        row["p_holm"] = value
-    return {"groups": groups, "pooled": pooled}
-
-
-def pool(
-    groups: Mapping[str, Any], merges: Mapping[str, Mapping[int, int]], arm: str
-) -> dict[str, Any] | None:
-    """The arm's test AUC minus finetune's over the trainings of all groups that merged something.
-
-    A training whose scores are finetune's own does not count: where it merged at all, it did so
-    only after the epoch that is scored.
-
-    Args:
-      groups: what `compare_groups` gave.
-      merges: group to seed to the kernels that the arm merged there.
-      arm: one with merging.
-
-    Returns:
-      What `came_out` tells; None where no training merged anything.
-    """
-    gaps, idle, by_data = [], 0, {}
-    for name, group in groups.items():
-        if arm not in minus(group, "finetune"):
-            continue
-        both = [seed for seed in group["over"][arm] if seed in group["over"]["finetune"]]
-        of_seeds = minus(group, "finetune")[arm]["auc"]["seeds"]
-        for seed, gap in zip(both, of_seeds, strict=True):
-            if merges[name][seed] and seed not in group["identical"][f"{arm} - finetune"]:
-                gaps.append(gap)
-                by_data.setdefault(group["key"][0], []).append(gap)
-            else:
-                idle += 1
-    if not gaps:
-        return None
-    found = {
-        "trainings": len(gaps),
-        "merged_nothing": idle,
-        "mean": sum(gaps) / len(gaps),
-        "data_sets": {data: sum(some) / len(some) for data, some in by_data.items()},
-        "better": sum(gap > 0 for gap in gaps),
-        "p_seeds": sign_flips_over_seeds(gaps),
-    }
-    if len(gaps) == 1:
-        return found
-    low, high = interval_over_trainings(gaps)
-    return found | {"low": low, "high": high}
+    return {"groups": groups, "pooled": pool(groups, MERGING)}
 
 
 def _against_finetune(found: dict[str, Any], arm: str) -> list[tuple[str, dict[str, Any]]]:
@@ -125,54 +71,39 @@ def _against_finetune(found: dict[str, Any], arm: str) -> list[tuple[str, dict[s
     return [(name, rows[arm]["auc"]) for name, rows in groups.items() if arm in rows]
 
 
-def _pooled_mean(row: dict[str, Any]) -> str:
-    """The mean over all trainings with its interval, which one training does not have."""
-    mean = wording.signed(row["mean"], 4)
-    if "low" not in row:
-        return mean
-    return f"{mean} [{wording.signed(row['low'], 4)}, {wording.signed(row['high'], 4)}]"
-
-
-def _over_data_sets(row: dict[str, Any]) -> str:
-    """The mean over data sets, each with its own mean: trainings share their test images."""
-    means = list(row["data_sets"].values())
-    if len(means) < 2:
-        return ""
-    mean, (low, high) = sum(means) / len(means), interval_over_trainings(means)
-    ends = f"{wording.signed(low, 4)}, {wording.signed(high, 4)}"
-    return f", {wording.signed(mean, 4)} [{ends}] as the mean of {len(means)} data sets"
-
-
 def came_out(found: dict[str, Any]) -> str:
-    """What all trainings say together, and how many comparisons show something on their own."""
-    parts, clear, idle = [], [], []
-    for arm, row in found["pooled"].items():
-        clear += [
-            f"{arm} on {name} {telling.difference(one)}"
-            for name, one in _against_finetune(found, arm)
-            if told(one)
-        ]
-        count = row["trainings"]
-        flips = (
-            f"p {telling.p_value(row['p_holm'])} by sign flips, after Holm's correction"
-            if count > 5
-            else "too few for a test by sign flips"
-        )
-        parts.append(
-            f"{arm}: {_pooled_mean(row)} over {count} pair{'s' if count > 1 else ''} of trainings, "
-            f"{row['better']} of them better ({flips}){_over_data_sets(row)}"
-        )
-        if row["merged_nothing"]:
-            idle.append(
-                f"{arm} MERGED NOTHING in {row['merged_nothing']} more trainings by the epoch that "
-                "is scored"
-            )
-    apart = "; ".join(clear) if clear else "none"
+    """What all trainings say together, and which comparisons show something on their own."""
+    pooled = found["pooled"]
+    clear = [
+        f"{arm} on {name} {telling.difference(one)}"
+        for arm in pooled
+        for name, one in _against_finetune(found, arm)
+        if told(one)
+    ]
+    idle = [
+        f" {arm} MERGED NOTHING in {row['idle']} more trainings by the epoch that is scored."
+        for arm, row in pooled.items()
+        if row["idle"]
+    ]
     return (
-        f"Mean test AUC minus that of going on without merging: {'; '.join(parts)}. Distinguished "
-        f"from finetune on one data set (p < 0.05 after Holm's correction): {apart}."
-        + "".join(f" {text}." for text in idle)
+        f"{verdict(pooled, 'finetune')} "
+        + " ".join(f"Mean {NAMES[metric]}: {_pooled(pooled, metric)}." for metric in NAMES)
+        + " On one data set and network (Holm's correction over the table), in AUC: "
+        + f"{'; '.join(clear) if clear else 'none'}."
+        + "".join(idle)
     )
+
+
+def _pooled(pooled: Mapping[str, Any], metric: str) -> str:
+    """The arms' means over all trainings, and over those of networks that had learned."""
+    parts = []
+    for arm, row in pooled.items():
+        text = f"{arm} {mean(row[metric])} of {row[metric]['trainings']}"
+        if row["learned"] is not None:
+            learned = row["learned"][metric]
+            text += f" ({mean(learned)} of {learned['trainings']} whose backbone had learned)"
+        parts.append(text)
+    return ", ".join(parts)
 
 
 def sure(found: dict[str, Any]) -> str:
@@ -189,7 +120,7 @@ def notes(found: dict[str, Any]) -> tuple[str, ...]:
     return (
         "Adam at 1e-3, of the second stage at 1e-4, batches of 128, no augmentation; epochs are "
         "those of the backbone plus those of the second stage. inmerge, adaptive has the quantile "
-        "0.5 as its threshold (question 5), fixed before anything was trained.",
+        "0.5 as its threshold (question 5), fixed before any training of this question.",
         telling.never_merged(found["groups"], MERGING),
         telling.one_answer(found["groups"]),
         telling.in_shortcuts(found["groups"], MERGING),
@@ -234,6 +165,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     return [
         arms,
         telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune"),
+        pooled_table(found["pooled"], "finetune"),
         telling.difference_table(more, found["groups"], "backbone"),
     ]
 
@@ -252,7 +184,8 @@ def figures(found: dict[str, Any]) -> list[Plot]:
     caption = (
         "Test AUC of the arms with merging minus that of finetune, which had the same second stage "
         "without merging. Dots: means over seeds; bars: 95% bootstrap intervals over seeds and "
-        "test images. A bar that crosses the dotted line shows no difference."
+        "test images. A bar that crosses the dotted line can't be told from "
+        "no difference, which is not to say that there is none."
     )
     drawn = {name: rows for name, rows in groups.items() if rows}
     return [

@@ -18,16 +18,16 @@ def section(question: Question) -> str:
 
 
 def main_table() -> str:
-    """Question 1's arms and their differences from finetune, for the top of the README."""
+    """Question 1's differences from finetune, together and apart, and its arms, for the README."""
     question = QUESTIONS[0]
     stored = question.stored()
     if stored is None:
         return "Not answered yet.\n"
     said = dict(telling.lines(question, stored))
-    arms, from_finetune, *_ = question.tables(stored["analysis"])
+    arms, from_finetune, together, *_ = question.tables(stored["analysis"])
     notes = "".join(f"- {note}\n" for note in telling.notes(question, stored))
     parts = [said["What came out"], said["How sure"]]
-    parts += [markdown_table(from_finetune), markdown_table(arms)]
+    parts += [markdown_table(each) for each in (together, from_finetune, arms)]
     parts += [f"{notes}- Run: {said['What was run']}"]
     return "\n\n".join(parts) + "\n"
 

@@ -115,8 +115,9 @@ class Kept:
         scored); and by arm "merged" (mean share of the kernels merged at an update, None where it
         has no kernels to merge), "shortcuts" (share of its merges in 1x1 shortcuts, and of its
         kernels that are theirs; None where it merged nothing), "same" (of every seed, the share of
-        the test images that get the most frequent answer, None with several labels an image), "val"
-        (validation AUC of every seed), "over" (the seeds) and "cells" (the hashes).
+        the test images that get the most frequent answer: with several labels an image, the same
+        set of them), "val" (validation AUC of every seed), "over" (the seeds) and "cells" (the
+        hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -199,11 +200,13 @@ def _in_shortcuts(results: Sequence[Mapping[str, Any]]) -> dict[str, float] | No
     return shares
 
 
-def _most_frequent(scores: np.ndarray, task: str) -> float | None:
-    """The share of the images that get the most frequent answer."""
+def _most_frequent(scores: np.ndarray, task: str) -> float:
+    """The share of the images that get the most frequent answer: a class, or a set of findings."""
     if task.startswith("multi-label"):
-        return None
-    return float(np.bincount(scores.argmax(axis=1)).max() / len(scores))
+        _, counts = np.unique(scores > 0.5, axis=0, return_counts=True)
+    else:
+        counts = np.bincount(scores.argmax(axis=1))
+    return float(counts.max() / len(scores))
 
 
 def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:

@@ -221,12 +221,11 @@ def _three(row: Mapping[str, Any], same: bool) -> tuple[str, str, str]:
 
 
 def one_answer(groups: Mapping[str, Any]) -> str:
-    """Names the networks that give nearly every image the same class; "" for none."""
+    """Names the networks that give nearly every image the same answer; "" for none."""
     found = []
     for name, group in groups.items():
         stuck = {
-            arm: sum(share is not None and share >= STUCK for share in shares)
-            for arm, shares in group["same"].items()
+            arm: sum(share >= STUCK for share in shares) for arm, shares in group["same"].items()
         }
         arms = [
             f"{arm} ({count} of {len(group['same'][arm])})" for arm, count in stuck.items() if count
@@ -236,8 +235,8 @@ def one_answer(groups: Mapping[str, Any]) -> str:
     if not found:
         return ""
     return (
-        f"Networks that give at least {STUCK:.0%} of the test images the same class, whose ACC is "
-        f"that class's share and tells nothing else (seeds): {'; '.join(found)}."
+        f"Networks that give at least {STUCK:.0%} of the test images the same answer, whose ACC is "
+        f"that answer's share and tells nothing else (seeds): {'; '.join(found)}."
     )
 
 

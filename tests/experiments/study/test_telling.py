@@ -66,11 +66,18 @@ def test_what_could_be_seen_stands_in_the_table():
 def test_networks_that_know_one_class_are_named():
     groups = {
         "one": {"same": {"a": [0.995, 0.7], "b": [0.5, 0.6]}},
-        "labels": {"same": {"a": [None, None]}},
+        "two": {"same": {"a": [0.98, 0.9]}},
     }
     assert "one: a (1 of 2)." in telling.one_answer(groups)
-    assert "labels" not in telling.one_answer(groups)
-    assert telling.one_answer({"labels": groups["labels"]}) == ""
+    assert "two" not in telling.one_answer(groups)
+    assert telling.one_answer({"two": groups["two"]}) == ""
+
+
+def test_with_several_labels_an_answer_is_the_set_of_findings():
+    scores = np.array([[0.9, 0.1], [0.8, 0.4], [0.6, 0.7], [0.1, 0.2]])
+    assert question._most_frequent(scores, "multi-label, binary-class") == 0.5
+    assert question._most_frequent(scores, "multi-class") == 0.5
+    assert question._most_frequent(scores * 0.5, "multi-label, binary-class") == 1.0
 
 
 def kept_cells(folder, measured):
