@@ -7,6 +7,7 @@ from typing import Any
 from experiments.study import batch_statistics, shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
+from experiments.study.pooling import alone, pool, pooled_table, verdict
 from experiments.study.question import Kept, Question, compare_groups, minus, told, where
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
@@ -43,14 +44,20 @@ def arms() -> dict[str, Treatment]:
 
 ARMS = arms()
 PAIRS = tuple((arm, "finetune") for arm in ARMS)
+CHANGES = tuple(arm for arm in ARMS if arm != "rule")
+FROM_RULE = tuple((arm, "rule") for arm in CHANGES)
 
 
 def analyse(kept: Kept) -> dict[str, Any]:
-    """Each data set; Holm's correction over all differences from finetune."""
-    groups = compare_groups(kept, PAIRS, alone=shared.SECOND_STAGE)
+    """Each data set, and all trainings together, against finetune and the unchanged rule."""
+    groups = compare_groups(kept, PAIRS, FROM_RULE, alone=shared.SECOND_STAGE)
     for key, cells in kept.groups().items():
         groups[where(key)]["batch_statistics"] = batch_statistics.summary(cells)
-    return {"groups": groups}
+    return {
+        "groups": groups,
+        "pooled": pool(groups, tuple(ARMS)),
+        "changes": pool(groups, CHANGES, "rule"),
+    }
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -71,12 +78,16 @@ def came_out(found: dict[str, Any]) -> str:
             f"{name}: {len(rows)} settings, means from {min(means):+.3f} to {max(means):+.3f} AUC "
             f"against finetune; {said}"
         )
-    return ". ".join(parts) + "."
+    changes = found["changes"]
+    parts.append(
+        f"Each setting minus the rule with nothing changed: {verdict(changes, 'the rule')}"
+    )
+    return ". ".join(parts) + f" {alone(changes)}"
 
 
 def sure(found: dict[str, Any]) -> str:
     """What could have been told."""
-    could = telling.could_tell(found["groups"], "rule - finetune")
+    could = telling.could_tell(found["groups"], *(f"{arm} - finetune" for arm in ARMS))
     return f"{could} No setting was chosen by these test scores: the whole sweep is shown."
 
 
@@ -85,6 +96,7 @@ def notes(found: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{shared.PAGE_NOTE}.",
         f"{shared.RULE_NOTE}.",
+        "every 4 merges every fourth update, every 0 once an epoch, the others at every update.",
         "Test scores are those of the running batch statistics, which lag behind weights that "
         "jump: the last table tells that apart.",
         *batch_statistics.notes(found["groups"]),
@@ -96,7 +108,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Every setting against finetune."""
     renewed = {name: group["batch_statistics"] for name, group in found["groups"].items()}
     against = telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune")
-    return [against, batch_statistics.table(renewed)]
+    return [
+        against,
+        pooled_table(found["changes"], "rule"),
+        pooled_table(found["pooled"], "finetune"),
+        batch_statistics.table(renewed),
+    ]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:

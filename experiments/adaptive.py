@@ -6,6 +6,7 @@ from typing import Any
 from experiments.study import shared, telling
 from experiments.study.cells import Treatment
 from experiments.study.command import main
+from experiments.study.pooling import alone, pool, pooled_table, verdict
 from experiments.study.question import Kept, Question, compare_groups, minus, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
@@ -41,7 +42,13 @@ def analyse(kept: Kept) -> dict[str, Any]:
         arm: [group["merged"][arm] for group in groups.values() if arm in group["merged"]]
         for arm in ARMS
     }
-    return {"groups": groups, "val_gain": whole, "best": best, "rates": rates}
+    return {
+        "groups": groups,
+        "pooled": pool(groups, tuple(ARMS)),
+        "val_gain": whole,
+        "best": best,
+        "rates": rates,
+    }
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -70,7 +77,8 @@ def came_out(found: dict[str, Any]) -> str:
         f"Kernels merged at an update, by data set: {rates}. Quantiles distinguished in test AUC "
         f"from the paper's threshold (p < 0.05 after Holm's correction): {fixed}. On validation "
         f"images {best} gains most over finetune ({found['val_gain'][best]:+.4f} AUC); on test "
-        f"images it differs from finetune by {'; '.join(tests)}."
+        f"images it differs from finetune by {'; '.join(tests)}. "
+        f"{verdict(found['pooled'], 'finetune')} {alone(found['pooled'])}"
     )
 
 
@@ -89,7 +97,7 @@ def sure(found: dict[str, Any]) -> str:
         else "it is not distinguished from finetune on every data set, so no rule is recommended "
         "over training on without merging"
     )
-    could = telling.could_tell(found["groups"], f"{best} - finetune")
+    could = telling.could_tell(found["groups"], *(f"{arm} - finetune" for arm in ARMS))
     return (
         f"{could} The rule was chosen by the best validation AUC of an epoch, which favours a rule "
         f"that swings; {verdict}."
@@ -118,6 +126,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     return [
         telling.difference_table(telling.AGAINST_FINETUNE, found["groups"], "finetune"),
         telling.difference_table(more, found["groups"], FIXED),
+        pooled_table(found["pooled"], "finetune"),
         val,
     ]
 

@@ -8,7 +8,7 @@ from experiments.study import datasets, telling
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.command import main
 from experiments.study.pooling import NAMES, mean, pool, pooled_table, verdict
-from experiments.study.question import Kept, Question, compare_groups, minus, told, where
+from experiments.study.question import Kept, Question, compare_groups, minus, told
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.tables import Table
@@ -56,9 +56,8 @@ def grid() -> tuple[Cell, ...]:
 
 def analyse(kept: Kept) -> dict[str, Any]:
     """Every data set and network, Holm's correction over all of them, and all trainings pooled."""
-    keys = {where(key): list(key) for key in kept.groups()}
     groups = {
-        name: {"key": keys[name], **group}
+        name: group
         for name, group in compare_groups(kept, FROM_FINETUNE, FROM_BACKBONE).items()
         if "finetune" in group["arms"]
     }

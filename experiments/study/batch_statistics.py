@@ -22,10 +22,12 @@ import numpy as np
 from experiments.study.cells import Cell
 from experiments.study.question import Kept
 from experiments.study.runner import Places, best_state, plan_of
+from experiments.study.statistics import interval_over_trainings
 from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
+from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
@@ -94,8 +96,9 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
 def summary(kept: Kept) -> dict[str, dict[str, Any]]:
     """What is measured, by arm, as means over the seeds that are measured of every arm.
 
-    Each arm has what an entry of `measure` has, "epoch", the mean epoch of the best checkpoint, and
-    "seeds", how many. Empty where no seed is whole.
+    Each arm has what an entry of `measure` has, "epoch", the mean epoch of the best checkpoint,
+    "seeds", how many, and "each", an entry of `measure` for each of them. Empty where no seed is
+    whole.
 
     Args:
       kept: cells of one data set and network.
@@ -111,6 +114,7 @@ def summary(kept: Kept) -> dict[str, dict[str, Any]]:
     return {
         arm: {
             "seeds": len(seeds),
+            "each": [known[of[s].hash] for s in seeds],
             "epoch": float(np.mean([kept.record(of[s])["result"]["best_epoch"] for s in seeds])),
             **{
                 kind: {
@@ -166,6 +170,50 @@ def table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     )
     columns = ("arm", "seeds", "epoch", "AUC", "anew", "ACC", "anew", "loss", "anew")
     return Table(title, columns, tuple(rows), tuple(kinds))
+
+
+def paired(groups: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dict[str, Any]]:
+    """The arm `first` minus each other arm over the trainings of all groups' `summary`.
+
+    Returns:
+      By arm: "trainings", and by kind and metric what to print: the mean [Student's 95 % interval].
+    """
+    arms = dict.fromkeys(arm for found in groups.values() for arm in found if arm != first)
+    told = {}
+    for arm in arms:
+        pairs = [
+            pair
+            for found in groups.values()
+            if first in found and arm in found
+            for pair in zip(found[first]["each"], found[arm]["each"], strict=True)
+        ]
+        if len(pairs) < 2:
+            continue
+        told[arm] = {"trainings": len(pairs)}
+        for kind in KINDS:
+            gaps = {m: [one[kind][m] - two[kind][m] for one, two in pairs] for m in METRICS}
+            told[arm][kind] = {m: _with_interval(some) for m, some in gaps.items()}
+    return told
+
+
+def _with_interval(gaps: Sequence[float]) -> str:
+    low, high = interval_over_trainings(gaps)
+    ends = f"{wording.signed(low, 3)}, {wording.signed(high, 3)}"
+    return f"{wording.signed(float(np.mean(gaps)), 3)} [{ends}]"
+
+
+def paired_table(groups: Mapping[str, Mapping[str, Any]], first: str) -> Table:
+    """A row for each arm of `paired`."""
+    rows = []
+    for arm, row in paired(groups, first).items():
+        cells = [row[kind][metric] for metric in ("auc", "acc") for kind in KINDS]
+        rows.append((f"{first} - {arm}", str(row["trainings"]), *cells))
+    title = (
+        "The same networks on validation images, all trainings together, with the running "
+        "statistics and anew: mean difference [Student's 95% interval, each alone]"
+    )
+    columns = ("difference", "trainings", "AUC", "AUC, anew", "ACC", "ACC, anew")
+    return Table(title, columns, tuple(rows), ("difference",) * len(rows))
 
 
 def estimate(model: nn.Module, params: Any, batch_stats: Any, images: Split, recipe: Recipe) -> Any:

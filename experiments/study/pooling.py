@@ -122,7 +122,27 @@ def verdict(pooled: Mapping[str, Any], against: str) -> str:
     apart = told(pooled)
     if apart:
         return f"Over all trainings, distinguished from {against} ({over}): {'; '.join(apart)}."
-    return f"Over all trainings no arm is distinguished from {against} in AUC or ACC ({over})."
+    text = f"Over all trainings no arm is distinguished from {against} in AUC or ACC ({over})"
+    most = max((row["auc"]["trainings"] for row in pooled.values()), default=0)
+    # Sign flips of n trainings have no smaller p than this.
+    least = 2.0 ** (1 - most)
+    if len(METRICS) * len(pooled) * least > 1 - CONFIDENCE:
+        text += f", nor can any be: sign flips of {most} trainings give no p below {least:.2f}"
+    return f"{text}."
+
+
+def alone(pooled: Mapping[str, Any], metric: str = "auc") -> str:
+    """Which arms' own intervals leave out zero, as a sentence."""
+    apart: dict[str, list[str]] = {"better": [], "worse": []}
+    for arm, found in pooled.items():
+        row = found[metric]
+        if "low" in row and not row["low"] <= 0 <= row["high"]:
+            apart["better" if row["mean"] > 0 else "worse"].append(f"{arm} {mean(row)}")
+    parts = [f"{which}: {'; '.join(some) if some else 'none'}" for which, some in apart.items()]
+    return (
+        f"Intervals of the mean {NAMES[metric]} over all trainings that leave out zero, each alone "
+        f"and without correction: {', '.join(parts)}."
+    )
 
 
 def mean(row: Mapping[str, Any]) -> str:

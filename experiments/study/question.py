@@ -239,10 +239,13 @@ def compare_groups(
       alone: more pairs, whose p is not corrected.
 
     Returns:
-      The group's name for people to what it gave.
+      The group's name for people to its "key" and what `Kept.compare` gave.
     """
     pairs = [pair for family in (*families, alone) for pair in family]
-    groups = {where(key): cells.compare(pairs) for key, cells in kept.groups().items()}
+    groups = {
+        where(key): {"key": list(key), **cells.compare(pairs)}
+        for key, cells in kept.groups().items()
+    }
     for family in families:
         add_holm(groups.values(), family)
     return groups

@@ -78,3 +78,12 @@ def test_the_verdict_names_what_is_told_and_only_that():
     groups = {"one": group("a", mixed, seeds, seeds, acc=mixed)}
     said = pooling.verdict(pooling.pool(groups, ("inmerge",)), "finetune")
     assert "no arm is distinguished" in said
+
+
+def test_few_trainings_are_said_to_be_too_few_and_their_intervals_told():
+    groups = {"one": group("a", [-0.01, -0.011, -0.012], [0, 1, 2], [0, 1, 2], acc=[0.0] * 3)}
+    pooled = pooling.pool(groups, ("inmerge",))
+    assert "no p below 0.25" in pooling.verdict(pooled, "finetune")
+    said = pooling.alone(pooled)
+    assert "better: none, worse: inmerge" in said
+    assert "worse: none" in pooling.alone(pooled, "acc")

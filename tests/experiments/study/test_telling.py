@@ -3,7 +3,9 @@
 import json
 from types import SimpleNamespace
 
-from experiments.study import batch_statistics, telling
+import numpy as np
+
+from experiments.study import batch_statistics, question, telling
 from experiments.study.question import _in_shortcuts, add_holm, told
 
 
@@ -66,11 +68,11 @@ def test_what_could_be_seen_stands_in_the_table():
 def test_networks_that_know_one_class_are_named():
     groups = {
         "one": {"same": {"a": [0.995, 0.7], "b": [0.5, 0.6]}},
-        "two": {"same": {"a": [0.98, 0.9]}},
+        "learned": {"same": {"a": [0.98, 0.9]}},
     }
     assert "one: a (1 of 2)." in telling.one_answer(groups)
-    assert "two" not in telling.one_answer(groups)
-    assert telling.one_answer({"two": groups["two"]}) == ""
+    assert "learned" not in telling.one_answer(groups)
+    assert telling.one_answer({"learned": groups["learned"]}) == ""
 
 
 def test_with_several_labels_an_answer_is_the_set_of_findings():
@@ -128,3 +130,19 @@ def test_merges_in_shortcuts_are_counted_and_told():
     text = telling.in_shortcuts(groups, ("a", "b"))
     assert text.endswith("a: residual 75% of 25%.")
     assert telling.in_shortcuts({"plain": groups["plain"]}, ("a",)) == ""
+
+
+def test_renewed_differences_are_paired_by_training():
+    def arm(*values):
+        return {"each": [{kind: dict.fromkeys(("auc", "acc", "loss"), v)
+                          for kind in ("running", "renewed")} for v in values]}  # fmt: skip
+
+    groups = {
+        "one": {"merge": arm(0.5, 0.75), "any": arm(0.25, 0.25)},
+        "two": {"merge": arm(0.5), "any": arm(0.5)},
+        "empty": {},
+    }
+    row = batch_statistics.paired(groups, "merge")["any"]
+    assert row["trainings"] == 3 and row["renewed"]["auc"].startswith("+0.250 [")
+    (printed,) = batch_statistics.paired_table(groups, "merge").rows
+    assert printed[:2] == ("merge - any", "3")
