@@ -72,8 +72,8 @@ def came_out(found: dict[str, Any]) -> str:
     if row is not None:
         text += (
             " With batch statistics averaged anew, on validation images, merge minus any partner "
-            f"is {row['renewed']['auc']} AUC and {row['renewed']['acc']} ACC over {row['trainings']} "
-            f"trainings (running ones: {row['running']['auc']} and {row['running']['acc']})."
+            f"is {row['renewed']['auc']} AUC and {row['renewed']['acc']} ACC over "
+            f"{row['trainings']} trainings (running ones: {row['running']['auc']} and {row['running']['acc']})."
         )
     return text
 
