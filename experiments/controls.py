@@ -73,7 +73,8 @@ def came_out(found: dict[str, Any]) -> str:
         text += (
             " With batch statistics averaged anew, on validation images, merge minus any partner "
             f"is {row['renewed']['auc']} AUC and {row['renewed']['acc']} ACC over "
-            f"{row['trainings']} trainings (running ones: {row['running']['auc']} and {row['running']['acc']})."
+            f"{row['trainings']} trainings (with the running ones {row['running']['auc']} "
+            f"and {row['running']['acc']})."
         )
     return text
 
