@@ -97,7 +97,7 @@ def _pooled(pooled: Mapping[str, Any], metric: str) -> str:
     """The arms' means over all trainings, and over those of networks that had learned."""
     parts = []
     for arm, row in pooled.items():
-        text = f"{arm} {mean(row[metric])} of {row[metric]['trainings']}"
+        text = f"{arm} {mean(row[metric])} of {row[metric]['trainings']} trainings"
         if row["learned"] is not None:
             learned = row["learned"][metric]
             text += f" ({mean(learned)} of {learned['trainings']} whose backbone had learned)"
