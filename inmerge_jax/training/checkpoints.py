@@ -28,7 +28,7 @@ from inmerge_jax.files import write_bytes, write_json
 from inmerge_jax.training.runfolder import cannot_write
 
 _TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
-_TEMPORARY = ".writing-"
+TEMPORARY = ".writing-"
 _SHOWN = 5
 
 
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
     """
     arrays = {name: _array(name, leaf) for name, leaf in _named_leaves(tree).items()}
     folder, path = Path(folder), Path(folder) / str(int(epoch))
-    temporary = folder.absolute() / f"{_TEMPORARY}{epoch}"
+    temporary = folder.absolute() / f"{TEMPORARY}{epoch}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_temporaries(folder)
@@ -151,7 +151,7 @@ def prune(folder: Path, keep: Collection[int]) -> None:
     for epoch in checkpoint_epochs(folder):
         if epoch not in keep:
             # Renamed first: a deletion cut short would look like damage.
-            os.rename(folder / str(epoch), folder / f"{_TEMPORARY}old-{epoch}")
+            os.rename(folder / str(epoch), folder / f"{TEMPORARY}old-{epoch}")
     _remove_temporaries(folder)
 
 
@@ -159,7 +159,7 @@ def _put(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
         return
-    old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    old = path.with_name(f"{TEMPORARY}old-{path.name}")
     os.rename(path, old)
     try:
         os.rename(temporary, path)
@@ -353,5 +353,5 @@ def _like(leaf: Any, value: np.ndarray) -> Any:
 def _remove_temporaries(folder: Path) -> None:
     if not folder.is_dir():
         return
-    for left in list(folder.glob(f"{_TEMPORARY}*")):
+    for left in list(folder.glob(f"{TEMPORARY}*")):
         shutil.rmtree(left, ignore_errors=True)

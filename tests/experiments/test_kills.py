@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import kills
+from experiments import kill_jobs, kills
 
 
 def job(output):
@@ -8,7 +8,7 @@ def job(output):
         return {"count": (folder / "count").read_text()}
 
     options, resume = (str(output),), ("--resume",)
-    return kills.Job("tests.experiments.slow_count", options, output, resume, "done", evidence)
+    return kill_jobs.Job("tests.experiments.slow_count", options, output, resume, "done", evidence)
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_twenty_kills_cover_every_phase():
 
 def test_times_are_no_evidence():
     line = {"epoch": 1, "seconds": 2.5, "inner": [{"images_per_second": 3.0, "loss": 0.5}]}
-    assert kills.timeless(line) == {"epoch": 1, "inner": [{"loss": 0.5}]}
+    assert kill_jobs.timeless(line) == {"epoch": 1, "inner": [{"loss": 0.5}]}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import kills
+from experiments import kill_jobs
 from experiments.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import hosts
@@ -101,7 +101,7 @@ def evidence(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts") / "one"
     (status,), said = finish(start_all(folder, count=1))
     assert status == 0, said
-    return kills.run_evidence(folder)
+    return kill_jobs.run_evidence(folder)
 
 
 def interrupt(folder, number, kind):
@@ -129,7 +129,7 @@ def assert_resumes(folder, evidence):
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
-    assert kills.run_evidence(folder) == evidence
+    assert kill_jobs.run_evidence(folder) == evidence
     assert list(elsewhere(folder).iterdir()) == []
 
 
