@@ -45,7 +45,7 @@ class CostConfig:
     width: float = 0.5
     batch_size: int = 64
     epochs: int = 3
-    rounds: int = 2
+    rounds: int = 3
     overwrite: bool = False
 
     @property

@@ -99,7 +99,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
       InputError: libtpu is missing, or the output file can't be read or written.
       RuntimeError: a process failed otherwise than by the compiler refusing the program.
     """
-    need_libtpu()
+    _need_libtpu()
     _deep_stack()
     for case in chosen_cases(config):
         stored = read(config.output)
@@ -146,7 +146,7 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
     Raises:
       InputError: libtpu is missing, or the output file can't be read.
     """
-    need_libtpu()
+    _need_libtpu()
     os.environ.update(environment(os.environ))
     stored = read(config.output)
     return [
@@ -156,7 +156,7 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
     ]
 
 
-def need_libtpu() -> None:
+def _need_libtpu() -> None:
     """Raises InputError where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
