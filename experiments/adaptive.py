@@ -91,7 +91,7 @@ def sure(found: dict[str, Any]) -> str:
         if best in minus(group, "finetune")
     ]
     clear = len(rows) > 1 and all(row["low"] > 0 and told(row) for row in rows)
-    verdict = (
+    recommended = (
         "on every data set it is better than finetune (p < 0.05 after Holm's correction)"
         if clear
         else "it is not distinguished from finetune on every data set, so no rule is recommended "
@@ -100,7 +100,7 @@ def sure(found: dict[str, Any]) -> str:
     could = telling.could_tell(found["groups"], *(f"{arm} - finetune" for arm in ARMS))
     return (
         f"{could} The rule was chosen by the best validation AUC of an epoch, which favours a rule "
-        f"that swings; {verdict}."
+        f"that swings; {recommended}."
     )
 
 

@@ -70,11 +70,14 @@ def came_out(found: dict[str, Any]) -> str:
     text = ". ".join(parts) + f". {verdict(pooled, 'finetune')} {alone(pooled)}"
     row = batch_statistics.paired(_renewed(found), "merge").get("any partner")
     if row is not None:
+        said = {
+            kind: " AUC and ".join(telling.difference(row[kind][m]) for m in ("auc", "acc"))
+            for kind in batch_statistics.KINDS
+        }
         text += (
             " With batch statistics averaged anew, on validation images, merge minus any partner "
-            f"is {row['renewed']['auc']} AUC and {row['renewed']['acc']} ACC over "
-            f"{row['trainings']} trainings (with the running ones {row['running']['auc']} "
-            f"and {row['running']['acc']})."
+            f"is {said['renewed']} ACC over {row['trainings']} trainings (with the running ones "
+            f"{said['running']} ACC)."
         )
     return text
 
@@ -88,8 +91,8 @@ def sure(found: dict[str, Any]) -> str:
     pairs = [f"{one} - {two}" for one, two in (*FROM_FINETUNE, *FROM_CONTROLS)]
     could = telling.could_tell(found["groups"], *pairs)
     return (
-        f"{could} All controls had the same backbone, batches and epochs, but noise and perturb "
-        "act on fewer kernels than merge, the other partners on more (column merged)."
+        f"{could} All controls had the same backbone, batches and epochs, but did not act on "
+        "equally many kernels (column merged)."
     )
 
 

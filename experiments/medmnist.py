@@ -183,8 +183,8 @@ def figures(found: dict[str, Any]) -> list[Plot]:
     caption = (
         "Test AUC of the arms with merging minus that of finetune, which had the same second stage "
         "without merging. Dots: means over seeds; bars: 95% bootstrap intervals over seeds and "
-        "test images. A bar that crosses the dotted line can't be told from "
-        "no difference, which is not to say that there is none."
+        "test images. A bar that crosses the dotted line can't be told from no difference, which "
+        "is not to say that there is none."
     )
     drawn = {name: rows for name, rows in groups.items() if rows}
     return [

@@ -22,12 +22,12 @@ import numpy as np
 from experiments.study.cells import Cell
 from experiments.study.question import Kept
 from experiments.study.runner import Places, best_state, plan_of
-from experiments.study.statistics import interval_over_trainings
+from experiments.study.statistics import over_trainings
+from experiments.study.telling import difference
 from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
-from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
@@ -176,10 +176,10 @@ def paired(groups: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dic
     """The arm `first` minus each other arm over the trainings of all groups' `summary`.
 
     Returns:
-      By arm: "trainings", and by kind and metric what to print: the mean [Student's 95 % interval].
+      By arm: "trainings", and by kind and metric what `statistics.over_trainings` gives.
     """
     arms = dict.fromkeys(arm for found in groups.values() for arm in found if arm != first)
-    told = {}
+    rows = {}
     for arm in arms:
         pairs = [
             pair
@@ -187,26 +187,20 @@ def paired(groups: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dic
             if first in found and arm in found
             for pair in zip(found[first]["each"], found[arm]["each"], strict=True)
         ]
-        if len(pairs) < 2:
+        if not pairs:
             continue
-        told[arm] = {"trainings": len(pairs)}
+        rows[arm] = {"trainings": len(pairs)}
         for kind in KINDS:
             gaps = {m: [one[kind][m] - two[kind][m] for one, two in pairs] for m in METRICS}
-            told[arm][kind] = {m: _with_interval(some) for m, some in gaps.items()}
-    return told
-
-
-def _with_interval(gaps: Sequence[float]) -> str:
-    low, high = interval_over_trainings(gaps)
-    ends = f"{wording.signed(low, 3)}, {wording.signed(high, 3)}"
-    return f"{wording.signed(float(np.mean(gaps)), 3)} [{ends}]"
+            rows[arm][kind] = {m: over_trainings(some) for m, some in gaps.items()}
+    return rows
 
 
 def paired_table(groups: Mapping[str, Mapping[str, Any]], first: str) -> Table:
     """A row for each arm of `paired`."""
     rows = []
     for arm, row in paired(groups, first).items():
-        cells = [row[kind][metric] for metric in ("auc", "acc") for kind in KINDS]
+        cells = [difference(row[kind][metric]) for metric in ("auc", "acc") for kind in KINDS]
         rows.append((f"{first} - {arm}", str(row["trainings"]), *cells))
     title = (
         "The same networks on validation images, all trainings together, with the running "

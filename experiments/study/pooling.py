@@ -9,10 +9,10 @@ from experiments.study.statistics import (
     CONFIDENCE,
     METRICS,
     holm,
-    interval_over_trainings,
+    over_trainings,
     sign_flips_over_seeds,
 )
-from experiments.study.telling import STUCK, p_value
+from experiments.study.telling import STUCK, difference, p_value
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.tables import Table
 
@@ -88,19 +88,15 @@ def summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     by_data: dict[str, list[float]] = {}
     for row in rows:
         by_data.setdefault(row["data"], []).append(row[metric])
-    found = {
+    return {
         "trainings": len(gaps),
         "better": sum(gap > 0 for gap in gaps),
         "worse": sum(gap < 0 for gap in gaps),
-        "mean": sum(gaps) / len(gaps),
         "median": median(gaps),
         "p": sign_flips_over_seeds(gaps),
         "data_sets": {data: sum(some) / len(some) for data, some in by_data.items()},
+        **over_trainings(gaps),
     }
-    if len(gaps) == 1:
-        return found
-    low, high = interval_over_trainings(gaps)
-    return found | {"low": low, "high": high}
 
 
 def told(pooled: Mapping[str, Any]) -> list[str]:
@@ -146,23 +142,13 @@ def alone(pooled: Mapping[str, Any], metric: str = "auc") -> str:
 
 
 def mean(row: Mapping[str, Any]) -> str:
-    """The mean with its interval, which one training does not have."""
-    return _with_interval(row["mean"], row.get("low"), row.get("high"))
+    """The mean over trainings with its interval."""
+    return difference(row, digits=4)
 
 
 def over_data_sets(row: Mapping[str, Any]) -> str:
     """The mean of the data sets' own means, since trainings share their test images."""
-    means = list(row["data_sets"].values())
-    if len(means) == 1:
-        return _with_interval(means[0], None, None)
-    return _with_interval(sum(means) / len(means), *interval_over_trainings(means))
-
-
-def _with_interval(value: float, low: float | None, high: float | None) -> str:
-    text = wording.signed(value, 4)
-    if low is None or high is None:
-        return text
-    return f"{text} [{wording.signed(low, 4)}, {wording.signed(high, 4)}]"
+    return difference(over_trainings(list(row["data_sets"].values())), digits=4)
 
 
 def pooled_table(pooled: Mapping[str, Any], against: str) -> Table:

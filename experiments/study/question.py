@@ -100,11 +100,6 @@ class Kept:
             found.setdefault(cell.arm, {})[cell.backbone.seed] = cell
         return found
 
-    def merges(self, arm: str) -> dict[int, int]:
-        """Seed to the kernels that the arm merged in all its updates."""
-        cells = self.by_arm().get(arm, {})
-        return {s: sum(self.record(cell)["result"]["merged"]) for s, cell in cells.items()}
-
     def compare(
         self, pairs: Sequence[Pair], *, resamples: int = 1000, permutations: int = 1000
     ) -> dict[str, Any]:

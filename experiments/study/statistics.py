@@ -284,6 +284,15 @@ def interval_over_trainings(differences: Sequence[float]) -> tuple[float, float]
     return float(values.mean() - half), float(values.mean() + half)
 
 
+def over_trainings(differences: Sequence[float]) -> dict[str, float]:
+    """The "mean", and of two trainings or more "low" and "high" by `interval_over_trainings`."""
+    found = {"mean": float(np.mean(differences))}
+    if len(differences) == 1:
+        return found
+    low, high = interval_over_trainings(differences)
+    return found | {"low": low, "high": high}
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction: p-values that may be compared with 0.05 one by one, in the same order."""
     order = np.argsort(p_values, kind="stable")

@@ -148,10 +148,12 @@ def mean_sd(row: Mapping[str, Any]) -> str:
     return f"{row['mean']:.3f}{spread}"
 
 
-def difference(row: Mapping[str, Any]) -> str:
-    """A mean difference with its interval."""
-    low, high = wording.signed(row["low"]), wording.signed(row["high"])
-    return f"{wording.signed(row['mean'])} [{low}, {high}]"
+def difference(row: Mapping[str, Any], digits: int = 3) -> str:
+    """A mean difference with its interval, which the mean over a single training does not have."""
+    mean = wording.signed(row["mean"], digits)
+    if "low" not in row:
+        return mean
+    return f"{mean} [{wording.signed(row['low'], digits)}, {wording.signed(row['high'], digits)}]"
 
 
 def p_value(p: float) -> str:
