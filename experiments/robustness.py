@@ -104,14 +104,30 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
     ) / counts.sum(1)
 
 
-def reliability(labels: np.ndarray, scores: np.ndarray) -> list[tuple[float, float, int]]:
-    """Mean confidence, share of right answers and images of each bin that has any."""
-    confidence = scores.max(1)
-    gaps, index = _confidence_bins(labels, scores)
+def reliability(
+    labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
+) -> list[dict[str, float]]:
+    """By bin of confidence that has any: confidence, share of right answers with its interval.
+
+    All seeds together, 95 % over the test images.
+
+    Args:
+      labels: int (n,).
+      scores: (seeds, n, classes), probabilities.
+      counts: (resamples, n), how often each image is drawn; the first as they are.
+    """
+    confidence = scores.max(2)
+    gaps, index = (
+        np.stack(x) for x in zip(*(_confidence_bins(labels, x) for x in scores), strict=True)
+    )
     rows = []
-    for mine in (index == one for one in np.unique(index)):
-        sure = float(confidence[mine].mean())
-        rows.append((sure, sure + float(gaps[mine].mean()), int(mine.sum())))
+    for one in np.unique(index):
+        mine = index == one
+        right, total = (counts @ np.where(mine, x, 0).sum(0) for x in (gaps + confidence, 1))
+        shares = right / np.where(total > 0, total, np.nan)
+        low, high = np.nanquantile(shares, [0.025, 0.975])
+        row = {"confidence": float(confidence[mine].mean()), "right": float(shares[0])}
+        rows.append({**row, "low": float(low), "high": float(high)})
     return rows
 
 
@@ -126,57 +142,61 @@ def analyse(kept: Kept) -> dict[str, Any]:
     """By data set: balanced errors, their differences from finetune, calibration."""
     predictions = read_predictions(kept.folder.parent / "study" / PREDICTIONS)
     known = Kept(tuple(c for c in kept.cells if c.hash in predictions), kept.folder)
-    groups = {}
-    for key, cells in known.groups().items():
-        arms = {arm: cells.by_arm()[arm] for arm in SHOWN if arm in cells.by_arm()}
-        seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
-        if not seeds:
-            continue
-        labels, _, patients = store.read_labels(key[0], kept.folder)
-        rng = np.random.default_rng(0)
-        counts = np.concatenate(
-            [np.ones((1, len(labels)), int), draw_counts(len(labels), RESAMPLES, rng, patients)]
-        )
-        errors, clean_errors, eces, rows = {}, {}, {}, {}
-        for arm, of in arms.items():
-            # (seeds, resamples, corruptions, severities)
-            errors[arm] = np.stack(
-                [balanced_error(labels, predictions[of[s].hash], counts) for s in seeds]
-            )
-            scores = [store.read_test_scores(of[s], kept.folder) for s in seeds]
-            predicted = np.stack([x.argmax(1) for x in scores])
-            clean_errors[arm] = balanced_error(labels, predicted, counts).T
-            eces[arm] = np.stack([calibration_error(labels, x, counts) for x in scores])
-            rows[arm] = {
-                "clean": float(clean_errors[arm][:, 0].mean()),
-                "corruptions": {
-                    name: errors[arm][:, 0, index].mean(0).tolist()
-                    for index, name in enumerate(SEVERITIES)
-                },
-                "mean": float(errors[arm][:, 0].mean()),
-                "ece": eces[arm][:, 0].tolist(),
-                "bins": [reliability(labels, x) for x in scores],
-            }
-        differences = {}
-        for arm in arms:
-            if arm != "finetune" and "finetune" in arms:
-                gap = (errors[arm] - errors["finetune"]).mean((2, 3))
-                clean = clean_errors[arm] - clean_errors["finetune"]
-                sure = eces[arm] - eces["finetune"]
-                differences[arm] = {
-                    **{"error": _interval(gap), "rise": _interval(gap - clean)},
-                    "ece": _interval(sure),
-                }
-        groups[where(key)] = {
-            **{"key": list(key), "seeds": seeds, "images": len(labels)},
-            **{"arms": rows, "differences": differences},
-        }
+    groups = {
+        where(key): {"key": list(key), **found}
+        for key, cells in known.groups().items()
+        if (found := _analyse_group(key[0], cells, predictions))
+    }
     for name in MEASURES:
         every = [row[name] for group in groups.values() for row in group["differences"].values()]
         sure = [row for row in every if len(row["seeds"]) > 1]
         for row, p in zip(sure, holm([row["p"] for row in sure]), strict=True):
             row["p_holm"] = p
     return {"groups": groups}
+
+
+def _analyse_group(data: str, cells: Kept, predictions: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arms of one network on one data set, on the same seeds and the same drawn images."""
+    arms = {arm: cells.by_arm()[arm] for arm in SHOWN if arm in cells.by_arm()}
+    seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
+    if not seeds:
+        return {}
+    labels, _, patients = store.read_labels(data, cells.folder)
+    drawn = draw_counts(len(labels), RESAMPLES, np.random.default_rng(0), patients)
+    counts = np.concatenate([np.ones((1, len(labels)), int), drawn])
+    errors, clean_errors, eces, rows = {}, {}, {}, {}
+    for arm, of in arms.items():
+        # (seeds, resamples, corruptions, severities)
+        errors[arm] = np.stack(
+            [balanced_error(labels, predictions[of[s].hash], counts) for s in seeds]
+        )
+        scores = np.stack([store.read_test_scores(of[s], cells.folder) for s in seeds])
+        clean_errors[arm] = balanced_error(labels, scores.argmax(2), counts).T
+        eces[arm] = np.stack([calibration_error(labels, x, counts) for x in scores])
+        by_severity = [clean_errors[arm], *np.moveaxis(errors[arm].mean(2), 2, 0)]
+        rows[arm] = {
+            "clean": float(clean_errors[arm][:, 0].mean()),
+            "corruptions": {
+                name: errors[arm][:, 0, index].mean(0).tolist()
+                for index, name in enumerate(SEVERITIES)
+            },
+            "mean": float(errors[arm][:, 0].mean()),
+            "severities": [_interval(values) for values in by_severity],
+            "ece": eces[arm][:, 0].tolist(),
+            "bins": reliability(labels, scores, counts),
+        }
+    differences = {}
+    for arm in arms:
+        if arm != "finetune" and "finetune" in arms:
+            gap = (errors[arm] - errors["finetune"]).mean((2, 3))
+            clean = clean_errors[arm] - clean_errors["finetune"]
+            sure = eces[arm] - eces["finetune"]
+            differences[arm] = {
+                **{"error": _interval(gap), "rise": _interval(gap - clean)},
+                "ece": _interval(sure),
+            }
+    found = {"seeds": seeds, "images": len(labels)}
+    return {**found, "arms": rows, "differences": differences}
 
 
 def _interval(values: np.ndarray) -> dict[str, Any]:
@@ -313,18 +333,22 @@ def _colour(arm: str) -> str:
 
 def _severity_plot(name: str, group: dict[str, Any]) -> Plot:
     def draw(axes: Any) -> None:
-        for arm, row in group["arms"].items():
-            values = np.mean(list(row["corruptions"].values()), axis=0)
-            line = [row["clean"], *values]
-            axes.plot(range(6), line, "-o", color=_colour(arm), ms=4, lw=1.4, label=arm)
+        for offset, (arm, row) in _side_by_side(group, 0.08):
+            mean, low, high = (
+                np.array([one[what] for one in row["severities"]])
+                for what in ("mean", "low", "high")
+            )
+            _with_bars(axes, np.arange(6) + offset, mean, low, high, arm)
         axes.set_title(f"Errors by severity: {name}", fontsize=10)
         axes.set_xlabel("severity (0: clean)")
         axes.set_ylabel("mean balanced error")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     caption = (
-        "Mean over seven corruptions and seeds; lower is better. If merging made networks more "
-        "robust, its lines would rise less."
+        "Mean over seven corruptions and seeds, with the 95% interval over seeds and test images; "
+        "lower is better. Arms share their images, so a bar is wider than what separates two "
+        "lines; for that see the table. If merging made networks more robust, its lines would rise "
+        "less."
     )
     return make_plot(draw, caption, f"Errors by severity: {name}")
 
@@ -332,24 +356,35 @@ def _severity_plot(name: str, group: dict[str, Any]) -> Plot:
 def _reliability_plot(name: str, group: dict[str, Any]) -> Plot:
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=GUIDE, lw=1, ls=":")
-        for arm, row in group["arms"].items():
-            points = np.array([one for bins in row["bins"] for one in bins])
-            index = np.minimum((points[:, 0] * BINS).astype(int), BINS - 1)
-            line = [
-                np.average(points[index == b, :2], axis=0, weights=points[index == b, 2])
-                for b in np.unique(index)
-            ]
-            axes.plot(*np.array(line).T, "-o", color=_colour(arm), ms=4, lw=1.4, label=arm)
+        for offset, (arm, row) in _side_by_side(group, 0.006):
+            sure, right, low, high = (
+                np.array([one[what] for one in row["bins"]])
+                for what in ("confidence", "right", "low", "high")
+            )
+            _with_bars(axes, sure + offset, right, low, high, arm)
         axes.set_title(f"Reliability: {name}", fontsize=10)
         axes.set_xlabel("confidence")
         axes.set_ylabel("share of right answers")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     caption = (
-        "All seeds together, ten bins of confidence. On the dotted line confidence is what it "
-        "promises; below it the network is too sure."
+        "All seeds together, ten bins of confidence, with the 95% interval over test images. On "
+        "the dotted line confidence is what it promises; below it the network is too sure."
     )
     return make_plot(draw, caption, f"Reliability: {name}")
+
+
+def _side_by_side(group: dict[str, Any], apart: float) -> list[tuple[float, tuple[str, Any]]]:
+    """Arms with shifts along x, so that no bar hides another."""
+    arms = list(group["arms"].items())
+    return [(apart * (i - (len(arms) - 1) / 2), arm) for i, arm in enumerate(arms)]
+
+
+def _with_bars(
+    axes: Any, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, arm: str
+) -> None:
+    bars = np.maximum([y - low, high - y], 0)
+    axes.errorbar(x, y, bars, fmt="-o", color=_colour(arm), ms=3, lw=1.2, elinewidth=0.8, label=arm)
 
 
 QUESTION = Question(

@@ -1,5 +1,6 @@
 """Writing files whole or not at all."""
 
+import errno
 import io
 import json
 import os
@@ -29,6 +30,26 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, would outlast a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Mounts that keep no folder of their own (object stores, some network drives) refuse it.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` of a folder with everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from experiments.study import datasets, store
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import Places, finished, images_of
-from experiments.study.statistics import DETECTABLE
+from experiments.study.statistics import smallest_detectable
 from experiments.study.telling import NEEDED
 from inmerge_jax.errors import InputError
 
@@ -74,7 +74,9 @@ def guess_seconds_per_image(start: Backbone, known: Mapping[Network, float]) -> 
 
 
 def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
-    """`expected_resolution` on a data set, by the assumptions above.
+    """What is detectable on a data set before anything is run, by the assumptions above.
+
+    Of the only comparison, as the only metric. A single training is judged over images alone.
 
     With labels at hand (of a kept cell), for the mean over its classes as if these were
     independent; else for a class of half of the images.
@@ -90,17 +92,14 @@ def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
         ones = ones[1:] if known.task == "binary-class" else ones
         test = len(labels)
     ones = [one for one in ones if 0 < one < test]
-    rows = [
-        expected_resolution(
-            int(one), int(test - one), seeds, auc=AUC, acc=ACC, correlation=CORRELATION, seed_sd=0
-        )
-        for one in ones
-    ]
-    from_seeds = DETECTABLE**2 * SEED_SD**2 / seeds
-    auc = sum(row["auc"] ** 2 for row in rows) / len(rows) ** 2
+    errors = [error_over_images(int(one), int(test - one)) for one in ones]
+    over_images = {
+        "auc": float(np.sqrt(sum(error["auc"] ** 2 for error in errors)) / len(errors)),
+        "acc": errors[0]["acc"],
+    }
+    over_seeds = SEED_SD / np.sqrt(seeds) if seeds > 1 else 0.0
     return {
-        "auc": float(np.sqrt(auc + from_seeds)),
-        "acc": float(np.sqrt(rows[0]["acc"] ** 2 + from_seeds)),
+        name: smallest_detectable(seeds, over_seeds, error) for name, error in over_images.items()
     }
 
 
@@ -143,37 +142,31 @@ def show(
         table.add_row(source.title, f"{source.images[2]:,}", str(seeds), *figures)
     rich_print(table)
     print(
-        f"{DETECTABLE:.2f} standard errors of a paired difference, supposing AUC {AUC}, ACC {ACC}, "
-        f"a correlation of {CORRELATION} between two arms' errors over images, and {SEED_SD} "
-        "standard deviation of the difference over trainings. The answer has what was measured."
+        f"as the only comparison, supposing AUC {AUC}, ACC {ACC}, a correlation of {CORRELATION} "
+        f"between two arms' errors over images, and {SEED_SD} standard deviation of the difference "
+        "over trainings. The answer has what was measured."
     )
 
 
-def expected_resolution(
+def error_over_images(
     positives: int,
     negatives: int,
-    seeds: int,
     *,
-    auc: float,
-    acc: float,
-    correlation: float,
-    seed_sd: float,
+    auc: float = AUC,
+    acc: float = ACC,
+    correlation: float = CORRELATION,
 ) -> dict[str, float]:
-    """The difference that will be distinguished from zero four times out of five, `DETECTABLE`.
+    """Expected standard error of a paired difference in AUC and in ACC over the test images.
 
-    Before anything is run, and before any correction for several comparisons.
-
-    The AUC's variance over images is that of Hanley and McNeil (1982), the ACC's binomial; two arms
-    on the same images share `correlation` of it; trainings add `seed_sd` a seed.
+    The AUC's variance is that of Hanley and McNeil (1982), the ACC's binomial; two arms on the same
+    images share `correlation` of it.
 
     Args:
       positives: test images of a class.
       negatives: all others.
-      seeds: trainings of each arm.
       auc: expected.
       acc: expected.
       correlation: of the two arms' errors over images.
-      seed_sd: standard deviation of the paired difference over trainings.
     """
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
@@ -181,7 +174,4 @@ def expected_resolution(
         "auc": variance / (positives * negatives),
         "acc": acc * (1 - acc) / (positives + negatives),
     }
-    return {
-        name: float(DETECTABLE * np.sqrt(2 * (1 - correlation) * one + seed_sd**2 / seeds))
-        for name, one in over_images.items()
-    }
+    return {name: float(np.sqrt(2 * (1 - correlation) * one)) for name, one in over_images.items()}

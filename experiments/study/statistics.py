@@ -16,9 +16,10 @@ METRICS = ("auc", "acc")
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 """Standard errors in half of an interval: 1.96."""
-_POWER = float(stats.norm.ppf(0.8))
-DETECTABLE = Z + _POWER
-"""Standard errors of a difference that is distinguished from zero four times out of five: 2.80."""
+POWER = 0.8
+"""How often a difference that is called detectable is distinguished from zero."""
+_QUANTILES = 2000
+"""Of the spread of seeds, over which a probability is averaged."""
 _EXACT = 16
 """Seeds up to which all sign flips are counted."""
 _ROWS = 64
@@ -149,7 +150,7 @@ def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generato
     errors = float(np.sqrt(own)), float(np.nanstd(images, ddof=1))
 
     def half_width(tail: float) -> float:
-        return half_width_at(tail, seeds, *errors)
+        return float(half_width_at(tail, seeds, *errors))
 
     tail = (1 - CONFIDENCE) / 2
     half = half_width(tail)
@@ -159,25 +160,55 @@ def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generato
     return Interval(value, *ends, half, _p(abs(value), half_width), *errors)
 
 
-def half_width_at(tail: float, seeds: int, seeds_error: float, images_error: float) -> float:
+def half_width_at(
+    tail: float, seeds: int, seeds_error: float | np.ndarray, images_error: float
+) -> np.ndarray:
     """Half of an interval that leaves `tail` out at either end, see `bootstrap`."""
-    t = stats.t.isf(tail, seeds - 1) if seeds_error > 0 else 0.0
-    return float(np.hypot(t * seeds_error, stats.norm.isf(tail) * images_error))
+    t = stats.t.isf(tail, seeds - 1) if seeds > 1 else 0.0
+    return np.hypot(t * seeds_error, stats.norm.isf(tail) * images_error)
 
 
 def detectable(row: Mapping[str, Any], comparisons: int = 1) -> float:
-    """The difference that is distinguished from zero about four times out of five.
-
-    By the errors that were measured, which of few seeds are themselves uncertain: with three, about
-    three times out of four.
+    """`smallest_detectable` by the errors that were measured, as if they were the true ones.
 
     Args:
       row: what `compare` gave of a difference.
       comparisons: of which this one has the smallest p, by Holm's correction.
     """
+    seeds = len(row["seeds"])
+    return smallest_detectable(seeds, row["seeds_error"], row["images_error"], comparisons)
+
+
+def smallest_detectable(
+    seeds: int, seeds_error: float, images_error: float, comparisons: int = 1
+) -> float:
+    """The true difference whose interval leaves zero out with probability `POWER`.
+
+    The interval is that of `bootstrap`, whose width varies with the spread of the few seeds drawn:
+    this averages over it. With no error over seeds it is 2.80 errors over images; with none over
+    images, what the noncentral t distribution gives.
+
+    Args:
+      seeds: paired trainings.
+      seeds_error: standard error of their mean; 0 for one.
+      images_error: over the choice of test images.
+      comparisons: of which this one has the smallest p, by Holm's correction.
+    """
+    error = float(np.hypot(seeds_error, images_error))
+    if error == 0:
+        return 0.0
     tail = (1 - CONFIDENCE) / 2 / comparisons
-    errors = row["seeds_error"], row["images_error"]
-    return half_width_at(tail, len(row["seeds"]), *errors) + _POWER * float(np.hypot(*errors))
+    drawn = np.array([seeds_error])
+    if seeds_error > 0:
+        shares = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+        drawn = seeds_error * np.sqrt(stats.chi2.ppf(shares, seeds - 1) / (seeds - 1))
+    half = half_width_at(tail, seeds, drawn, images_error)
+
+    def missing(size: float) -> float:
+        found = stats.norm.sf((half - size) / error) + stats.norm.cdf((-half - size) / error)
+        return float(found.mean()) - POWER
+
+    return float(optimize.brentq(missing, 0, float(half.max()) + 2 * error))
 
 
 def _p(value: float, half_width: Callable[[float], float]) -> float:

@@ -176,7 +176,7 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         base = found["arms"][against]
         blank = ("",) * 5
         count = str(len(base["auc"]["seeds"]))
-        words = f"{group} ({found['images']:,} images)"
+        words = f"{group} ({found['images']:,} images): {against} itself"
         rows.append((words, count, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
         for arm, values in minus(found, against).items():

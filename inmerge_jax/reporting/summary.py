@@ -1,4 +1,4 @@
-"""A run's numbers: arms over seeds, paired differences, what the test set can resolve, merges."""
+"""A run's numbers: arms over seeds, paired differences, how far test images move them, merges."""
 
 import math
 from collections.abc import Sequence

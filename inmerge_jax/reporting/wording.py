@@ -92,8 +92,8 @@ def _verdict(summary: Summary, auc: Spread) -> str:
         images = summary.resolution.images
         small = abs(auc.mean) < smallest
         beyond = (
-            f"{images} test images resolve differences of about {plain(smallest)}, and this one is "
-            f"{'smaller' if small else 'larger'}"
+            f"the choice of {images} test images alone moves it by {plain(smallest)} either way, "
+            f"and it is {'smaller' if small else 'larger'} than that"
             if smallest
             else f"both rank the {images} test images alike"
         )
@@ -117,23 +117,24 @@ def _smallest(summary: Summary) -> float | None:
 
 
 def resolution_note(summary: Summary) -> str:
-    """What difference the test set can resolve, and by which formula."""
+    """How far the choice of test images alone moves the difference, and by which formula."""
     smallest, resolution = _smallest(summary), summary.resolution
     if resolution is None:
         return (
-            "What difference this test set can resolve is not known: the run folder lacks test "
-            "labels or score files."
+            "How far the choice of test images moves the difference is not known: the run folder "
+            "lacks test labels or score files."
         )
     if smallest is None:
         return (
-            "What difference this test set can resolve cannot be estimated: an arm was not run, "
-            "or a class has fewer than two test images."
+            "How far the choice of test images moves the difference cannot be estimated: an arm "
+            "was not run, or a class has fewer than two test images."
         )
     acc = resolution.smallest["inmerge", "finetune"]["acc"]
     return (
-        f"Smallest difference that {resolution.images} test images can resolve between inmerge "
-        f"and finetune: {plain(smallest)} AUC, {plain(acc)} ACC ({FORMULA}). One arm's AUC has a "
-        f"standard error of {plain(resolution.error['auc'])}. Read smaller differences as noise."
+        f"The choice of {resolution.images} test images alone moves the difference between inmerge "
+        f"and finetune by {plain(smallest)} AUC, {plain(acc)} ACC either way ({FORMULA}). One "
+        f"arm's AUC has a standard error of {plain(resolution.error['auc'])}. Read smaller "
+        "differences as noise."
     )
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.files import sync, sync_all, write_bytes, write_json
 from inmerge_jax.training.runfolder import cannot_write
 
 _TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
@@ -40,8 +40,8 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
     """Writes `tree` and `meta` to `folder/<epoch>` and returns that path; replaces one there.
 
     It is written under another name and renamed when it is complete, so a writer killed at any
-    time leaves the earlier checkpoints and no half one; its remains go with the next save. One
-    process writes at a time.
+    time, or a loss of power, leaves the earlier checkpoints and no half one; its remains go with
+    the next save. One process writes at a time.
 
     Args:
       folder: of the checkpoints; created where absent.
@@ -66,7 +66,9 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
         _write_arrays(temporary / _TREE, arrays)
         write_json(temporary / _META, meta)
         write_bytes(temporary / _MANIFEST, _manifest(temporary, arrays))
+        sync_all(temporary)
         _put(temporary, path)
+        sync(folder)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:

@@ -228,7 +228,9 @@ def _git(folder: Path) -> dict[str, Any]:
     # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
     if run("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"commit": None, "dirty": None}
-    changes = run("status", "--porcelain", "--untracked-files=no")
+    # Results and pages that a command has just written do not change what it computes.
+    written = (":(top,exclude)experiments/results", ":(top,exclude)docs", ":(top,exclude)*.md")
+    changes = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
     return {"commit": run("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 

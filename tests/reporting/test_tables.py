@@ -68,7 +68,7 @@ def test_headline_says_when_the_interval_includes_zero(folder, tmp_path):
     edit(clear, lift)
     text = markdown(clear)
     assert "interval excludes zero: over these seeds merging did better" in text
-    assert "this one is smaller, so other test images may show otherwise" in text
+    assert "it is smaller than that, so other test images may show otherwise" in text
 
 
 def test_one_seed_claims_nothing(tmp_path):

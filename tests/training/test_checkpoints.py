@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from inmerge_jax import files
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import checkpoints
 from inmerge_jax.training.checkpoints import (
@@ -380,3 +381,41 @@ def test_manifest_lists_arrays_for_readers(tmp_path):
     arrays = json.loads((path / "manifest.json").read_bytes())["arrays"]
     assert arrays["params.Conv_0.kernel"] == [[3, 3, 2, 4], "bfloat16"]
     assert len(arrays) == len(jax.tree.leaves(make_state()))
+
+
+def test_a_checkpoint_outlasts_a_loss_of_power_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, when_named = [], []
+    sync, rename = os.fsync, os.rename
+
+    def record(handle):
+        sync(handle)
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def note(source, target):
+        if Path(target) == tmp_path / "3":
+            whole = {str(path) for path in Path(source).rglob("*")}
+            when_named.append(whole - set(synced))
+            synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", note)
+    save_checkpoint(tmp_path, 3, {"a": np.zeros(3)}, META)
+    assert when_named == [set()]
+    assert str(tmp_path) in synced
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_mount_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch, number):
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("1")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        files.sync(tmp_path / "file")
+    if number == errno.EINVAL:
+        files.sync(tmp_path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.sync(tmp_path)

@@ -126,6 +126,11 @@ def test_git_commit_and_dirt(tmp_path):
     assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
     (tmp_path / "result").write_text("1")
     assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
+    for name in ("experiments/results/one.json", "docs/one.md", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        git("add", name)
+    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
     (tmp_path / "runfolder.py").write_text("2")
     assert runfolder._git(tmp_path) == {"commit": commit, "dirty": True}
 

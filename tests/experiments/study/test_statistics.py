@@ -261,13 +261,34 @@ def test_holm():
     assert statistics.holm([]) == []
 
 
-def test_expected_resolution_shrinks_with_images_and_seeds():
-    common = {"auc": 0.9, "acc": 0.85, "correlation": 0.9}
-    few = estimate.expected_resolution(50, 100, 3, seed_sd=0.0, **common)
-    many = estimate.expected_resolution(5000, 10000, 3, seed_sd=0.0, **common)
+def test_the_expected_error_shrinks_with_images():
+    few, many = (estimate.error_over_images(50 * n, 100 * n) for n in (1, 100))
     assert many["auc"] == pytest.approx(few["auc"] / 10, rel=0.05)
     # Hanley and McNeil (1982) give about 0.032 for 51 abnormal and 58 normal images.
-    one = estimate.expected_resolution(51, 58, 1, auc=0.893, acc=0.5, correlation=0.5, seed_sd=0.0)
-    assert one["auc"] / 2.8 == pytest.approx(0.032, abs=1e-3)
-    noisy = estimate.expected_resolution(5000, 10000, 4, seed_sd=0.02, **common)
-    assert noisy["auc"] == pytest.approx(2.8 * 0.01, rel=0.05)
+    one = estimate.error_over_images(51, 58, auc=0.893, acc=0.5, correlation=0.5)
+    assert one["auc"] == pytest.approx(0.032, abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_detectable_over_seeds_is_what_the_noncentral_t_gives(seeds):
+    size = statistics.smallest_detectable(seeds, 0.01, 0.0, 4)
+    critical = stats.t.isf(0.025 / 4, seeds - 1)
+    far = stats.nct(seeds - 1, size / 0.01)
+    assert far.sf(critical) + far.cdf(-critical) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_detectable_over_images_is_the_normal_distributions():
+    assert statistics.smallest_detectable(5, 0.0, 0.01) == pytest.approx(0.028016, rel=1e-4)
+    assert statistics.smallest_detectable(1, 0.0, 0.01) == pytest.approx(0.028016, rel=1e-4)
+    assert statistics.smallest_detectable(3, 0.0, 0.0) == 0
+
+
+def test_what_is_detectable_is_distinguished_four_times_out_of_five():
+    seeds, own, images = 3, 0.02, 0.01
+    size = statistics.smallest_detectable(seeds, own, images)
+    rng = np.random.default_rng(0)
+    draws = size + images * rng.standard_normal((20000, 1))
+    draws = draws + own * np.sqrt(seeds) * rng.standard_normal((20000, seeds))
+    errors = draws.std(1, ddof=1) / np.sqrt(seeds)
+    half = np.hypot(stats.t.isf(0.025, seeds - 1) * errors, stats.norm.isf(0.025) * images)
+    assert np.mean(np.abs(draws.mean(1)) > half) == pytest.approx(0.8, abs=0.012)

@@ -60,7 +60,7 @@ def test_what_could_be_seen_stands_in_the_table():
     table = telling.difference_table("title", {"data": group(3)}, "b")
     column = table.columns.index("detectable")
     assert [row[column] for row in table.rows] == ["", "0.070"]
-    assert table.rows[0][0] == "data (1,050 images)"
+    assert table.rows[0][0] == "data (1,050 images): b itself"
     (_, row) = telling.difference_table("title", {"data": group(1)}, "b").rows
     assert row[column : column + 2] == ("", "one seed")
 
