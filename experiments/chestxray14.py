@@ -56,7 +56,8 @@ class Measure:
 
     reading: batches of the training split as training gets them, decoded by threads of one process
     (0 workers), or by 1 and 2 worker processes. reducing: original images to the built size, in 1
-    and 2 processes. Start-up is not counted.
+    and 2 processes. writing and verifying: as the build of DATA-DIR did it, where it was not
+    interrupted. Start-up is not counted.
 
     Attributes:
       data_dir: Output folder of a build.

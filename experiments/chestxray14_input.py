@@ -1,6 +1,7 @@
 """The measurements of `python -m experiments.chestxray14 measure`."""
 
 import dataclasses
+import json
 import multiprocessing
 import time
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inmerge_jax.data import Split, train_batches
+from inmerge_jax.data.chestxray14.build import SPEED
 from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_image
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
@@ -65,6 +67,9 @@ def run_measure(config: "Measure") -> None:
                 for workers in (1, 2)
             ],
         }
+    speed = config.data_dir.expanduser() / SPEED
+    if speed.is_file():
+        found["building"] = json.loads(speed.read_bytes())
     found["environment"] = environment()
     write_json(config.output, found)
     console = Console()
@@ -113,10 +118,19 @@ def rows(stored: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         what = f"reading and decoding at {stored['size']} px, batch {stored['batch_size']}"
         workers = f"{rate['workers']}" if rate["workers"] else "0 (threads)"
         found.append((what, workers, rate["images_per_second"]))
-    reducing = stored.get("reducing", {"rates": []})
+    reducing, building = stored.get("reducing", {"rates": []}), stored.get("building")
     for rate in reducing["rates"]:
         what = f"reducing {' x '.join(map(str, reducing['from']))} to {reducing['to']} px"
         found.append((what, f"{rate['workers']}", rate["images_per_second"]))
+    if building is not None:
+        writing = building["writing"]
+        what = (
+            f"writing and verifying records of {stored['size']} px, {building['images']:,} images"
+        )
+        found.append((what, "1", writing))
+        for rate in reducing["rates"]:
+            whole = 1 / (1 / rate["images_per_second"] + 1 / writing)
+            found.append(("both, one after the other as a build does", f"{rate['workers']}", whole))
     return [
         (what, workers, f"{rate:,.1f}", f"{ALL_IMAGES / rate / 3600:.2f} h")
         for what, workers, rate in found

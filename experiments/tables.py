@@ -93,6 +93,7 @@ SOURCES = {
     "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
+    "soak_shards": lambda: soak.markdown(json.loads((RESULTS / "soak_shards.json").read_bytes())),
     "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
@@ -103,7 +104,7 @@ SOURCES = {
 }
 PAGES = {
     "README.md": ("main", "breastmnist", "benchmark", "fidelity"),
-    "docs/interruptions.md": ("kills", "soak"),
+    "docs/interruptions.md": ("kills", "soak", "soak_shards"),
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),

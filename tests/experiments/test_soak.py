@@ -1,4 +1,7 @@
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -6,6 +9,8 @@ from experiments import soak
 
 ROW = {
     "resident_mb": 1000.0,
+    "workers_mb": 500.0,
+    "processes": 2,
     "programs": 16,
     "threads": 17,
     "files": 7,
@@ -45,11 +50,38 @@ def test_what_is_flat_passes():
         {"files": 8},
         {"resident_mb": 1051.0},
         {"resident_mb": 949.0},
+        {"workers_mb": 526.0},
+        {"processes": 3},
         {"tensorstore_threads": soak.POOL_LIMIT + 1},
     ],
 )
 def test_every_growth_is_noticed(change):
-    stored = {"rows": rows(change), "verdict": soak.judge(rows(change))}
+    options = {"data_dir": "here", "workers": 2, "batch_size": 6}
+    stored = {"options": options, "rows": rows(change), "verdict": soak.judge(rows(change))}
     assert not stored["verdict"]["passed"] and "**Not passed**" in soak.markdown(stored)
     good = copy.deepcopy(stored) | {"verdict": soak.judge(rows())}
     assert "Passed" in soak.markdown(good)
+
+
+def test_without_workers_there_is_nothing_to_say_of_them():
+    none = [row | {"workers_mb": 0.0, "processes": 0} for row in rows()]
+    verdict = soak.judge(none)
+    assert verdict["passed"] and list(verdict["memory"]) == ["resident_mb"]
+    options = {"data_dir": None, "workers": 0, "batch_size": 16}
+    assert "worker" not in soak.markdown({"options": options, "rows": none, "verdict": verdict})
+
+
+def test_children_are_counted_until_they_were_waited_for():
+    before = len(soak._children())
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert child.pid in soak._children() and len(soak._children()) == before + 1
+    assert soak._resident_mb(child.pid) == 0
+    child.wait()
+    assert child.pid not in soak._children()
+
+
+def test_workers_and_too_few_images_are_refused(tmp_path, capsys):
+    assert soak.main(["--workers", "2", "--output", str(tmp_path / "soak.json")]) == 2
+    assert "add --data-dir" in capsys.readouterr().err
+    assert not (tmp_path / "soak.json").exists()

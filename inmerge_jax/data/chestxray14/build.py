@@ -1,7 +1,8 @@
 """Builds the data set: reduce in parallel, write shards, verify; and all of it again after a kill.
 
 The output folder has the TFDS folder, `index.npz` (names, labels and patients in the order of the
-records) and, written last, `manifest.json`: a folder without it is not finished.
+records) and `manifest.json`, without which it is not finished; then `speed.json`, of a build that
+was not interrupted.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
 
 MANIFEST, INDEX, REDUCED, RECORDS = "manifest.json", "index.npz", "reduced", "records"
+SPEED = "speed.json"
 FORMAT = 1
 
 
@@ -77,12 +79,25 @@ class Built:
     reduced: Reduced | None
     write_seconds: float
 
+    @property
+    def rates(self) -> dict[str, Any] | None:
+        """Images per second of reducing, of writing and verifying; None where none was reduced."""
+        if self.reduced is None or not self.reduced.images:
+            return None
+        images = sum(self.manifest["counts"].values())
+        return {
+            "images": images,
+            "reduced": self.reduced.images,
+            "workers": self.reduced.workers,
+            "reducing": self.reduced.images_per_second,
+            "writing": images / self.write_seconds,
+        }
+
     def speed(self) -> str:
         """Images per second, and what all of ChestX-ray14 would take at that rate."""
-        if self.reduced is None or not self.reduced.images:
+        if self.rates is None or self.reduced is None:
             return "no image was reduced now: the build was finished, or went on after that"
-        reducing = self.reduced.images_per_second
-        writing = sum(self.manifest["counts"].values()) / self.write_seconds
+        reducing, writing = self.rates["reducing"], self.rates["writing"]
         hours = ALL_IMAGES * (1 / reducing + 1 / writing) / 3600
         return (
             f"reduced {self.reduced.images:,} images at {reducing:,.1f} images/s in "
@@ -120,7 +135,11 @@ def build(request: Request, console: Console) -> Built:
         write_json(output / MANIFEST, manifest)
     seconds = time.perf_counter() - started
     shutil.rmtree(output / REDUCED)
-    return Built(manifest, reduced, seconds)
+    built = Built(manifest, reduced, seconds)
+    if built.rates is not None and built.rates["reduced"] == built.rates["images"]:
+        with _writing(output):
+            write_json(output / SPEED, built.rates)
+    return built
 
 
 def summary(manifest: Mapping[str, Any]) -> Table:

@@ -120,7 +120,12 @@ def test_lists_processes_and_a_second_call_change_nothing(nih, built, tmp_path, 
         "index.npz",
         "manifest.json",
         "records",
+        "speed.json",
     ]
+    speed = json.loads((tmp_path / "a" / "speed.json").read_bytes())
+    assert speed == first.rates and again.rates is None
+    assert speed["images"] == speed["reduced"] == 60 and speed["workers"] == 2
+    assert min(speed["reducing"], speed["writing"]) > 0
     with pytest.raises(InputError, match=rf"holds another data set: its split is {split}"):
         make(nih, tmp_path / "a")
 
