@@ -1,7 +1,7 @@
 """In-model merging for any JAX training loop (arXiv 2502.20516)."""
 
 from inmerge_jax.kernels import Kernel, deep_kernels, find_kernels
-from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels, quantile
+from inmerge_jax.merging import MergeRule, MergeStats, Quantile, merge_kernels, quantile
 from inmerge_jax.redundancy import LayerSimilarity, kernel_similarity
 from inmerge_jax.transform import InModelMergingState, in_model_merging
 
@@ -13,6 +13,7 @@ __all__ = [
     "LayerSimilarity",
     "MergeRule",
     "MergeStats",
+    "Quantile",
     "deep_kernels",
     "find_kernels",
     "in_model_merging",

@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 PyTree = Any
+_VALUE = jax.tree_util.GetAttrKey("value")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """The path as text, `"layer1/conv1/kernel"`."""
-        return path_name(self.path)
+        """The path as text, `"layer1/conv1/kernel"`; the same for all forms of a Flax NNX state."""
+        return path_name(pure_path(self.path))
 
     @property
     def count(self) -> int:
@@ -42,6 +43,16 @@ class Kernel:
 def path_name(path: Sequence[Any]) -> str:
     """A key path as text with slashes, the form in which paths are shown and matched."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def pure_path(path: Sequence[Any]) -> tuple[Any, ...]:
+    """A key path without the last key, `value`, of a Flax NNX variable.
+
+    `nnx.split` gives states whose paths have it, `nnx.as_pure`, by which `nnx.Optimizer` calls a
+    transformation, takes it away.
+    """
+    path = tuple(path)
+    return path[:-1] if path[-1:] == (_VALUE,) else path
 
 
 def find_kernels(forward: Callable[..., Any], params: PyTree, *args: Any) -> tuple[Kernel, ...]:
@@ -78,7 +89,8 @@ def find_kernels(forward: Callable[..., Any], params: PyTree, *args: Any) -> tup
 
     Warns:
       UserWarning: a convolution's weight is computed from a parameter in a way that loses the
-        output axis (a matrix product, weights stacked over a `scan`); it is not listed.
+        output axis (a matrix product, weights stacked over a `scan`, the result of a loop, branches
+        that differ); it is not listed.
 
     Raises:
       ValueError: a leaf of `params` is not an array, or no convolution takes a parameter.
@@ -190,8 +202,8 @@ class _Walk:
         if inner is not None:
             outs = [self.jaxpr(jaxpr, given) for jaxpr, given in inner]
             if name in ("scan", "while"):
-                return nothing
-            return [_agreed(column) for column in zip(*outs, strict=True)]
+                return [o and _Origin(o.leaf, None, name) for o in outs[-1]]
+            return [_agreed(column, name) for column in zip(*outs, strict=True)]
         if name == "conv_general_dilated":
             self.convolution(eqn, origins[1])
             return nothing
@@ -200,7 +212,9 @@ class _Walk:
             return nothing
         if name == "optimization_barrier":
             return origins
-        return [_follow(eqn, origins), *nothing[1:]]
+        if len(eqn.outvars) > 1:
+            return [_Origin(carried[0].leaf, None, name)] * len(eqn.outvars)
+        return [_follow(eqn, origins)]
 
     def convolution(self, eqn: Any, weight: _Origin | None) -> None:
         if weight is None or weight.leaf in self.out_axes:
@@ -247,18 +261,23 @@ def _called(values: Iterator[Any], arguments: int) -> Iterator[Jaxpr]:
             yield jaxpr
 
 
-def _agreed(origins: Sequence[_Origin | None]) -> _Origin | None:
-    """What the branches of a conditional say alike."""
-    return origins[0] if all(o == origins[0] for o in origins) else None
+def _agreed(origins: Sequence[_Origin | None], name: str) -> _Origin | None:
+    """What the branches of a conditional say alike; lost where they differ."""
+    known = [o for o in origins if o is not None]
+    if all(o == origins[0] for o in origins):
+        return origins[0]
+    return _Origin(known[0].leaf, None, name)
 
 
-def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin | None:
-    """The origin of an equation's first result, from those of its operands."""
+def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
+    """The origin of an equation's one result, from those of its operands."""
     name, params = eqn.primitive.name, eqn.params
     out_shape = eqn.outvars[0].aval.shape
-    carried = [o for o in origins if o is not None]
+    if name in _SAME_AXES:
+        return _elementwise(name, origins, [v.aval.shape == out_shape for v in eqn.invars])
     first = next(i for i, o in enumerate(origins) if o is not None)
-    source, in_shape = carried[0], eqn.invars[first].aval.shape
+    source, in_shape = origins[first], eqn.invars[first].aval.shape
+    assert source is not None
     axes = source.axes
     if axes is None:
         return source
@@ -274,15 +293,27 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin | None:
         return _Origin(source.leaf, tuple(kept))
     if name == "reshape":
         return _Origin(source.leaf, _reshaped(axes, in_shape, out_shape))
-    if name in _SAME_AXES:
-        # Of `v * g` with a scale g spread over the weight's shape, the weight is the one that
-        # runs along every axis.
-        full = {o for o in carried if o.axes is not None and None not in o.axes}
-        if len(full) == 1:
-            return full.pop()
-        if len({o.leaf for o in carried}) == 1 and in_shape == out_shape:
-            return source
     return _Origin(source.leaf, None, name)
+
+
+def _elementwise(name: str, origins: list[_Origin | None], same_shape: list[bool]) -> _Origin:
+    """The origin of an elementwise result.
+
+    Of a weight with its scale, in any order, it is the weight's: the one that runs along every
+    axis. A scale is a parameter of its own spread over the weight's shape, or the weight's own
+    statistics, to which the link is lost.
+    """
+    carried = [o for o in origins if o is not None]
+    kept = [o for o in carried if o.axes is not None]
+    full = {o for o in kept if o.axes is not None and None not in o.axes}
+    if len(full) == 1:
+        return full.pop()
+    if len({o.leaf for o in carried}) == 1:
+        whole = {o for o, same in zip(origins, same_shape, strict=True) if o in kept and same}
+        whole.discard(None)
+        if len(whole) == 1:
+            return whole.pop()
+    return _Origin(kept[0].leaf, None, name) if kept else carried[0]
 
 
 def _reshaped(

@@ -3,14 +3,14 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.kernels import Kernel, path_name
+from inmerge_jax.kernels import Kernel, path_name, pure_path
 from inmerge_jax.pairs import (
     as_rows_on_tpu,
     in_turn_on_tpu,
@@ -21,9 +21,33 @@ from inmerge_jax.pairs import (
 
 PARTNERS = ("random", "nearest")
 _IN_TURN = 2**20
+_T = TypeVar("_T")
 
 
-@jax.tree_util.register_dataclass
+def _as_pytree(cls: type[_T]) -> type[_T]:
+    """Registers a dataclass whose rebuilt instances are not checked.
+
+    `jax.tree_util.register_dataclass` rebuilds by the constructor, which refuses what a rule can't
+    be; but a gradient, a difference or an axis may be any number.
+    """
+    leaves = [f.name for f in fields(cls) if not f.metadata.get("static")]  # type: ignore[arg-type]
+    static = [f.name for f in fields(cls) if f.metadata.get("static")]  # type: ignore[arg-type]
+
+    def flatten(tree: _T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        keyed = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in leaves]
+        return keyed, tuple(getattr(tree, name) for name in static)
+
+    def unflatten(fixed: tuple[Any, ...], values: Any) -> _T:
+        tree = object.__new__(cls)
+        for name, value in zip((*leaves, *static), (*values, *fixed), strict=True):
+            object.__setattr__(tree, name, value)
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
+
+@_as_pytree
 @dataclass(frozen=True)
 class Quantile:
     """A threshold that every layer sets by its own kernels, see `quantile`."""
@@ -56,7 +80,7 @@ def quantile(share: float | jax.Array) -> Quantile:
     return Quantile(share)
 
 
-@jax.tree_util.register_dataclass
+@_as_pytree
 @dataclass(frozen=True)
 class MergeRule:
     r"""When and how kernels are mixed; a pytree whose three numbers can be traced.
@@ -82,7 +106,8 @@ class MergeRule:
         does; or `"nearest"`, the most similar other kernel, as the paper's text reads.
 
     Raises:
-      ValueError: an unknown partner, or a number out of range. A traced number isn't checked.
+      ValueError: an unknown partner, or a number out of range. A traced number isn't checked, nor
+        is a rule that a transformation makes of another, such as the gradient by one.
 
     References:
       In-Model Merging for Enhancing the Robustness of Medical Imaging Classification Models,
@@ -161,12 +186,13 @@ def merge_kernels(
       The merged tree, and the counts.
 
     Raises:
-      ValueError: no kernels, or one whose path or shape isn't that of a leaf of `params`.
+      ValueError: no kernels, or one whose path or shape isn't that of a leaf of `params`, or whose
+        weight isn't of a floating dtype.
     """
     if not kernels:
         raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
     paths_leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    position = {path: i for i, (path, _) in enumerate(paths_leaves)}
+    position = {pure_path(path): i for i, (path, _) in enumerate(paths_leaves)}
     leaves = [leaf for _, leaf in paths_leaves]
     counts: list[tuple[jax.Array, ...]] = []
     # Only where some layer is large: DenseNet-121's many small ones took more memory in turn.
@@ -267,23 +293,31 @@ def _to_exceed(threshold: Any, similarity: jax.Array) -> Any:
 
 def _locate(kernel: Kernel, position: dict[Any, int], leaves: list[Any]) -> int:
     """The place of a kernel's weight among the leaves."""
-    if kernel.path not in position:
+    path = pure_path(kernel.path)
+    if path not in position:
         names = ", ".join(path_name(path) for path in list(position)[:3])
         raise ValueError(
             f"kernel {kernel.name!r} is not in params, whose {len(position)} leaves begin with "
             f"{names}; give merge_kernels the same tree as find_kernels"
         )
-    i = position[kernel.path]
+    i = position[path]
     if tuple(leaves[i].shape) != kernel.shape:
         raise ValueError(
             f"kernel {kernel.name!r} was found with shape {kernel.shape} but has "
             f"{tuple(leaves[i].shape)} in params; find the kernels of this network anew"
         )
+    if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
+        raise ValueError(
+            f"kernel {kernel.name!r} has dtype {leaves[i].dtype}; only floating-point weights can "
+            "be mixed, so merge before quantising, or leave it out of kernels"
+        )
     return i
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
-    # Transformations rebuild a rule with tracers, axes and other placeholders in its fields.
+    # Axes and shardings, for transformations that take a rule, may be any other thing.
+    if isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}, a string; give a number between {low} and {high}")
     if isinstance(value, jax.core.Tracer) or not isinstance(
         value, int | float | np.ndarray | np.generic | jax.Array
     ):

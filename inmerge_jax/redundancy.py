@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.kernels import Kernel
+from inmerge_jax.kernels import Kernel, pure_path
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -57,8 +57,8 @@ def kernel_similarity(
 ) -> tuple[LayerSimilarity, ...]:
     """Measures how similar the kernels within each layer are.
 
-    Goes layer by layer and waits for each, so that never more than one layer's C x C matrix of
-    cosines (C kernels, float32) is in memory.
+    Goes layer by layer and waits for each: what is in memory at a time is one layer's C x C matrix
+    of cosines (C kernels, float32) and a few arrays of that size made of it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,7 +84,9 @@ def kernel_similarity(
     wrong = [q for q in quantiles if not 0 <= q <= 1]
     if wrong:
         raise ValueError(f"quantiles holds {wrong[0]}; each must lie between 0 and 1")
-    weights = dict(jax.tree_util.tree_leaves_with_path(params))
+    weights = {
+        pure_path(path): weight for path, weight in jax.tree_util.tree_leaves_with_path(params)
+    }
     return tuple(_layer(kernel, weights, tuple(quantiles), tuple(thresholds)) for kernel in kernels)
 
 
@@ -94,7 +96,8 @@ def _layer(
     quantiles: tuple[float, ...],
     thresholds: tuple[float, ...],
 ) -> LayerSimilarity:
-    if kernel.path not in weights:
+    path = pure_path(kernel.path)
+    if path not in weights:
         raise ValueError(
             f"kernel {kernel.name!r} is not in params; give kernel_similarity the same tree as "
             "find_kernels"
@@ -104,7 +107,7 @@ def _layer(
         none = (nan, nan, nan, [nan] * len(quantiles), [nan] * len(thresholds), nan)
         mean, minimum, maximum, values, shares, nearest = none
     else:
-        numbers = _statistics(weights[kernel.path], kernel.out_axis, quantiles, thresholds)
+        numbers = _statistics(weights[path], kernel.out_axis, quantiles, thresholds)
         mean, minimum, maximum, values, shares, nearest = (
             np.asarray(number).tolist() for number in jax.device_get(numbers)
         )

@@ -8,14 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from inmerge_jax.kernels import Kernel
-from inmerge_jax.merging import MergeRule, merge_kernels
+from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels
 
 
 class InModelMergingState(NamedTuple):
-    """How many updates were made, int32 (), and the key that every merge's key is folded from."""
+    """Plain arrays alone, which any library for checkpoints keeps.
+
+    Attributes:
+      count: int32 (), how many updates were made.
+      key: uint32, the data of the key that every merge's key is folded from.
+      stats: of all merges so far: selected and merged are sums, similarity is the mean of all pairs
+        that were mixed.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # optax's states name it so; tuple has a count
     key: jax.Array
+    stats: MergeStats
 
 
 def in_model_merging(
@@ -33,6 +41,10 @@ def in_model_merging(
     forward pass, apart from the first and the last merge. Updates of kernels that aren't merged
     are handed on bit for bit; merged ones are exact to the rounding of that difference.
 
+    That last merge comes after the last forward pass, so running averages of batch normalisation
+    have not seen its weights. Where many kernels merge at every update, average them anew before an
+    evaluation, or call `merge_kernels` at the start of a step instead.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from inmerge_jax import MergeRule, find_kernels, in_model_merging
@@ -45,6 +57,8 @@ def in_model_merging(
       >>> grads = jax.tree.map(jnp.ones_like, params)
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
+      >>> print(state[-1].stats.merged <= state[-1].stats.selected)
+      [ True]
 
     Args:
       kernels: which weights to merge, from `find_kernels` or `deep_kernels`.
@@ -53,8 +67,8 @@ def in_model_merging(
         from 0, uses `fold_in(key, n)`.
 
     Returns:
-      A gradient transformation whose state is a count and the key. Inside `optax.MultiSteps` it
-      merges once per accumulated update.
+      A gradient transformation with an `InModelMergingState`, whose `stats` say what was merged.
+      Inside `optax.MultiSteps` it merges once per accumulated update.
 
     Raises:
       ValueError: at the update, when `params` isn't passed or doesn't hold the kernels.
@@ -62,10 +76,16 @@ def in_model_merging(
     References:
       arXiv 2502.20516, section on the merging stage.
     """
+    implementation = jax.random.key_impl(key)
 
     def init(params: optax.Params) -> InModelMergingState:
         del params
-        return InModelMergingState(jnp.zeros([], jnp.int32), key)
+        # A copy: states are donated, and the caller's key may be of use again.
+        data = jnp.array(jax.random.key_data(key), copy=True)
+        counts = jnp.array([kernel.count for kernel in kernels], jnp.int32)
+        none = jnp.zeros(len(kernels), jnp.int32)
+        stats = MergeStats(counts, none, jnp.zeros_like(none), jnp.zeros(len(kernels), jnp.float32))
+        return InModelMergingState(jnp.zeros([], jnp.int32), data, stats)
 
     def update(
         updates: optax.Updates, state: InModelMergingState, params: optax.Params | None = None
@@ -77,7 +97,8 @@ def in_model_merging(
             )
         now = rule if isinstance(rule, MergeRule) else rule(state.count)
         moved = optax.apply_updates(params, updates)
-        merged, _ = merge_kernels(moved, jax.random.fold_in(state.key, state.count), kernels, now)
+        root = jax.random.wrap_key_data(state.key, impl=implementation)
+        merged, stats = merge_kernels(moved, jax.random.fold_in(root, state.count), kernels, now)
 
         def rewritten(
             u: jax.Array, p: jax.Array, unmerged: jax.Array, merged: jax.Array
@@ -87,6 +108,16 @@ def in_model_merging(
             return jnp.where(merged == unmerged, u, (merged - p).astype(u.dtype))
 
         updates = jax.tree.map(rewritten, updates, params, moved, merged)
-        return updates, InModelMergingState(optax.safe_increment(state.count), state.key)
+        count = optax.safe_increment(state.count)
+        return updates, InModelMergingState(count, state.key, _add(state.stats, stats))
 
     return optax.GradientTransformation(init, update)
+
+
+def _add(total: MergeStats, new: MergeStats) -> MergeStats:
+    def similarities(stats: MergeStats) -> jax.Array:
+        return stats.similarity * stats.merged.astype(jnp.float32)
+
+    merged = total.merged + new.merged
+    mean = (similarities(total) + similarities(new)) / jnp.maximum(merged, 1).astype(jnp.float32)
+    return MergeStats(total.kernels, total.selected + new.selected, merged, mean)

@@ -19,6 +19,7 @@ from inmerge_jax.training.recipes import RECIPES, Recipe
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
+DEFAULT_THRESHOLD = MergeRule.threshold
 _NOT_COMPARED = ("output", "steps_per_call", "workers", "resume", "overwrite", "cache")
 _NOT_COMPARED += ("coordinator", "num_processes", "process_id")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
@@ -136,8 +137,9 @@ class RuleConfig:
     Attributes:
       probability: Chance of a kernel to be selected at a step.
       threshold: The cosine similarity with its partner above which a selected kernel merges.
-      quantile: In place of --threshold: each layer merges those of its selected kernels whose
-        similarity is above this quantile, so 0.9 merges one in ten of them whatever the network.
+      quantile: In place of --threshold, not beside it: each layer merges those of its selected
+        kernels whose similarity is above this quantile, so 0.9 merges one in ten of them whatever
+        the network.
       alpha: Share of the kernel that stays.
       partner: random is any other kernel of the layer, as in the released code; nearest is the most
         similar one.
@@ -146,7 +148,13 @@ class RuleConfig:
     """
 
     probability: float = 0.3
-    threshold: float = 0.3
+    threshold: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="FLOAT",
+            help_behavior_hint=f"(default: {DEFAULT_THRESHOLD}, without --quantile)",
+        ),
+    ] = None
     quantile: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     alpha: float = 0.8
     partner: Annotated[
@@ -171,7 +179,8 @@ class TrainConfig:
 
     SIGTERM and Ctrl-C end it after the update under way, with a checkpoint of it; the exit status
     is then 143 or 130, and the same command with --resume goes on. Other statuses: 0 done, 1
-    training diverged, 2 bad input or a disk that is full.
+    training diverged or one of several processes broke, 2 bad input or a disk that is full, 3
+    another process of the run was lost.
 
     Attributes:
       preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
@@ -253,8 +262,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 def apply_preset(config: TrainConfig) -> TrainConfig:
     """`config` with the defaults of its preset and data; applied again, it changes nothing.
 
-    These are the preset's recipe and partner, and the size of images; that of ChestX-ray14 stays
-    None, which stands for the size of its build.
+    These are the preset's recipe and partner, the threshold, and the size of images; that of
+    ChestX-ray14 stays None, which stands for the size of its build.
 
     Raises:
       InputError: on an unknown preset.
@@ -262,6 +271,8 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
     rule = dataclasses.replace(config.rule, partner=config.rule.partner or preset.partner)
+    if rule.threshold is None and rule.quantile is None:
+        rule = dataclasses.replace(rule, threshold=DEFAULT_THRESHOLD)
     data = config.data
     if data.size is None and data.name != "chestxray14":
         data = dataclasses.replace(data, size=DEFAULT_SIZE)
@@ -272,7 +283,7 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
     """The named recipe with the options that were given in its place; see `apply_preset` first.
 
     Raises:
-      InputError: on an unknown name, or a number out of range.
+      InputError: on an unknown name, a number out of range, or a momentum for Adam.
     """
     if config.name is None or config.name not in RECIPES:
         raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
@@ -286,6 +297,11 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         valid = rate is None or (rate > 0 and math.isfinite(rate))
         _require(valid, name, rate, "choose a positive number, such as 0.001")
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
+    if config.momentum is not None and recipe.optimizer != "sgd":
+        raise InputError(
+            f"--momentum {config.momentum}: {recipe.optimizer} has none; leave it out, or add "
+            "--optimizer sgd"
+        )
     cap = recipe.positive_weights
     valid = cap is None or (cap > 0 and math.isfinite(cap))
     _require(valid, "positive_weights", cap, "choose a positive number, such as 10")
@@ -298,16 +314,22 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     """The merging rule; see `apply_preset` first.
 
     Raises:
-      InputError: on a number out of range.
+      InputError: on a number out of range, or a threshold and a quantile.
     """
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
         _require(value is None or low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
     _require(config.skip >= 0, "skip", config.skip, "choose 0 or more")
     partner = config.partner or find_preset(None).partner
-    adapts = config.quantile is not None
-    threshold = quantile(config.quantile) if adapts else config.threshold
-    return MergeRule(config.probability, threshold, config.alpha, partner)
+    threshold = DEFAULT_THRESHOLD if config.threshold is None else config.threshold
+    if config.quantile is None:
+        return MergeRule(config.probability, threshold, config.alpha, partner)
+    if config.threshold is not None:
+        raise InputError(
+            f"--threshold {config.threshold} and --quantile {config.quantile} contradict each "
+            "other: give one of them"
+        )
+    return MergeRule(config.probability, quantile(config.quantile), config.alpha, partner)
 
 
 def check_run(config: TrainConfig) -> None:
@@ -363,8 +385,7 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
-    if config.rule.quantile is None:
-        del values["rule"]["quantile"]
+    del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if not config.model.remat:
         del values["model"]["remat"]
     if config.accumulate == 1:

@@ -292,7 +292,7 @@ def _merged_nothing(stage: Stage, state: TrainState, selected: int) -> str:
         f"{stage.name}: the first epoch merged none of the {selected:,} kernels that were "
         "selected, so this arm is plain training so far. Median, 99% quantile and maximum of the "
         f"similarity of a layer's kernels:{''.join(lines)}\n"
-        "A lower --threshold, --partner nearest or a smaller --skip would merge more."
+        "A lower --threshold or --quantile, --partner nearest or a smaller --skip would merge more."
     )
 
 

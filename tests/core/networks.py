@@ -35,7 +35,7 @@ def linen():
     return lambda params, x: net.apply({"params": params}, x), params, x
 
 
-def nnx():
+def nnx_model():
     from flax import nnx
 
     class Net(nnx.Module):
@@ -54,7 +54,13 @@ def nnx():
                 x = nnx.relu(conv(x))
             return self.head(x.mean((1, 2)))
 
-    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    return Net(nnx.Rngs(0))
+
+
+def nnx():
+    from flax import nnx
+
+    graph, params, rest = nnx.split(nnx_model(), nnx.Param, ...)
     return lambda params, x: nnx.merge(graph, params, rest)(x), params, jnp.ones((2, 8, 8, 3))
 
 

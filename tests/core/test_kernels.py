@@ -162,6 +162,40 @@ def test_weight_normalisation_lists_the_direction_not_the_scale(image):
     assert names(forward, params, image) == ["v"]
 
 
+def deviation(w):
+    return jnp.sqrt(jnp.mean(w * w, (0, 1, 2), keepdims=True))
+
+
+def power_iteration(w):
+    flat = w.reshape(-1, w.shape[-1])
+    return lax.fori_loop(0, 3, lambda _, v: flat.T @ (flat @ v), jnp.ones(w.shape[-1]))
+
+
+STATISTICS_FIRST = {
+    "standardised": lambda w: (1 / deviation(w)) * (w - jnp.mean(w, (0, 1, 2), keepdims=True)),
+    "quantised": lambda w: deviation(w) * jnp.round(w / deviation(w)),
+    "pruned": lambda w: jnp.where(jnp.abs(w) > 0.5, w, jnp.zeros_like(w)),
+    "clipped": lambda w: jnp.clip(w, -3 * deviation(w), 3 * deviation(w)),
+    "spectral": lambda w: (1 / jnp.sum(power_iteration(w))) * w,
+    "at times": lambda w: lax.cond(jnp.sum(w) > 0, lambda: deviation(w) * w, lambda: w),
+}
+
+
+@pytest.mark.parametrize("form", STATISTICS_FIRST)
+def test_a_weight_scaled_by_its_own_statistics_is_followed(form, image, weight):
+    (kernel,) = find_kernels(lambda p, x: conv(x, STATISTICS_FIRST[form](p["w"])), weight, image)
+    assert (kernel.name, kernel.out_axis) == ("w", 3)
+
+
+def test_full_weight_normalisation_lists_the_direction_not_the_scale(image):
+    params = {"g": jnp.ones((1, 1, 1, 5)), "v": jnp.ones((3, 3, 4, 5))}
+
+    def forward(p, x):
+        return conv(x, p["g"] / deviation(p["v"]) * p["v"])
+
+    assert names(forward, params, image) == ["v"]
+
+
 def test_a_weight_used_twice_is_listed_once_at_its_first_use(image):
     params = {"a": jnp.ones((3, 3, 4, 4)), "b": jnp.ones((3, 3, 4, 4))}
 
@@ -191,6 +225,11 @@ def test_both_branches_of_a_conditional_are_listed(image):
 @pytest.mark.parametrize(
     ("compute", "by"),
     [
+        (lambda w: lax.fori_loop(0, 2, lambda _, w: w * 2, w), "scan"),
+        (lambda w: lax.while_loop(lambda w: w.sum() < 9, lambda w: w * 2, w), "while"),
+        (lambda w: lax.cond(w.sum() > 0, lambda: w, lambda: w.transpose(0, 1, 3, 2)), "cond"),
+        (lambda w: jnp.split(w, 2, -1)[1].repeat(2, -1), "split|slice"),
+        (lambda w: w + w.transpose(0, 1, 3, 2), "add"),
         (lambda w: jnp.einsum("hwio,op->hwip", w, jnp.eye(4)), "dot_general"),
         (lambda w: w.reshape(3, 3, 2, 2, 4).reshape(3, 3, 2, 8).reshape(3, 3, 4, 4), "reshape"),
     ],

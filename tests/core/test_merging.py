@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from functools import partial
 
@@ -330,6 +331,42 @@ def test_replicas_with_the_same_key_merge_alike_without_communication():
 def test_rules_out_of_range(numbers, message):
     with pytest.raises(ValueError, match=message):
         MergeRule(**numbers)
+
+
+def test_a_rule_may_be_learned():
+    """Its gradient, and differences of rules, are rules whose numbers may be any."""
+    weight = {"w": jax.random.normal(jax.random.key(0), (3, 3, 8, 8))}
+    kernels = [kernel("w", (3, 3, 8, 8))]
+
+    def size(rule):
+        merged, _ = merge_kernels(weight, jax.random.key(1), kernels, rule)
+        return jnp.sum(merged["w"] ** 2) * 100
+
+    rule = MergeRule(jnp.float32(1.0), jnp.float32(-1.0), jnp.float32(0.5))
+    gradient = jax.jit(jax.grad(size))(rule)
+    step = 1e-2
+    above, below = (
+        size(dataclasses.replace(rule, alpha=jnp.float32(0.5 + d))) for d in (step, -step)
+    )
+    assert gradient.alpha > 1
+    np.testing.assert_allclose(gradient.alpha, (above - below) / (2 * step), rtol=1e-2)
+    assert gradient.probability == gradient.threshold == 0
+    moved = jax.tree.map(lambda value: value - 5, rule)
+    assert isinstance(moved, MergeRule) and moved.partner == "random" and moved.alpha == -4.5
+    with pytest.raises(ValueError, match="alpha is -4.5"):
+        dataclasses.replace(moved)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "bool"])
+def test_weights_that_are_not_floating_are_refused(dtype):
+    weight = {"w": np.ones((3, 3, 2, 4), dtype)}
+    with pytest.raises(ValueError, match=f"'w' has dtype {dtype}; only floating-point"):
+        merge_kernels(weight, jax.random.key(0), [kernel("w", (3, 3, 2, 4))], MergeRule())
+
+
+def test_a_number_as_text_is_refused():
+    with pytest.raises(ValueError, match="threshold is '0.3', a string"):
+        MergeRule(threshold="0.3")
 
 
 def test_kernels_that_do_not_fit_the_tree():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax import Kernel, kernel_similarity
+from inmerge_jax import Kernel, kernel_similarity, redundancy
 from tests.oracles import merging_numpy
 
 
@@ -50,18 +50,28 @@ def test_to_dict_is_ready_for_json():
     }  # fmt: skip
 
 
-def test_only_one_layers_matrix_is_held_at_a_time():
-    """After each of eight layers no C x C array is left, so none can pile up."""
+def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):
+    """No layer is begun before the last one's numbers are there, and no C x C array is kept."""
     count = 64
     params = {f"w{i}": jnp.ones((2, 2, count)) * i for i in range(8)}
     kernels = [layer(name, (2, 2, count)) for name in params]
-    before = {id(a) for a in jax.live_arrays()}
-    results = []
-    for kernel in kernels:
-        results += kernel_similarity(params, [kernel])
+    before, order = {id(a) for a in jax.live_arrays()}, []
+    begin, wait = redundancy._statistics, jax.device_get
+
+    def begin_one(*arguments):
+        order.append("begin")
         left = [a for a in jax.live_arrays() if id(a) not in before and a.size >= count**2]
         assert left == []
-    assert len(results) == 8
+        return begin(*arguments)
+
+    def wait_for_it(numbers):
+        order.append("wait")
+        return wait(numbers)
+
+    monkeypatch.setattr(redundancy, "_statistics", begin_one)
+    monkeypatch.setattr(jax, "device_get", wait_for_it)
+    assert len(kernel_similarity(params, kernels)) == 8
+    assert order == ["begin", "wait"] * 8
 
 
 def test_bad_input():

@@ -1,10 +1,13 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from inmerge_jax import MergeRule, find_kernels, in_model_merging, merge_kernels
+from inmerge_jax import MergeRule, deep_kernels, find_kernels, in_model_merging, merge_kernels
+from tests.core import networks
 from tests.long import long_unless
 
 STEPS = 5
@@ -200,3 +203,96 @@ def test_state_is_replicated_under_pmap():
         params, state = run(params, state, images)
     for leaf in jax.tree.leaves(params):
         assert len({np.asarray(replica).tobytes() for replica in leaf}) == 1
+
+
+def test_the_state_counts_every_merge_so_far():
+    tx = optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY))
+    params, state = initial(), tx.init(initial())
+    stats = []
+    for n in range(3):
+        updates, state = tx.update(jax.grad(loss)(params, IMAGES), state, params)
+        moved, _ = optax.sgd(0.1).update(jax.grad(loss)(params, IMAGES), (None, None), params)
+        moved = optax.apply_updates(params, moved)
+        stats.append(merge_kernels(moved, jax.random.fold_in(KEY, n), KERNELS, RULE)[1])
+        params = optax.apply_updates(params, updates)
+    total = state[-1].stats
+    np.testing.assert_array_equal(total.kernels, [8, 8])
+    for name in ("selected", "merged"):
+        expected = sum(np.asarray(getattr(one, name)) for one in stats)
+        np.testing.assert_array_equal(getattr(total, name), expected)
+    assert total.merged.min() > 3
+    mean = sum(np.asarray(one.similarity) * np.asarray(one.merged) for one in stats)
+    np.testing.assert_allclose(total.similarity, mean / np.asarray(total.merged), rtol=1e-5)
+
+
+def test_the_callers_key_outlives_a_donated_state():
+    key = jax.random.key(4)
+    tx = in_model_merging(KERNELS, RULE, key)
+    update = jax.jit(tx.update, donate_argnums=1)
+    params = initial()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    first = tx.init(params)
+    jax.block_until_ready(update(zeros, first, params))
+    assert first.key.is_deleted()
+    assert jax.random.key_data(key).shape == (2,)
+    update(zeros, tx.init(params), params)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_the_state_is_plain_arrays_that_a_checkpoint_keeps(tmp_path, impl):
+    from flax import serialization
+
+    from inmerge_jax.training.checkpoints import restore_checkpoint, save_checkpoint
+
+    tx = in_model_merging(KERNELS, RULE, jax.random.key(0, impl=impl))
+    params = initial()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, state = tx.update(zeros, tx.init(params), params)
+    expected, _ = tx.update(zeros, state, params)
+    path = save_checkpoint(tmp_path, 1, state, {})
+    restored = (
+        restore_checkpoint(path, tx.init(params))[0],
+        serialization.from_bytes(tx.init(params), serialization.to_bytes(state)),
+    )
+    for state in restored:
+        found, _ = tx.update(zeros, state, params)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox", "haiku"])
+def test_the_two_lines_in_four_libraries(library):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own deprecations are not ours
+        forward, params, x = getattr(networks, library)()
+        deep = deep_kernels(find_kernels(forward, params, x), skip=10)
+        rule = MergeRule(1.0, -1.0, 0.5)
+        tx = optax.chain(optax.sgd(0.1), in_model_merging(deep, rule, KEY))
+        grads = jax.grad(lambda params: jnp.sum(forward(params, x)))(params)
+        updates, state = tx.update(grads, tx.init(params), params)
+        found = optax.apply_updates(params, updates)
+        plain, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(params), params)
+        moved = optax.apply_updates(params, plain)
+        expected, _ = merge_kernels(moved, jax.random.fold_in(KEY, 0), deep, rule)
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(state[-1].stats.merged, [networks.WIDTH, networks.LAST])
+
+
+def test_with_an_optimizer_of_nnx():
+    from flax import nnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = networks.nnx_model()
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        x = jnp.ones((2, 8, 8, 3))
+        kernels = find_kernels(lambda p, x: nnx.merge(graph, p, rest)(x), params, x)
+        rule = MergeRule(1.0, -1.0, 0.5)
+        deep = deep_kernels(kernels, skip=10)
+        optimizer = nnx.Optimizer(model, in_model_merging(deep, rule, KEY), wrt=nnx.Param)
+        before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+        after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        expected, _ = merge_kernels(params, jax.random.fold_in(KEY, 0), deep, rule)
+        expected = nnx.to_pure_dict(expected)
+    assert_close(after, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(before["convs"][10]["kernel"] - after["convs"][10]["kernel"]).max() > 0.01

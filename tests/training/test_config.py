@@ -64,9 +64,13 @@ def test_a_quantile_stands_in_place_of_the_threshold():
     config = parse_config(["--quantile", "0.9"])
     assert resolve_rule(config.rule).threshold == quantile(0.9)
     kept = config_dict(config, resolve_recipe(config.recipe), 1)["rule"]
-    assert kept["quantile"] == 0.9
+    assert kept["quantile"] == 0.9 and "threshold" not in kept
     plain = parse_config([])
-    assert "quantile" not in config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
+    kept = config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
+    assert kept["threshold"] == 0.3 and "quantile" not in kept
+    both = parse_config("--threshold 0.5 --quantile 0.9".split())
+    with pytest.raises(InputError, match=r"--threshold 0\.5 and --quantile 0\.9 contradict"):
+        resolve_rule(both.rule)
 
 
 def test_a_configuration_made_in_python_needs_no_command_line():
@@ -147,7 +151,8 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         (["--devices", "0"], r"--devices 0"),
         (["--learning-rate", "0"], r"--learning-rate 0.*positive"),
         (["--merging-learning-rate", "inf"], r"--merging-learning-rate inf.*positive"),
-        (["--momentum", "1"], r"--momentum 1"),
+        ("--optimizer sgd --momentum 1".split(), r"--momentum 1"),
+        (["--momentum", "0.5"], r"--momentum 0\.5: adam has none.*add --optimizer sgd"),
         (["--weight-decay", "-1"], r"--weight-decay -1"),
         (["--seeds", "1", "1"], r"--seeds 1 1.*once"),
         (["--seeds", "-1"], r"--seeds -1"),
