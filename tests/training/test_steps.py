@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax import merge_kernels
+from inmerge_jax import in_model_merging, merge_kernels
 from inmerge_jax.data import Split, eval_batches, train_batch
 from inmerge_jax.training import steps
+from inmerge_jax.training.checkpoints import restore_checkpoint, save_checkpoint
 from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.recipes import RECIPES
@@ -121,6 +122,32 @@ def test_merging_happens_before_the_forward_pass_and_nowhere_else():
     np.testing.assert_array_equal(totals.merged, stats.merged)
     np.testing.assert_array_equal(totals.selected, stats.selected)
     np.testing.assert_allclose(totals.similarity, stats.similarity * stats.merged, rtol=1e-5)
+
+
+def test_the_optax_transformation_goes_through_the_same_step_and_a_checkpoint(tmp_path):
+    devices = tuple(jax.local_devices()[:2])
+    merging = in_model_merging(tiny.kernels(), tiny.ALWAYS, jax.random.key(5))
+    optimizer = make_optimizer(tiny.RECIPE, merging)
+    step = steps.make_train_step(
+        tiny.Net(), optimizer, tiny.RECIPE, multi_label=False, devices=devices
+    )
+    start = new_state(*tiny.init(), optimizer, 0.05)
+    totals, root = replicate(zero_totals(0), devices), broadcast(jax.random.key(3), devices)
+    data = tiny.make_dataset().train
+
+    def run(state, numbers):
+        state, sums = replicate(state, devices), totals
+        for number in numbers:
+            batch = train_batch(data, seed=1, step=number, batch_size=16)
+            state, sums = step(state, sums, split(batch, devices), root)
+        return unreplicate(state)
+
+    whole = run(start, range(4))
+    path = save_checkpoint(tmp_path, 2, run(start, range(2)), {})
+    resumed = run(restore_checkpoint(path, start)[0], range(2, 4))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    stats = whole.opt_state.inner_state[-1].stats
+    assert stats.selected.min() > 0 and (stats.merged == stats.selected).all()
 
 
 def test_without_a_rule_merging_is_not_in_the_program(monkeypatch):
