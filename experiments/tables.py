@@ -14,6 +14,8 @@ from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
+from inmerge_jax.reporting.runs import read_run
+from inmerge_jax.reporting.tables import make_report, to_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -60,10 +62,15 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
+def run_table(folder: Path) -> str:
+    """A stored run's own table, as it wrote it to table.md, from its results, metrics and scores."""
+    return to_markdown(make_report(read_run(folder)))
+
+
 def chestxray14_runs(folder: Path) -> str:
     """Every stored run on ChestX-ray14: its command and its own table."""
     parts = []
-    for run in sorted(path.parent for path in folder.glob("*/table.md")):
+    for run in sorted(path.parent for path in folder.glob("*/results.json")):
         command = json.loads((run / "environment.json").read_bytes())["command"]
         epochs = [
             json.loads(line)
@@ -73,7 +80,7 @@ def chestxray14_runs(folder: Path) -> str:
         speed = max(epoch["images_per_second"] for epoch in epochs)
         parts.append(
             f"### {run.name}\n\n    {command}\n\nFastest epoch: {speed:.1f} images/s.\n\n"
-            f"{(run / 'table.md').read_text()}"
+            f"{run_table(run)}"
         )
     return "\n".join(parts)
 
@@ -86,7 +93,7 @@ def chestxray14_input(path: Path) -> str:
 
 
 SOURCES = {
-    "breastmnist": lambda: (RESULTS / "breastmnist" / "table.md").read_text(),
+    "breastmnist": lambda: run_table(RESULTS / "breastmnist"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
