@@ -63,7 +63,7 @@ def _time(seconds: float) -> str:
 
 
 def run_table(folder: Path) -> str:
-    """A stored run's own table, as it wrote it to table.md, from its results, metrics and scores."""
+    """A stored run's own table, as in its table.md, from its results, metrics and scores."""
     return to_markdown(make_report(read_run(folder)))
 
 
