@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,13 +109,25 @@ def store(config: CostConfig, found: dict[str, Any], results: Path) -> None:
     store_answer(
         QUESTION,
         results,
-        arguments=(),
+        arguments=_arguments(config, set(found) - set(MODELS)),
         around=[row["environment"] for row in found.values()],
         planned=processes * planned,
         finished=processes * len(found),
         seconds=sum(row["seconds"] for row in found.values()),
         analysis={"config": config.options, "models": {name: found[name] for name in order}},
     )
+
+
+def _arguments(config: CostConfig, more: Set[str]) -> tuple[str, ...]:
+    """What was not the default, and the networks beside `MODELS`."""
+    found = [
+        (f"--{name.replace('_', '-')}", str(value))
+        for name, value in config.options.items()
+        if value != getattr(CostConfig, name)
+    ]
+    if more:
+        found.append(("--models", *MODELS, *sorted(more)))
+    return tuple(word for words in found for word in words)
 
 
 def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,7 +169,8 @@ def sure(found: dict[str, Any]) -> str:
     return (
         f"Brackets: lowest and highest of {_count(config['rounds'], 'pair')} of processes, whose "
         "own spread is the precision; the machine's speed drifts. Width "
-        f"{config['width']:g}, batch {config['batch_size']}, 28 px, every selected kernel merging."
+        f"{config['width']:g}, batch {config['batch_size']}, 28 px, {config['epochs']} epochs "
+        "timed in each process, every selected kernel merging."
         " backbone and finetune run the same program, so what differs between them is noise. Peak "
         "memory is the process's, compiling included."
     )

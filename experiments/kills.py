@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.kill_jobs import Job, building, training, write_radiographs
+from experiments.kill_jobs import TRAINING, Job, building, training, write_radiographs
 from experiments.timing import machine
 from inmerge_jax.files import write_json
 from inmerge_jax.training.checkpoints import TEMPORARY
@@ -236,11 +237,20 @@ class KillsConfig:
 def main(arguments: list[str] | None = None) -> int:
     """Does what is missing; 0 where everything was identical, 1 where not, 2 on bad input."""
     config = tyro.cli(KillsConfig, prog="python -m experiments.kills", args=arguments)
-    stored = read(config.output) if config.output.exists() else {}
-    stored = {"seed": config.seed, "seconds": {}, "rows": []} | stored
-    if stored["seed"] != config.seed:
-        print(f"error: {config.output} is of the seed {stored['seed']}", file=sys.stderr)
+    if not 1 <= config.rows <= len(ROWS):
+        print(f"error: --rows {config.rows}: choose 1 to {len(ROWS)}", file=sys.stderr)
         return 2
+    own = {"seed": config.seed, "training": shlex.join(TRAINING)}
+    stored = read(config.output) if config.output.exists() else own
+    for name, value in own.items():
+        if stored.get(name) != value:
+            print(
+                f"error: {config.output} has rows of another {name}, {stored.get(name)}, not of "
+                f"{value}; delete it, or choose another --output",
+                file=sys.stderr,
+            )
+            return 2
+    stored = {"seconds": {}, "rows": []} | stored
     began, place = time.monotonic(), config.work.absolute()
     done = {row["number"] for row in stored["rows"]}
     for index in (index for index in range(config.rows) if index not in done):
@@ -254,11 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
         job = _job(name, place, "killed")
         shutil.rmtree(job.output, ignore_errors=True)
         row = kill_and_resume(job, moment, phase, whole, _WRITE * later)
-        row = {"number": index, "aimed_at": phase or "any moment", **row}
+        row = {"number": index, "aimed_at": phase or "any moment", **row, "machine": machine()}
         stored["rows"] = sorted([*stored["rows"], row], key=lambda row: row["number"])
-        stored["environment"] = machine()
         write_json(config.output, stored)
-        print(json.dumps(row), flush=True)
+        print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)
     differing = [row for row in stored["rows"] if row["differences"]]
     print(f"{len(stored['rows'])} kills, {len(differing)} with differences")
     return 1 if differing else 0
@@ -296,8 +305,10 @@ def _job(name: str, place: Path, output: str) -> Job:
 def _whole(name: str, place: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """The evidence of an undisturbed command; `seconds` gets what its second start takes."""
     jobs = [_job(name, place, f"{name}-{start}") for start in ("first", "second")]
+    # Without seconds, what is there is of an earlier call, perhaps of another command.
+    fresh = name not in seconds
     for job in jobs:
-        if name not in seconds or not (job.output / job.finished).exists():
+        if fresh or not (job.output / job.finished).exists():
             shutil.rmtree(job.output, ignore_errors=True)
             began = time.monotonic()
             run(job)

@@ -14,6 +14,7 @@ from experiments.study.corruptions import SEVERITIES, corrupt
 from experiments.study.question import Kept, Question, told, where
 from experiments.study.runner import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, detectable, draw_counts, holm
+from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays
 from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
@@ -33,7 +34,10 @@ RESAMPLES = 1000
 
 
 def measure(cells: Sequence[Cell], places: Places) -> None:
-    """Predicts corrupted test images with the best weights of finished cells; keeps the classes."""
+    """Predicts corrupted test images with the best weights of finished cells; keeps the classes.
+
+    A cell whose checkpoint is gone is named and left out.
+    """
     file = places.results / "study" / PREDICTIONS
     kept = read_predictions(file)
     corrupted: dict[str, list[np.ndarray]] = {}
@@ -45,11 +49,15 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
         if data not in corrupted:
             images = plan.dataset.test.images[:]
             corrupted[data] = [corrupt(images, n, level) for n in SEVERITIES for level in LEVELS]
-        predict = weights_of(cell, places)
+        try:
+            predict = weights_of(cell, places)
+        except InputError as error:
+            print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
+            continue
         classes = [predict(images).argmax(1).astype(np.uint8) for images in corrupted[data]]
         kept[cell.hash] = np.stack(classes).reshape(len(SEVERITIES), len(LEVELS), -1)
+        write_arrays(file, kept)
         print(f"{cell.hash} {cell.name}: {len(classes)} corrupted copies of the test images")
-    write_arrays(file, kept)
 
 
 def measured(cell: Cell, places: Places) -> bool:
@@ -147,11 +155,15 @@ def analyse(kept: Kept) -> dict[str, Any]:
         for key, cells in known.groups().items()
         if (found := _analyse_group(key[0], cells, predictions))
     }
-    for name in MEASURES:
-        every = [row[name] for group in groups.values() for row in group["differences"].values()]
-        sure = [row for row in every if len(row["seeds"]) > 1]
-        for row, p in zip(sure, holm([row["p"] for row in sure]), strict=True):
-            row["p_holm"] = p
+    sure = [
+        row[name]
+        for group in groups.values()
+        for row in group["differences"].values()
+        for name in MEASURES
+        if len(row[name]["seeds"]) > 1
+    ]
+    for row, p in zip(sure, holm([row["p"] for row in sure]), strict=True):
+        row["p_holm"] = p
     return {"groups": groups}
 
 

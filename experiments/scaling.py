@@ -54,10 +54,11 @@ def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
         for devices, processes in CASES:
             output = folder / f"{devices}-{processes}-{steps}.json"
-            if not output.exists():
+            files = [params_file(output, number) for number in range(processes)]
+            if not all(path.exists() for path in (output, *files)):
                 _start(output, devices, processes, steps)
             row = json.loads(output.read_bytes())
-            params, *others = (dict(np.load(params_file(output, n))) for n in range(processes))
+            params, *others = (dict(np.load(path)) for path in files)
             found[devices, processes] = row["losses"], params
             row["processes_equal"] = all(
                 np.array_equal(params[name], other[name]) for other in others for name in params

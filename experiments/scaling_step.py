@@ -11,7 +11,7 @@ import tyro
 
 from experiments.timing import machine
 from experiments.tpu_compile import collectives
-from inmerge_jax.files import write_json
+from inmerge_jax.files import write_arrays, write_json
 
 MODEL, WIDTH, SIZE, BATCH, SKIP = "vgg11_bn", 0.125, 28, 64, 3
 LEARNING_RATE = 0.01
@@ -131,13 +131,11 @@ def params_file(output: Path, process: int) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0."""
     config = tyro.cli(StepConfig, prog="python -m experiments.scaling_step", args=arguments)
-    import numpy as np
-
     from inmerge_jax.training.hosts import connect, is_first
 
     connect(config.coordinator, config.num_processes, config.process_id)
     row, params = run(config.steps)
-    np.savez(params_file(config.output, row["process"]), **params)
+    write_arrays(params_file(config.output, row["process"]), params)
     if is_first():
         write_json(config.output, row)
     return 0

@@ -168,8 +168,17 @@ def make_data(config: SoakConfig) -> Dataset:
 
 
 def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
-    """Trains in `folder`; one row per evaluation, whose "steps" are the updates before it."""
+    """Trains in `folder`; one row per evaluation, whose "steps" are the updates before it.
+
+    Raises:
+      InputError: too few evaluations to judge, or what `make_data` raises.
+    """
     epochs = config.steps // config.every
+    if epochs <= WARM_UP:
+        raise InputError(
+            f"--steps {config.steps} with --every {config.every}: {epochs} evaluations, of which "
+            f"the first {WARM_UP} are the warm-up; choose more steps"
+        )
     recipe = dataclasses.replace(
         RECIPES["released"],
         batch_size=config.batch_size,

@@ -14,8 +14,7 @@ from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
-from inmerge_jax.reporting.runs import read_run
-from inmerge_jax.reporting.tables import make_report, to_markdown
+from inmerge_jax.reporting.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -62,11 +61,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
-def run_table(folder: Path) -> str:
-    """A stored run's own table, as in its table.md, from its results, metrics and scores."""
-    return to_markdown(make_report(read_run(folder)))
-
-
 def chestxray14_runs(folder: Path) -> str:
     """Every stored run on ChestX-ray14: its command and its own table."""
     parts = []
@@ -80,7 +74,7 @@ def chestxray14_runs(folder: Path) -> str:
         speed = max(epoch["images_per_second"] for epoch in epochs)
         parts.append(
             f"### {run.name}\n\n    {command}\n\nFastest epoch: {speed:.1f} images/s.\n\n"
-            f"{run_table(run)}"
+            f"{markdown(run)}"
         )
     return "\n".join(parts)
 
@@ -93,7 +87,7 @@ def chestxray14_input(path: Path) -> str:
 
 
 SOURCES = {
-    "breastmnist": lambda: run_table(RESULTS / "breastmnist"),
+    "breastmnist": lambda: markdown(RESULTS / "breastmnist"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),

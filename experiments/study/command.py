@@ -102,7 +102,7 @@ def _run(question: Question, config: StudyConfig) -> int:
         elif differs(cell, places):
             print(
                 f"WARNING: {cell.hash} {cell.name} is another training than the one that is kept; "
-                "what is measured of its weights is not of the kept scores",
+                "nothing is measured of its weights",
                 file=sys.stderr,
             )
 
@@ -133,7 +133,9 @@ def _run(question: Question, config: StudyConfig) -> int:
     if config.only:
         return compare(cells, places)
     if question.measure is not None:
-        question.measure([c for c in with_backbones(cells) if runner.finished(c, places)], places)
+        # Another training's weights do not belong to the kept scores.
+        those = [c for c in with_backbones(cells) if runner.finished(c, places)]
+        question.measure([cell for cell in those if not differs(cell, places)], places)
     answer(question, config.results)
     for message in diverged:
         print(f"diverged, and not in the answer: {message}", file=sys.stderr)

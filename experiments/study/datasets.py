@@ -4,9 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from inmerge_jax.data import DataConfig, PhantomConfig
+from inmerge_jax.data.chestxray14.build import MANIFEST
 from inmerge_jax.errors import InputError
 
 
@@ -88,26 +87,13 @@ def config_of(name: str, folder: Path, built: Path) -> DataConfig:
     config = SOURCES[name].config
     if name == "chestxray14":
         config = dataclasses.replace(config, data_dir=built / config.data_dir)
-        if not config.data_dir.exists():
+        if not (config.data_dir / MANIFEST).exists():
             _build_chestxray14(folder / "nih", config)
     elif config.file is not None:
         config = dataclasses.replace(config, file=folder / config.file)
     elif name != "phantom":
         config = dataclasses.replace(config, data_dir=folder / config.data_dir)
     return config
-
-
-def test_patients(name: str, built: Path) -> np.ndarray | None:
-    """Whose each test image is, int (images,); None where the data set does not say.
-
-    Args:
-      name: of `SOURCES`.
-      built: see `config_of`, which was called before.
-    """
-    if name != "chestxray14":
-        return None
-    with np.load(built / SOURCES[name].config.data_dir / "index.npz") as arrays:
-        return arrays["test_patients"]
 
 
 def _build_chestxray14(nih: Path, config: DataConfig) -> None:

@@ -205,22 +205,22 @@ def _most_frequent(scores: np.ndarray, task: str) -> float:
 
 
 def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Writes Holm's correction of p beside it, over these pairs in all groups, for each metric.
+    """Writes Holm's correction of p beside it, over these pairs in all groups and both metrics.
 
     A pair that is the same network twice in every seed does not count, nor does one of a single
     training, whose p says nothing of another.
     """
     found = [
-        rows
+        rows[metric]
         for group in groups
         for name in (f"{first} - {second}" for first, second in pairs)
         if (rows := group["differences"].get(name)) is not None
         and len(group["identical"][name]) < len(rows["auc"]["seeds"]) > 1
+        for metric in statistics.METRICS
     ]
-    for metric in statistics.METRICS:
-        corrected = statistics.holm([rows[metric]["p"] for rows in found])
-        for rows, value in zip(found, corrected, strict=True):
-            rows[metric] |= {"p_holm": value, "comparisons": len(found)}
+    corrected = statistics.holm([row["p"] for row in found])
+    for row, value in zip(found, corrected, strict=True):
+        row |= {"p_holm": value, "comparisons": len(found)}
 
 
 def compare_groups(

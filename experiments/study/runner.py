@@ -139,11 +139,8 @@ def run_cells(
             together = abreast(left) if parallel else left[:1]
             names = "; ".join(cell.name for cell in together)
             progress.say(f"cell {count - len(left) + 1} of {count}: {names}")
-            try:
-                run_together(together, places, progress, should_stop)
-            except NonFiniteLossError as error:
-                # The error names the seed.
-                diverged.append(f"{names}: {error}")
+            for cell, error in run_together(together, places, progress, should_stop):
+                diverged.append(f"{cell.name}: {error}")
                 progress.say(f"WARNING: {diverged[-1]}", style="bold yellow")
             for cell in together:
                 left.remove(cell)
@@ -217,15 +214,24 @@ def run_together(
     places: Places,
     progress: ProgressLine,
     should_stop: Callable[[], bool] = never,
-) -> None:
+) -> list[tuple[Cell, NonFiniteLossError]]:
     """Trains several cells at the same time, each on a device of its own.
 
     A thread for each runs the same loop as ever; the devices work while the threads wait. So a cell
     comes out bit for bit as it would alone, and is checkpointed and resumed alike.
+
+    Returns:
+      The cells that diverged, each with its error.
+
+    Raises:
+      InputError, Stopped: of any of them, after all have ended.
     """
     if len(cells) == 1:
-        run_cell(cells[0], places, progress, should_stop)
-        return
+        try:
+            run_cell(cells[0], places, progress, should_stop)
+        except NonFiniteLossError as error:
+            return [(cells[0], error)]
+        return []
     plan_of(cells[0], places)
 
     def run(cell: Cell, device: jax.Device) -> None:
@@ -237,8 +243,15 @@ def run_together(
             pool.submit(run, cell, device)
             for cell, device in zip(cells, jax.local_devices(), strict=False)
         ]
-    for future in futures:  # The first error that is raised; every thread has ended by now.
-        future.result()
+    errors = [future.exception() for future in futures]  # Every thread has ended by now.
+    for error in errors:
+        if error is not None and not isinstance(error, NonFiniteLossError):
+            raise error
+    return [
+        (cell, error)
+        for cell, error in zip(cells, errors, strict=True)
+        if isinstance(error, NonFiniteLossError)
+    ]
 
 
 def best_state(cell: Cell, places: Places) -> tuple[Setup, Stage, TrainState]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+from inmerge_jax.reporting.resampling import draw_counts, patient_index
 from inmerge_jax.reporting.summary import class_columns
 
 METRICS = ("auc", "acc")
@@ -97,30 +98,6 @@ def _auc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.nda
     wins = (ones * (below[start] + below[end])).sum(0) / 2
     pairs = ones.sum(0) * zeros.sum(0)
     return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
-
-
-def draw_counts(
-    images: int, resamples: int, rng: np.random.Generator, patients: np.ndarray | None = None
-) -> np.ndarray:
-    """How often each image is drawn in each bootstrap resample: int (resamples, images).
-
-    Args:
-      images: how many there are.
-      resamples: likewise.
-      rng: draws.
-      patients: whose image each is, (images,). A patient is drawn with all of its images, which
-        are more alike than those of others. None: each image is a patient.
-    """
-    index = _patient_index(images, patients)
-    count = int(index.max()) + 1
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, index]
-
-
-def _patient_index(images: int, patients: np.ndarray | None) -> np.ndarray:
-    """The patient of each image, from 0."""
-    if patients is None:
-        return np.arange(images)
-    return np.unique(patients, return_inverse=True)[1]
 
 
 def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> Interval:
@@ -241,7 +218,7 @@ def permutation_over_images(
     (Venkatraman and Begg 1996). It asks about these trained networks, with other images; not about
     other trainings, for which see `sign_flips_over_seeds`.
     """
-    index = _patient_index(len(labels), patients)
+    index = patient_index(len(labels), patients)
     swaps = (rng.random((permutations, int(index.max()) + 1)) < 0.5)[:, index]
     swaps = np.concatenate([np.zeros_like(swaps[:1]), swaps])  # The first is what was seen.
     right = [np.mean([right_answers(labels, s, task) for s in arm], 0) for arm in (first, second)]

@@ -55,7 +55,7 @@ def keep(cell: Cell, places: Places) -> dict[str, Any]:
     if not labels.exists():
         plan = plan_of(cell, places)
         known = {"labels": plan.dataset.test.labels, "task": np.array(plan.dataset.task)}
-        patients = datasets.test_patients(cell.backbone.data, places.built)
+        patients = plan.dataset.test.patients
         write_arrays(labels, known if patients is None else known | {"patients": patients})
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
     write_arrays(folder / f"{cell.hash}.npz", {"scores": scores})

@@ -32,10 +32,12 @@ class Split:
       images: uint8, (n, height, width, channels); a NumPy array where all are in memory, or an
         object that reads the rows it is indexed with (`chestxray14.records.RecordImages`).
       labels: int32 (n,), or uint8 (n, classes) of zeros and ones for multi-label tasks.
+      patients: int (n,), whose image each is, where that is known; None where not.
     """
 
     images: np.ndarray | Images
     labels: np.ndarray
+    patients: np.ndarray | None = None
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
@@ -51,6 +53,11 @@ class Split:
             )
         if len(self.images) != len(self.labels):
             raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if self.patients is not None and self.patients.shape != (len(self.images),):
+            raise ValueError(
+                f"patients must be (n,), one of each of the {len(self.images)} images, found "
+                f"{self.patients.shape}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)

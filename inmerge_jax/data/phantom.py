@@ -18,7 +18,7 @@ _PREVALENCE = 0.3
 
 
 class _Randomness(NamedTuple):
-    """Every random number of a few images; row i depends on (seed, split, i) alone."""
+    """Every random number of a few images; row i depends on (seed, split, i), grain on size too."""
 
     labels: np.ndarray
     draws: Draws
@@ -44,8 +44,8 @@ def make_phantom(
     anatomy (nipple shadows, healed ribs, skin folds, breast shadows, fat pads, shallow
     breathing) imitates them, so that no classifier can be perfect.
 
-    Image i of a split depends on seed, split, i, difficulty and size only, and its anatomy not
-    on size: more images leave the first ones as they are.
+    Image i of a split depends on seed, split and i, and on the arguments below but the numbers of
+    images: more images leave the first ones as they are. Its anatomy does not depend on size.
 
     Args:
       size: height and width in pixels, at least 16.

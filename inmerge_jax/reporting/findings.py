@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inmerge_jax.reporting.published import CHESTXRAY14, comparable_findings
+from inmerge_jax.reporting.resampling import draw_counts
 from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.reporting.summary import CONFIDENCE
 
@@ -21,7 +22,7 @@ class Cell:
 
     Attributes:
       auc: NaN where the test split has one kind of answer only.
-      low: lower end of the bootstrap interval, NaN without test scores.
+      low: lower end of the bootstrap interval, NaN without test labels, or scores of every seed.
       high: upper end.
       undefined: resamples in which it has no value.
       rank: 1 for the highest of the arms and the comparable published rows; equals share a rank. 0
@@ -54,7 +55,8 @@ class Findings:
       published: every published row.
       comparable: labels of those that were tested on the same images.
       images: in the test split.
-      resamples: of the bootstrap.
+      patients: whose images these are, where that is known.
+      resamples: of the bootstrap; 0 where there is no interval.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,7 @@ class Findings:
     published: tuple[PublishedRow, ...]
     comparable: tuple[str, ...]
     images: int
+    patients: int | None
     resamples: int
 
 
@@ -91,7 +94,8 @@ def rank_findings(run: Run, resamples: int = RESAMPLES) -> Findings | None:
         ),
         comparable=tuple(row.label for row in comparable),
         images=run.dataset["counts"]["test"],
-        resamples=resamples,
+        patients=None if run.test_patients is None else len(np.unique(run.test_patients)),
+        resamples=resamples if run.scored else 0,
     )
 
 
@@ -133,14 +137,14 @@ def _mean(values: tuple[float, ...]) -> float:
 def _intervals(run: Run, arm: str, width: int, resamples: int) -> list[tuple[float, float, int]]:
     """(low, high, undefined resamples) of every finding and of their mean, mean over seeds."""
     labels = run.test_labels
-    scores = [s for (_, a), s in run.test_scores.items() if a == arm]
-    if labels is None or not scores or any(s.shape != labels.shape for s in scores):
+    if labels is None or not run.scored:
         return [(math.nan, math.nan, 0)] * width
+    scores = [s for (_, a), s in run.test_scores.items() if a == arm]
     rng = np.random.default_rng(0)
     found = []
     for start in range(0, resamples, _AT_ONCE):
         some = min(_AT_ONCE, resamples - start)
-        counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=some)
+        counts = draw_counts(len(labels), some, rng, run.test_patients)
         each = [
             [bootstrap_auroc(labels[:, k] == 1, s[:, k], counts) for k in range(width - 1)]
             for s in scores

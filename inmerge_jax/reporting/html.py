@@ -15,6 +15,7 @@ from PIL import Image
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
+from inmerge_jax.reporting.summary import any_merged
 
 FOLDER = Path(__file__).parent
 
@@ -96,7 +97,7 @@ def warnings(run: Run) -> list[str]:
         empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
         if empty:
             found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
-    if "inmerge" in run.arms and not any(any(r["merged"]) for r in run.arm("inmerge").values()):
+    if "inmerge" in run.arms and not any_merged(run):
         found.insert(0, "Nothing was merged in this run.")
     return found
 

@@ -100,8 +100,11 @@ def published_reference(dataset: dict, model: dict) -> Published | None:
     """The benchmark's number for this data set and network, or None where there is none.
 
     Only 28 px, full width and the small stem match the benchmark's networks. Its "224 px" column
-    is the 28 px image enlarged, which no run here trains on, so it is not listed.
+    is the 28 px image enlarged, which no run here trains on, so it is not listed. A data set whose
+    title has a note, such as one from an unverified file, need not have the benchmark's images.
     """
+    if dataset.get("title", dataset["name"]) != dataset["name"]:
+        return None
     numbers = MEDMNIST_28.get(dataset["name"], {}).get(model.get("name", ""))
     matches = (
         dataset.get("size") == 28

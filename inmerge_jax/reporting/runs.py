@@ -1,5 +1,6 @@
 """Reading a run folder: everything the tables, plots and report are made from, and nothing else."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -74,16 +75,38 @@ class Run:
         return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
     @cached_property
+    def test_patients(self) -> np.ndarray | None:
+        """Whose each test image is, int (n,); None where the folder does not say."""
+        path = self.folder / "labels.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays["test_patients"]) if "test_patients" in arrays else None
+
+    @cached_property
     def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
         """Test scores (n, classes) by (seed, arm), read from the score files."""
-        found = {}
-        for arm in self.arms:
-            for seed, result in self.arm(arm).items():
-                name = (result.get("scores") or {}).get("test")
-                path = self.folder / f"seed{seed}" / arm / (name or "")
-                if path.is_file():
-                    found[seed, arm] = read_scores(path)
-        return found
+        paths = self._score_files()
+        return {key: read_scores(path) for key, path in paths.items() if path.is_file()}
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are test labels, and finite scores of them by every seed and arm."""
+        labels, scores = self.test_labels, self.test_scores
+        return labels is not None and all(
+            key in scores and len(scores[key]) == len(labels) and np.isfinite(scores[key]).all()
+            for key in self._score_files()
+        )
+
+    def _score_files(self) -> dict[tuple[int, str], Path]:
+        return {
+            (seed, arm): self.folder
+            / f"seed{seed}"
+            / arm
+            / ((result.get("scores") or {}).get("test") or "")
+            for arm in self.arms
+            for seed, result in self.arm(arm).items()
+        }
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
@@ -128,7 +151,12 @@ def read_run(folder: Path | str) -> Run:
         if not present:
             missing.append(f"the file {name} is missing")
     environment = optional["environment.json"] or results.get("environment") or {}
-    return Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
+    run = Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
+    lost = [f"{a}, seed {s}" for (s, a), path in run._score_files().items() if not path.is_file()]
+    if lost:
+        lacks = f"no test scores of {'; '.join(lost)}, so no interval over test images"
+        run = dataclasses.replace(run, missing=(*missing, lacks))
+    return run
 
 
 def number(value: Any) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from inmerge_jax.reporting.published import Published, published_reference
+from inmerge_jax.reporting.resampling import patient_index
 from inmerge_jax.reporting.runs import Run, number
 
 METRICS = ("auc", "acc")
@@ -53,11 +54,13 @@ class Resolution:
 
     Attributes:
       images: number of test images.
+      patients: whose images these are, where that is known.
       error: metric -> standard error of one arm's mean over seeds (the last arm that was run).
       smallest: (left, right) -> metric -> 1.96 standard errors of their paired difference.
     """
 
     images: int
+    patients: int | None
     error: dict[str, float]
     smallest: dict[tuple[str, str], dict[str, float]]
 
@@ -194,19 +197,17 @@ def _pulls(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, np.nd
 
 
 def resolve(run: Run) -> Resolution | None:
-    """Standard errors from the test images; None without labels and scores of every arm."""
+    """Standard errors from the test images; None without labels and all arms' and seeds' scores."""
     labels, task = run.test_labels, run.dataset.get("task", "")
-    usable = {
-        key: scores
-        for key, scores in run.test_scores.items()
-        if labels is not None and len(scores) == len(labels) and np.isfinite(scores).all()
-    }
-    if labels is None or not usable:
+    if labels is None or not run.scored:
         return None
-    pulls = {key: _pulls(labels, scores, task) for key, scores in usable.items()}
+    pulls = {key: _pulls(labels, scores, task) for key, scores in run.test_scores.items()}
+    index = patient_index(len(labels), run.test_patients)
 
     def error(values: list[np.ndarray]) -> float:
-        return float(np.sqrt((np.mean(values, axis=0) ** 2).sum()) / len(labels))
+        # A patient's images are drawn together, so their pulls add up.
+        of_patients = np.bincount(index, np.mean(values, axis=0))
+        return float(np.sqrt((of_patients**2).sum()) / len(labels))
 
     last = [arm for arm in run.arms if any(a == arm for _, a in pulls)][-1]
     smallest = {}
@@ -219,7 +220,16 @@ def resolve(run: Run) -> Resolution | None:
                 for metric in METRICS
             }
     single = {m: error([v[m] for (_, arm), v in pulls.items() if arm == last]) for m in METRICS}
-    return Resolution(len(labels), single, smallest)
+    patients = None if run.test_patients is None else int(index.max()) + 1
+    return Resolution(len(labels), patients, single, smallest)
+
+
+def any_merged(run: Run) -> bool:
+    """Whether the arm inmerge has merged a kernel, in training or in validation."""
+    return any(
+        any(result["merged"]) or any(result.get("val_merged") or ())
+        for result in run.arm("inmerge").values()
+    )
 
 
 def _val_merged(run: Run) -> tuple[int, ...] | None:

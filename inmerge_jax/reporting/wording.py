@@ -6,7 +6,7 @@ import numpy as np
 
 from inmerge_jax.reporting.findings import Cell, Findings
 from inmerge_jax.reporting.runs import Run
-from inmerge_jax.reporting.summary import RELEASED_RULE, Spread, Summary
+from inmerge_jax.reporting.summary import RELEASED_RULE, Resolution, Spread, Summary
 
 MINUS = "\u2212"
 FORMULA = (
@@ -89,13 +89,13 @@ def _verdict(summary: Summary, auc: Spread) -> str:
     smallest = _smallest(summary)
     beyond = ""
     if smallest is not None and summary.resolution is not None:
-        images = summary.resolution.images
+        images = _images(summary.resolution)
         small = abs(auc.mean) < smallest
         beyond = (
-            f"the choice of {images} test images alone moves it by {plain(smallest)} either way, "
-            f"and it is {'smaller' if small else 'larger'} than that"
+            f"the choice of {images} alone moves it by {plain(smallest)} either way, and it is "
+            f"{'smaller' if small else 'larger'} than that"
             if smallest
-            else f"both rank the {images} test images alike"
+            else f"no choice of {images} could change it"
         )
     if auc.interval is None:
         return f"That shows no effect either way{'; ' + beyond if beyond else ''}."
@@ -116,6 +116,11 @@ def _smallest(summary: Summary) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _images(resolution: Resolution) -> str:
+    text = f"{resolution.images} test images"
+    return text if resolution.patients is None else f"{text} ({resolution.patients} patients')"
+
+
 def resolution_note(summary: Summary) -> str:
     """How far the choice of test images alone moves the difference, and by which formula."""
     smallest, resolution = _smallest(summary), summary.resolution
@@ -131,8 +136,8 @@ def resolution_note(summary: Summary) -> str:
         )
     acc = resolution.smallest["inmerge", "finetune"]["acc"]
     return (
-        f"The choice of {resolution.images} test images alone moves the difference between inmerge "
-        f"and finetune by {plain(smallest)} AUC, {plain(acc)} ACC either way ({FORMULA}). One "
+        f"The choice of {_images(resolution)} alone moves the difference between inmerge and "
+        f"finetune by {plain(smallest)} AUC, {plain(acc)} ACC either way ({FORMULA}). One "
         f"arm's AUC has a standard error of {plain(resolution.error['auc'])}. Read smaller "
         "differences as noise."
     )
@@ -218,14 +223,21 @@ def ranked(cell: Cell) -> str:
 def findings_notes(run: Run, findings: Findings) -> tuple[str, ...]:
     """How the ranks and intervals were made, and whether the published rows can be compared."""
     images, resamples = findings.images, findings.resamples
+    drawn = f"of the {images:,} test images"
+    if findings.patients is not None:
+        drawn = f"of the {findings.patients:,} patients {drawn}"
     among = "the arms"
     if findings.comparable:
         among += f" and {', '.join(findings.comparable)}"
+    intervals = (
+        f"Intervals: percentiles of {resamples:,} bootstrap resamples {drawn}, the same for every "
+        "arm and seed; they cover the choice of images, not the training's randomness."
+        if resamples
+        else "There are no intervals: the run folder lacks test labels or score files."
+    )
     lines = [
         comparable_note(run, findings),
-        f"Intervals: percentiles of {resamples:,} bootstrap resamples of the {images:,} test "
-        "images, the same for every arm and seed; they cover the choice of images, not the "
-        f"training's randomness. Rank: among {among}, by the mean over seeds.",
+        f"{intervals} Rank: among {among}, by the mean over seeds.",
     ]
     worst = max(cell.undefined for cells in findings.arms.values() for cell in cells)
     if worst:

@@ -171,6 +171,8 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     if config.steps_per_call == 1:
         several = several_merging = None
     labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
+    if plan.dataset.test.patients is not None:
+        labels["test_patients"] = plan.dataset.test.patients
     by_first(_write_arrays, folder / "labels.npz", labels)
     by_first(_write_arrays, folder / "samples.npz", _samples(plan.dataset))
 

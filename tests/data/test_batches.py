@@ -116,6 +116,7 @@ class Lazy:
     """Images that are made when they are read, as those in files are."""
 
     count: int
+    parent: int = dataclasses.field(default_factory=os.getpid)
     dtype = np.dtype(np.uint8)
     ndim = 4
 
@@ -130,14 +131,11 @@ class Lazy:
         if 99 in np.atleast_1d(index):
             raise InputError("image 99 is damaged")
         # Workers must not take the accelerator: it belongs to the training process.
-        assert not jax_has_devices() or os.getpid() == PARENT
+        assert not jax_has_devices() or os.getpid() == self.parent
         return (
             np.ones(self.shape, np.uint8)[index]
             * np.asarray(index, np.uint8)[..., None, None, None]
         )
-
-
-PARENT = os.getpid()
 
 
 def jax_has_devices():

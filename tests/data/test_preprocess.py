@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_jax.data.preprocess import load_image
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.steps import normalise
+from tests.oracles.images import load_image
 from tests.paths import SHARED, needs
 
 ORIGINALS = SHARED / "data" / "nih" / "images_original"

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from experiments import kill_jobs, kills
@@ -49,6 +51,22 @@ def test_twenty_kills_cover_every_phase():
     phases = {phase for _, phase in kills.ROWS}
     assert phases >= {kills.STEP, kills.EVALUATION, kills.CHECKPOINT, kills.REDUCING}
     assert phases - {None} <= set(kills._PHASES)
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"seed": 1, "training": None}, "rows of another seed, 1, not of 0"),
+        ({"seed": 0, "training": "--epochs 3"}, "rows of another training, --epochs 3, not of"),
+    ],
+)
+def test_rows_of_another_command_are_not_taken_for_this_ones(tmp_path, capsys, stored, words):
+    path = tmp_path / "kills.json"
+    path.write_text(json.dumps({**stored, "rows": []}))
+    assert kills.main(["--output", str(path)]) == 2
+    assert words in capsys.readouterr().err
+    assert kills.main(["--output", str(path), "--rows", "21"]) == 2
+    assert "--rows 21: choose 1 to 20" in capsys.readouterr().err
 
 
 def test_times_are_no_evidence():

@@ -84,4 +84,7 @@ def test_children_are_counted_until_they_were_waited_for():
 def test_workers_and_too_few_images_are_refused(tmp_path, capsys):
     assert soak.main(["--workers", "2", "--output", str(tmp_path / "soak.json")]) == 2
     assert "add --data-dir" in capsys.readouterr().err
+    few = ["--steps", "500", "--output", str(tmp_path / "soak.json")]
+    assert soak.main(few) == 2
+    assert "5 evaluations, of which the first 5 are the warm-up" in capsys.readouterr().err
     assert not (tmp_path / "soak.json").exists()

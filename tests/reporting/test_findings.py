@@ -98,5 +98,29 @@ def test_a_finding_without_a_positive_image_is_counted_and_breaks_nothing(tmp_pa
     assert "| Hernia | n/a | n/a | n/a |" in text and "Hernia in 1,000" in text
 
 
+def test_without_labels_there_is_no_interval_and_none_is_spoken_of(tmp_path):
+    folder = write(tmp_path / "run")
+    (folder / "labels.npz").unlink()
+    found = rank_findings(read_run(folder))
+    assert found.resamples == 0 and np.isnan(found.arms["inmerge"][0].low)
+    text = markdown(folder)
+    assert "There are no intervals: the run folder lacks test labels" in text
+    assert "bootstrap resamples" not in text
+
+
+def test_patients_are_drawn_with_all_of_their_images(tmp_path):
+    folder = write(tmp_path / "run")
+    narrow = rank_findings(read_run(folder))
+    with np.load(folder / "labels.npz") as arrays:
+        labels = dict(arrays)
+    patients = np.arange(len(labels["test"])) // 8
+    np.savez(folder / "labels.npz", **labels, test_patients=patients)
+    found = rank_findings(read_run(folder))
+    assert (narrow.patients, found.patients) == (None, 20)
+    assert found.arms["inmerge"][0].auc == narrow.arms["inmerge"][0].auc
+    assert found.arms["inmerge"][0].low != narrow.arms["inmerge"][0].low
+    assert "resamples of the 20 patients of the 160 test images" in markdown(folder)
+
+
 def test_other_data_sets_have_no_such_table(tmp_path):
     assert rank_findings(read_run(write_run(tmp_path / "run"))) is None

@@ -10,6 +10,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.summary import auc_influence, spread, summarize
+from inmerge_jax.reporting.tables import markdown
 from tests.reporting.folder import edit, write_run
 
 
@@ -135,6 +136,37 @@ def test_no_resolution_without_labels(tmp_path):
     assert summarize(read_run(folder)).resolution is None
 
 
+def test_no_resolution_without_all_scores_and_the_report_says_so(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (lost,) = (folder / "seed1" / "finetune" / "scores").glob("*_test_*")
+    lost.unlink()
+    run = read_run(folder)
+    assert summarize(run).resolution is None
+    assert "no test scores of finetune, seed 1, so no interval over test images" in run.missing
+
+
+def test_images_of_a_patient_are_drawn_together(tmp_path):
+    folder = write_run(tmp_path / "run")
+    alone = summarize(read_run(folder)).resolution
+    labels = np.load(folder / "labels.npz")["test"]
+    np.savez(folder / "labels.npz", test=labels, test_patients=np.arange(len(labels)))
+    each = summarize(read_run(folder)).resolution
+    assert (each.error, each.smallest) == (alone.error, alone.smallest)
+    assert (alone.patients, each.patients) == (None, len(labels))
+    # Every image twice: as many patients as before, and so as much known as before.
+    for path in folder.glob("seed*/*/scores/*_test_*"):
+        rows = path.read_text().splitlines()
+        twice = rows + [f"{len(rows) + i},{row.split(',', 1)[1]}" for i, row in enumerate(rows)]
+        path.write_text("\n".join(twice) + "\n")
+    patients = np.tile(np.arange(len(labels)), 2)
+    np.savez(folder / "labels.npz", test=np.tile(labels, 2), test_patients=patients)
+    twice = summarize(read_run(folder)).resolution
+    assert twice.images == 2 * len(labels) and twice.patients == len(labels)
+    assert twice.error["acc"] == pytest.approx(alone.error["acc"])
+    assert twice.error["auc"] == pytest.approx(alone.error["auc"], rel=0.03)
+    assert f"{2 * len(labels)} test images ({len(labels)} patients')" in markdown(folder)
+
+
 def test_merges_are_summed_from_the_results(folder):
     stored = json.loads((folder / "results.json").read_text())["arms"]["inmerge"]
     summary = summarize(read_run(folder))
@@ -148,6 +180,9 @@ def test_published_number_only_for_the_benchmarks_network():
     assert (found.auc, found.acc) == (0.901, 0.863)
     assert published_reference(breast, full | {"width": 0.5}) is None
     assert published_reference(breast | {"size": 224}, full) is None
+    assert published_reference(breast | {"title": "breastmnist"}, full) == found
+    unverified = breast | {"title": "breastmnist (unverified file)"}
+    assert published_reference(unverified, full) is None
     assert published_reference(breast, full | {"stem": "imagenet"}) is None
     assert published_reference({"name": "phantom", "size": 28}, full) is None
 

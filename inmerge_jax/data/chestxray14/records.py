@@ -48,6 +48,7 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         part: Split(
             RecordImages(folder / manifest["records"], part, arrays[f"{part}_names"], size),
             arrays[f"{part}_labels"],
+            arrays[f"{part}_patients"],
         )
         for part in PARTS
     }

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from inmerge_jax.data.chestxray14.images import decode, encode, find_images, reduce_image
-from inmerge_jax.data.preprocess import load_image
 from inmerge_jax.errors import InputError
 from tests.data.chestxray14.nih import make_nih, pixels
+from tests.oracles.images import load_image
 from tests.paths import SHARED, needs
 
 ORIGINAL = SHARED / "data" / "nih" / "images_original"

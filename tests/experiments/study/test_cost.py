@@ -55,10 +55,12 @@ def test_a_network_is_stored_as_it_is_done_and_not_measured_again(tmp_path, monk
     answer = stored(tmp_path)
     assert list(answer["analysis"]["models"]) == ["vgg16", "resnet18", "vgg11"]
     assert (answer["finished"], answer["planned"]) == (27, 54)
+    assert answer["command"].endswith(" vgg16 vgg19 resnet18 resnet50 densenet121 vgg11")
     cost.main(["--models", "vgg16", "--overwrite"], tmp_path)
     assert stored(tmp_path)["analysis"]["models"]["vgg16"]["finetune"]["epoch"] == 5.0
     cost.main(["--models", "vgg16", "--rounds", "2"], tmp_path)
     assert list(stored(tmp_path)["analysis"]["models"]) == ["vgg16"]
+    assert stored(tmp_path)["command"] == "python -m experiments.cost --rounds 2"
 
 
 def test_a_network_that_there_is_not_is_named_before_anything_runs(tmp_path, capsys):

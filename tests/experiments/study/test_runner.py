@@ -13,6 +13,7 @@ from experiments.study import command, runner, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Kept, Question, add_holm
 from inmerge_jax.errors import InputError
+from inmerge_jax.training.loop import NonFiniteLossError
 from inmerge_jax.training.stopping import Stopped
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
@@ -133,6 +134,27 @@ def test_devices_share_batches_evenly(trained):
     assert len(runner.plan_of(CELLS[0], many).devices) == 8
     assert len(runner.plan_of(CELLS[0], dataclasses.replace(places, devices=5)).devices) == 1
     assert len(runner.plan_of(CELLS[0], places).devices) == 1
+
+
+def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch, tmp_path):
+    cells = [Cell(dataclasses.replace(START, seed=seed)) for seed in range(3)]
+    errors = {1: NonFiniteLossError("seed 1 diverged")}
+
+    def train(cell, *_):
+        if cell.backbone.seed in errors:
+            raise errors[cell.backbone.seed]
+
+    monkeypatch.setattr(runner, "run_cell", train)
+    monkeypatch.setattr(runner, "plan_of", lambda *_: None)
+
+    def together(cells):
+        return runner.run_together(cells, runner.Places(tmp_path, tmp_path), None)
+
+    assert together(cells) == [(cells[1], errors[1])] == together(cells[1:2])
+    assert together(cells[:1]) == []
+    errors[2] = InputError("the disk is full")
+    with pytest.raises(InputError, match="the disk is full"):
+        together(cells)
 
 
 @pytest.mark.long

@@ -1,7 +1,4 @@
-"""From an image file to the pixels that a network is trained on, as torchvision's transforms do it.
-
-Normalisation is not done here: the training steps do it (`inmerge_jax.training.steps.normalise`).
-"""
+"""An image file's pixels as torchvision's Resize and CenterCrop make them, in Pillow alone."""
 
 from pathlib import Path
 
