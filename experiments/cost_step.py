@@ -1,10 +1,11 @@
-"""One arm of one network, timed in a process of its own: used by `experiments.cost`."""
+"""Arms of one network, timed in a process of their own: used by `experiments.cost`."""
 
 import json
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from experiments.study.cells import Treatment
 from experiments.study.treatments import selection
 from inmerge_jax import MergeRule
-from inmerge_jax.data import Dataset, make_phantom, steps_per_epoch, train_batches
+from inmerge_jax.data import make_phantom, steps_per_epoch, train_batches
 from inmerge_jax.models import create_model
 from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
@@ -38,51 +39,94 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(model_name: str, arm: str, width: float, batch_size: int, epochs: int) -> int:
-    """Prints, as JSON, the seconds of the first update and of each epoch, and the peak memory."""
-    keep_freed_memory()
-    data: Dataset = make_phantom(size=28, train=4 * batch_size, val=8, test=8)
-    recipe = RECIPES["medmnist"]
-    devices = (jax.local_devices()[0],)
-    model = create_model(
-        model_name, data.num_classes, stem="small", width=width, dtype=jnp.float32, axis_name=AXIS
-    )
-    shape = (28, 28, 1)
-    params, batch_stats = random_weights(model, shape, 0)
-    kernels = convolutions(model, shape)
-    deep = selection(Treatment("merge"), kernels) if arm == "inmerge" else ()
-    optimizer = make_optimizer(recipe)
-    merging = {"kernels": deep, "rule": ALWAYS} if deep else {}
-    step = make_train_step(model, optimizer, recipe, multi_label=False, devices=devices, **merging)
-    state = replicate(new_state(params, batch_stats, optimizer, recipe.learning_rate), devices)
-    totals = replicate(zero_totals(len(deep)), devices)
-    root = broadcast(jax.random.key(0), devices)
-    steps = steps_per_epoch(len(data.train), batch_size)
-    batches = train_batches(
-        data.train, seed=0, batch_size=batch_size, start=0, stop=(epochs + 1) * steps
-    )
-    seconds = []
-    started = time.perf_counter()
-    first = None
-    for number, batch in enumerate(ahead(batches, devices)):
-        state, totals = jax.block_until_ready(step(state, totals, batch, root))
-        now = time.perf_counter()
-        if first is None:
-            first = now - started
-        if (number + 1) % steps == 0:
+class Training:
+    """One arm of one network on the phantom, as the library's own loop trains it.
+
+    Attributes:
+      steps: updates of an epoch.
+    """
+
+    def __init__(self, model_name: str, arm: str, width: float, batch_size: int) -> None:
+        self._data = make_phantom(size=28, train=4 * batch_size, val=8, test=8)
+        self._batch_size = batch_size
+        self.steps = steps_per_epoch(len(self._data.train), batch_size)
+        recipe = RECIPES["medmnist"]
+        self._devices = (jax.local_devices()[0],)
+        model = create_model(
+            model_name,
+            self._data.num_classes,
+            stem="small",
+            width=width,
+            dtype=jnp.float32,
+            axis_name=AXIS,
+        )
+        shape = (28, 28, 1)
+        params, batch_stats = random_weights(model, shape, 0)
+        kernels = convolutions(model, shape)
+        deep = selection(Treatment("merge"), kernels) if arm == "inmerge" else ()
+        optimizer = make_optimizer(recipe)
+        merging = {"kernels": deep, "rule": ALWAYS} if deep else {}
+        self._step = make_train_step(
+            model, optimizer, recipe, multi_label=False, devices=self._devices, **merging
+        )
+        state = new_state(params, batch_stats, optimizer, recipe.learning_rate)
+        self._state = replicate(state, self._devices)
+        self._totals = replicate(zero_totals(len(deep)), self._devices)
+        self._root = broadcast(jax.random.key(0), self._devices)
+
+    def epoch(self) -> list[float]:
+        """Trains for one; the seconds of each update, with the wait for its batch."""
+        batches = train_batches(
+            self._data.train, seed=0, batch_size=self._batch_size, start=0, stop=self.steps
+        )
+        seconds, started = [], time.perf_counter()
+        for batch in ahead(batches, self._devices):
+            self._state, self._totals = jax.block_until_ready(
+                self._step(self._state, self._totals, batch, self._root)
+            )
+            now = time.perf_counter()
             seconds.append(now - started)
             started = now
-    measured = {
+        return seconds
+
+    @property
+    def merged(self) -> int:
+        """Kernels that were merged so far."""
+        return int(np.asarray(self._totals.merged).sum())
+
+
+def alone(name: str, arm: str, width: float, batch_size: int, epochs: int) -> dict[str, Any]:
+    """Seconds of the first update and of each later one, kernels merged, and the peak memory."""
+    training = Training(name, arm, width, batch_size)
+    first, *seconds = (one for _ in range(epochs + 1) for one in training.epoch())
+    return {
         "first": first,
-        "epochs": seconds[1:],
-        "steps": steps,
-        "merged": int(np.asarray(totals.merged).sum()),
+        "updates": seconds,
+        "merged": training.merged,
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(measured))
+
+
+def together(name: str, arms: list[str], width: float, batch_size: int, turns: int) -> dict:
+    """Seconds of each arm's epochs in one process, in turns, forwards and backwards.
+
+    Whatever slows the machine down slows all arms; the first turn is not counted.
+    """
+    trainings = {arm: Training(name, arm, width, batch_size) for arm in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(turns + 1):
+        for arm in arms if turn % 2 else arms[::-1]:
+            seconds[arm].append(sum(trainings[arm].epoch()))
+    return {"steps": trainings[arms[0]].steps, "epochs": {a: s[1:] for a, s in seconds.items()}}
+
+
+def main(name: str, arms: str, width: str, batch_size: str, count: str) -> int:
+    """Prints `alone` of one arm, or `together` of several with commas between, as JSON."""
+    keep_freed_memory()
+    of, options = arms.split(","), (float(width), int(batch_size), int(count))
+    print(json.dumps(together(name, of, *options) if of[1:] else alone(name, arms, *options)))
     return 0
 
 
 if __name__ == "__main__":
-    name, which, factor, size, count = sys.argv[1:]
-    sys.exit(main(name, which, float(factor), int(size), int(count)))
+    sys.exit(main(*sys.argv[1:]))

@@ -10,24 +10,27 @@ from experiments import cost
 def test_the_memory_of_the_process_that_asks_does_not_count():
     config = cost.CostConfig(width=0.05, batch_size=8, epochs=1)
     ballast = np.ones(3 * 2**27)
-    found = cost.run_arm(config, "vgg11", "backbone")
+    found = cost.run(config, "vgg11", ("backbone",), config.epochs)
     assert found["peak_bytes"] < ballast.nbytes
 
 
 def row(seconds=1.0):
-    one = {"epoch": seconds, "epoch_low": seconds, "epoch_high": seconds}
-    figures = {**one, "compile": 2.0, "peak_bytes": 2**20, "merged": 3}
-    ratio = {"median": 1.0, "low": 1.0, "high": 1.0}
-    around = {
+    figures = {"compile": seconds, "peak_bytes": 2**20, "merged": 3}
+    return dict.fromkeys(cost.ARMS, figures) | {"environment": around(), "seconds": 6.0}
+
+
+def times(turns=6, merged=(2.0, 2.2, 1.8)):
+    epochs = {arm: [1.0, 1.1, 0.9] for arm in cost.ARMS} | {"inmerge": list(merged)}
+    more = {"environment": around(), "seconds": 1.0}
+    return {"turns": turns, "steps": 4, "epochs": epochs, **more}
+
+
+def around():
+    return {
         "started": "2026-01-01T00:00:00+00:00",
         "cpus": 2,
         "git": {"commit": "a" * 40, "dirty": False},
         "packages": {"jax": "0.0"},
-    }
-    return dict.fromkeys(cost.ARMS, figures) | {
-        "ratio": ratio,
-        "environment": around,
-        "seconds": 6.0,
     }
 
 
@@ -46,6 +49,7 @@ def test_a_network_is_stored_as_it_is_done_and_not_measured_again(tmp_path, monk
         return row(float(len(measured)))
 
     monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.turns))
     wanted = ["--models", "vgg16", "resnet18", "vgg11"]
     with pytest.raises(KeyboardInterrupt):
         cost.main(wanted, tmp_path)
@@ -54,10 +58,10 @@ def test_a_network_is_stored_as_it_is_done_and_not_measured_again(tmp_path, monk
     assert measured == ["vgg16", "resnet18", "resnet18", "vgg11"]
     answer = stored(tmp_path)
     assert list(answer["analysis"]["models"]) == ["vgg16", "resnet18", "vgg11"]
-    assert (answer["finished"], answer["planned"]) == (27, 54)
+    assert (answer["finished"], answer["planned"]) == (30, 60)
     assert answer["command"].endswith(" vgg16 vgg19 resnet18 resnet50 densenet121 vgg11")
     cost.main(["--models", "vgg16", "--overwrite"], tmp_path)
-    assert stored(tmp_path)["analysis"]["models"]["vgg16"]["finetune"]["epoch"] == 5.0
+    assert stored(tmp_path)["analysis"]["models"]["vgg16"]["finetune"]["compile"] == 5.0
     cost.main(["--models", "vgg16", "--rounds", "2"], tmp_path)
     assert list(stored(tmp_path)["analysis"]["models"]) == ["vgg16"]
     assert stored(tmp_path)["command"] == "python -m experiments.cost --rounds 2"
@@ -69,19 +73,44 @@ def test_a_network_that_there_is_not_is_named_before_anything_runs(tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
+def test_times_alone_are_measured_again_where_they_are_missing(tmp_path, monkeypatch):
+    def fail(config, model):
+        raise AssertionError(model)
+
+    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.turns))
+    config = cost.CostConfig()
+    cost.store(config, {"vgg16": row() | {"time": times()}, "vgg19": row(7.0)}, tmp_path)
+    assert list(stored(tmp_path)["analysis"]["models"]) == ["vgg16"]
+    monkeypatch.setattr(cost, "measure", fail)
+    cost.main(["--models", "vgg16", "vgg19"], tmp_path)
+    analysis = stored(tmp_path)["analysis"]
+    assert analysis["models"]["vgg19"]["finetune"]["compile"] == 7.0 and "in part" not in analysis
+    cost.main(["--models", "vgg16", "--turns", "9"], tmp_path)
+    assert stored(tmp_path)["analysis"]["models"]["vgg16"]["time"]["turns"] == 9
+
+
+def test_the_ratio_is_of_epochs_that_are_neighbours():
+    slow = row() | {"time": times(merged=[2.0, 2.2, 1.8])}
+    assert cost.ratio(slow, "inmerge") == pytest.approx((2, 2, 2))
+    noisy = row() | {"time": times(merged=[1.0, 2.2, 1.8])}
+    mean, low, high = cost.ratio(noisy, "inmerge")
+    assert mean == pytest.approx(4 ** (1 / 3)) and low < 1 < 2 < high
+
+
 @pytest.mark.long
-def test_each_arm_is_timed_in_a_process_of_its_own():
-    config = cost.CostConfig(models=("vgg11",), width=0.05, batch_size=8, epochs=2, rounds=1)
-    found = {"config": config.options, "models": {"vgg11": cost.measure(config, "vgg11")}}
-    vgg11 = found["models"]["vgg11"]
-    assert vgg11["inmerge"]["merged"] > 0 == vgg11["finetune"]["merged"]
+def test_each_arm_is_measured_in_a_process_of_its_own_and_timed_in_one():
+    config = cost.CostConfig(
+        models=("vgg11",), width=0.05, batch_size=8, epochs=2, rounds=1, turns=3
+    )
+    measured = cost.measure(config, "vgg11") | {"time": cost.measure_time(config, "vgg11")}
+    found = {"config": config.options, "models": {"vgg11": measured}}
+    assert measured["inmerge"]["merged"] > 0 == measured["finetune"]["merged"]
     for arm in cost.ARMS:
-        one = vgg11[arm]
-        assert 0 < one["epoch_low"] <= one["epoch"] <= one["epoch_high"] < 60
-        assert one["compile"] > 0.05
-        assert 100 * 2**20 < one["peak_bytes"] < 3 * 2**30
-    assert vgg11["ratio"]["low"] == vgg11["ratio"]["median"] == vgg11["ratio"]["high"] > 0
-    assert "vgg11" in cost.came_out(found) and "1 pair" in cost.sure(found)
+        epochs = measured["time"]["epochs"][arm]
+        assert len(epochs) == 3 and all(0 < seconds < 60 for seconds in epochs)
+        assert measured[arm]["compile"] > 0.05
+        assert 100 * 2**20 < measured[arm]["peak_bytes"] < 3 * 2**30
+    assert "vgg11" in cost.came_out(found) and "width 0.05" in cost.sure(found).lower()
     (table,) = cost.tables(found)
     assert len(table.rows) == 3 == len(table.kinds)
     (plot,) = cost.figures(found)
