@@ -14,16 +14,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from scipy import stats
 
 from experiments.study.command import store_answer
 from experiments.study.question import RESULTS, Question
-from experiments.study.statistics import interval_over_trainings
 from inmerge_jax.models import model_names
 from inmerge_jax.reporting.plots import COLOURS, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.runfolder import environment
 
 ARMS = ("backbone", "finetune", "inmerge")
+QUARTILES = (0.25, 0.5, 0.75)
 MODELS = ("vgg16", "vgg19", "resnet18", "resnet50", "densenet121")
 
 
@@ -39,25 +40,25 @@ class CostConfig:
     Attributes:
       models: The networks; of the others, what is stored stays if the options below are the same.
       width: Factor on their channels.
-      batch_size: Images of an update; an epoch has four.
-      epochs: Trained in each process of one arm, after the one that compiles.
+      batch_size: Images of an update.
+      updates: Done in each process of one arm.
       rounds: Processes for each arm.
-      turns: Epochs of each arm that are timed, after one that is not.
+      limit: Seconds for which updates are timed, in 16 turns or more.
       overwrite: Measure again what is stored.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = MODELS
     width: float = 0.5
     batch_size: int = 64
-    epochs: int = 3
+    updates: int = 16
     rounds: int = 3
-    turns: int = 6
+    limit: int = 90
     overwrite: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What decides a network's memory and compilation."""
-        return {name: getattr(self, name) for name in ("width", "batch_size", "epochs", "rounds")}
+        return {name: getattr(self, name) for name in ("width", "batch_size", "updates", "rounds")}
 
 
 def run(config: CostConfig, model: str, arms: Sequence[str], count: int) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def measure(config: CostConfig, model: str) -> dict[str, Any]:
     arms: dict[str, list[Any]] = {arm: [] for arm in ARMS}
     for number in range(config.rounds):
         for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
-            arms[arm].append(run(config, model, (arm,), config.epochs))
+            arms[arm].append(run(config, model, (arm,), config.updates))
         print(f"{model}: round {number + 1} of {config.rounds}", flush=True)
     return {
         **{arm: _figures(runs) for arm, runs in arms.items()},
@@ -92,12 +93,12 @@ def measure(config: CostConfig, model: str) -> dict[str, Any]:
 
 
 def measure_time(config: CostConfig, model: str) -> dict[str, Any]:
-    """Seconds an epoch of one network's arms, in turns in one process."""
+    """Seconds an update of one network's arms, in turns in one process."""
     started, around = time.monotonic(), environment()
-    found = run(config, model, ARMS, config.turns)
-    print(f"{model}: {config.turns} turns", flush=True)
+    found = run(config, model, ARMS, config.limit)
+    print(f"{model}: {len(found['updates'][ARMS[0]])} turns", flush=True)
     around = {"environment": around, "seconds": time.monotonic() - started}
-    return {"turns": config.turns, **found, **around}
+    return {"limit": config.limit, **found, **around}
 
 
 def stored_networks(config: CostConfig, results: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _arguments(config: CostConfig, more: Set[str]) -> tuple[str, ...]:
     """What was not the default, and the networks beside `MODELS`."""
     found = [
         (f"--{name.replace('_', '-')}", str(value))
-        for name, value in (*config.options.items(), ("turns", config.turns))
+        for name, value in (*config.options.items(), ("limit", config.limit))
         if value != getattr(CostConfig, name)
     ]
     if more:
@@ -159,11 +160,15 @@ def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratio(row: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
-    """An arm's time over finetune's, the mean over turns and its 95 % interval (Student's t)."""
-    epochs = row["time"]["epochs"]
-    logs = np.log(epochs[arm]) - np.log(epochs["finetune"])
-    mean, low, high = np.exp([logs.mean(), *interval_over_trainings(logs.tolist())])
-    return float(mean), float(low), float(high)
+    """An arm's time over finetune's, the median over turns with its 95 % interval.
+
+    The interval is between two of the turns' own ratios, those that the binomial distribution
+    gives; it supposes nothing of how the times are distributed.
+    """
+    updates = row["time"]["updates"]
+    found = np.divide(updates[arm], updates["finetune"])
+    interval = stats.quantile_test(found, p=0.5).confidence_interval(0.95)
+    return float(np.median(found)), float(interval.low), float(interval.high)
 
 
 def came_out(found: dict[str, Any]) -> str:
@@ -178,8 +183,8 @@ def came_out(found: dict[str, Any]) -> str:
             "{:.3f} [{:.3f}, {:.3f}]".format(*ratio(row, arm)) for arm in ("inmerge", "backbone")
         )
         parts.append(
-            f"{model} {times} times as long an epoch (noise {no_effect}), {memory:+.0f} MiB (noise "
-            f"{noise:.0f}), {more:+.1f} s to compile (noise "
+            f"{model} {times} times as long an update (noise {no_effect}), {memory:+.0f} MiB "
+            f"(noise {noise:.0f}), {more:+.1f} s to compile (noise "
             f"{abs(same['compile'] - plain['compile']):.1f})"
         )
     return (
@@ -191,13 +196,14 @@ def came_out(found: dict[str, Any]) -> str:
 def sure(found: dict[str, Any]) -> str:
     """How it was measured."""
     config = found["config"]
+    turns = [len(row["time"]["updates"][ARMS[0]]) for row in found["models"].values()]
     return (
-        "Ratios of times: the mean over epochs that the arms trained in turns in one process, with "
-        "its 95% interval (Student's t), so that the machine's drift does not count. Memory, "
-        "compiling included, and compilation: medians of processes for each arm "
-        f"({config['rounds']}). Width {config['width']:g}, batch {config['batch_size']}, 28 px, "
-        "every selected kernel merging. backbone and finetune run the same program, so what "
-        "differs between them is noise."
+        "Ratios of times: the median over updates that the arms did in turns in one process "
+        f"({min(turns)} to {max(turns)} of each), so that the machine's drift does not count, with "
+        "its 95% interval. Memory, compiling included, and compilation: medians of processes for "
+        f"each arm ({config['rounds']}). Width {config['width']:g}, batch "
+        f"{config['batch_size']}, 28 px, every selected kernel merging. backbone and finetune run "
+        "the same program, so what differs between them is noise."
     )
 
 
@@ -206,18 +212,18 @@ def tables(found: dict[str, Any]) -> list[Table]:
     rows = []
     for model, row in found["models"].items():
         for arm in ARMS:
-            one, epochs = row[arm], row["time"]["epochs"][arm]
-            middle = statistics.median(epochs)
-            epoch = f"{middle:.2f} [{min(epochs):.2f}, {max(epochs):.2f}]"
+            one = row[arm]
+            low, middle, high = np.quantile(row["time"]["updates"][arm], QUARTILES)
+            update = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
             times = "" if arm == "finetune" else "{:.3f} [{:.3f}, {:.3f}]".format(*ratio(row, arm))
             memory = f"{one['peak_bytes'] / 2**20:,.0f}"
-            rows.append((f"{model}: {arm}", epoch, times, memory, f"{one['compile']:.1f}"))
+            rows.append((f"{model}: {arm}", update, times, memory, f"{one['compile']:.1f}"))
     columns = (
-        *("network: arm", "seconds an epoch [lowest, highest]", "of finetune [95% interval]"),
+        *("network: arm", "seconds an update [quartiles]", "of finetune [95% interval]"),
         *("peak memory, MiB", "compile, s"),
     )
     kinds = tuple("total" if row[0].endswith("backbone") else "arm" for row in rows)
-    return [Table("What the arms cost (an epoch has 4 updates)", columns, tuple(rows), kinds)]
+    return [Table("What the arms cost", columns, tuple(rows), kinds)]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
@@ -225,23 +231,28 @@ def figures(found: dict[str, Any]) -> list[Plot]:
 
     def draw(axes: Any) -> None:
         for index, arm in enumerate(ARMS):
-            rows = [row["time"]["epochs"][arm] for row in found["models"].values()]
+            rows = [row["time"]["updates"][arm] for row in found["models"].values()]
             place = [x + 0.27 * (index - 1) for x in range(len(rows))]
-            values = [statistics.median(epochs) for epochs in rows]
-            low = [value - min(epochs) for value, epochs in zip(values, rows, strict=True)]
-            high = [max(epochs) - value for value, epochs in zip(values, rows, strict=True)]
-            axes.bar(place, values, 0.25, yerr=[low, high], color=COLOURS[arm], label=arm,
-                     error_kw={"lw": 1, "ecolor": "#767676"})  # fmt: skip
+            low, middle, high = (np.array([np.quantile(r, q) for r in rows]) for q in QUARTILES)
+            axes.bar(
+                place,
+                middle,
+                0.25,
+                yerr=[middle - low, high - middle],
+                color=COLOURS[arm],
+                label=arm,
+                error_kw={"lw": 1, "ecolor": "#767676"},
+            )
         axes.set_xticks(range(len(found["models"])), list(found["models"]), fontsize=8)
-        axes.set_title("Seconds an epoch")
-        axes.set_ylabel("seconds for 4 updates")
+        axes.set_title("Seconds an update")
+        axes.set_ylabel("seconds")
         axes.figure.legend(loc="outside lower center", ncols=3)
 
     caption = (
-        "Bars: medians; lines: fastest and slowest epoch. backbone and finetune are the same "
+        "Bars: medians; lines: quartiles of the updates. backbone and finetune are the same "
         "program, so what differs between them is noise."
     )
-    return [make_plot(draw, caption, "Seconds an epoch, by network and arm")]
+    return [make_plot(draw, caption, "Seconds an update, by network and arm")]
 
 
 QUESTION = Question(
@@ -271,7 +282,7 @@ def main(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
         row = {} if config.overwrite else dict(found.get(model, {}))
         if "compile" not in row.get("finetune", {}):
             row |= measure(config, model)
-        if row.get("time", {}).get("turns") != config.turns:
+        if row.get("time", {}).get("limit") != config.limit:
             row["time"] = measure_time(config, model)
         if row != found.get(model):
             found[model] = row

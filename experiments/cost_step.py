@@ -1,20 +1,23 @@
 """Arms of one network, timed in a process of their own: used by `experiments.cost`."""
 
+import functools
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.study.cells import Treatment
 from experiments.study.treatments import selection
 from inmerge_jax import MergeRule
-from inmerge_jax.data import make_phantom, steps_per_epoch, train_batches
+from inmerge_jax.data import FINDINGS, make_phantom, train_batches
 from inmerge_jax.models import create_model
 from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
@@ -23,6 +26,9 @@ from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_train_step, zero_totals
 
+SHAPE = (28, 28, 1)
+FEWEST = 16
+"""Turns, however long they take."""
 ALWAYS = MergeRule(threshold=-1.0, partner="nearest")
 """Every selected kernel merges with its most similar one: the dearest case."""
 
@@ -39,55 +45,50 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+class Program(NamedTuple):
+    """A compiled step and what its state is made of."""
+
+    step: Callable[..., Any]
+    weights: tuple[Any, Any]
+    optimizer: optax.GradientTransformation
+    layers: int
+
+
+@functools.cache
+def program(name: str, merging: bool, width: float) -> Program:
+    """The training step of a network; once for all arms that do not merge."""
+    model = create_model(
+        name, len(FINDINGS) + 1, stem="small", width=width, dtype=jnp.float32, axis_name=AXIS
+    )
+    weights, recipe = random_weights(model, SHAPE, 0), RECIPES["medmnist"]
+    deep = selection(Treatment("merge"), convolutions(model, SHAPE)) if merging else ()
+    optimizer = make_optimizer(recipe)
+    options = {"kernels": deep, "rule": ALWAYS} if deep else {}
+    devices = (jax.local_devices()[0],)
+    step = make_train_step(model, optimizer, recipe, multi_label=False, devices=devices, **options)
+    return Program(step, weights, optimizer, len(deep))
+
+
 class Training:
-    """One arm of one network on the phantom, as the library's own loop trains it.
+    """One arm of one network on the phantom, as the library's own loop trains it."""
 
-    Attributes:
-      steps: updates of an epoch.
-    """
+    def __init__(self, name: str, arm: str, width: float, batch_size: int) -> None:
+        data = make_phantom(size=SHAPE[0], train=4 * batch_size, val=8, test=8)
+        devices = (jax.local_devices()[0],)
+        self._step, weights, optimizer, layers = program(name, arm == "inmerge", width)
+        self._state = replicate(new_state(*weights, optimizer, 1e-3), devices)
+        self._totals = replicate(zero_totals(layers), devices)
+        self._root = broadcast(jax.random.key(0), devices)
+        batches = train_batches(data.train, seed=0, batch_size=batch_size)
+        self._batches = ahead(batches, devices)
 
-    def __init__(self, model_name: str, arm: str, width: float, batch_size: int) -> None:
-        self._data = make_phantom(size=28, train=4 * batch_size, val=8, test=8)
-        self._batch_size = batch_size
-        self.steps = steps_per_epoch(len(self._data.train), batch_size)
-        recipe = RECIPES["medmnist"]
-        self._devices = (jax.local_devices()[0],)
-        model = create_model(
-            model_name,
-            self._data.num_classes,
-            stem="small",
-            width=width,
-            dtype=jnp.float32,
-            axis_name=AXIS,
+    def update(self) -> float:
+        """Trains on one batch; the seconds that it took, with the wait for its batch."""
+        started = time.perf_counter()
+        self._state, self._totals = jax.block_until_ready(
+            self._step(self._state, self._totals, next(self._batches), self._root)
         )
-        shape = (28, 28, 1)
-        params, batch_stats = random_weights(model, shape, 0)
-        kernels = convolutions(model, shape)
-        deep = selection(Treatment("merge"), kernels) if arm == "inmerge" else ()
-        optimizer = make_optimizer(recipe)
-        merging = {"kernels": deep, "rule": ALWAYS} if deep else {}
-        self._step = make_train_step(
-            model, optimizer, recipe, multi_label=False, devices=self._devices, **merging
-        )
-        state = new_state(params, batch_stats, optimizer, recipe.learning_rate)
-        self._state = replicate(state, self._devices)
-        self._totals = replicate(zero_totals(len(deep)), self._devices)
-        self._root = broadcast(jax.random.key(0), self._devices)
-
-    def epoch(self) -> list[float]:
-        """Trains for one; the seconds of each update, with the wait for its batch."""
-        batches = train_batches(
-            self._data.train, seed=0, batch_size=self._batch_size, start=0, stop=self.steps
-        )
-        seconds, started = [], time.perf_counter()
-        for batch in ahead(batches, self._devices):
-            self._state, self._totals = jax.block_until_ready(
-                self._step(self._state, self._totals, batch, self._root)
-            )
-            now = time.perf_counter()
-            seconds.append(now - started)
-            started = now
-        return seconds
+        return time.perf_counter() - started
 
     @property
     def merged(self) -> int:
@@ -95,10 +96,10 @@ class Training:
         return int(np.asarray(self._totals.merged).sum())
 
 
-def alone(name: str, arm: str, width: float, batch_size: int, epochs: int) -> dict[str, Any]:
-    """Seconds of the first update and of each later one, kernels merged, and the peak memory."""
+def alone(name: str, arm: str, width: float, batch_size: int, updates: int) -> dict[str, Any]:
+    """Seconds of the first update and of the others, kernels merged, and the peak memory."""
     training = Training(name, arm, width, batch_size)
-    first, *seconds = (one for _ in range(epochs + 1) for one in training.epoch())
+    first, *seconds = (training.update() for _ in range(updates))
     return {
         "first": first,
         "updates": seconds,
@@ -107,17 +108,23 @@ def alone(name: str, arm: str, width: float, batch_size: int, epochs: int) -> di
     }
 
 
-def together(name: str, arms: list[str], width: float, batch_size: int, turns: int) -> dict:
-    """Seconds of each arm's epochs in one process, in turns, forwards and backwards.
+def together(name: str, arms: list[str], width: float, batch_size: int, limit: int) -> dict:
+    """Seconds of each arm's updates in one process, in turns, forwards and backwards.
 
-    Whatever slows the machine down slows all arms; the first turn is not counted.
+    Whatever slows the machine down slows all arms. For `limit` seconds, or `FEWEST` turns if these
+    take longer; each arm's first four updates are not counted.
     """
     trainings = {arm: Training(name, arm, width, batch_size) for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(turns + 1):
+    for training in trainings.values():
+        for _ in range(4):
+            training.update()
+    turn, started = 0, time.perf_counter()
+    while turn < FEWEST or time.perf_counter() - started < limit:
         for arm in arms if turn % 2 else arms[::-1]:
-            seconds[arm].append(sum(trainings[arm].epoch()))
-    return {"steps": trainings[arms[0]].steps, "epochs": {a: s[1:] for a, s in seconds.items()}}
+            seconds[arm].append(trainings[arm].update())
+        turn += 1
+    return {"updates": seconds}
 
 
 def main(name: str, arms: str, width: str, batch_size: str, count: str) -> int:

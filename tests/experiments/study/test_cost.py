@@ -8,9 +8,9 @@ from experiments import cost
 
 @pytest.mark.long
 def test_the_memory_of_the_process_that_asks_does_not_count():
-    config = cost.CostConfig(width=0.05, batch_size=8, epochs=1)
+    config = cost.CostConfig(width=0.05, batch_size=8, updates=2)
     ballast = np.ones(3 * 2**27)
-    found = cost.run(config, "vgg11", ("backbone",), config.epochs)
+    found = cost.run(config, "vgg11", ("backbone",), config.updates)
     assert found["peak_bytes"] < ballast.nbytes
 
 
@@ -19,10 +19,11 @@ def row(seconds=1.0):
     return dict.fromkeys(cost.ARMS, figures) | {"environment": around(), "seconds": 6.0}
 
 
-def times(turns=6, merged=(2.0, 2.2, 1.8)):
-    epochs = {arm: [1.0, 1.1, 0.9] for arm in cost.ARMS} | {"inmerge": list(merged)}
-    more = {"environment": around(), "seconds": 1.0}
-    return {"turns": turns, "steps": 4, "epochs": epochs, **more}
+def times(limit=90, factor=(2.0,) * 12):
+    plain = np.linspace(1, 2, 12)
+    updates = {arm: plain.tolist() for arm in cost.ARMS}
+    updates["inmerge"] = (plain * factor).tolist()
+    return {"limit": limit, "updates": updates, "environment": around(), "seconds": 1.0}
 
 
 def around():
@@ -49,7 +50,7 @@ def test_a_network_is_stored_as_it_is_done_and_not_measured_again(tmp_path, monk
         return row(float(len(measured)))
 
     monkeypatch.setattr(cost, "measure", measure)
-    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.turns))
+    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.limit))
     wanted = ["--models", "vgg16", "resnet18", "vgg11"]
     with pytest.raises(KeyboardInterrupt):
         cost.main(wanted, tmp_path)
@@ -77,7 +78,7 @@ def test_times_alone_are_measured_again_where_they_are_missing(tmp_path, monkeyp
     def fail(config, model):
         raise AssertionError(model)
 
-    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.turns))
+    monkeypatch.setattr(cost, "measure_time", lambda config, model: times(config.limit))
     config = cost.CostConfig()
     cost.store(config, {"vgg16": row() | {"time": times()}, "vgg19": row(7.0)}, tmp_path)
     assert list(stored(tmp_path)["analysis"]["models"]) == ["vgg16"]
@@ -85,29 +86,28 @@ def test_times_alone_are_measured_again_where_they_are_missing(tmp_path, monkeyp
     cost.main(["--models", "vgg16", "vgg19"], tmp_path)
     analysis = stored(tmp_path)["analysis"]
     assert analysis["models"]["vgg19"]["finetune"]["compile"] == 7.0 and "in part" not in analysis
-    cost.main(["--models", "vgg16", "--turns", "9"], tmp_path)
-    assert stored(tmp_path)["analysis"]["models"]["vgg16"]["time"]["turns"] == 9
+    cost.main(["--models", "vgg16", "--limit", "9"], tmp_path)
+    assert stored(tmp_path)["analysis"]["models"]["vgg16"]["time"]["limit"] == 9
 
 
-def test_the_ratio_is_of_epochs_that_are_neighbours():
-    slow = row() | {"time": times(merged=[2.0, 2.2, 1.8])}
+def test_the_ratio_is_of_updates_that_are_neighbours():
+    slow = row() | {"time": times()}
     assert cost.ratio(slow, "inmerge") == pytest.approx((2, 2, 2))
-    noisy = row() | {"time": times(merged=[1.0, 2.2, 1.8])}
-    mean, low, high = cost.ratio(noisy, "inmerge")
-    assert mean == pytest.approx(4 ** (1 / 3)) and low < 1 < 2 < high
+    assert cost.ratio(slow, "backbone") == pytest.approx((1, 1, 1))
+    noisy = row() | {"time": times(factor=[0.5, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8, 2, 9])}
+    # The third and the tenth of twelve: 0.5 to the 12th times 1 + 12 + 66 is 0.019 below each.
+    assert cost.ratio(noisy, "inmerge") == pytest.approx((1.4, 1.0, 1.8))
 
 
 @pytest.mark.long
 def test_each_arm_is_measured_in_a_process_of_its_own_and_timed_in_one():
-    config = cost.CostConfig(
-        models=("vgg11",), width=0.05, batch_size=8, epochs=2, rounds=1, turns=3
-    )
+    config = cost.CostConfig(("vgg11",), width=0.05, batch_size=8, updates=4, rounds=1, limit=1)
     measured = cost.measure(config, "vgg11") | {"time": cost.measure_time(config, "vgg11")}
     found = {"config": config.options, "models": {"vgg11": measured}}
     assert measured["inmerge"]["merged"] > 0 == measured["finetune"]["merged"]
     for arm in cost.ARMS:
-        epochs = measured["time"]["epochs"][arm]
-        assert len(epochs) == 3 and all(0 < seconds < 60 for seconds in epochs)
+        updates = measured["time"]["updates"][arm]
+        assert len(updates) >= 16 and all(0 < seconds < 60 for seconds in updates)
         assert measured[arm]["compile"] > 0.05
         assert 100 * 2**20 < measured[arm]["peak_bytes"] < 3 * 2**30
     assert "vgg11" in cost.came_out(found) and "width 0.05" in cost.sure(found).lower()
