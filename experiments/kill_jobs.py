@@ -13,7 +13,7 @@ import numpy as np
 
 TRAINING = (
     "--size 16 --phantom.train 480 --phantom.val 128 --phantom.test 32 --model vgg16_bn "
-    "--width 0.1 --skip 8 --batch-size 16 --epochs 8 --merging-epochs 8 --arms inmerge --devices 1 "
+    "--width 0.1 --skip 8 --batch-size 16 --epochs 3 --merging-epochs 3 --arms inmerge --devices 1 "
     "--recipe released --learning-rate 0.01 --threshold 0.1 --seeds 7"
 ).split()
 TIMINGS = {"seconds", "images_per_second", "environment"}
@@ -42,7 +42,7 @@ class Job:
 
 
 def training(output: Path, cache: Path) -> Job:
-    """A training command of two arms on the phantom, some seconds each without its start."""
+    """A training command of two arms on the phantom, a few seconds without its start."""
     options = (*TRAINING, "--output", str(output), "--cache", str(cache))
     return Job("experiments.train", options, output, ("--resume",), "table.md", run_evidence)
 

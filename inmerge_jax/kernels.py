@@ -274,7 +274,7 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
     name, params = eqn.primitive.name, eqn.params
     out_shape = eqn.outvars[0].aval.shape
     if name in _SAME_AXES:
-        return _elementwise(name, origins, [v.aval.shape == out_shape for v in eqn.invars])
+        return _elementwise(name, origins, [v.aval.shape for v in eqn.invars], out_shape)
     first = next(i for i, o in enumerate(origins) if o is not None)
     source, in_shape = origins[first], eqn.invars[first].aval.shape
     assert source is not None
@@ -296,24 +296,31 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
     return _Origin(source.leaf, None, name)
 
 
-def _elementwise(name: str, origins: list[_Origin | None], same_shape: list[bool]) -> _Origin:
-    """The origin of an elementwise result.
+def _elementwise(
+    name: str, origins: list[_Origin | None], shapes: list[tuple[int, ...]], out: tuple[int, ...]
+) -> _Origin:
+    """The origin of an elementwise result of shape `out`.
 
     Of a weight with its scale, in any order, it is the weight's: the one that runs along every
     axis. A scale is a parameter of its own spread over the weight's shape, or the weight's own
     statistics, to which the link is lost.
     """
-    carried = [o for o in origins if o is not None]
+    carried = [_spread(o, shape, out) for o, shape in zip(origins, shapes, strict=True) if o]
     kept = [o for o in carried if o.axes is not None]
     full = {o for o in kept if o.axes is not None and None not in o.axes}
     if len(full) == 1:
         return full.pop()
-    if len({o.leaf for o in carried}) == 1:
-        whole = {o for o, same in zip(origins, same_shape, strict=True) if o in kept and same}
-        whole.discard(None)
-        if len(whole) == 1:
-            return whole.pop()
+    if len({o.leaf for o in carried}) == 1 == len(set(kept)):
+        return kept[0]
     return _Origin(kept[0].leaf, None, name) if kept else carried[0]
+
+
+def _spread(origin: _Origin, shape: Sequence[int], out: Sequence[int]) -> _Origin:
+    """The origin of an operand at the result's shape: axes of size 1 may be spread over it."""
+    if origin.axes is None or len(shape) != len(out):
+        return _Origin(origin.leaf, None, origin.lost_by)
+    sizes = zip(origin.axes, shape, out, strict=True)
+    return _Origin(origin.leaf, tuple(axis if old == new else None for axis, old, new in sizes))
 
 
 def _reshaped(
