@@ -353,7 +353,7 @@ def test_a_rule_may_be_learned():
     assert gradient.probability == gradient.threshold == 0
     moved = jax.tree.map(lambda value: value - 5, rule)
     assert isinstance(moved, MergeRule) and moved.partner == "random" and moved.alpha == -4.5
-    with pytest.raises(ValueError, match="alpha is -4.5"):
+    with pytest.raises(ValueError, match="probability is -4"):
         dataclasses.replace(moved)
 
 

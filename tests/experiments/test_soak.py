@@ -40,6 +40,7 @@ def test_what_is_flat_passes():
     assert soak.judge(rows())["passed"]
     assert soak.judge(rows({"programs": 9, "resident_mb": 100.0}, at=0))["passed"], "the warm-up"
     assert soak.judge(rows({"threads": 16}))["passed"]
+    assert soak.judge(rows({"workers_mb": 13.0}, at=19))["passed"], "they end with the last batch"
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_a_missing_arm_is_shown_as_not_run(tmp_path):
 def test_published_row_is_labelled(tmp_path):
     folder = write_run(tmp_path / "run", name="breastmnist")
     edit(folder, lambda results: results["model"].update(width=1.0))
+    edit(folder, lambda results: results["dataset"].update(title="breastmnist"))
     assert row(markdown(folder), "resnet18 28 px, published")[1:3] == ["0.901", "0.863"]
 
 
