@@ -123,9 +123,9 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
         if "comparisons" in row
     ]
     if corrected:
-        text += (
-            "; as the first of the table's after Holm's correction it has to be larger, at most "
-            f"{max(corrected):.3f}"
+        most = max(corrected)
+        text += "; as the first of the table's after Holm's correction it has to be larger, " + (
+            f"at most {most:.3f}" if most < 1 else "and in some rows no difference could be"
         )
     if coarse:
         text += f". One of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"

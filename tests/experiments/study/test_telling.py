@@ -47,6 +47,12 @@ def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
     assert "has to be larger, at most 0.083" in text
 
 
+def test_what_no_difference_could_show_is_said():
+    many = group(2)
+    many["differences"]["a - b"]["auc"]["seeds_error"] = 0.1
+    assert "and in some rows no difference could be." in telling.could_tell({"data": many}, "a - b")
+
+
 def test_what_does_not_differ_at_all_could_not_be_seen():
     same = {"data": group(2, None, [0, 1])}
     assert telling.could_tell(same, "a - b") == "Nothing with two seeds differs at all, so far."
