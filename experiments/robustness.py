@@ -12,7 +12,7 @@ from experiments.study.cells import Cell, Treatment
 from experiments.study.command import main
 from experiments.study.corruptions import SEVERITIES, corrupt
 from experiments.study.question import Kept, Question, told, where
-from experiments.study.runner import Places, plan_of, weights_of
+from experiments.study.stages import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, detectable, draw_counts, holm
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays

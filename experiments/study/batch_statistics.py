@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.study.cells import Cell
 from experiments.study.question import Kept
-from experiments.study.runner import Places, best_state, plan_of
+from experiments.study.stages import Places, best_state, plan_of
 from experiments.study.statistics import over_trainings
 from experiments.study.telling import difference
 from inmerge_jax.data import Split, eval_batches
@@ -77,7 +77,7 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
     """One cell's entry of `measure`.
 
     Raises:
-      InputError: see `runner.best_state`.
+      InputError: see `stages.best_state`.
     """
     setup, stage, state = best_state(cell, places)
     state = stage.evaluated(state)

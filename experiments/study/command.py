@@ -80,13 +80,13 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
 def _run(question: Question, config: StudyConfig) -> int:
     import jax
 
-    from experiments.study import estimate, runner, store
+    from experiments.study import estimate, runner, stages, store
     from inmerge_jax.training.programs import keep_programs
     from inmerge_jax.training.stopping import Stopped, StopSignals
 
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
     devices = jax.local_device_count() if shared else 1
-    places = runner.Places(config.data_dir, config.output, config.results, devices)
+    places = stages.Places(config.data_dir, config.output, config.results, devices)
     cells = chosen(question, config)
 
     def is_kept(cell: Cell) -> bool:

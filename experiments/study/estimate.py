@@ -12,7 +12,8 @@ from rich.table import Table
 from experiments.study import datasets, store
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Question
-from experiments.study.runner import Places, finished, images_of
+from experiments.study.runner import finished
+from experiments.study.stages import Places, images_of
 from experiments.study.statistics import smallest_detectable
 from experiments.study.telling import NEEDED
 from inmerge_jax.errors import InputError

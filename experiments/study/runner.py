@@ -9,89 +9,34 @@ The stages are those of `python -m experiments.train`: `training.loop.train_stag
 """
 
 import dataclasses
-import functools
 import gc
 import json
-import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from experiments.study import datasets
 from experiments.study.cells import Cell, with_backbones
-from experiments.study.treatments import (
-    average_weights,
-    averaged,
-    make_treatment,
-    numbers,
-    selection,
+from experiments.study.lockstep import Lockstep, Seat
+from experiments.study.stages import (
+    Places,
+    first_stage,
+    images_of,
+    joint_steps,
+    plan_of,
+    second_stage,
 )
-from inmerge_jax.data import Split, steps_per_epoch
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.arms import (
-    Plan,
-    best_weights,
-    initial_weights,
-    make_setup,
-    plan_run,
-    step_options,
-)
-from inmerge_jax.training.checkpoints import restore_checkpoint
-from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
-from inmerge_jax.training.evaluation import evaluate
+from inmerge_jax.training.arms import best_weights, initial_weights, make_setup
 from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.runfolder import environment
-from inmerge_jax.training.stage import Setup, Stage, same
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step
 from inmerge_jax.training.stopping import never
-
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adam": {"optimizer": "adam"},
-    "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
-}
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where things are.
-
-    Attributes:
-      data: folder that holds medmnist/ and nih/.
-      output: folder of the cells.
-      results: folder of what is kept of them, and of the answers.
-      devices: that share every batch, or fewer where they cannot share it evenly.
-    """
-
-    data: Path
-    output: Path
-    results: Path = Path("experiments/results")
-    devices: int = 1
-
-    def cell(self, cell: Cell) -> Path:
-        """The folder of one cell."""
-        return self.output / "cells" / cell.hash
-
-    @property
-    def kept(self) -> Path:
-        """The folder of kept cells."""
-        return self.results / "cells"
-
-    @property
-    def built(self) -> Path:
-        """The folder of data that are made from others."""
-        return self.output / "data"
 
 
 def run_cells(
@@ -165,7 +110,7 @@ def run_cell(
     places: Places,
     progress: ProgressLine,
     should_stop: Callable[[], bool] = never,
-    device: jax.Device | None = None,
+    seat: Seat | None = None,
 ) -> dict[str, Any]:
     """Trains one cell, or the rest of it, from its finished backbone; returns its result.
 
@@ -174,14 +119,14 @@ def run_cell(
       places: of data and cells.
       progress: the grid's line.
       should_stop: see `stage.Setup`.
-      device: to train on; the first local one by default.
+      seat: the device to train on, beside other cells; by default those of the plan.
     """
     plan = plan_of(cell, places)
-    if device is not None:
-        plan = dataclasses.replace(plan, devices=(device,))
+    if seat is not None:
+        plan = dataclasses.replace(plan, devices=(seat.device,))
     setup = make_setup(plan, should_stop)
     params, batch_stats = initial_weights(plan, cell.backbone.seed)
-    stage = first = _first_stage(cell, plan, setup, places)
+    stage = first = first_stage(cell, plan, setup, places)
     if not cell.is_backbone:
         best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
@@ -191,6 +136,9 @@ def run_cell(
             )
         params, batch_stats, _ = best
         setup, stage = second_stage(cell, plan, setup, places)
+    if seat is not None:
+        setup = dataclasses.replace(setup, eval_step=seat.step("eval", setup.eval_step))
+        stage = dataclasses.replace(stage, train_step=seat.step("train", stage.train_step))
     _begin(cell, stage.folder)
     return train_stage(setup, stage, params, batch_stats, progress)
 
@@ -217,8 +165,9 @@ def run_together(
 ) -> list[tuple[Cell, NonFiniteLossError]]:
     """Trains several cells at the same time, each on a device of its own.
 
-    A thread for each runs the same loop as ever; the devices work while the threads wait. So a cell
-    comes out bit for bit as it would alone, and is checkpointed and resumed alike.
+    A thread for each runs the same loop as ever, and their steps are one `jax.pmap` over the cells,
+    see `lockstep`. A cell comes out bit for bit as it would alone, and is checkpointed and resumed
+    alike.
 
     Returns:
       The cells that diverged, each with its error.
@@ -232,16 +181,15 @@ def run_together(
         except NonFiniteLossError as error:
             return [(cells[0], error)]
         return []
-    plan_of(cells[0], places)
+    lockstep = Lockstep(jax.local_devices()[: len(cells)], joint_steps(cells, places))
 
-    def run(cell: Cell, device: jax.Device) -> None:
-        with jax.default_device(device):
-            run_cell(cell, places, progress, should_stop, device)
+    def run(cell: Cell, seat: Seat) -> None:
+        with seat, jax.default_device(seat.device):
+            run_cell(cell, places, progress, should_stop, seat)
 
     with ThreadPoolExecutor(len(cells)) as pool:
         futures = [
-            pool.submit(run, cell, device)
-            for cell, device in zip(cells, jax.local_devices(), strict=False)
+            pool.submit(run, cell, seat) for cell, seat in zip(cells, lockstep.seats, strict=True)
         ]
     errors = [future.exception() for future in futures]  # Every thread has ended by now.
     for error in errors:
@@ -254,124 +202,9 @@ def run_together(
     ]
 
 
-def best_state(cell: Cell, places: Places) -> tuple[Setup, Stage, TrainState]:
-    """The state in a finished cell's best checkpoint, in NumPy arrays, and what it belongs to.
-
-    Raises:
-      InputError: the checkpoint is gone or damaged.
-    """
-    plan = plan_of(cell, places)
-    setup = make_setup(plan)
-    params, batch_stats = initial_weights(plan, cell.backbone.seed)
-    stage = _first_stage(cell, plan, setup, places)
-    if not cell.is_backbone:
-        setup, stage = second_stage(cell, plan, setup, places)
-    result = read_result(stage.folder)
-    assert result is not None, cell
-    state = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
-    state, _ = restore_checkpoint(stage.checkpoints / str(result["best_epoch"]), state)
-    return setup, stage, state
-
-
-def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]:
-    """The network of a finished cell's best checkpoint: from uint8 images to scores.
-
-    Raises:
-      InputError: see `best_state`.
-    """
-    setup, stage, state = best_state(cell, places)
-    state = replicate(stage.evaluated(state), setup.devices)
-    labels = setup.dataset.test.labels
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        return evaluate(setup, state, Split(images, labels))[0]
-
-    return predict
-
-
-def _first_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> Stage:
-    return Stage(
-        arm="backbone",
-        seed=cell.backbone.seed,
-        number=0,
-        folder=places.cell(cell.first()),
-        epochs=cell.backbone.epochs,
-        learning_rate=cell.backbone.rate,
-        train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **step_options(plan)),
-    )
-
-
-def second_stage(cell: Cell, plan: Plan, setup: Setup, places: Places) -> tuple[Setup, Stage]:
-    """The second stage of a cell; its optimizer and recipe may differ from the backbone's."""
-    treatment, recipe = cell.treatment, plan.recipe
-    steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
-    if treatment.kind == "decay":
-        recipe = dataclasses.replace(recipe, weight_decay=treatment.decay)
-    last = [average_weights(treatment.decay)] if treatment.kind == "ema" else []
-    setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe, *last))
-    deep = ()
-    given: dict[str, Any] = {}
-    if treatment.kind not in ("none", "ema", "decay"):
-        deep = selection(treatment, plan.kernels)
-        given["treatment"] = make_treatment(treatment.kind, deep)
-        given["numbers"] = numbers(treatment, steps)
-        given["kernels"] = deep
-    step = make_train_step(plan.model, setup.optimizer, recipe, **given, **step_options(plan))
-    stage = Stage(
-        arm=re.sub("[@./]", "_", cell.arm),  # It goes into the name of the score files.
-        seed=cell.backbone.seed,
-        number=1,
-        folder=places.cell(cell),
-        epochs=cell.epochs,
-        learning_rate=cell.learning_rate,
-        train_step=step,
-        deep=deep,
-        evaluated=averaged if treatment.kind == "ema" else same,
-    )
-    return setup, stage
-
-
-def plan_of(cell: Cell, places: Places) -> Plan:
-    """The checked plan of a cell's backbone; the same object for all cells that share it."""
-    return _plan(dataclasses.replace(cell.backbone, seed=0), places)
-
-
-@functools.lru_cache(maxsize=2)
-def _plan(backbone: Any, places: Places) -> Plan:
-    options = OPTIMIZERS[backbone.optimizer]
-    config = TrainConfig(
-        data=datasets.config_of(backbone.data, places.data, places.built),
-        model=ModelConfig(name=backbone.model, stem=backbone.stem, width=backbone.width),
-        recipe=RecipeConfig(
-            name="medmnist",
-            epochs=backbone.epochs,
-            learning_rate=backbone.rate,
-            batch_size=batch_size(backbone.data),
-            **options,
-        ),
-        rule=RuleConfig(skip=0),
-        output=places.output,
-        devices=math.gcd(batch_size(backbone.data), places.devices),
-        workers=0,
-    )
-    return plan_run(config)
-
-
-def batch_size(data: str) -> int:
-    """The benchmark's 128; less for the little data set of tests."""
-    return min(128, datasets.SOURCES[data].images[0] // 4)
-
-
 def finished(cell: Cell, places: Places) -> bool:
     """Whether the cell's folder holds its result."""
     return (places.cell(cell) / "result.json").exists()
-
-
-def images_of(cell: Cell) -> int:
-    """Images that the network is shown in a cell's training."""
-    epochs = cell.epochs or cell.backbone.epochs
-    size = batch_size(cell.backbone.data)
-    return steps_per_epoch(datasets.SOURCES[cell.backbone.data].images[0], size) * size * epochs
 
 
 def _begin(cell: Cell, folder: Path) -> None:

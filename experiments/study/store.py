@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.study import datasets
 from experiments.study.cells import Cell
-from experiments.study.runner import Places, plan_of
+from experiments.study.stages import Places, plan_of
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_text
 from inmerge_jax.training.scores import read_scores

@@ -65,6 +65,7 @@ def make_train_step(
     steps_per_call: int = 1,
     accumulate: int = 1,
     positive_weights: Any = None,
+    apart: bool = False,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
 
@@ -85,11 +86,14 @@ def make_train_step(
         one after the other. The parts of the same number on all devices are one batch for batch
         normalisation, whose running statistics then move that often in an update.
       positive_weights: float32 (labels,), see `example_losses`.
+      apart: every device trains a network of its own, by a key of its own; `model` is made without
+        an axis. Nothing is averaged over the devices.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
-      axis of devices; `root` is one key for all, so that all replicas merge the same kernels.
-      `state` is donated; `totals` is not, so that the host may read an earlier step's.
+      axis of devices; `root` is one key for all, so that all replicas merge the same kernels, and
+      has that axis, too, where they are `apart`. `state` is donated; `totals` is not, so that the
+      host may read an earlier step's.
     """
 
     def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
@@ -146,7 +150,8 @@ def make_train_step(
             loss, batch_stats, grads = gradient(params, state.batch_stats, batch, key)
         else:
             loss, batch_stats, grads = accumulated(params, state.batch_stats, batch, key)
-        loss, grads = lax.pmean((loss, grads), AXIS)
+        if not apart:
+            loss, grads = lax.pmean((loss, grads), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
 
@@ -163,7 +168,7 @@ def make_train_step(
         return carry
 
     body = step if steps_per_call == 1 else steps
-    axes = (0, 0, 0, None) if numbers is None else (0, 0, 0, None, None)
+    axes = (0, 0, 0, 0 if apart else None, *([] if numbers is None else [None]))
     mapped = jax.pmap(body, axis_name=AXIS, in_axes=axes, devices=devices, donate_argnums=0)
     if numbers is None:
         return mapped

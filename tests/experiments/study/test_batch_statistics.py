@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import batch_statistics, runner
+from experiments.study import batch_statistics, runner, stages
 from experiments.study.cells import Backbone, Cell
 from inmerge_jax.data import Split
 from inmerge_jax.models.layers import BatchNorm
@@ -45,7 +45,7 @@ def test_they_are_the_mean_of_the_full_batches_own():
 @pytest.mark.long
 def test_it_is_measured_once_for_each_cell_and_kept(tmp_path, capsys):
     cell = Cell(Backbone("phantom", "vgg11_bn", 0, 1, 0.1))
-    places = runner.Places(tmp_path, tmp_path / "runs", tmp_path / "results")
+    places = stages.Places(tmp_path, tmp_path / "runs", tmp_path / "results")
     runner.run_cells([cell], places)
     assert not batch_statistics.measured(cell, places)
     batch_statistics.measure([cell], places)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.study import command, runner, store
+from experiments.study import command, runner, stages, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Kept, Question, add_holm
 from inmerge_jax.errors import InputError
@@ -35,12 +35,12 @@ def run(cells, places, **rest):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    places = runner.Places(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("study"))
+    places = stages.Places(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("study"))
     return places, run(CELLS, places)
 
 
 def weights(places, cell):
-    _, _, state = runner.best_state(cell, places)
+    _, _, state = stages.best_state(cell, places)
     return [leaf.tobytes() for leaf in jax.tree.leaves(state)]
 
 
@@ -66,7 +66,7 @@ def test_a_kept_cell_is_not_trained_again_and_a_missing_backbone_is(trained, tmp
     kept = tmp_path / "cells"
     for cell in CELLS[:2]:
         store.keep(cell, dataclasses.replace(places, results=kept.parent))
-    elsewhere = runner.Places(places.data, tmp_path / "study")
+    elsewhere = stages.Places(places.data, tmp_path / "study")
 
     def is_kept(cell):
         return store.read(cell, kept) is not None
@@ -86,7 +86,7 @@ def test_a_kept_cell_is_not_trained_again_and_a_missing_backbone_is(trained, tmp
 
 def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     places, _ = trained
-    elsewhere = runner.Places(places.data, tmp_path)
+    elsewhere = stages.Places(places.data, tmp_path)
     shutil.copytree(places.cell(CELLS[0]), elsewhere.cell(CELLS[0]))
     calls = iter(range(10**6))
     with pytest.raises(Stopped):
@@ -100,7 +100,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
 
 
 def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
-    places = runner.Places(trained[0].data, tmp_path)
+    places = stages.Places(trained[0].data, tmp_path)
     wild = dataclasses.replace(START, learning_rate=3e38)
     cells = [Cell(wild), Cell(wild, "finetune", 1), Cell(START)]
     (message,) = runner.run_cells(cells, places)
@@ -109,7 +109,7 @@ def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
 
 
 def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
-    places = runner.Places(trained[0].data, tmp_path)
+    places = stages.Places(trained[0].data, tmp_path)
     assert run(CELLS[:1], places, until=0) == {}
 
 
@@ -120,7 +120,7 @@ def maps():
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts Linux's maps of memory")
 def test_a_long_grid_does_not_use_up_the_maps_of_a_process(trained, tmp_path):
-    places = runner.Places(trained[0].data, tmp_path)
+    places = stages.Places(trained[0].data, tmp_path)
     counts = []
     for seed in range(4):
         run([Cell(dataclasses.replace(START, seed=seed))], places)
@@ -131,9 +131,9 @@ def test_a_long_grid_does_not_use_up_the_maps_of_a_process(trained, tmp_path):
 def test_devices_share_batches_evenly(trained):
     places, _ = trained
     many = dataclasses.replace(places, devices=8)
-    assert len(runner.plan_of(CELLS[0], many).devices) == 8
-    assert len(runner.plan_of(CELLS[0], dataclasses.replace(places, devices=5)).devices) == 1
-    assert len(runner.plan_of(CELLS[0], places).devices) == 1
+    assert len(stages.plan_of(CELLS[0], many).devices) == 8
+    assert len(stages.plan_of(CELLS[0], dataclasses.replace(places, devices=5)).devices) == 1
+    assert len(stages.plan_of(CELLS[0], places).devices) == 1
 
 
 def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch, tmp_path):
@@ -145,10 +145,10 @@ def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch,
             raise errors[cell.backbone.seed]
 
     monkeypatch.setattr(runner, "run_cell", train)
-    monkeypatch.setattr(runner, "plan_of", lambda *_: None)
+    monkeypatch.setattr(runner, "joint_steps", lambda *_: {})
 
     def together(cells):
-        return runner.run_together(cells, runner.Places(tmp_path, tmp_path), None)
+        return runner.run_together(cells, stages.Places(tmp_path, tmp_path), None)
 
     assert together(cells) == [(cells[1], errors[1])] == together(cells[1:2])
     assert together(cells[:1]) == []
@@ -157,24 +157,56 @@ def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch,
         together(cells)
 
 
+@pytest.fixture
+def lockstep(monkeypatch):
+    """The meeting places that the cells got."""
+    made = []
+
+    class Kept(runner.Lockstep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(runner, "Lockstep", Kept)
+    return made
+
+
 @pytest.mark.long
-def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path):
+def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path, lockstep):
     places, _ = trained
-    elsewhere = runner.Places(places.data, tmp_path)
-    seeds = [Cell(dataclasses.replace(START, seed=seed)) for seed in (0, 1, 2)]
-    assert len(runner.abreast(seeds)) == min(3, jax.local_device_count())
-    more = [Cell(cell.backbone, "finetune", 1) for cell in seeds]
-    assert runner.abreast([more[0], seeds[1], more[1]]) == more[:1]
-    run(seeds, elsewhere, parallel=True)
-    assert weights(places, seeds[0]) == weights(elsewhere, seeds[0])
-    different = [weights(elsewhere, cell) for cell in seeds]
-    assert different[0] != different[1] != different[2]
-    single = runner.Places(places.data, tmp_path / "single")
-    run(seeds[1:2], single)
-    assert (
-        runner.read_result(single.cell(seeds[1]))["test"]
-        == runner.read_result(elsewhere.cell(seeds[1]))["test"]
-    )
+    elsewhere = stages.Places(places.data, tmp_path)
+    arms = [c for c in CELLS if c.arm in ("backbone", "in.merge")]
+    seeds = [
+        [dataclasses.replace(c, backbone=dataclasses.replace(START, seed=seed)) for c in arms]
+        for seed in (0, 1, 2)
+    ]
+    backbones = [arms[0] for arms in seeds]
+    assert runner.abreast(backbones) == backbones
+    assert runner.abreast([seeds[0][1], seeds[1][0], seeds[1][1]]) == [seeds[0][1]]
+    run([cell for arms in seeds for cell in arms], elsewhere, parallel=True)
+    # Batches of 24: two epochs of 96 images, three evaluations of 64, one of 96, and nothing alone.
+    assert [one.joint for one in lockstep] == [2 * 4 + 3 * 3 + 4] * 2
+    for number, cell in enumerate(arms):
+        assert weights(places, cell) == weights(elsewhere, cell)
+        different = [weights(elsewhere, arms[number]) for arms in seeds]
+        assert different[0] != different[1] != different[2] != different[0]
+    single = stages.Places(places.data, tmp_path / "single")
+    run(seeds[1], single)
+    for cell in seeds[1]:
+        assert weights(single, cell) == weights(elsewhere, cell)
+        assert runner.read_result(single.cell(cell)) | {"seconds": 0} == (
+            runner.read_result(elsewhere.cell(cell)) | {"seconds": 0}
+        )
+
+    # One that was stopped before is a few steps ahead, so some of its steps are its own.
+    resumed = stages.Places(places.data, tmp_path / "resumed")
+    calls = iter(range(10**6))
+    with pytest.raises(Stopped):
+        run(backbones[1:2], resumed, should_stop=lambda: next(calls) > 5)
+    run(backbones, resumed, parallel=True)
+    assert 0 < lockstep[-1].joint < lockstep[0].joint
+    for cell in backbones:
+        assert weights(resumed, cell) == weights(elsewhere, cell)
 
 
 def test_a_comparison_of_kept_cells(trained, tmp_path):
@@ -246,8 +278,8 @@ def test_networks_with_the_same_scores_are_known_and_have_no_p(trained, tmp_path
 def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
     places, results = trained
     for cell in (CELLS[2], CELLS[3]):
-        dataset = runner.plan_of(cell, places).dataset
-        scores = runner.weights_of(cell, places)(dataset.test.images)
+        dataset = stages.plan_of(cell, places).dataset
+        scores = stages.weights_of(cell, places)(dataset.test.images)
         right = (scores.argmax(1) == dataset.test.labels).mean()
         assert right == pytest.approx(results[cell.arm]["test"]["acc"])
 
