@@ -16,6 +16,8 @@ TRAINING = (
     "--width 0.1 --skip 8 --batch-size 16 --epochs 3 --merging-epochs 3 --arms inmerge --devices 1 "
     "--recipe released --learning-rate 0.01 --threshold 0.1 --seeds 7"
 ).split()
+LONGER = ("--epochs", "12", "--merging-epochs", "12")
+"""For kills at random moments, so that most of them come after an arm's first epoch."""
 TIMINGS = {"seconds", "images_per_second", "environment"}
 """What results and metrics say that may differ between equal runs."""
 
@@ -41,9 +43,9 @@ class Job:
     evidence: Callable[[Path], dict[str, Any]]
 
 
-def training(output: Path, cache: Path) -> Job:
+def training(output: Path, cache: Path, *more: str) -> Job:
     """A training command of two arms on the phantom, a few seconds without its start."""
-    options = (*TRAINING, "--output", str(output), "--cache", str(cache))
+    options = (*TRAINING, *more, "--output", str(output), "--cache", str(cache))
     return Job("experiments.train", options, output, ("--resume",), "table.md", run_evidence)
 
 

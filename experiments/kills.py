@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.kill_jobs import TRAINING, Job, building, training, write_radiographs
+from experiments.kill_jobs import LONGER, TRAINING, Job, building, training, write_radiographs
 from experiments.timing import machine
 from inmerge_jax.files import write_json
 from inmerge_jax.training.checkpoints import TEMPORARY
@@ -167,6 +167,7 @@ def kill_and_resume(
         moment, later = 0.8 * moment, 0.8 * later  # It, or the checkpoint, ended before that.
         shutil.rmtree(job.output)
     there = {path.name for path in job.output.glob("*")}
+    backbone = any(job.output.glob("seed*/backbone/result.json"))
     resumed_from = "nothing was left to do"
     if job.finished not in there:
         said = run(job, *(job.resume if {"config.json", "environment.json"} <= there else ()))
@@ -177,7 +178,8 @@ def kill_and_resume(
             found = ["the results"]
         elif "no image was reduced now" in said:
             found = ["the reduced images"]
-        resumed_from = "; ".join(found) or "the beginning"
+        start = "the finished backbone" if backbone else "the beginning"
+        resumed_from = "; ".join(found) or start
     row = {"command": job.module, **dataclasses.asdict(killed), "resumed_from": resumed_from}
     evidence = job.evidence(job.output)
     row["differences"] = sorted(
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not 1 <= config.rows <= len(ROWS):
         print(f"error: --rows {config.rows}: choose 1 to {len(ROWS)}", file=sys.stderr)
         return 2
-    own = {"seed": config.seed, "training": shlex.join(TRAINING)}
+    own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
     stored = read(config.output) if config.output.exists() else own
     for name, value in own.items():
         if stored.get(name) != value:
@@ -297,7 +299,7 @@ def markdown(stored: dict[str, Any]) -> str:
 
 def _job(name: str, place: Path, output: str) -> Job:
     if name == "training":
-        return training(place / output, place / "cache")
+        return training(place / output, place / "cache", *LONGER)
     images = place / "radiographs"
     return building(place / output, images if images.exists() else write_radiographs(images))
 
