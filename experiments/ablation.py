@@ -9,6 +9,7 @@ from experiments.study.cells import Treatment
 from experiments.study.command import main
 from experiments.study.pooling import alone, pool, pooled_table, verdict
 from experiments.study.question import Kept, Question, compare_groups, minus, told, where
+from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.tables import Table
 
@@ -82,7 +83,8 @@ def came_out(found: dict[str, Any]) -> str:
     parts.append(
         f"Each setting minus the rule with nothing changed: {verdict(changes, 'the rule')}"
     )
-    return ". ".join(parts) + f" {alone(changes)}"
+    about = shared.around(found["groups"], "rule", "threshold 0.3")
+    return about + ". ".join(parts) + f" {alone(changes)}"
 
 
 def sure(found: dict[str, Any]) -> str:
@@ -135,12 +137,25 @@ def figures(found: dict[str, Any]) -> list[Plot]:
         caption = (
             "Lines and bands: test AUC minus finetune's, mean over seeds and 95% bootstrap "
             "interval; dotted: share of the kernels that merge at an update. The dashed line "
-            "marks the rule that the others change."
+            "marks the rule that the others change; the values stand at equal distances. "
+            + " ".join(_to_see(name, points, labels) for name, points in series.items() if points)
         )
         drawn.append(
             telling.sweep_plot(f"Effect of {field}", UNITS[field], series, caption, own, labels)
         )
     return drawn
+
+
+def _to_see(name: str, points: list[tuple[Any, Any, Any]], labels: dict[Any, str]) -> str:
+    """Where a data set's line is highest and lowest, and where its band leaves out zero."""
+    ordered = sorted(points, key=lambda point: point[1]["mean"])
+    low, high = (
+        f"{wording.signed(row['mean'])} at {labels[v]}" for v, row, _ in (ordered[0], ordered[-1])
+    )
+    apart = [labels[value] for value, row, _ in points if not row["low"] <= 0 <= row["high"]]
+    return (
+        f"{name}: lowest {low}, highest {high}; bands without zero: {', '.join(apart) or 'none'}."
+    )
 
 
 QUESTION = Question(
@@ -149,7 +164,9 @@ QUESTION = Question(
     title="Which of the rule's numbers matter?",
     asked=(
         "How do alpha, the threshold, the probability, the layers left alone, the partner and how "
-        "often merging happens change test AUC, each on its own?"
+        "often merging happens change test AUC, each on its own, around the paper's rule with a "
+        f"threshold of {shared.WORKING.threshold:g}, since with its {shared.PAPER.threshold:g} few "
+        "kernels merge?"
     ),
     cells=shared.second_stages(ARMS),
     analyse=analyse,

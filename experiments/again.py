@@ -45,7 +45,7 @@ class AgainConfig:
     data_dir: Path = Path("../shared/data")
     seed: int = 0
     count: int = 2
-    limit: float = 240
+    limit: float = 200
     output: Path = RESULTS / "again.json"
     work: Path = Path("runs/repeated")
 
@@ -100,15 +100,17 @@ def compared(cell: Cell, places: Places) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Does what is missing; 0 where all is the same, 1 where not, 2 on bad input."""
     config = tyro.cli(AgainConfig, prog="python -m experiments.again", args=arguments)
-    fresh: dict[str, Any] = {"seed": config.seed, "count": config.count, "rows": []}
+    drawing = {name: getattr(config, name) for name in ("seed", "count", "limit")}
+    fresh: dict[str, Any] = {**drawing, "rows": []}
     stored = json.loads(config.output.read_bytes()) if config.output.exists() else fresh
-    if (stored["seed"], stored["count"]) != (config.seed, config.count):
-        print(
-            f"error: {config.output} has cells of --seed {stored['seed']} --count "
-            f"{stored['count']}; delete it, or choose another --output",
-            file=sys.stderr,
-        )
-        return 2
+    for name, value in drawing.items():
+        if stored[name] != value:
+            print(
+                f"error: {config.output} has cells of --{name} {stored[name]}, not {value}; delete "
+                "it, or choose another --output",
+                file=sys.stderr,
+            )
+            return 2
     try:
         for question in QUESTIONS:
             for cell in drawn(question, config):

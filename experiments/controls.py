@@ -67,7 +67,8 @@ def came_out(found: dict[str, Any]) -> str:
             f"control, p < 0.05 after Holm's correction) {', '.join(apart)}"
         )
     pooled = found["pooled"]
-    text = ". ".join(parts) + f". {verdict(pooled, 'finetune')} {alone(pooled)}"
+    about = shared.around(found["groups"], "merge")
+    text = about + ". ".join(parts) + f". {verdict(pooled, 'finetune')} {alone(pooled)}"
     row = batch_statistics.paired(_renewed(found), "merge").get("any partner")
     if row is not None:
         said = {
@@ -148,11 +149,25 @@ def figures(found: dict[str, Any]) -> list[Plot]:
         caption = (
             "Test AUC minus that of finetune. Dots: means over seeds; bars: 95% bootstrap "
             "intervals over seeds and test images. If similarity matters, merge lies to the right "
-            "of any, least similar, noise and perturb."
+            f"of any, least similar, noise and perturb: {_to_see(group)}"
         )
         title, unit = f"Merging and its controls: {name}", "difference in test AUC"
         drawn.append(telling.interval_plot(title, {name: rows}, unit, caption))
     return drawn
+
+
+def _to_see(group: Mapping[str, Any]) -> str:
+    """Which controls merging is distinguished from, and what is left with other statistics."""
+    apart = [control for control, row in _from_controls(group).items() if told(row["auc"])]
+    text = f"it is distinguished from {', '.join(apart) or 'none of them'} after Holm's correction"
+    renewed = group["batch_statistics"]
+    if "merge" in renewed and "any partner" in renewed:
+        merge, other = (renewed[arm]["renewed"]["auc"] for arm in ("merge", "any partner"))
+        text += (
+            ", and with batch statistics averaged anew, on validation images, it has an AUC of "
+            f"{merge:.3f} beside {other:.3f} with any partner"
+        )
+    return f"{text}."
 
 
 QUESTION = Question(
@@ -161,7 +176,9 @@ QUESTION = Question(
     title="Is it similarity that matters?",
     asked=(
         "Does mixing a kernel with its most similar one do anything that mixing it with another, "
-        "noise of the same size, weight averaging or more weight decay does not?"
+        "noise of the same size, weight averaging or more weight decay does not? With a threshold "
+        f"of {shared.WORKING.threshold:g}, since with the paper's {shared.PAPER.threshold:g} few "
+        "kernels merge."
     ),
     cells=shared.second_stages(ARMS),
     analyse=analyse,

@@ -25,6 +25,8 @@ from inmerge_jax.training.runfolder import environment
 
 ARMS = ("backbone", "finetune", "inmerge")
 QUARTILES = (0.25, 0.5, 0.75)
+EPOCH = 10_000
+"""Images of the epoch that a table's column is for."""
 MODELS = ("vgg16", "vgg19", "resnet18", "resnet50", "densenet121")
 
 
@@ -173,24 +175,29 @@ def ratio(row: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
 
 def came_out(found: dict[str, Any]) -> str:
     """Ratio of the step times, memory and compilation."""
-    parts = []
-    for model, row in found["models"].items():
-        merge, plain, same = row["inmerge"], row["finetune"], row["backbone"]
-        memory = (merge["peak_bytes"] - plain["peak_bytes"]) / 2**20
-        more = merge["compile"] - plain["compile"]
-        noise = abs(same["peak_bytes"] - plain["peak_bytes"]) / 2**20
-        times, no_effect = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(*ratio(row, arm)) for arm in ("inmerge", "backbone")
-        )
-        parts.append(
-            f"{model} {times} times as long an update (noise {no_effect}), {memory:+.0f} MiB "
-            f"(noise {noise:.0f}), {more:+.1f} s to compile (noise "
-            f"{abs(same['compile'] - plain['compile']):.1f})"
-        )
-    return (
-        "Merging against finetune (noise: what backbone differs from finetune by, of the same "
-        f"program): {'; '.join(parts)}. A trained network is the same at inference."
+    rows = found["models"]
+    if not rows:
+        return "Nothing is measured yet."
+    times = {model: ratio(row, "inmerge") for model, row in rows.items()}
+    slower = [f"{m} {_between(times[m])}" for m, (_, low, _) in times.items() if low > 1]
+    middles = [middle for middle, _, _ in times.values()]
+    noise = [_between(ratio(row, "backbone")) for row in rows.values()]
+    memory, compiled = (
+        [(row[arm][what] - row["finetune"][what]) / unit for row in rows.values()]
+        for arm, what, unit in (("inmerge", "peak_bytes", 2**20), ("inmerge", "compile", 1))
     )
+    return (
+        f"With merging an update takes {min(middles):.3f} to {max(middles):.3f} times as long as "
+        f"finetune's, by network; longer by its 95% interval: {'; '.join(slower) or 'none'} "
+        f"(backbone, the same program as finetune: {'; '.join(noise)}). Training takes "
+        f"{min(memory):,.0f} to {max(memory):,.0f} MiB more memory and compiling "
+        f"{min(compiled):.1f} to {max(compiled):.1f} s more. A trained network is the same at "
+        "inference."
+    )
+
+
+def _between(found: tuple[float, float, float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*found)
 
 
 def sure(found: dict[str, Any]) -> str:
@@ -202,7 +209,8 @@ def sure(found: dict[str, Any]) -> str:
         f"({min(turns)} to {max(turns)} of each), so that the machine's drift does not count, with "
         "its 95% interval. Memory, compiling included, and compilation: medians of processes for "
         f"each arm ({config['rounds']}). Width {config['width']:g}, batch "
-        f"{config['batch_size']}, 28 px, every selected kernel merging. backbone and finetune run "
+        f"{config['batch_size']}, 28 px, every selected kernel merging; {len(turns)} of the "
+        f"{len(model_names())} networks here. backbone and finetune run "
         "the same program, so what differs between them is noise."
     )
 
@@ -215,19 +223,21 @@ def tables(found: dict[str, Any]) -> list[Table]:
             one = row[arm]
             low, middle, high = np.quantile(row["time"]["updates"][arm], QUARTILES)
             update = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-            times = "" if arm == "finetune" else "{:.3f} [{:.3f}, {:.3f}]".format(*ratio(row, arm))
+            times = "" if arm == "finetune" else _between(ratio(row, arm))
+            epoch = middle * EPOCH / found["config"]["batch_size"]
             memory = f"{one['peak_bytes'] / 2**20:,.0f}"
-            rows.append((f"{model}: {arm}", update, times, memory, f"{one['compile']:.1f}"))
+            compiled = f"{one['compile']:.1f}"
+            rows.append((f"{model}: {arm}", update, f"{epoch:,.0f}", times, memory, compiled))
     columns = (
-        *("network: arm", "seconds an update [quartiles]", "of finetune [95% interval]"),
-        *("peak memory, MiB", "compile, s"),
+        *("network: arm", "seconds an update [quartiles]", f"an epoch of {EPOCH:,} images"),
+        *("of finetune [95% interval]", "peak memory, MiB", "compile, s"),
     )
     kinds = tuple("total" if row[0].endswith("backbone") else "arm" for row in rows)
     return [Table("What the arms cost", columns, tuple(rows), kinds)]
 
 
 def figures(found: dict[str, Any]) -> list[Plot]:
-    """Seconds an epoch of the arms."""
+    """Seconds an update of the arms."""
 
     def draw(axes: Any) -> None:
         for index, arm in enumerate(ARMS):
@@ -250,9 +260,21 @@ def figures(found: dict[str, Any]) -> list[Plot]:
 
     caption = (
         "Bars: medians; lines: quartiles of the updates. backbone and finetune are the same "
-        "program, so what differs between them is noise."
+        "program, so what differs between them is noise; what inmerge's bar has beyond theirs is "
+        f"what merging costs: {_to_see(found)}."
     )
     return [make_plot(draw, caption, "Seconds an update, by network and arm")]
+
+
+def _to_see(found: dict[str, Any]) -> str:
+    """Which networks' intervals leave out no cost at all."""
+    slower = [name for name, row in found["models"].items() if ratio(row, "inmerge")[1] > 1]
+    return (
+        f"more than none for {', '.join(slower)}, and for the others the interval of the ratio "
+        "includes 1"
+        if slower
+        else "for every network the interval of the ratio includes 1"
+    )
 
 
 QUESTION = Question(

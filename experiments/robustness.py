@@ -281,9 +281,16 @@ def sure(found: dict[str, Any]) -> str:
     seen = "; ".join(
         f"{words} {min(some):.3f} to {max(some):.3f}" for words, some in sizes.items() if some
     )
+    missed = [words for words, some in sizes.items() if some and max(some) > telling.NEEDED]
+    so = (
+        f" So one of {telling.NEEDED:g} may well have been missed in {', '.join(missed)}."
+        if missed
+        else ""
+    )
     return (
         f"{said}; intervals over seeds and test images together. Distinguished from zero about "
-        f"four times out of five, as the only comparison, would be a difference in {seen}.{alone}"
+        f"four times out of five, as the only comparison, would be a difference in {seen}.{so}"
+        f"{alone}"
     )
 
 

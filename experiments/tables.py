@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments import again, fidelity, kills, scaling, soak, tpu_check
 from experiments import chestxray14_input as chestxray14_rates
-from experiments import fidelity, kills, scaling, soak, tpu_check
 from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.errors import InputError
@@ -100,6 +100,8 @@ SOURCES = {
     "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
     "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
     "main": pages.main_table,
+    "total": pages.total,
+    "again": lambda: again.markdown(json.loads((RESULTS / "again.json").read_bytes())),
     "cells": pages.cells,
     **{f"study {one.name}": functools.partial(pages.section, one) for one in QUESTIONS},
 }
@@ -109,8 +111,8 @@ PAGES = {
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),
-    "docs/results.md": tuple(f"study {one.name}" for one in QUESTIONS),
-    "docs/cells.md": ("cells",),
+    "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
+    "docs/cells.md": ("again", "cells"),
 }
 
 

@@ -1,7 +1,9 @@
 """docs/results.md, docs/cells.md and the figures, from what is stored."""
 
-from experiments.study import telling
+from experiments import medmnist
+from experiments.study import pooling, store, telling
 from experiments.study.all_questions import QUESTIONS, cell_rows
+from experiments.study.cells import with_backbones
 from experiments.study.question import Question
 from inmerge_jax.reporting.tables import markdown_table
 
@@ -18,18 +20,35 @@ def section(question: Question) -> str:
 
 
 def main_table() -> str:
-    """Question 1's differences from finetune, together and apart, and its arms, for the README."""
+    """Question 1's answer for the README: its arms and differences, and all trainings together."""
     question = QUESTIONS[0]
     stored = question.stored()
     if stored is None:
         return "Not answered yet.\n"
-    said = dict(telling.lines(question, stored))
-    arms, from_finetune, together, *_ = question.tables(stored["analysis"])
-    notes = "".join(f"- {note}\n" for note in telling.notes(question, stored))
-    parts = [said["What came out"], said["How sure"]]
-    parts += [markdown_table(each) for each in (together, from_finetune, arms)]
-    parts += [f"{notes}- Run: {said['What was run']}"]
+    said, found = dict(telling.lines(question, stored)), stored["analysis"]
+    together = pooling.pooled_table(found["pooled"], "finetune")
+    groups = found["groups"]
+    notes = (telling.never_merged(groups, medmnist.MERGING), telling.one_answer(groups))
+    parts = [said["What came out"]]
+    parts += [markdown_table(each) for each in (medmnist.main_table(found), together)]
+    said_last = (*notes, said["How sure"], f"Run: {said['What was run']}")
+    parts += ["\n".join(f"- {note}" for note in said_last if note)]
     return "\n\n".join(parts) + "\n"
+
+
+def total() -> str:
+    """How long all trainings took, each counted once."""
+    records = [
+        record
+        for cell in dict.fromkeys(c for one in QUESTIONS for c in with_backbones(one.cells))
+        if (record := store.read(cell)) is not None
+    ]
+    hours = sum(record["result"]["seconds"] for record in records) / 3600
+    more = sum((one.stored() or {}).get("seconds", 0) for one in QUESTIONS if not one.cells) / 3600
+    return (
+        f"In all, each counted once: {hours:.1f} h of training in {len(records)} cells, many of "
+        f"which belong to several questions, and {more:.1f} h of measuring cost.\n"
+    )
 
 
 def cells() -> str:

@@ -111,8 +111,8 @@ class Kept:
         has no kernels to merge), "shortcuts" (share of its merges in 1x1 shortcuts, and of its
         kernels that are theirs; None where it merged nothing), "same" (of every seed, the share of
         the test images that get the most frequent answer: with several labels an image, the same
-        set of them), "val" (validation AUC of every seed), "over" (the seeds) and "cells" (the
-        hashes).
+        set of them), "val" (validation AUC of every seed), "steps" (updates of each training),
+        "over" (the seeds) and "cells" (the hashes).
         """
         arms = self.by_arm()
         known = store.read_labels(self.cells[0].backbone.data, self.folder)
@@ -153,6 +153,7 @@ class Kept:
                 for arm, seeds in arms.items()
             },
             "val": {arm: [row["val"]["auc"] for row in rows] for arm, rows in results.items()},
+            "steps": {arm: rows[0]["steps"] for arm, rows in results.items()},
             "over": {arm: sorted(seeds) for arm, seeds in arms.items()},
             "cells": {arm: [seeds[s].hash for s in sorted(seeds)] for arm, seeds in arms.items()},
         }
@@ -207,15 +208,14 @@ def _most_frequent(scores: np.ndarray, task: str) -> float:
 def add_holm(groups: Iterable[Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
     """Writes Holm's correction of p beside it, over these pairs in all groups and both metrics.
 
-    A pair that is the same network twice in every seed does not count, nor does one of a single
-    training, whose p says nothing of another.
+    A pair counts with two seeds or more that are not the same network twice: one training's p says
+    nothing of another.
     """
     found = [
         rows[metric]
         for group in groups
         for name in (f"{first} - {second}" for first, second in pairs)
-        if (rows := group["differences"].get(name)) is not None
-        and len(group["identical"][name]) < len(rows["auc"]["seeds"]) > 1
+        if (rows := group["differences"].get(name)) is not None and differing(group, name) > 1
         for metric in statistics.METRICS
     ]
     corrected = statistics.holm([row["p"] for row in found])
@@ -258,6 +258,11 @@ def minus(group: Mapping[str, Any], against: str) -> dict[str, dict[str, Any]]:
     """What was found of each arm minus the arm `against`, by arm."""
     pairs = {tuple(pair.split(" - ")): rows for pair, rows in group["differences"].items()}
     return {first: rows for (first, second), rows in pairs.items() if second == against}
+
+
+def differing(group: Mapping[str, Any], pair: str) -> int:
+    """The number of seeds in which a pair's two networks are not the same one."""
+    return len(group["differences"][pair]["auc"]["seeds"]) - len(group["identical"][pair])
 
 
 def told(row: Mapping[str, Any]) -> bool:

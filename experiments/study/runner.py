@@ -124,6 +124,7 @@ def run_cell(
     plan = plan_of(cell, places)
     if seat is not None:
         plan = dataclasses.replace(plan, devices=(seat.device,))
+        should_stop = seat.should_stop
     setup = make_setup(plan, should_stop)
     params, batch_stats = initial_weights(plan, cell.backbone.seed)
     stage = first = first_stage(cell, plan, setup, places)
@@ -181,16 +182,22 @@ def run_together(
         except NonFiniteLossError as error:
             return [(cells[0], error)]
         return []
-    lockstep = Lockstep(jax.local_devices()[: len(cells)], joint_steps(cells, places))
+    devices = jax.local_devices()[: len(cells)]
+    lockstep = Lockstep(devices, joint_steps(cells, places), should_stop)
 
     def run(cell: Cell, seat: Seat) -> None:
         with seat, jax.default_device(seat.device):
-            run_cell(cell, places, progress, should_stop, seat)
+            run_cell(cell, places, progress, seat=seat)
 
     with ThreadPoolExecutor(len(cells)) as pool:
-        futures = [
-            pool.submit(run, cell, seat) for cell, seat in zip(cells, lockstep.seats, strict=True)
-        ]
+        futures = []
+        try:
+            for cell, seat in zip(cells, lockstep.seats, strict=True):
+                futures.append(pool.submit(run, cell, seat))
+        except BaseException:
+            for seat in lockstep.seats[len(futures) :]:
+                lockstep.leave(seat)  # Those that have begun would wait for it for ever.
+            raise
     errors = [future.exception() for future in futures]  # Every thread has ended by now.
     for error in errors:
         if error is not None and not isinstance(error, NonFiniteLossError):

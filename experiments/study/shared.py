@@ -3,6 +3,9 @@
 Their backbones, and the arms finetune and inmerge, are the same cells in all of these.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from experiments.study.cells import Backbone, Cell, Treatment
 
 SEEDS = 3
@@ -24,6 +27,27 @@ RULE_NOTE = (
     "The rule is the paper's (nearest partner, p 0.3, alpha 0.8, the first 10 convolutions left "
     "alone) but for the threshold, 0.1 in place of 0.3, unless a row says otherwise"
 )
+
+
+def around(groups: Mapping[str, Any], rule: str, paper: str | None = None) -> str:
+    """How much the working rule merges, by data set, and the paper's threshold, if it was tried."""
+    rates = {
+        arm: ", ".join(f"{group['merged'][arm]:.1%}" for group in groups.values())
+        for arm in (rule, paper)
+        if arm is not None
+        and all(group["merged"].get(arm) is not None for group in groups.values())
+    }
+    if rule not in rates:
+        return ""
+    text = (
+        f"All around a threshold of {WORKING.threshold:g}, with which {rates[rule]} of the deep "
+        "kernels merge at an update, by data set"
+    )
+    return (
+        f"{text} (with the paper's {PAPER.threshold:g}: {rates[paper]}). "
+        if paper in rates
+        else f"{text}. "
+    )
 
 
 def second_stages(arms: dict[str, Treatment]) -> tuple[Cell, ...]:

@@ -160,7 +160,7 @@ def joint_steps(cells: Sequence[Cell], places: Places) -> dict[str, Callable[...
     """The steps of cells that differ in their seeds alone, each over one cell per device."""
     plan = plan_of(cells[0], places)
     devices = tuple(jax.local_devices()[: len(cells)])
-    plan = dataclasses.replace(plan, devices=devices, model=plan.model.clone(axis_name=None))
+    plan = dataclasses.replace(plan, devices=devices)
     setup = make_setup(plan)
     if cells[0].is_backbone:
         stage = first_stage(cells[0], plan, setup, places, apart=True)

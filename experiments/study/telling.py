@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.text import Text
 
-from experiments.study.question import Question, minus
-from experiments.study.statistics import detectable
+from experiments.study.question import Question, differing, minus
+from experiments.study.statistics import METRICS, detectable
 from inmerge_jax.reporting import tables, wording
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
@@ -22,12 +22,13 @@ ONE_SEED = (
 )
 AGAINST_FINETUNE = (
     "Test AUC and ACC minus finetune's [95% interval over seeds and test images]; p over both, "
-    "Holm's correction over the table; p, images: of permuting test images alone; detectable: the "
-    "AUC difference that one comparison distinguishes from zero about four times out of five"
+    "Holm's correction over the table, AUC and ACC together; p, images: of permuting test images "
+    "alone; detectable: the difference that one comparison distinguishes from zero about four "
+    "times out of five"
 )
 STUCK = 0.99
 NEEDED = 0.01
-"""The difference in AUC that the study would like to see."""
+"""The difference in AUC or ACC that the study would like to see."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours."""
 
@@ -35,17 +36,19 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def lines(question: Question, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """What every page of results says, in a line each."""
     around = stored["trained"]
-    cells = f"{stored['finished']} cells"
+    what = "cells" if question.cells else "processes"
+    cells = f"{stored['finished']} {what}"
     if stored["finished"] < stored["planned"]:
         cells += f" of {stored['planned']} that are planned: this answer is not complete"
     commits = around["commits"]
     code = f"commit {commits[0]}"
     if len(commits) > 1:
-        code = f"the code of {len(commits)} commits, each named in its cell's file"
+        code = f"the code of {len(commits)} commits"
+        code += ", each named in its cell's file" if question.cells else ""
     run = (
         f"{stored['command']}; {' or '.join(map(str, around['cpus']))} CPU cores, jax "
         f"{' and '.join(around['jax'])}, from {around['first'][:10]} to {around['last'][:10]}, "
-        f"{code}; {stored['seconds'] / 3600:.1f} h of training in {cells}"
+        f"{code}; {stored['seconds'] / 3600:.1f} h in {cells}"
     )
     return (
         ("What was asked", question.asked),
@@ -92,54 +95,51 @@ def figure_name(question: Question, index: int) -> str:
 
 
 def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
-    """How large a difference could have been seen, and a warning where there is one seed."""
-    rows = {
-        name: [
-            row
-            for pair in changed(group, pairs)
-            if len((row := group["differences"][pair]["auc"])["seeds"]) > 1
-        ]
-        for name, group in groups.items()
-    }
-    needed = {name: max(map(detectable, some)) for name, some in rows.items() if some}
+    """How small a difference could have been seen, and a warning where there is one seed."""
     few = any(
         len(row["auc"]["seeds"]) == 1
         for group in groups.values()
         for row in group["differences"].values()
     )
     alone = ONE_SEED if few else ""
-    if not needed:
-        return f"Nothing with two seeds differs at all, so far. {alone}".strip()
-    coarse = [name for name, size in needed.items() if size > NEEDED]
+    compared = {
+        name: [
+            group["differences"][pair]
+            for pair in pairs
+            if pair in group["differences"] and differing(group, pair) > 1
+        ]
+        for name, group in groups.items()
+    }
+    compared = {name: rows for name, rows in compared.items() if rows}
+    if not compared:
+        return f"Nothing differs in two seeds, so far. {alone}".strip()
+    sizes, larger, missed = [], [], []
+    for metric in METRICS:
+        found = {name: [row[metric] for row in rows] for name, rows in compared.items()}
+        all_rows = [row for rows in found.values() for row in rows]
+        each = [detectable(row) for row in all_rows]
+        sizes.append(f"{min(each):.3f} to {max(each):.3f} in {metric.upper()}")
+        corrected = [detectable(r, r["comparisons"]) for r in all_rows if "comparisons" in r]
+        if corrected:
+            most = max(corrected)
+            larger.append(
+                f"up to {most:.3f} in {metric.upper()}"
+                if most < 1
+                else f"in some rows more than there can be in {metric.upper()}"
+            )
+        coarse = [name for name, rows in found.items() if max(map(detectable, rows)) > NEEDED]
+        if coarse:
+            where = "; ".join(coarse) if len(coarse) < len(found) else "every data set here"
+            missed.append(f"in {metric.upper()} on {where}")
     text = (
-        "A difference in test AUC as large as the column 'detectable' says, here at most "
-        f"{max(needed.values()):.3f}, would be distinguished from zero about four times out "
-        "of five where it is the only comparison"
+        "The difference that a single comparison distinguishes from zero about four times out of "
+        f"five (columns 'detectable') is {' and '.join(sizes)}, by row"
     )
-    corrected = [
-        detectable(row, row["comparisons"])
-        for some in rows.values()
-        for row in some
-        if "comparisons" in row
-    ]
-    if corrected:
-        most = max(corrected)
-        text += "; as the first of the table's after Holm's correction it has to be larger, " + (
-            f"at most {most:.3f}" if most < 1 else "and in some rows no difference could be"
-        )
-    if coarse:
-        text += f". One of {NEEDED:g} may well have been missed on {'; '.join(coarse)}"
+    if larger:
+        text += f"; the first of the table's after Holm's correction needs {' and '.join(larger)}"
+    if missed:
+        text += f". So one of {NEEDED:g} may well have been missed {', and '.join(missed)}"
     return f"{text}. {alone}".strip()
-
-
-def changed(group: Mapping[str, Any], pairs: Sequence[str]) -> list[str]:
-    """Those of the pairs that are not the same networks twice in every seed."""
-    return [
-        pair
-        for pair in pairs
-        if pair in group["differences"]
-        and len(group["identical"][pair]) < len(group["differences"][pair]["auc"]["seeds"])
-    ]
 
 
 def mean_sd(row: Mapping[str, Any]) -> str:
@@ -174,25 +174,25 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         if against not in found["arms"]:
             continue
         base = found["arms"][against]
-        blank = ("",) * 5
+        blank = ("",) * 6
         count = str(len(base["auc"]["seeds"]))
         words = f"{group} ({found['images']:,} images): {against} itself"
         rows.append((words, count, "", mean_sd(base["auc"]), mean_sd(base["acc"]), *blank))
         kinds.append("total")
         for arm, values in minus(found, against).items():
             share = found["merged"].get(arm)
-            same = not changed(found, [f"{arm} - {against}"])
-            alone = len(values["auc"]["seeds"]) == 1
+            count, own = len(values["auc"]["seeds"]), differing(found, f"{arm} - {against}")
+            sizes = (f"{detectable(values[m]):.3f}" if own > 1 else "" for m in METRICS)
             rows.append(
                 (
                     arm,
-                    str(len(values["auc"]["seeds"])),
+                    str(count) if own in (0, count) else f"{count}, {count - own} same",
                     "" if share is None else f"{share:.2%}",
                     difference(values["auc"]),
                     difference(values["acc"]),
-                    "" if same or alone else f"{detectable(values['auc']):.3f}",
-                    *_three(values["auc"], same),
-                    _three(values["acc"], same)[1],
+                    *sizes,
+                    *_three(values["auc"], own),
+                    _three(values["acc"], own)[1],
                 )
             )
             kinds.append("difference")
@@ -202,7 +202,8 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
         "merged",
         "test AUC",
         "test ACC",
-        "detectable",
+        "detectable, AUC",
+        "detectable, ACC",
         "p, AUC",
         "Holm",
         "p, images",
@@ -211,11 +212,16 @@ def difference_table(title: str, groups: Mapping[str, Any], against: str) -> Tab
     return Table(title, columns, tuple(rows), tuple(kinds))
 
 
-def _three(row: Mapping[str, Any], same: bool) -> tuple[str, str, str]:
-    """P over seeds and images, Holm's correction of it, and that of permuting images."""
-    if same:
+def _three(row: Mapping[str, Any], differ: int) -> tuple[str, str, str]:
+    """P over seeds and images, Holm's correction of it, and that of permuting images.
+
+    Args:
+      row: of one metric.
+      differ: seeds in which the two networks are not the same one.
+    """
+    if differ == 0:
         return ("same", "", "")
-    if len(row["seeds"]) == 1:
+    if differ == 1:
         return ("one seed", "", p_value(row["p_images"]))
     corrected = row.get("p_holm")
     holm = "" if corrected is None else p_value(corrected)
@@ -283,7 +289,10 @@ def interval_plot(
     unit: str,
     caption: str,
 ) -> Plot:
-    """Differences as dots with intervals, one line for each, a colour for each group."""
+    """Differences as dots with intervals, one line for each, a colour for each group.
+
+    A row that says that its networks are the "same" has a hollow dot.
+    """
     count = sum(len(rows) for rows in groups.values())
     draw = partial(_intervals, title=title, groups=groups, unit=unit)
     return make_plot(draw, caption, title, (5.4, 1.3 + 0.26 * count + 0.2 * len(groups)))
@@ -295,7 +304,8 @@ def _intervals(axes: Axes, title: str, groups: Mapping[str, Any], unit: str) -> 
         for index, (name, row) in enumerate(rows):
             axes.plot([row["low"], row["high"]], [place, place], color=colour, lw=2)
             label = group if index == 0 else None
-            axes.plot([row["mean"]], [place], "o", color=colour, ms=5, label=label)
+            face = "white" if row.get("same") else colour
+            axes.plot([row["mean"]], [place], "o", color=colour, mfc=face, ms=5, label=label)
             ticks.append(place)
             names.append(name)
             place += 1
@@ -372,6 +382,7 @@ def heat_map(
             values, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0, vmax=highest
         )
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
         axes.set_title(title)
         axes.set_xlabel(x)
         axes.grid(visible=False)

@@ -16,11 +16,10 @@ FORMULA = (
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign, a real minus, and n/a for NaN."""
+    """A difference with its sign, also where it rounds to zero; a real minus; n/a for NaN."""
     if not math.isfinite(value):
         return "n/a"
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:+.{digits}f}".replace("-", MINUS)
+    return f"{value + 0.0:+.{digits}f}".replace("-", MINUS)
 
 
 def plain(value: float, digits: int = 3) -> str:

@@ -86,8 +86,8 @@ def make_train_step(
         one after the other. The parts of the same number on all devices are one batch for batch
         normalisation, whose running statistics then move that often in an update.
       positive_weights: float32 (labels,), see `example_losses`.
-      apart: every device trains a network of its own, by a key of its own; `model` is made without
-        an axis. Nothing is averaged over the devices.
+      apart: every device trains a network of its own, by a key of its own: nothing is averaged
+        over the devices. `model` has to have `axis_index_groups`, as those of `create_model`.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
@@ -133,6 +133,10 @@ def make_train_step(
         loss, grads = jax.tree.map(lambda x: x / accumulate, (loss, grads))
         return loss, batch_stats, grads
 
+    # Groups of one device: so that each does the same arithmetic as it does alone.
+    groups = tuple((place,) for place in range(len(devices))) if apart else None
+    if apart:
+        model = model.clone(axis_index_groups=groups)
     if rule is not None:
         treatment = functools.partial(_merge, kernels, rule)
 
@@ -150,8 +154,7 @@ def make_train_step(
             loss, batch_stats, grads = gradient(params, state.batch_stats, batch, key)
         else:
             loss, batch_stats, grads = accumulated(params, state.batch_stats, batch, key)
-        if not apart:
-            loss, grads = lax.pmean((loss, grads), AXIS)
+        loss, grads = lax.pmean((loss, grads), AXIS, axis_index_groups=groups)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
 

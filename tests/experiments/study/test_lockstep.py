@@ -1,5 +1,6 @@
 """Steps of several trainings as one call: who gets what, and who waits for whom."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.study.lockstep import Lockstep
-from inmerge_jax.training.parallel import replicate
+from inmerge_jax.training.parallel import AXIS, replicate
 
 DEVICES = jax.local_devices()[:3]
 
@@ -20,7 +21,7 @@ def make(devices=DEVICES):
     calls = []
 
     def counted(name, body):
-        step = jax.pmap(body, devices=devices)
+        step = jax.pmap(body, AXIS, devices=devices)
 
         def call(*arguments):
             calls.append(name)
@@ -64,7 +65,7 @@ def test_each_gets_its_own_part_of_one_call():
     assert calls == ["add"] * 4 and lockstep.joint == 4
 
 
-def test_who_is_elsewhere_or_alone_calls_for_itself():
+def test_who_is_behind_catches_up_alone_and_who_is_left_goes_on_alone():
     lockstep, calls = make()
 
     def work(number, seat):
@@ -72,14 +73,49 @@ def test_who_is_elsewhere_or_alone_calls_for_itself():
         double = seat.step("double", lambda x: -x)
         other = seat.step("add", lambda x: x + 100)
         x = double(x)
-        # The second round: one of them is in another step, so nobody is joined.
-        x = other(x) if number == 2 else double(x)
+        # The step "add" comes first, so number 2 does it alone, while the others wait.
+        x = other(x) if number == 2 else x
+        x = double(x)
         if number == 1:
             return float(x[0])
         return float(double(x)[0])
 
-    assert each(lockstep, work) == [0.0, -2.0, -104.0]
-    assert calls == ["double"]
+    assert each(lockstep, work) == [0.0, 4.0, -208.0]
+    assert calls == ["double", "double"]
+
+
+def test_who_is_left_waits_for_nobody():
+    lockstep, _ = make()
+    held = threading.Event()
+
+    def work(number, seat):
+        x = replicate(np.float32(number), (seat.device,))
+        double = seat.step("double", lambda x: -x)
+        x = double(x)
+        if number == 0:
+            return float(x[0])
+        if number == 1:
+            assert held.wait(30), "number 2 waited for a call of number 1"
+        for _ in range(5):
+            x = double(x)
+        held.set()
+        return float(x[0])
+
+    assert each(lockstep, work) == [0.0, -2.0, -4.0]
+
+
+def test_all_stop_after_the_same_call():
+    answers = iter([False] * 5 + [True] * 1000)
+    steps = {"double": jax.pmap(lambda x: 2 * x, AXIS, devices=DEVICES)}
+    lockstep = Lockstep(DEVICES, steps, lambda: next(answers))
+
+    def work(number, seat):
+        x, calls = replicate(np.float32(number), (seat.device,)), 0
+        while not seat.should_stop():
+            x, calls = seat.step("double", refuse)(x), calls + 1
+        return calls
+
+    assert each(lockstep, work) == [6, 6, 6]
 
 
 def test_an_error_of_one_leaves_the_others_going_and_of_the_call_reaches_all():
@@ -100,6 +136,11 @@ def test_an_error_of_one_leaves_the_others_going_and_of_the_call_reaches_all():
     assert len({str(error) for error in wrong}) == 1
     assert all(isinstance(error, ValueError) for error in wrong)
 
+    # An array that is on no device cannot be given out.
+    lockstep = Lockstep(DEVICES, {"double": lambda x: np.ones(3)})
+    wrong = each(lockstep, lambda n, seat: seat.step("double", refuse)(jnp.ones((1, 2))))
+    assert all(isinstance(error, AttributeError) for error in wrong)
+
 
 def test_the_program_does_not_depend_on_who_comes_last():
     traced = []
@@ -108,7 +149,7 @@ def test_the_program_does_not_depend_on_who_comes_last():
         traced.append(x.shape)
         return 2 * x
 
-    lockstep = Lockstep(DEVICES, {"double": jax.pmap(double, devices=DEVICES)})
+    lockstep = Lockstep(DEVICES, {"double": jax.pmap(double, AXIS, devices=DEVICES)})
 
     def work(number, seat):
         x = replicate(np.float32(number), (seat.device,))

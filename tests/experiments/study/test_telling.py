@@ -28,11 +28,12 @@ def group(seeds, p_holm=0.2, identical=()):
 
 def test_holms_correction_leaves_out_one_training_and_the_same_network_twice():
     groups = [group(1, None), group(3, None), group(3, None, [0, 1, 2]), group(3, None, [1])]
+    groups.append(group(3, None, [0, 2]))
     groups[3]["differences"]["a - b"]["auc"]["p"] = 0.5
     add_holm(groups, [("a", "b")])
     rows = [one["differences"]["a - b"]["auc"] for one in groups]
-    assert [row.get("p_holm") for row in rows] == [None, 0.004, None, 0.5]
-    assert [told(row) for row in rows] == [False, True, False, False]
+    assert [row.get("p_holm") for row in rows] == [None, 0.004, None, 0.5, None]
+    assert [told(row) for row in rows] == [False, True, False, False, False]
     assert rows[1]["comparisons"] == 4, "of both metrics"
 
 
@@ -41,30 +42,47 @@ def test_a_row_of_one_seed_is_warned_of_wherever_it_is():
     few["differences"]["c - b"] = group(1)["differences"]["a - b"]
     assert telling.ONE_SEED in telling.could_tell({"data": few}, "a - b")
     text = telling.could_tell({"data": group(2)}, "a - b")
-    assert telling.ONE_SEED not in text and text.endswith("may well have been missed on data.")
-    assert "here at most 0.070" in text
+    assert telling.ONE_SEED not in text
+    assert "is 0.070 to 0.070 in AUC and 0.070 to 0.070 in ACC, by row" in text
+    assert text.endswith("missed in AUC on every data set here, and in ACC on every data set here.")
     # 2.50 + 0.84 standard errors: 0.05 over four comparisons, and four times out of five.
-    assert "has to be larger, at most 0.083" in text
+    assert "needs up to 0.083 in AUC and up to 0.083 in ACC" in text
+
+
+def test_data_that_resolve_little_are_named():
+    fine = group(3)
+    for metric in ("auc", "acc"):
+        fine["differences"]["a - b"][metric]["images_error"] = 0.001
+    text = telling.could_tell({"coarse": group(3), "fine": fine}, "a - b")
+    assert text.endswith("may well have been missed in AUC on coarse, and in ACC on coarse.")
+    assert "0.003 to 0.070 in AUC" in text
+    fine["differences"]["a - b"]["acc"]["images_error"] = 0.02
+    text = telling.could_tell({"fine": fine}, "a - b")
+    assert text.endswith("may well have been missed in ACC on every data set here.")
 
 
 def test_what_no_difference_could_show_is_said():
     many = group(2)
     many["differences"]["a - b"]["auc"]["seeds_error"] = 0.1
-    assert "and in some rows no difference could be." in telling.could_tell({"data": many}, "a - b")
+    text = telling.could_tell({"data": many}, "a - b")
+    assert "needs in some rows more than there can be in AUC and up to" in text
 
 
 def test_what_does_not_differ_at_all_could_not_be_seen():
     same = {"data": group(2, None, [0, 1])}
-    assert telling.could_tell(same, "a - b") == "Nothing with two seeds differs at all, so far."
-    assert telling.could_tell({}, "a - b").startswith("Nothing with two seeds")
-    assert telling.could_tell({"data": group(1, None)}, "a - b").startswith("Nothing with two")
+    assert telling.could_tell(same, "a - b") == "Nothing differs in two seeds, so far."
+    assert telling.could_tell({}, "a - b").startswith("Nothing differs")
+    assert telling.could_tell({"data": group(1, None)}, "a - b").startswith("Nothing differs")
+    assert telling.could_tell({"data": group(3, 0.2, [0, 1])}, "a - b").startswith("Nothing")
     (_, row) = telling.difference_table("title", same, "b").rows
-    assert row[-5:] == ("", "same", "", "", "")
+    assert row[-6:] == ("", "", "same", "", "", "") and row[1] == "2"
+    (_, row) = telling.difference_table("title", {"data": group(3, None, [0, 1])}, "b").rows
+    assert row[-6:] == ("", "", "one seed", "", "0.20", "") and row[1] == "3, 2 same"
 
 
 def test_what_could_be_seen_stands_in_the_table():
     table = telling.difference_table("title", {"data": group(3)}, "b")
-    column = table.columns.index("detectable")
+    column = table.columns.index("detectable, ACC")
     assert [row[column] for row in table.rows] == ["", "0.070"]
     assert table.rows[0][0] == "data (1,050 images): b itself"
     (_, row) = telling.difference_table("title", {"data": group(1)}, "b").rows
