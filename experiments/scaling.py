@@ -24,6 +24,7 @@ from inmerge_jax.files import write_json
 
 CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
 """Devices and processes."""
+DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,56 @@ class ScalingConfig:
 
 
 def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
-    """A row for each case, compared with one device and with one process of as many devices."""
-    rows, found = [], {}
+    """A row for each case, compared with one device and with one process of as many devices.
+
+    The row is of float32, with the same comparisons in float64 under "float64".
+    """
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--keep {folder}: {error}; choose another folder") from error
+        found: dict[tuple[str, int, int], Any] = {}
         for devices, processes in CASES:
-            output = folder / f"{devices}-{processes}-{steps}.json"
-            files = [params_file(output, number) for number in range(processes)]
-            if not all(path.exists() for path in (output, *files)):
-                _start(output, devices, processes, steps)
-            row = json.loads(output.read_bytes())
-            params, *others = (dict(np.load(path)) for path in files)
-            found[devices, processes] = row["losses"], params
-            row["processes_equal"] = all(
-                np.array_equal(params[name], other[name]) for other in others for name in params
-            )
-            for name, other in (("one_device", (1, 1)), ("one_process", (devices, 1))):
-                row[name] = _differences(found[devices, processes], found[other])
-            rows.append(row)
+            both = {}
+            for dtype in DTYPES:
+                row, params = _case(folder, devices, processes, steps, dtype)
+                found[dtype, devices, processes] = row["losses"], params
+                for name, other in (("one_device", (1, 1)), ("one_process", (devices, 1))):
+                    mine, theirs = found[dtype, devices, processes], found[(dtype, *other)]
+                    row[name] = _differences(mine, theirs)
+                both[dtype] = row
+            kept = ("one_device", "one_process", "replicas_equal", "processes_equal", "merged")
+            double = {name: both["float64"][name] for name in kept}
+            rows.append({**both["float32"], "float64": double})
             print(f"{devices} devices, {processes} processes: done", flush=True)
     return rows
 
 
-def _start(output: Path, devices: int, processes: int, steps: int) -> None:
+def _case(
+    folder: Path, devices: int, processes: int, steps: int, dtype: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What one case left, started if it has not been, and the parameters of its first process."""
+    output = folder / f"{devices}-{processes}-{steps}-{dtype}.json"
+    files = [params_file(output, number) for number in range(processes)]
+    if not all(path.exists() for path in (output, *files)):
+        _start(output, devices, processes, steps, dtype)
+    row = json.loads(output.read_bytes())
+    params, *others = (dict(np.load(path)) for path in files)
+    row["processes_equal"] = all(
+        np.array_equal(params[name], other[name]) for other in others for name in params
+    )
+    return row, params
+
+
+def _start(output: Path, devices: int, processes: int, steps: int, dtype: str) -> None:
     """Runs the steps; raises CalledProcessError where a process fails."""
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.scaling_step"]
-    command += ["--output", str(output), "--steps", str(steps)]
+    command += ["--output", str(output), "--steps", str(steps), "--dtype", dtype]
     started = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -117,6 +139,9 @@ HEADINGS = (
     "loss, from one device",
     "weights, from one device",
     "weights, from one process",
+    "the same in float64: loss",
+    "weights, from one device",
+    "weights, from one process",
     "replicas",
     "collectives",
     "their MB",
@@ -136,7 +161,11 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         apart = np.abs(np.divide(row["losses"], rows[0]["losses"]) - 1) > 1e-6
         agreeing = int(np.argmax(apart)) if apart.any() else len(apart)
         more = [a - b for a, b in zip(counts["merging"], counts["plain"], strict=True)]
-        exact = row["one_process"]["parameter"] == 0
+        double = row["float64"]
+        processes = [_process_difference(one, row["processes"]) for one in (row, double)]
+        equal = all(
+            one[what] for one in (row, double) for what in ("replicas_equal", "processes_equal")
+        )
         yield [
             str(row["devices"]),
             str(row["processes"]),
@@ -144,17 +173,24 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
             f"{row['one_device']['first']:.1e}",
             f"{row['one_device']['loss']:.1e}",
             f"{row['one_device']['parameter']:.1e}",
-            ""
-            if row["processes"] == 1
-            else "same bits"
-            if exact
-            else f"{row['one_process']['parameter']:.1e}",
-            "same bits" if row["replicas_equal"] and row["processes_equal"] else "**differ**",
+            processes[0],
+            f"{double['one_device']['loss']:.1e}",
+            f"{double['one_device']['parameter']:.1e}",
+            processes[1],
+            "same bits" if equal else "**differ**",
             str(number),
             f"{size / 1e6:.2f}",
             f"{more[0]}, {more[1]} bytes",
             f"{1000 * np.median(row['step_seconds']):.0f} ms",
         ]
+
+
+def _process_difference(row: Mapping[str, Any], processes: int) -> str:
+    """How far the weights are from one process's; "" where there is only one."""
+    if processes == 1:
+        return ""
+    size = row["one_process"]["parameter"]
+    return "same bits" if size == 0 else f"{size:.1e}"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -168,9 +204,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0."""
-    config = tyro.cli(ScalingConfig, prog="python -m experiments.scaling", args=arguments)
-    rows = measure(config.steps, config.keep)
+    """Runs the command line; returns 0, or 2 on bad input."""
+    try:
+        config = tyro.cli(ScalingConfig, prog="python -m experiments.scaling", args=arguments)
+        rows = measure(config.steps, config.keep)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     write_json(config.output, rows)
     print(markdown(rows))
     return 0

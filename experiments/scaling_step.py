@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,6 +24,7 @@ class StepConfig:
     Attributes:
       output: JSON file for the row; the parameters go beside it, as .npz.
       steps: updates.
+      dtype: what is computed in, and of the parameters.
       coordinator: as of experiments.train.
       num_processes: likewise.
       process_id: likewise.
@@ -31,12 +32,13 @@ class StepConfig:
 
     output: Path
     steps: int
+    dtype: Literal["float32", "float64"] = "float32"
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
 
 
-def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(steps: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of this process's devices, and its parameters after the first and the last step.
 
     Of the parameters' names, the first part is "first" or "last", the other their path.
@@ -65,9 +67,10 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     devices = choose_devices(None)
     recipe = replace(RECIPES["released"], learning_rate=LEARNING_RATE)
     dataset = make_phantom(size=SIZE, train=2 * BATCH, val=8, test=8)
-    model = create_model(MODEL, dataset.num_classes, width=WIDTH, axis_name=AXIS)
+    model = create_model(MODEL, dataset.num_classes, width=WIDTH, dtype=dtype, axis_name=AXIS)
     shape = (SIZE, SIZE, 3)
     params, batch_stats = random_weights(model, shape, seed=0)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     deep = deep_kernels(convolutions(model, shape), skip=SKIP)
     optimizer = make_optimizer(recipe)
     common = {"multi_label": False, "devices": devices}
@@ -112,6 +115,7 @@ def run(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "processes": jax.process_count(),
         "process": jax.process_index(),
         "steps": steps,
+        "dtype": dtype,
         "losses": losses,
         "merged": merged,
         "replicas_equal": equal,
@@ -131,10 +135,13 @@ def params_file(output: Path, process: int) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0."""
     config = tyro.cli(StepConfig, prog="python -m experiments.scaling_step", args=arguments)
+    import jax
+
     from inmerge_jax.training.hosts import connect, is_first
 
+    jax.config.update("jax_enable_x64", config.dtype == "float64")
     connect(config.coordinator, config.num_processes, config.process_id)
-    row, params = run(config.steps)
+    row, params = run(config.steps, config.dtype)
     write_arrays(params_file(config.output, row["process"]), params)
     if is_first():
         write_json(config.output, row)

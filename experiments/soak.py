@@ -173,6 +173,10 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: too few evaluations to judge, or what `make_data` raises.
     """
+    for name in ("steps", "every", "batch_size", "size"):
+        if getattr(config, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} {getattr(config, name)}: choose 1 or more")
     epochs = config.steps // config.every
     if epochs <= WARM_UP:
         raise InputError(

@@ -80,16 +80,19 @@ class TpuCheckConfig:
 
 
 def chosen_cases(config: TpuCheckConfig) -> list[Case]:
-    """The cases that the options name.
+    """The cases that the options name, at least one.
 
     Raises:
-      InputError: on a name that no case has.
+      InputError: on a name that no case has, or that none of the small ones has.
     """
     for part in config.only:
         if not any(part in case.name for case in CASES):
             raise InputError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
     cases = CASES[: len(STEPS)] if config.small else CASES
-    return [c for c in cases if not config.only or any(part in c.name for part in config.only)]
+    chosen = [c for c in cases if not config.only or any(part in c.name for part in config.only)]
+    if not chosen:
+        raise InputError(f"--only {' '.join(config.only)}: none of the --small cases has it")
+    return chosen
 
 
 def compile_cases(config: TpuCheckConfig) -> None:
@@ -182,11 +185,14 @@ def read(path: Path) -> dict[str, Row]:
       InputError: the file isn't JSON, or can't be read.
     """
     try:
-        return json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+    if not isinstance(rows, dict):
+        raise InputError(f"--output {path}: no rows by name; remove it or choose another file")
+    return rows
 
 
 HEADINGS = (
@@ -285,6 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not config.dry_run:
             compile_cases(config)
         rows = read(config.output)
+        missing = [case.name for case in chosen_cases(config) if case.name not in rows]
+        if missing:
+            raise InputError(f"{config.output} has no row of {missing[0]}: leave --dry-run out")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

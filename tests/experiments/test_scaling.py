@@ -25,9 +25,22 @@ def test_the_stored_rows_are_all_cases_and_the_same_training():
         assert row["one_device"]["first"] < 1e-6, "weights after one update"
         np.testing.assert_allclose(row["losses"][:3], ROWS[0]["losses"][:3], rtol=1e-6)
         assert row["one_device"]["loss"] < 2e-3  # Rounding at a ReLU's kink, ten updates on.
+        double = row["float64"]
+        assert double["replicas_equal"] and double["processes_equal"]
+        assert double["merged"] == row["merged"]
+        for other in ("one_device", "one_process"):
+            assert double[other]["loss"] < 1e-13 and double[other]["parameter"] < 1e-13
         assert row["collectives"]["merging"] == row["collectives"]["plain"]
     sent = [row["collectives"]["merging"] for row in ROWS if row["devices"] > 1]
     assert all(kinds == sent[0] for kinds in sent), "no more of them with more devices"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert scaling.main(["--keep", str(tmp_path / "file" / "folder")]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert scaling.main(["--steps", "1"]) == 2
+    assert "--steps 1: choose 2 or more" in capsys.readouterr().err
 
 
 def test_a_difference_is_in_the_table():
