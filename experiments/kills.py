@@ -28,6 +28,7 @@ import tyro
 
 from experiments.kill_jobs import LONGER, TRAINING, Job, building, training, write_radiographs
 from experiments.timing import machine
+from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.training.checkpoints import TEMPORARY
 
@@ -237,13 +238,17 @@ class KillsConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Does what is missing; 0 where everything was identical, 1 where not, 2 on bad input."""
+    """Does what is missing; 0 where everything was identical, 2 on bad input, else 1."""
     config = tyro.cli(KillsConfig, prog="python -m experiments.kills", args=arguments)
     if not 1 <= config.rows <= len(ROWS):
         print(f"error: --rows {config.rows}: choose 1 to {len(ROWS)}", file=sys.stderr)
         return 2
     own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
-    stored = read(config.output) if config.output.exists() else own
+    try:
+        stored = read(config.output) if config.output.exists() else own
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name, value in own.items():
         if stored.get(name) != value:
             print(
@@ -256,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     began, place = time.monotonic(), config.work.absolute()
     done = {row["number"] for row in stored["rows"]}
     for index in (index for index in range(config.rows) if index not in done):
-        if time.monotonic() - began > 60 * config.minutes:
+        if not time.monotonic() - began <= 60 * config.minutes:
             break
         name, phase = ROWS[index]
         whole = _whole(name, place, stored["seconds"])
@@ -271,13 +276,27 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(config.output, stored)
         print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)
     differing = [row for row in stored["rows"] if row["differences"]]
-    print(f"{len(stored['rows'])} kills, {len(differing)} with differences")
-    return 1 if differing else 0
+    left = config.rows - sum(row["number"] < config.rows for row in stored["rows"])
+    print(
+        f"{len(stored['rows'])} kills, {len(differing)} with differences"
+        + (f"; {left} are left, and the same command goes on" if left else "")
+    )
+    return 1 if differing or left else 0
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The stored rows."""
-    return json.loads(path.read_bytes())
+    """The stored rows.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"--output {path}: {error}; delete it or choose another file") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"--output {path}: no rows; delete it or choose another file")
+    return stored
 
 
 def markdown(stored: dict[str, Any]) -> str:

@@ -174,9 +174,8 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
       InputError: too few evaluations to judge, or what `make_data` raises.
     """
     for name in ("steps", "every", "batch_size", "size"):
-        if getattr(config, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} {getattr(config, name)}: choose 1 or more")
+        if (value := getattr(config, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
     epochs = config.steps // config.every
     if epochs <= WARM_UP:
         raise InputError(
@@ -195,6 +194,11 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     shape = (config.size, config.size, len(recipe.mean))
     params, batch_stats = random_weights(model, shape, seed=0)
     kernels = convolutions(model, shape)
+    if not 0 <= config.skip < len(kernels):
+        raise InputError(
+            f"--skip {config.skip}: {config.model} has {len(kernels)} convolutions; choose 0 to "
+            f"{len(kernels) - 1}"
+        )
     deep, optimizer = deep_kernels(kernels, skip=config.skip), make_optimizer(recipe)
     common = {"multi_label": data.multi_label, "devices": devices}
     rule = MergeRule(threshold=0.1)

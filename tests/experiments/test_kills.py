@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments import kill_jobs, kills
+from experiments import kill_jobs, kills, tables
 
 
 def job(output):
@@ -67,6 +67,23 @@ def test_rows_of_another_command_are_not_taken_for_this_ones(tmp_path, capsys, s
     assert words in capsys.readouterr().err
     assert kills.main(["--output", str(path), "--rows", "21"]) == 2
     assert "--rows 21: choose 1 to 20" in capsys.readouterr().err
+    for damaged, said in (("{", "Expecting"), ("[]", "no rows; delete it")):
+        path.write_text(damaged)
+        assert kills.main(["--output", str(path)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_left_is_no_pass(tmp_path, capsys):
+    for minutes in ("0", "nan"):
+        assert kills.main(["--output", str(tmp_path / "none.json"), "--minutes", minutes]) == 1
+        assert "0 kills, 0 with differences; 20 are left" in capsys.readouterr().out
+
+
+def test_the_stored_kills_were_all_survived():
+    stored = kills.read(tables.RESULTS / "kills.json")
+    assert [row["number"] for row in stored["rows"]] == list(range(len(kills.ROWS)))
+    assert not any(row["differences"] for row in stored["rows"])
+    assert all(row["aimed_at"] in (row["doing"], "any moment") for row in stored["rows"])
 
 
 def test_times_are_no_evidence():

@@ -1,11 +1,12 @@
 import copy
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from experiments import soak
+from experiments import soak, tables
 
 ROW = {
     "resident_mb": 1000.0,
@@ -88,4 +89,15 @@ def test_workers_and_too_few_images_are_refused(tmp_path, capsys):
     few = ["--steps", "500", "--output", str(tmp_path / "soak.json")]
     assert soak.main(few) == 2
     assert "5 evaluations, of which the first 5 are the warm-up" in capsys.readouterr().err
+    for wrong, said in (("--every 0", "--every 0: choose 1 or more"), ("--skip 99", "--skip 99")):
+        small = "--steps 60 --every 10 --batch-size 2".split()
+        assert soak.main([*small, *wrong.split(), "--output", str(tmp_path / "soak.json")]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "soak.json").exists()
+
+
+@pytest.mark.parametrize("name", ["soak", "soak_shards"])
+def test_the_stored_ones_passed(name):
+    stored = json.loads((tables.RESULTS / f"{name}.json").read_bytes())
+    assert stored["verdict"] == json.loads(json.dumps(soak.judge(stored["rows"])))
+    assert stored["verdict"]["passed"]

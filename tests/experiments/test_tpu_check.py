@@ -118,6 +118,17 @@ def test_the_small_cases_and_an_unknown_name():
     }
     with pytest.raises(InputError, match="--only lenet"):
         tpu_check.chosen_cases(tpu_check.TpuCheckConfig(only=("lenet",)))
+    with pytest.raises(InputError, match="--only densenet121: none of the --small cases"):
+        tpu_check.chosen_cases(tpu_check.TpuCheckConfig(small=True, only=("densenet121",)))
+
+
+def test_a_file_without_the_chosen_rows_is_no_pass(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert tpu_check.main(["--dry-run", "--output", str(path)]) == 2
+    assert "has no row of resnet18 28 px, v5e:2x2, plain" in capsys.readouterr().err
+    path.write_text("[]")
+    assert tpu_check.main(["--dry-run", "--output", str(path)]) == 2
+    assert "no rows by name" in capsys.readouterr().err
 
 
 def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_path):

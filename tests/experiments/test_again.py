@@ -1,0 +1,53 @@
+"""Cells that are trained again: which, and what is said of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from experiments import again
+from experiments.study import runner, store
+from experiments.study.all_questions import QUESTIONS
+from experiments.study.cells import Backbone, Cell
+from experiments.study.stages import Places
+
+CONFIG = again.AgainConfig()
+
+
+def test_cells_of_every_question_that_trains_are_drawn():
+    for question in QUESTIONS:
+        cells = again.drawn(question, CONFIG)
+        assert bool(cells) == bool(question.cells) and len(cells) <= CONFIG.count
+        kinds = {(c.backbone.data, c.backbone.model, c.backbone.optimizer) for c in cells}
+        assert len(kinds) == len(cells)
+        for cell in cells:
+            both = (store.read(cell), store.read(cell.first()))
+            assert sum(one["result"]["seconds"] for one in both) <= CONFIG.limit
+        other = again.drawn(question, dataclasses.replace(CONFIG, seed=1))
+        assert not cells or other != cells
+        assert again.drawn(question, dataclasses.replace(CONFIG, limit=0)) == []
+
+
+def test_a_cell_is_compared_with_what_is_kept(tmp_path, monkeypatch):
+    cell = Cell(Backbone("phantom", "vgg11", 0, 1, 0.1))
+    places = Places(tmp_path, tmp_path / "runs", tmp_path / "results")
+    runner.run_cells([cell], places, keep=lambda c: store.keep(c, places))
+    for name in ("read", "read_test_scores"):
+        inner = getattr(store, name)
+        monkeypatch.setattr(store, name, lambda c, inner=inner: inner(c, places.kept))
+    row = again.compared(cell, places)
+    assert row["largest_difference"] == 0 and row["auc"][0] == row["auc"][1]
+    assert "none, bit for bit" in again.markdown({"rows": [row]})
+    path = places.kept / f"{cell.hash}.npz"
+    scores = store.read_test_scores(cell)
+    np.savez(path, scores=scores + np.float32(0.25))
+    row = again.compared(cell, places)
+    assert 0.24 < row["largest_difference"] < 0.26
+    assert "2.5e-01" in again.markdown({"rows": [row]})
+
+
+def test_rows_of_another_drawing_are_not_taken_for_this_ones(tmp_path, capsys):
+    path = tmp_path / "again.json"
+    path.write_text(json.dumps({"seed": 0, "count": 1, "limit": CONFIG.limit, "rows": []}))
+    assert again.main(["--output", str(path)]) == 2
+    assert "has cells of --count 1, not 2" in capsys.readouterr().err
