@@ -22,10 +22,11 @@ def test_cells_of_every_question_that_trains_are_drawn():
         assert len(kinds) == len(cells)
         for cell in cells:
             both = (store.read(cell), store.read(cell.first()))
-            assert sum(one["result"]["seconds"] for one in both) <= CONFIG.limit
+            seconds = sum(one["result"]["seconds"] for one in both)
+            assert seconds <= CONFIG.limit or len(cells) == 1
         other = again.drawn(question, dataclasses.replace(CONFIG, seed=1))
-        assert not cells or other != cells
-        assert again.drawn(question, dataclasses.replace(CONFIG, limit=0)) == []
+        assert len(cells) < 2 or other != cells
+        assert len(again.drawn(question, dataclasses.replace(CONFIG, limit=0))) <= 1
 
 
 def test_a_cell_is_compared_with_what_is_kept(tmp_path, monkeypatch):
