@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, phase = ROWS[index]
         whole = _whole(name, place, stored["seconds"])
         share, later = np.random.default_rng([config.seed, index]).random(2)
-        # The first half of a command is its start, where no phase that is aimed at comes.
+        # A command begins with its start, where no phase that is aimed at comes.
         moment = stored["seconds"][name] * (share if phase is None else (1 + share) / 2)
         job = _job(name, place, "killed")
         shutil.rmtree(job.output, ignore_errors=True)

@@ -21,12 +21,17 @@ def test_cells_of_every_question_that_trains_are_drawn():
         kinds = {(c.backbone.data, c.backbone.model, c.backbone.optimizer) for c in cells}
         assert len(kinds) == len(cells)
         for cell in cells:
-            both = (store.read(cell), store.read(cell.first()))
-            seconds = sum(one["result"]["seconds"] for one in both)
-            assert seconds <= CONFIG.limit or len(cells) == 1
-        other = again.drawn(question, dataclasses.replace(CONFIG, seed=1))
-        assert len(cells) < 2 or other != cells
+            assert again.seconds(cell) <= CONFIG.limit or len(cells) == 1
         assert len(again.drawn(question, dataclasses.replace(CONFIG, limit=0))) <= 1
+
+
+def test_another_seed_draws_other_cells():
+    two = dataclasses.replace(CONFIG, count=2)
+    first, other = (
+        [again.drawn(one, dataclasses.replace(two, seed=seed)) for one in QUESTIONS]
+        for seed in (0, 1)
+    )
+    assert first != other and max(map(len, first)) == 2
 
 
 def test_a_cell_is_compared_with_what_is_kept(tmp_path, monkeypatch):
@@ -36,19 +41,18 @@ def test_a_cell_is_compared_with_what_is_kept(tmp_path, monkeypatch):
     for name in ("read", "read_test_scores"):
         inner = getattr(store, name)
         monkeypatch.setattr(store, name, lambda c, inner=inner: inner(c, places.kept))
-    row = again.compared(cell, places)
-    assert row["largest_difference"] == 0 and row["auc"][0] == row["auc"][1]
-    assert "none, bit for bit" in again.markdown({"rows": [row]})
-    path = places.kept / f"{cell.hash}.npz"
+    row = again.compared(cell, [places, places])
+    assert row["between_them"] == row["from_kept"] == 0 and len(set(row["auc"])) == 1
+    assert again.markdown({"rows": [row]}).count("nothing, bit for bit") == 2
     scores = store.read_test_scores(cell)
-    np.savez(path, scores=scores + np.float32(0.25))
-    row = again.compared(cell, places)
-    assert 0.24 < row["largest_difference"] < 0.26
-    assert "2.5e-01" in again.markdown({"rows": [row]})
+    np.savez(places.kept / f"{cell.hash}.npz", scores=scores + np.float32(0.25))
+    row = again.compared(cell, [places, places])
+    assert row["between_them"] == 0 and 0.24 < row["from_kept"] < 0.26
+    assert "| nothing, bit for bit | 2.5e-01 |" in again.markdown({"rows": [row]})
 
 
 def test_rows_of_another_drawing_are_not_taken_for_this_ones(tmp_path, capsys):
     path = tmp_path / "again.json"
-    path.write_text(json.dumps({"seed": 0, "count": 1, "limit": CONFIG.limit, "rows": []}))
+    path.write_text(json.dumps({"seed": 0, "count": 3, "limit": CONFIG.limit, "rows": []}))
     assert again.main(["--output", str(path)]) == 2
-    assert "has cells of --count 1, not 2" in capsys.readouterr().err
+    assert "has cells of --count 3, not 1" in capsys.readouterr().err
