@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.workers import end_with_parent
+from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 
 if TYPE_CHECKING:
@@ -41,11 +45,18 @@ def run_measure(config: "Measure") -> None:
     """Measures, prints and stores.
 
     Raises:
-      InputError: the folders are not what they should be.
+      InputError: the folders or the time are not what they should be, which is found out before
+        anything is measured; a worker process was killed.
     """
     from inmerge_jax.training.runfolder import environment
 
+    if not 0 < config.seconds < math.inf:
+        raise InputError(f"--seconds {config.seconds}: give a time above 0")
     data = load_chestxray14(config.data_dir)
+    paths = [] if config.images is None else sorted(find_images(config.images).values())
+    building = read_speed(config.data_dir.expanduser() / SPEED)
+    output = config.output.expanduser()
+    check_output(output)
     found: dict[str, Any] = {
         "data": data.title,
         "size": data.size,
@@ -55,8 +66,7 @@ def run_measure(config: "Measure") -> None:
             for workers in (0, 1, 2)
         ],
     }
-    if config.images is not None:
-        paths = sorted(find_images(config.images).values())
+    if paths:
         pixels = image_size(paths[0])
         found["reducing"] = {
             "from": list(pixels),
@@ -67,14 +77,51 @@ def run_measure(config: "Measure") -> None:
                 for workers in (1, 2)
             ],
         }
-    speed = config.data_dir.expanduser() / SPEED
-    if speed.is_file():
-        found["building"] = json.loads(speed.read_bytes())
+    if building is not None:
+        found["building"] = building
     found["environment"] = environment()
-    write_json(config.output, found)
     console = Console()
     console.print(table(found))
-    console.print(f"stored in {config.output}", highlight=False)
+    try:
+        write_json(output, found)
+    except OSError as error:
+        raise _cannot_write(output, error.strerror or str(error)) from error
+    console.print(f"stored in {output}", highlight=False)
+
+
+def read_speed(path: Path) -> dict[str, Any] | None:
+    """How fast the data set was built; None for a build that was interrupted.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        speed = json.loads(path.read_bytes())
+        return {**speed, "images": int(speed["images"]), "writing": float(speed["writing"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}; delete it, or build anew") from error
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder of a file that is to be written.
+
+    Raises:
+      InputError: it cannot be written there.
+    """
+    if path.is_dir():
+        raise _cannot_write(path, "it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, f"{error.filename}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _cannot_write(path, f"no right to write in {path.parent}")
+
+
+def _cannot_write(path: Path, why: str) -> InputError:
+    return InputError(f"--output {path} cannot be written: {why}; choose another file")
 
 
 def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Rate:
@@ -83,7 +130,7 @@ def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Ra
     for _ in range(2 + 2 * workers):
         next(batches)
     started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    while not count or time.perf_counter() - started < seconds:
         count += len(next(batches)["index"])
     taken = time.perf_counter() - started
     batches.close()
@@ -91,7 +138,11 @@ def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Ra
 
 
 def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> Rate:
-    """Reduces the files again and again for about `seconds`, after one round to start up."""
+    """Reduces the files again and again for about `seconds`, after one round to start up.
+
+    Raises:
+      InputError: an image is damaged; a process was killed.
+    """
     spawn = multiprocessing.get_context("spawn")
     expected = image_size(paths[0])
     with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
@@ -100,11 +151,17 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
             sizes, wanted = [size] * len(paths), [expected] * len(paths)
             return pool.map(_reduced_bytes, paths, sizes, wanted)
 
-        list(once())
-        started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < seconds:
-            count += len(list(once()))
-        return Rate(workers, count, time.perf_counter() - started)
+        try:
+            list(once())
+            started, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - started < seconds:
+                count += len(list(once()))
+            return Rate(workers, count, time.perf_counter() - started)
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of the {workers} processes that reduce images was killed, mostly for want of "
+                "memory; measure again with more of it"
+            ) from error
 
 
 def _reduced_bytes(path: Path, size: int, expected: tuple[int, int]) -> int:

@@ -8,7 +8,6 @@ was not interrupted.
 import contextlib
 import hashlib
 import io
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,15 +28,21 @@ from inmerge_jax.data.chestxray14.labels import (
     read_labels,
     some,
 )
+from inmerge_jax.data.chestxray14.lock import only_build
+from inmerge_jax.data.chestxray14.manifest import (
+    MANIFEST,
+    check_metadata,
+    metadata_hashes,
+    read_manifest,
+    sealed,
+)
 from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
 
-MANIFEST, INDEX, REDUCED, RECORDS = "manifest.json", "index.npz", "reduced", "records"
-SPEED = "speed.json"
-FORMAT = 1
+INDEX, REDUCED, RECORDS, SPEED = "index.npz", "reduced", "records", "speed.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def build(request: Request, console: Console) -> Built:
     """Builds the data set in `request.output`, or what an interrupted build has left to do.
 
     Raises:
-      InputError: anything about labels, lists, images or the folder that the user can mend.
+      InputError: anything about labels, lists, images or the folder that the user can mend;
+        another build at work in it.
     """
     if request.workers < 1 or request.size < 1:
         raise InputError(
@@ -123,14 +129,32 @@ def build(request: Request, console: Console) -> Built:
     parts = plan_parts(rows, sources, request.size, output / REDUCED)
     identity = _identity(request, labels, wanted, rows, parts)
     manifest = _finished(output, identity)
+    if manifest is not None and not (output / REDUCED).exists():
+        return Built(manifest, None, 0.0)
+    with contextlib.ExitStack() as stack:
+        with _writing(output):
+            stack.enter_context(only_build(output, console))
+        return _build(request, output, labels, rows, parts, identity, console)
+
+
+def _build(
+    request: Request,
+    output: Path,
+    labels: Labels,
+    rows: Mapping[str, np.ndarray],
+    parts: Mapping[str, Sequence[Part]],
+    identity: Mapping[str, Any],
+    console: Console,
+) -> Built:
+    """What is left to do, which is asked again: another build may just have ended."""
+    manifest = _finished(output, identity)
     if manifest is not None:
         shutil.rmtree(output / REDUCED, ignore_errors=True)
         return Built(manifest, None, 0.0)
-
     reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
-    manifest = {**identity, **_verify(folder, output, labels, rows, console)}
+    manifest = sealed({**identity, **_verify(folder, output, labels, rows, console)})
     with _writing(output):
         write_json(output / MANIFEST, manifest)
     seconds = time.perf_counter() - started
@@ -212,7 +236,6 @@ def _identity(
     counts = {part: len(rows[part]) for part in PARTS}
     full = {part: len(wanted[part]) for part in PARTS}
     return {
-        "format": FORMAT,
         "split": request.split,
         "size": request.size,
         "counts": counts,
@@ -236,8 +259,8 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
                 f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
             )
         return None
-    manifest = json.loads(path.read_bytes())
-    differing = [name for name, value in identity.items() if manifest.get(name) != value]
+    manifest = read_manifest(output)
+    differing = [name for name, value in identity.items() if manifest[name] != value]
     if differing:
         name = differing[0]
         if name == "files_sha256":
@@ -247,9 +270,10 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
                 "train on it as it is"
             )
         raise InputError(
-            f"--output {output} holds another data set: its {name} is {manifest.get(name)}, asked "
+            f"--output {output} holds another data set: its {name} is {manifest[name]}, asked "
             f"for is {identity[name]}; choose another folder, or delete it"
         )
+    check_metadata(output, manifest)
     return manifest
 
 
@@ -335,6 +359,7 @@ def _verify(
         "positives": positives,
         "records": str(folder.relative_to(output)),
         "shards": shards,
+        "metadata_sha256": metadata_hashes(folder),
         "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "content_sha256": content.hexdigest(),
     }

@@ -1,8 +1,11 @@
 """The TensorFlow Datasets builder; it neither needs nor imports TensorFlow."""
 
+import functools
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +16,8 @@ from inmerge_jax.data.chestxray14.reduce import Part
 from inmerge_jax.data.chestxray14.splits import SPLITS
 
 SIZES = (224, 256, 512)
+SHARD_BYTES = 64 << 20
+"""A shard is full at this many bytes of parts; TFDS holds one in memory while it writes."""
 
 _DESCRIPTION = """\
 ChestX-ray14: 112,120 frontal chest radiographs of 30,805 patients, labelled with 14 findings that
@@ -45,7 +50,21 @@ def _config(split: str, size: int) -> ChestXray14Config:
     )
 
 
-class ChestXray14(tfds.core.GeneratorBasedBuilder):
+class _Writer(tfds.core.ExampleWriter):
+    """Raises OSError where ArrayRecord gives the system's error as a RuntimeError's text."""
+
+    def write(self, path: Path, examples: Iterable[Any]) -> Any:
+        try:
+            return super().write(path, examples)
+        except RuntimeError as error:
+            if said := re.search(r"\(\) failed: ([^;]+)", str(error)):
+                raise OSError(said[1]) from error
+            raise
+
+
+# Shard by shard, because a GeneratorBasedBuilder sorts each split first: in memory, and above 1 GB
+# by way of files that only TensorFlow writes.
+class ChestXray14(tfds.core.ShardBasedBuilder):
     """Writes reduced images and their labels; `build.build` makes and verifies the whole.
 
     Examples have "image", the PNG of 8-bit grey; "labels", uint8 (14,) in the order of `FINDINGS`;
@@ -98,13 +117,21 @@ class ChestXray14(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+    def _example_writer(self) -> tfds.core.ExampleWriter:
+        return _Writer(file_format=self.info.file_format)
+
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, Any]]]]]:
         del dl_manager  # NIH's files come from the user.
         if self._labels is None or self._parts is None:
             raise ValueError("the builder needs labels and parts: inmerge_jax's `build` gives them")
-        return {split: self._generate_examples(parts) for split, parts in self._parts.items()}
+        return {
+            split: [functools.partial(self._examples, shard) for shard in _shards(parts)]
+            for split, parts in self._parts.items()
+        }
 
-    def _generate_examples(self, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
+    def _examples(self, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
         assert self._labels is not None
         for part in parts:
             for row, png in zip(part.rows.tolist(), part.read(), strict=True):
@@ -119,3 +146,16 @@ class ChestXray14(tfds.core.GeneratorBasedBuilder):
                     },
                 )
                 self._advance(1)
+
+
+def _shards(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts in their order, cut where `SHARD_BYTES` are reached."""
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if size >= SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += part.path.stat().st_size
+    return shards

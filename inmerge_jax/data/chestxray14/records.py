@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.data.chestxray14.build import FORMAT, INDEX, MANIFEST
+from inmerge_jax.data.chestxray14.build import INDEX
 from inmerge_jax.data.chestxray14.images import decode
 from inmerge_jax.data.chestxray14.labels import FINDINGS
+from inmerge_jax.data.chestxray14.manifest import MANIFEST, check_metadata, read_manifest
 from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import InputError
@@ -31,8 +31,8 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         build.
 
     Raises:
-      InputError: the folder is no finished build; a shard or the index is absent or was cut short
-        since; `size` exceeds the build's.
+      InputError: the folder is no finished build; the manifest, the index or TFDS's JSON was
+        changed since, or a shard cut short; `size` exceeds the build's.
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
@@ -157,12 +157,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"--data-dir {folder}: there is no finished ChestX-ray14 in it ({MANIFEST} is "
             f"missing); build it with {BUILD} --output {folder}, which goes on where it stopped"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; build the data set anew") from error
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is of another version of this program; build the data set anew")
+    manifest = read_manifest(folder)
+    check_metadata(folder, manifest)
     return manifest
 
 

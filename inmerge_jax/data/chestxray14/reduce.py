@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -113,7 +114,8 @@ def reduce_parts(
     """Makes every part that is not there yet, in `workers` processes.
 
     Raises:
-      InputError: an image is damaged or of the wrong size; parts that were done stay.
+      InputError: an image is damaged or of the wrong size, or a process was killed; parts that
+        were done stay.
     """
     every = [part for some in parts.values() for part in some]
     todo = [part for part in every if not part.path.exists()]
@@ -149,6 +151,11 @@ def _results(
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of the {workers} processes that reduce images was killed, mostly for want of "
+                "memory; build again with fewer --workers: what is done is kept"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -2,12 +2,15 @@
 
 import csv
 import gzip
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
-from inmerge_jax.data.chestxray14.build import Request
+from inmerge_jax.data.chestxray14.build import Request, build
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
 from inmerge_jax.data.chestxray14.splits import assign
 
@@ -74,3 +77,16 @@ def request(folder, output, **changes):
         "workers": 1,
     }
     return Request(**found | changes)
+
+
+def make(folder, output, **changes):
+    """Builds quietly; what was made and what was said."""
+    text = io.StringIO()
+    return build(request(folder, output, **changes), Console(file=text, width=200)), text.getvalue()
+
+
+def content(output):
+    """The manifest, with its hash of all that is in the records, and the records' bytes."""
+    manifest = json.loads((output / "manifest.json").read_text())
+    folder = output / manifest["records"]
+    return manifest, {name: (folder / name).read_bytes() for name in manifest["shards"]}

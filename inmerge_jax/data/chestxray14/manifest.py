@@ -1,0 +1,83 @@
+"""A build's manifest.json: what the folder holds, and hashes that show what was changed since.
+
+It is sealed by a hash of its own content, and has those of TFDS's two JSON files. One of format 1,
+which earlier versions wrote, has neither: it is read as it is, as long as no key is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inmerge_jax.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT, _UNSEALED = 2, 1
+# Without its list of shards no record can be read, without its features none can be decoded.
+METADATA = ("dataset_info.json", "features.json")
+_KEYS = {
+    *("split", "size", "counts", "full_counts", "selection_sha256", "files_sha256"),
+    *("patients", "positives", "records", "shards", "index_sha256", "content_sha256"),
+}
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of this content, for `files.write_json`."""
+    manifest = {"format": FORMAT, **content}
+    return {**manifest, "seal": _seal(manifest)}
+
+
+def metadata_hashes(records: Path) -> dict[str, str]:
+    """The SHA-256 of each of TFDS's JSON files in the folder of the records."""
+    return {name: _digest(records / name) for name in METADATA}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished build.
+
+    Raises:
+      InputError: it was changed since it was written, or is of another version of the program.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, str(error), folder) from error
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "it holds no manifest", folder)
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    version = manifest.get("format")
+    if "seal" in manifest or version == FORMAT:
+        if manifest.get("seal") != _seal(content):
+            raise _damaged(path, "its content is not what was written", folder)
+    if version not in (FORMAT, _UNSEALED):
+        raise InputError(
+            f"{path} is of another version of this program, its format is {version}; delete "
+            f"{folder} and build the data set anew"
+        )
+    if missing := sorted(_KEYS - content.keys()):
+        raise _damaged(path, f"{missing[0]} is missing", folder)
+    return manifest
+
+
+def check_metadata(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises InputError where one of TFDS's JSON files is not what the build wrote."""
+    for name, digest in manifest.get("metadata_sha256", {}).items():
+        path = folder / manifest["records"] / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
+        if _digest(path) != digest:
+            raise _damaged(path, "its content is not what was written", folder)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _damaged(path: Path, why: str, folder: Path) -> InputError:
+    return InputError(f"{path} is damaged: {why}; delete {folder} and build the data set anew")

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from inmerge_jax.data.chestxray14.manifest import sealed
+from inmerge_jax.data.chestxray14.records import load_chestxray14
+from inmerge_jax.errors import InputError
+from tests.data.chestxray14.nih import make
+
+
+def rewrite(folder, change):
+    """The manifest as `change` leaves it."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    change(manifest)
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def unsealed(manifest):
+    """As format 1 was."""
+    manifest["format"] = 1
+    del manifest["seal"], manifest["metadata_sha256"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(split="chexnet"),
+        lambda manifest: manifest["full_counts"].update(train=46),
+        lambda manifest: manifest.update(content_sha256="0" * 64),
+        lambda manifest: manifest.update(seal="0" * 64),
+        lambda manifest: manifest.update(format=1),
+        lambda manifest: manifest.pop("seal"),
+        lambda manifest: manifest.pop("shards"),
+    ],
+)
+def test_a_changed_manifest_is_refused(nih, copy, change):
+    rewrite(copy, change)
+    message = r"manifest\.json is damaged: its content is not what .*delete .*copy and build"
+    with pytest.raises(InputError, match=message):
+        load_chestxray14(copy)
+    with pytest.raises(InputError, match=message):
+        make(nih, copy)
+
+
+@pytest.mark.parametrize("step", range(0, 8))
+def test_a_flipped_bit_in_a_json_is_noticed(copy, step):
+    records = copy / json.loads((copy / "manifest.json").read_bytes())["records"]
+    for path in (copy / "manifest.json", records / "dataset_info.json", records / "features.json"):
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[len(data) * (2 * step + 1) // 16] ^= 1 << step
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{path.name} is damaged: .*build the data set anew"):
+            load_chestxray14(copy)
+        path.write_bytes(whole)
+    load_chestxray14(copy)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"\xff\xfe\x00", b'{"format": 2'])
+def test_what_is_no_manifest_is_refused(copy, data):
+    (copy / "manifest.json").write_bytes(data)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        load_chestxray14(copy)
+
+
+def test_a_manifest_of_another_version_is_refused(copy):
+    manifest = sealed({})
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 3} | {"seal": ""}))
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        load_chestxray14(copy)
+    (copy / "manifest.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(InputError, match=r"another version of this program, its format is 3"):
+        load_chestxray14(copy)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_tfds_json_that_is_gone_is_named(nih, copy, name):
+    (copy / json.loads((copy / "manifest.json").read_bytes())["records"] / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing; delete .* build the data set anew"):
+        load_chestxray14(copy)
+    with pytest.raises(InputError, match=rf"{name} is missing"):
+        make(nih, copy)
+
+
+def test_a_build_from_before_the_seal_is_read(nih, built, copy):
+    rewrite(copy, unsealed)
+    assert load_chestxray14(copy).fingerprint == load_chestxray14(built).fingerprint
+    assert make(nih, copy)[0].reduced is None
+    rewrite(copy, lambda manifest: manifest.pop("full_counts"))
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: full_counts is missing"):
+        load_chestxray14(copy)
