@@ -39,11 +39,6 @@ class ScalingConfig:
 
     output: Path = Path("experiments/results/scaling.json")
     steps: int = 10
-
-    def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise InputError(f"--steps {self.steps}: choose 2 or more")
-
     keep: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
 
 
@@ -52,6 +47,8 @@ def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
 
     The row is of float32, with the same comparisons in float64 under "float64".
     """
+    if steps < 2:
+        raise InputError(f"--steps {steps}: choose 2 or more")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep
@@ -205,8 +202,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 on bad input."""
+    config = tyro.cli(ScalingConfig, prog="python -m experiments.scaling", args=arguments)
     try:
-        config = tyro.cli(ScalingConfig, prog="python -m experiments.scaling", args=arguments)
         rows = measure(config.steps, config.keep)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

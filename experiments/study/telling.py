@@ -133,7 +133,7 @@ def could_tell(groups: Mapping[str, Any], *pairs: str) -> str:
             missed.append(f"in {metric.upper()} on {where}")
     text = (
         "The difference that a single comparison distinguishes from zero about four times out of "
-        f"five (columns 'detectable') is {' and '.join(sizes)}, by row"
+        f"five is {' and '.join(sizes)}, by row"
     )
     if larger:
         text += f"; the first of the table's after Holm's correction needs {' and '.join(larger)}"
