@@ -236,6 +236,7 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
 
     before = jax.config.jax_platforms
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
     try:
         jax.config.update("jax_platforms", platforms)
         hosts.connect(None, None, None)
