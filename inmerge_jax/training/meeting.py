@@ -99,8 +99,8 @@ def _listen(coordinator: str, num_processes: int) -> socket.socket:
     except OSError as error:
         raise InputError(
             f"--coordinator {coordinator}: process 0 cannot use port {port} of its machine "
-            f"({os.strerror(error.errno)}); choose another one, the same for every process, or end the "
-            "process that has it: is it another one with --process-id 0?"
+            f"({os.strerror(error.errno)}); choose another one, the same for every process, or end "
+            "the process that has it: is it another one with --process-id 0?"
         ) from error
 
 
