@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped at once; the same command with --resume goes on", file=sys.stderr)
         return 130
     except Exception as error:
-        if jax.process_count() == 1:
+        # In this order: to count the processes starts the devices, which may be what has failed.
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
         # Not raised: the interpreter's end would wait for processes that wait for this one.
         if not is_loss(error):

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from inmerge_jax.errors import InputError
+from inmerge_jax.training.meeting import MEETING_SECONDS, meet
 from inmerge_jax.training.runfolder import differences
 from inmerge_jax.training.stopping import StopSignals
 
@@ -66,14 +67,25 @@ def check_hosts(coordinator: str | None, num_processes: int | None, process_id: 
         )
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def connect(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    seconds: float = MEETING_SECONDS,
+) -> None:
     """Makes this process one of a run's; call it before anything else is asked of JAX.
 
-    With all three None, a process on a TPU joins the others of its slice, as the environment names
-    them, and any other process stays alone.
+    With the first three None, a process on a TPU joins the others of its slice, as the environment
+    names them, and any other process stays alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      num_processes: how many processes there are.
+      process_id: which of them this one is.
+      seconds: how long to wait for the others; JAX says that for a TPU pod.
 
     Raises:
-      InputError: see `check_hosts`; or the processes do not find each other.
+      InputError: see `check_hosts` and `meet`; or the processes do not find each other.
     """
     check_hosts(coordinator, num_processes, process_id)
     # JAX would take SIGTERM for itself, and processes would not end by it.
@@ -81,22 +93,40 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     options = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
     if coordinator is None:
         # JAX has put "tpu" there if it found chips and libtpu on this machine.
-        if "tpu" not in (jax.config.jax_platforms or "").split(","):
-            return
-        try:
-            jax.distributed.initialize(**options)
-        except (ValueError, OSError) as error:
-            print(f"no TPU pod found ({error}): this process trains alone", file=sys.stderr)
+        if "tpu" in (jax.config.jax_platforms or "").split(","):
+            _connect_pod(options)
         return
+    print(
+        f"process {process_id} of {num_processes} meets the others at {coordinator}, for whom it "
+        f"waits up to {seconds:g} s",
+        flush=True,
+    )
+    meet(coordinator, num_processes, process_id, seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    print(f"process {process_id} of {num_processes} meets the others at {coordinator}", flush=True)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+        # Starts the devices, so that nobody who asks for the number later, of an error, fails.
+        jax.process_count()
     except RuntimeError as error:
         raise InputError(
-            f"--coordinator {coordinator}: process {process_id} of {num_processes} did not find "
-            f"the others: {str(error).splitlines()[0]}; is the port free on the machine of process "
-            "0 and reachable from here, and has each process another --process-id?"
+            f"--coordinator {coordinator}: process {process_id} of {num_processes} met the others, "
+            f"but could not start with them: {str(error).splitlines()[0]}; mend this, then start "
+            "all of them again"
+        ) from error
+
+
+def _connect_pod(options: dict[str, Any]) -> None:
+    """Joins the other processes of a TPU pod, if this is one's."""
+    try:
+        jax.distributed.initialize(**options)
+        jax.process_count()
+    except (ValueError, OSError) as error:
+        print(f"no TPU pod found ({error}): this process trains alone", file=sys.stderr)
+    except RuntimeError as error:
+        raise InputError(
+            f"this process of a TPU pod did not find the others: {str(error).splitlines()[0]}; "
+            "start the same command on every host of the pod, with no other process on its TPUs, "
+            "or give each --coordinator, --num-processes and --process-id"
         ) from error
 
 
@@ -240,7 +270,8 @@ def leave(status: int) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and jax.distributed.is_initialized() and jax.process_count() > 1:
+    # How many there are is not asked: that would start the devices, where it is they that failed.
+    if status and jax.distributed.is_initialized():
         # Where all failed alike, each has the time to say so before process 0 takes the rest down.
         time.sleep(_PATIENCE_SECONDS)
         os._exit(status)

@@ -12,6 +12,7 @@ from inmerge_jax.data import train_batches
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import hosts
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
+from inmerge_jax.training.meeting import meet
 from inmerge_jax.training.parallel import broadcast, choose_devices, replicate, split, unreplicate
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_merging_eval_step, zero_totals
@@ -69,6 +70,12 @@ def check_agreement():
     assert choose_devices(4) == choose_devices(None)
 
 
+def check_late_comer(coordinator):
+    """JAX's service at the port does not take a second process 1 in, and is not disturbed by it."""
+    assert "its run has begun without this process" in message(meet, coordinator, 2, 1, 10.0)
+    assert "cannot use port" in message(meet, coordinator, 2, 0, 10.0)
+
+
 def train(devices, host=0, count=1):
     """Some merging steps and both evaluations; for one process or as one of `count`."""
     setup = dataclasses.replace(
@@ -111,7 +118,9 @@ def train(devices, host=0, count=1):
 
 if __name__ == "__main__":
     port, process, output = sys.argv[1:]
-    hosts.connect(f"127.0.0.1:{port}", 2, int(process))
+    coordinator = f"127.0.0.1:{port}"
+    hosts.connect(coordinator, 2, int(process))
     assert jax.process_count() == 2 and jax.local_device_count() == 2
+    check_late_comer(coordinator)
     check_agreement()
     np.savez(output, **train(choose_devices(None), int(process), 2))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -133,21 +134,42 @@ def assert_resumes(folder, evidence):
     assert list(elsewhere(folder).iterdir()) == []
 
 
+README = (REPOSITORY / "README.md").read_text()
+ACTIVATE = "    . .venv/bin/activate\n"
+
+
+def test_the_readme_enters_the_environment_before_its_first_command():
+    assert README.count(ACTIVATE) == 1
+    assert README.index("    make run") < README.index(ACTIVATE) < README.index("    python -m ")
+
+
+def enter_environment(folder):
+    """Puts the environment of these tests where `make` would put it, and takes it off the path."""
+    here = Path(sys.executable).parent
+    if (here / "activate").exists():
+        (folder / ".venv").symlink_to(here.parent)
+    else:
+        (folder / ".venv" / "bin").mkdir(parents=True)
+        (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{here}:$PATH"\n')
+    paths = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(path for path in paths if Path(path) != here)
+
+
 @pytest.mark.long
 def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
-    (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", readme, re.M)
+    (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", README, re.M)
     assert block.count("python -m experiments.train") == 2 and block.count("127.0.0.1:9876") == 1
-    python = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    block = block.replace(":9876", f":{free_port()}")
     ran = subprocess.run(
-        ["bash", "-ec", block.replace(":9876", f":{free_port()}")],
+        ["bash", "-ec", f"{ACTIVATE}command -v python\n{block}"],
         cwd=tmp_path,
-        env={**os.environ, "PATH": python, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PATH": enter_environment(tmp_path), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert Path(ran.stdout.splitlines()[0]).parent.samefile(Path(sys.executable).parent)
     output = tmp_path / "runs" / "rehearsal"
     results = json.loads((output / "results.json").read_bytes())
     assert results["environment"]["devices"]["processes"] == 2
@@ -236,6 +258,7 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
 
     before = jax.config.jax_platforms
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
     try:
         jax.config.update("jax_platforms", platforms)
         hosts.connect(None, None, None)
