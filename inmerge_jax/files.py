@@ -1,15 +1,33 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading them back as they were written."""
 
 import errno
+import hashlib
 import io
 import json
 import os
 import uuid
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from inmerge_jax.errors import InputError
+
+DAMAGED_ARCHIVE = (
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile, zlib and NumPy raise on damaged archives and array headers."""
+
+_SEAL = "sha256"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -62,8 +80,55 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def json_sha256(value: Any) -> str:
+    """SHA-256 of `value` as JSON: the same before it is written and after it is read."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` of an object and, under "sha256", the hash of it that `read_sealed` compares."""
+    write_json(path, {**value, _SEAL: json_sha256(value)})
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, or one of an earlier version, which has no hash.
+
+    Raises:
+      InputError: it is cut short or was changed; `remedy` says what to do then.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (it holds no JSON object): {remedy}")
+    if _SEAL in value and value.pop(_SEAL) != json_sha256(value):
+        raise InputError(f"{path} was changed after it was written: {remedy}")
+    return value
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a compressed npz to `path`, whole or not at all; see `write_bytes`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """Every array of the npz at `path`, after a check of its checksums.
+
+    Raises:
+      InputError: it is cut short or was changed; `remedy` says what to do then.
+    """
+    try:
+        # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+    except DAMAGED_ARCHIVE as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {error}): {remedy}"
+        ) from error

@@ -32,6 +32,7 @@ from experiments.study.stages import (
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.training.arms import best_weights, initial_weights, make_setup
+from inmerge_jax.training.holding import hold
 from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.progress import ProgressLine
@@ -140,8 +141,9 @@ def run_cell(
     if seat is not None:
         setup = dataclasses.replace(setup, eval_step=seat.step("eval", setup.eval_step))
         stage = dataclasses.replace(stage, train_step=seat.step("train", stage.train_step))
-    _begin(cell, stage.folder)
-    return train_stage(setup, stage, params, batch_stats, progress)
+    with hold(stage.folder):
+        _begin(cell, stage.folder)
+        return train_stage(setup, stage, params, batch_stats, progress)
 
 
 def abreast(left: Sequence[Cell]) -> list[Cell]:

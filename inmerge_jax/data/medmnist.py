@@ -8,7 +8,6 @@ import os
 import tempfile
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,11 @@ import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import InputError
+from inmerge_jax.files import DAMAGED_ARCHIVE
 
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
-# What zipfile, zlib and NumPy raise on damaged archives and array headers.
-_DAMAGED = (
-    ValueError,
-    OSError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_OTHERS = ("phantom", "chestxray14")
 
 
 def load_medmnist(
@@ -136,10 +127,10 @@ def _subset_info(name: str) -> dict[str, Any]:
     names = medmnist_names()
     if name in names:
         return medmnist_info()[name]
-    close = difflib.get_close_matches(name.lower(), (*names, "phantom"), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     raise InputError(
-        f"unknown data set {name!r} (--data): {guess}There are phantom, {', '.join(names)}"
+        f"unknown data set {name!r} (--data): {guess}There are {', '.join((*_OTHERS, *names))}"
     )
 
 
@@ -210,7 +201,7 @@ def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.nda
             return {key: archive[key] for key in wanted}
     except InputError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED_ARCHIVE as error:
         raise InputError(
             f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): {remedy}"
         ) from error

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.errors import InputError
+from inmerge_jax.files import read_arrays
 from inmerge_jax.training.scores import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
@@ -67,21 +68,20 @@ class Run:
     @cached_property
     def test_labels(self) -> np.ndarray | None:
         """Labels of the test split, (n,) or (n, classes); None where the folder has none."""
-        path = self.folder / "labels.npz"
-        if not path.exists():
+        arrays = self._labels
+        if arrays is None:
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            labels = np.asarray(arrays["test"])
+        labels = arrays["test"]
         return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
     @cached_property
     def test_patients(self) -> np.ndarray | None:
         """Whose each test image is, int (n,); None where the folder does not say."""
-        path = self.folder / "labels.npz"
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.asarray(arrays["test_patients"]) if "test_patients" in arrays else None
+        return None if self._labels is None else self._labels.get("test_patients")
+
+    @cached_property
+    def _labels(self) -> dict[str, np.ndarray] | None:
+        return self._arrays("labels.npz")
 
     @cached_property
     def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
@@ -111,11 +111,15 @@ class Run:
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
         """A few images with labels and names, from `samples.npz`."""
-        path = self.folder / "samples.npz"
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in arrays.files}
+        return self._arrays("samples.npz")
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        path = self.folder / name
+        remedy = (
+            f"put it back as it was written, or delete {self.folder / 'results.json'} and give the "
+            "run's command with --resume, which writes both again and trains nothing"
+        )
+        return read_arrays(path, remedy) if path.exists() else None
 
     def _gather(self, name: str, read: Any) -> dict[tuple[int, str], Any]:
         paths = {
@@ -167,10 +171,16 @@ def number(value: Any) -> float:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}): put it back as it was written, or delete it, and the "
+            "report has no curves of it"
+        ) from error

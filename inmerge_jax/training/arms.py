@@ -1,5 +1,6 @@
 """A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
+from inmerge_jax.training.holding import hold_run
 from inmerge_jax.training.hosts import by_first, is_first, require_same
 from inmerge_jax.training.initial import (
     convolutions,
@@ -41,7 +43,7 @@ from inmerge_jax.training.parallel import AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, positive_weights
-from inmerge_jax.training.runfolder import cannot_write, environment, open_run
+from inmerge_jax.training.runfolder import cannot_write, environment
 from inmerge_jax.training.stage import Setup, Stage
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
@@ -98,7 +100,7 @@ def plan_run(config: TrainConfig) -> Plan:
     check_steps_per_call(config.steps_per_call, devices[0].platform)
     _check_shares(recipe.batch_size, len(devices), config.accumulate)
     dataset = load_dataset(config.data)
-    steps_per_epoch(len(dataset.train), recipe.batch_size)
+    _check_updates(config.steps_per_call, steps_per_epoch(len(dataset.train), recipe.batch_size))
     workers = _workers(config, dataset)
     if recipe.positive_weights is not None and not dataset.multi_label:
         raise InputError(
@@ -129,6 +131,14 @@ def plan_run(config: TrainConfig) -> Plan:
     return plan
 
 
+def _check_updates(steps_per_call: int, updates: int) -> None:
+    if steps_per_call > updates:
+        raise InputError(
+            f"--steps-per-call {steps_per_call}: an epoch has {updates} updates, so that no call "
+            f"would hold as many; choose {updates} or fewer"
+        )
+
+
 def _check_shares(batch_size: int, devices: int, parts: int) -> None:
     if batch_size % devices:
         raise InputError(
@@ -148,7 +158,8 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     The run's folder is `plan.config.output`. Arms that it already holds are not trained again.
 
     Raises:
-      InputError: the folder does not fit the options, or cannot be written to.
+      InputError: the folder does not fit the options, cannot be written to, holds a damaged file,
+        or is in use.
       NonFiniteLossError: training diverged.
       Stopped: `should_stop` said so, see `loop.Setup`; the run can be resumed.
     """
@@ -158,13 +169,17 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     require_same(
         {**_config_dict(plan), "steps_per_call": config.steps_per_call, "jax": jax.__version__}
     )
-    folder = by_first(
-        open_run,
-        config.output,
-        _config_dict(plan),
-        resume=config.resume,
-        overwrite=config.overwrite,
-    )
+    with contextlib.ExitStack() as held:
+        run = hold_run(
+            config.output, _config_dict(plan), resume=config.resume, overwrite=config.overwrite
+        )
+        # Process 0 enters it, and it alone leaves it at the end.
+        folder = by_first(held.enter_context, run)
+        return _train_arms(plan, folder, should_stop)
+
+
+def _train_arms(plan: Plan, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    config = plan.config
     setup = make_setup(plan, should_stop)
     plain, merging, merging_eval = _steps(plan, setup)
     several, several_merging, _ = _steps(plan, setup, config.steps_per_call)

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections import deque
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.data import steps_per_epoch, train_batches
-from inmerge_jax.files import write_json
+from inmerge_jax.files import json_sha256, read_sealed, write_json, write_sealed
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.redundancy import kernel_similarity
 from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
@@ -53,7 +52,7 @@ def train_stage(
 
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
-      InputError: a file cannot be written.
+      InputError: a file cannot be written, or metrics.jsonl was changed since it was.
       Stopped: `setup.should_stop` said so; every update that was done is kept.
     """
     recipe, devices, train = setup.recipe, setup.devices, setup.dataset.train
@@ -71,7 +70,7 @@ def train_stage(
     done, warnings = start.epochs, start.warnings
     if stage.notice and stage.notice not in warnings:
         warnings.append(stage.notice)
-    by_first(truncate_metrics, metrics_file, done)
+    by_first(truncate_metrics, metrics_file, done, start.history_sha256)
     history = by_first(read_metrics, metrics_file)
     state, totals = replicate(start.state, devices), replicate(start.totals, devices)
     taken, seconds = int(start.totals.steps), start.seconds
@@ -179,6 +178,7 @@ def train_stage(
         # ---- checkpoint: the newest two, and the best epoch that each of them knows
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
+        meta["history_sha256"] = json_sha256(history)
         by_first(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
         by_first(drop_updates, stage)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
@@ -226,7 +226,7 @@ def train_stage(
         "warnings": warnings,
         "scores": files,
     }
-    by_first(write_json, stage.folder / "result.json", result)
+    by_first(write_sealed, stage.folder / "result.json", result)
     by_first(prune, stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
@@ -327,6 +327,14 @@ def _summary(stage: Stage, result: dict[str, Any]) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a finished stage; None where the stage is not finished."""
+    """result.json of a finished stage; None where the stage is not finished.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     path = folder / "result.json"
-    return json.loads(path.read_bytes()) if path.exists() else None
+    remedy = (
+        "put it back as it was written, or delete it and give the run's command with --resume, "
+        "which evaluates the stage's best checkpoint again"
+    )
+    return read_sealed(path, remedy) if path.exists() else None

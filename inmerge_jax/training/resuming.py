@@ -32,6 +32,8 @@ class Start(NamedTuple):
       totals: of the updates that the next epoch has behind it; `totals.steps` is their number.
       seconds: that these took.
       warnings: of the stage so far.
+      history_sha256: of the lines of metrics.jsonl at the last of these epochs; None where there is
+        none, or the checkpoint is of a version that did not note it.
     """
 
     state: TrainState
@@ -39,6 +41,7 @@ class Start(NamedTuple):
     totals: Totals
     seconds: float
     warnings: list[str]
+    history_sha256: str | None = None
 
 
 def find_start(stage: Stage, fresh: TrainState, zeros: Totals, progress: ProgressLine) -> Start:
@@ -56,7 +59,8 @@ def find_start(stage: Stage, fresh: TrainState, zeros: Totals, progress: Progres
         state, meta = restore_checkpoint(path, fresh)
         try:
             restore_checkpoint(stage.checkpoints / str(meta["best_epoch"]), fresh)
-            start = Start(state, meta["epoch"], zeros, 0.0, meta["warnings"])
+            noted = meta.get("history_sha256")
+            start = Start(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
         except DamagedError as error:
             found.append(str(error))
 
@@ -64,7 +68,9 @@ def find_start(stage: Stage, fresh: TrainState, zeros: Totals, progress: Progres
     found += damaged
     if path is not None and read_meta(path)["epoch"] == start.epochs + 1:
         (state, totals), meta = restore_checkpoint(path, (fresh, zeros))
-        start = Start(state, start.epochs, totals, meta["seconds"], meta["warnings"])
+        start = start._replace(
+            state=state, totals=totals, seconds=meta["seconds"], warnings=meta["warnings"]
+        )
 
     for message in found:
         progress.say(f"WARNING: {message}", style="bold yellow")

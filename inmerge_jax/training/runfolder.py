@@ -16,15 +16,19 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.files import json_sha256, write_bytes, write_json
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
+LOCK = ".lock"
+"""The file whose lock `training.holding` takes; that it is there says nothing."""
 
 _PACKAGES = (
     "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
     "scikit-learn medmnist tensorflow-datasets torch"
 ).split()
 _VECTORS = ("avx512f", "avx2", "avx")
+_PLACES = ("data.data_dir", "data.file")
+"""Where images lie. What they are, data.content_sha256 says, or MedMNIST's MD5 of name and size."""
 _VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
@@ -100,6 +104,19 @@ def open_run(
         option; nothing to resume; another config, whose differing fields are listed.
     """
     folder, config = Path(folder), _plain(config)
+    state = check_open(folder, config, resume=resume, overwrite=overwrite)
+    if resume:
+        _note_resumed(folder)
+        return folder
+    if state != "empty":
+        _clear(folder)
+    return _start(folder, config)
+
+
+def check_open(
+    folder: Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> str:
+    """Raises what `open_run` would, and touches nothing; "empty", "unfinished" or "finished"."""
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: give one of them")
     state = _state(folder)
@@ -108,10 +125,9 @@ def open_run(
             raise InputError(
                 f"--resume: there is no run in {folder}; leave --resume out to start one there"
             )
-        return _start(folder, config)
+        return state
     if overwrite:
-        _clear(folder)
-        return _start(folder, config)
+        return state
     if state == "finished":
         raise InputError(
             f"{folder} holds a finished run ({RESULTS}); choose another folder, or give "
@@ -122,22 +138,22 @@ def open_run(
             f"{folder} holds an unfinished run; give --resume to go on with it, --overwrite to "
             f"delete it and start anew, or choose another folder"
         )
-    _check_same(folder, config)
-    _note_resumed(folder)
-    return folder
+    _check_same(folder, _plain(config))
+    return state
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
     """Dotted name, old value and new value, as JSON, of every field in which two configs differ.
 
-    Lists are compared as wholes; a field that one of them lacks reads "absent" there.
+    Lists are compared as wholes; a field that one of them lacks reads "absent" there. Folder and
+    file of the images are passed over: the same images may lie elsewhere by now.
     """
     before, after = dict(_fields(_plain(old))), dict(_fields(_plain(new)))
     names = [*before, *(name for name in after if name not in before)]
     return tuple(
         (name, before.get(name, "absent"), after.get(name, "absent"))
         for name in names
-        if before.get(name, "absent") != after.get(name, "absent")
+        if before.get(name, "absent") != after.get(name, "absent") and name not in _PLACES
     )
 
 
@@ -173,24 +189,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _whole_lines(path)]
 
 
-def truncate_metrics(path: Path, epoch: int) -> None:
+def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
     """Drops every record after `epoch` and a torn last line.
 
     What stays is kept byte for byte; the file is replaced whole, or untouched where nothing goes.
 
+    Args:
+      path: the metrics file.
+      epoch: the last one to keep.
+      sha256: `json_sha256` of the records that stay, as they were written; None where unknown.
+
     Raises:
       InputError: a line, not the last, is not a JSON object with a number "epoch"; or what stays
-        is not one record for each epoch from 1 to `epoch`, of which the best epoch and the
-        learning rate would come out wrong.
+        is not one record for each epoch from 1 to `epoch`, or not of that hash, so that the best
+        epoch and the learning rate would come out wrong.
     """
-    lines = [(line, _epoch(path, record)) for line, record in _whole_lines(path)]
-    epochs = [n for _, n in lines if n <= epoch]
+    kept = [(line, found) for line, found in _whole_lines(path) if _epoch(path, found) <= epoch]
+    epochs = [record["epoch"] for _, record in kept]
     if epochs != list(range(1, epoch + 1)):
         raise InputError(
-            f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; put the "
-            "file back as it was written, or start the run anew"
+            f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; "
+            f"{_anew(path)}"
         )
-    data = b"".join(line for line, n in lines if n <= epoch)
+    if sha256 is not None and json_sha256([record for _, record in kept]) != sha256:
+        raise InputError(
+            f"{path} was changed since its {epoch} epochs were trained, and they decide the best "
+            f"epoch and the learning rate; {_anew(path)}"
+        )
+    data = b"".join(line for line, _ in kept)
     if path.exists() and path.read_bytes() != data:
         try:
             write_bytes(path, data)
@@ -242,7 +268,7 @@ def _state(folder: Path) -> str:
         raise InputError(f"{folder} is a file; choose a folder for the run")
     names = {entry.name for entry in folder.iterdir()}
     # What a start that was killed before it wrote config.json leaves behind.
-    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.")
+    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK)
     if all(name.startswith(started) for name in names):
         return "empty"
     if not {CONFIG, ENVIRONMENT} <= names:
@@ -265,7 +291,8 @@ def _start(folder: Path, config: dict[str, Any]) -> Path:
 def _clear(folder: Path) -> None:
     # results.json goes first and config.json last: cut short, the folder is an unfinished run.
     rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
-    for entry in sorted(folder.iterdir(), key=lambda entry: rank.get(entry.name, 1)):
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
+    for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -337,14 +364,18 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if isinstance(record, dict):
             found.append((line + b"\n", record))
         elif number < len(lines):
-            raise InputError(
-                f"{path}, line {number} is damaged; put the file back as it was written, or start "
-                "the run anew"
-            )
+            raise InputError(f"{path}, line {number} is damaged; {_anew(path)}")
     return found
 
 
 def _epoch(path: Path, record: dict[str, Any]) -> int:
     if not isinstance(record.get("epoch"), int):
-        raise InputError(f"{path} holds a line without its epoch; start the run anew")
+        raise InputError(f"{path} holds a line without its epoch; {_anew(path)}")
     return record["epoch"]
+
+
+def _anew(path: Path) -> str:
+    return (
+        f"put the file back as it was written, or delete the folder {path.parent}, and --resume "
+        "trains that stage anew"
+    )

@@ -134,7 +134,14 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "guess"),
-    [("brestmnist", "breastmnist"), ("BreastMNIST", "breastmnist"), ("fantom", "phantom")],
+    [
+        ("brestmnist", "breastmnist"),
+        ("BreastMNIST", "breastmnist"),
+        ("fantom", "phantom"),
+        ("chestxray", "chestxray14"),
+        ("ChestXray14", "chestxray14"),
+        ("chestmist", "chestmnist"),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_closest(name, guess):
     with pytest.raises(InputError, match=rf"'{name}' \(--data\): did you mean {guess}\?"):
@@ -144,7 +151,7 @@ def test_an_unknown_name_is_answered_with_the_closest(name, guess):
 def test_an_unknown_name_is_answered_with_all(tmp_path):
     message = refusal(tmp_path, "zzz")
     assert "did you mean" not in message
-    assert all(name in message for name in (*medmnist_names(), "phantom"))
+    assert all(name in message for name in (*medmnist_names(), "phantom", "chestxray14"))
     assert "3d" not in message
 
 

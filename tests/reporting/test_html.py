@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inmerge_jax.errors import InputError
 from inmerge_jax.reporting.html import write_report
 from tests.reporting.folder import edit, write_run
 
@@ -129,6 +130,26 @@ def test_missing_pieces_are_named(tmp_path):
         "holds no test labels",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize("name", ["labels.npz", "samples.npz"])
+@pytest.mark.parametrize("damage", ["cut short", "changed"])
+def test_damaged_arrays_are_named_with_the_remedy(tmp_path, name, damage):
+    folder = write_run(tmp_path / "run", seeds=(0,))
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data[:200] if damage == "cut short" else data)
+    with pytest.raises(InputError, match=rf"{name} is damaged .*results\.json.*--resume"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "similarity.json"])
+def test_damaged_lines_are_named(tmp_path, name):
+    folder = write_run(tmp_path / "run", seeds=(0,))
+    path = folder / "seed0" / "inmerge" / name
+    path.write_bytes(path.read_bytes()[:50] + b"\xff")
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        write_report(folder)
 
 
 def test_undefined_metrics_are_visible(tmp_path):

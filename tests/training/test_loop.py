@@ -11,9 +11,10 @@ from rich.console import Console
 
 from inmerge_jax import kernel_similarity
 from inmerge_jax.data import Split
+from inmerge_jax.errors import InputError
 from inmerge_jax.training import loop
 from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta, restore_checkpoint
-from inmerge_jax.training.loop import NonFiniteLossError, train_stage
+from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.runfolder import read_metrics
@@ -76,7 +77,7 @@ def test_a_stage_leaves_its_evidence(tmp_path):
     assert lines[0]["selected"] == lines[0]["merged"] and sum(lines[0]["merged"]) > 0
     assert all(-1 <= s <= 1 for line in lines for s in line["similarity"])
 
-    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result == read_result(tmp_path)
     assert result["merged"] == [sum(line["merged"][i] for line in lines) for i in range(2)]
     assert result["layers"] == [kernel.name for kernel in tiny.kernels()]
     assert result["steps"] == 9 and result["warnings"] == []
@@ -165,6 +166,76 @@ def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch)
     result, text = run(tmp_path / "parts", setup=setup)
     assert "goes on from epoch 0" in text and "is damaged" in result["warnings"][0]
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def cut_short(monkeypatch, folder):
+    """A stage stopped within its third epoch; what its metrics.jsonl is, and its text."""
+    resume = interrupt_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    resume()
+    path = folder / "metrics.jsonl"
+    return path, path.read_text()
+
+
+def test_a_changed_loss_is_not_trained_on(tmp_path, monkeypatch):
+    path, whole = cut_short(monkeypatch, tmp_path / "parts")
+    losses = [line["val_loss"] for line in read_metrics(path)]
+    path.write_text(whole.replace(f'"val_loss": {losses[0]}', '"val_loss": 9.9'))
+    changed, before = path.read_bytes(), checkpoint_epochs(tmp_path / "parts" / "checkpoints")
+    with pytest.raises(InputError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
+        run(tmp_path / "parts")
+    assert path.read_bytes() == changed
+    assert checkpoint_epochs(tmp_path / "parts" / "checkpoints") == before
+    path.write_text(whole)
+    run(tmp_path / "whole")
+    run(tmp_path / "parts")
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_path, monkeypatch):
+    path, whole = cut_short(monkeypatch, tmp_path)
+    (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
+    first, second = whole.splitlines(keepends=True)
+    path.write_text(first.replace('"val_loss": ', '"val_loss": 1') + second)
+    with pytest.raises(InputError, match="since its 1 epochs"):
+        run(tmp_path)
+    path.write_text(first + second.replace('"val_loss": ', '"val_loss": 1'))
+    _, text = run(tmp_path)
+    assert "goes on from epoch 1" in text
+
+
+def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeypatch):
+    save = loop.save_checkpoint
+
+    def earlier(folder, epoch, tree, meta):
+        return save(folder, epoch, tree, {k: v for k, v in meta.items() if k != "history_sha256"})
+
+    monkeypatch.setattr(loop, "save_checkpoint", earlier)
+    cut_short(monkeypatch, tmp_path / "parts")
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    assert "history_sha256" not in read_meta(tmp_path / "parts" / "checkpoints" / "2")
+    _, text = run(tmp_path / "parts")
+    assert "goes on from epoch 2" in text
+    run(tmp_path / "whole")
+    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+
+def test_a_damaged_result_is_named_and_one_of_an_earlier_version_read(tmp_path):
+    path = tmp_path / "result.json"
+    assert read_result(tmp_path) is None
+    result, _ = run(tmp_path, epochs=1)
+    whole = path.read_text()
+    digits = f'"auc": {result["test"]["auc"]}'
+    for broken in (whole.replace(digits, '"auc": 0.999'), whole[:100], "[]", ""):
+        path.write_text(broken)
+        with pytest.raises(InputError, match=r"result\.json (was changed|is damaged).*delete it"):
+            read_result(tmp_path)
+    path.unlink()  # The remedy.
+    again, _ = run(tmp_path, epochs=1)
+    assert again["test"] == result["test"] and read_result(tmp_path) == again
+    path.write_text(json.dumps(result))
+    assert read_result(tmp_path) == result
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):

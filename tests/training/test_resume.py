@@ -159,6 +159,27 @@ def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
     assert (output / "report.html").exists()
 
 
+def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_path, capsys):
+    output = Path(shutil.copytree(whole, tmp_path / "run"))
+    (output / "results.json").unlink()
+    result = output / "seed7" / "inmerge" / "result.json"
+    text = result.read_text()
+    result.write_text(text.replace('"best_epoch": ', '"best_epoch": 1'))
+    assert main(command(output, "--resume")[3:]) == 2
+    assert f"{result} was changed" in capsys.readouterr().err
+    assert not (output / "results.json").exists()
+    result.write_text(text)
+    assert main(command(output, "--resume")[3:]) == 0
+
+    (output / "table.md").unlink()
+    (output / "labels.npz").write_bytes((whole / "labels.npz").read_bytes()[:200])
+    assert main(command(output, "--resume")[3:]) == 2
+    assert "labels.npz is damaged" in (said := capsys.readouterr().err) and "delete" in said
+    (output / "results.json").unlink()
+    assert main(command(output, "--resume")[3:]) == 0
+    assert (output / "table.md").read_bytes() == (whole / "table.md").read_bytes()
+
+
 def test_resuming_with_another_configuration_names_the_difference(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()

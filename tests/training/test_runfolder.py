@@ -217,6 +217,17 @@ def test_resume_names_the_fields_that_differ(run):
     assert contents(run) == before
 
 
+def test_images_may_lie_elsewhere_but_must_be_the_same(tmp_path):
+    data = {"name": "chestxray14", "data_dir": "/old", "file": None, "content_sha256": "ab"}
+    open_run(tmp_path, {"data": data})
+    open_run(tmp_path, {"data": data | {"data_dir": "/new", "file": "/new/a.npz"}}, resume=True)
+    with pytest.raises(InputError) as raised:
+        open_run(
+            tmp_path, {"data": data | {"data_dir": "/new", "content_sha256": "c"}}, resume=True
+        )
+    assert str(raised.value).splitlines()[1:-1] == ['  data.content_sha256: "ab" there, "c" now']
+
+
 def test_resume_with_a_damaged_configuration(run):
     (run / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):

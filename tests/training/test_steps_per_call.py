@@ -1,6 +1,7 @@
 """Several updates in one dispatch are the same updates; on CPU the command line refuses them."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from experiments.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.config import check_steps_per_call
+from inmerge_jax.training import arms
+from inmerge_jax.training.config import check_steps_per_call, parse_config
 from inmerge_jax.training.loop import train_stage
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.progress import ProgressLine
@@ -98,6 +100,16 @@ def test_cpu_refuses_with_the_reason(tmp_path, capsys):
     assert "--steps-per-call 4" in (message := capsys.readouterr().err)
     assert "45 times slower" in message and "GPU and TPU" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_more_than_an_epoch_has_is_refused(monkeypatch):
+    """2 updates an epoch; one TPU, which is asked nothing before the number is checked."""
+    tpu = (types.SimpleNamespace(platform="tpu"),)
+    monkeypatch.setattr(arms, "choose_devices", lambda _: tpu)
+    options = "--phantom.train 64 --batch-size 32 --steps-per-call".split()
+    with pytest.raises(InputError, match="--steps-per-call 3: an epoch has 2 updates.*2 or fewer"):
+        arms.plan_run(parse_config([*options, "3"]))
+    assert arms.plan_run(parse_config([*options, "2"])).config.steps_per_call == 2
 
 
 def test_the_number_is_checked():

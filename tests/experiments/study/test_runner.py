@@ -13,6 +13,7 @@ from experiments.study import command, runner, stages, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Kept, Question, add_holm
 from inmerge_jax.errors import InputError
+from inmerge_jax.training.holding import hold
 from inmerge_jax.training.loop import NonFiniteLossError
 from inmerge_jax.training.stopping import Stopped
 
@@ -97,6 +98,13 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     one, two = (json.loads((p.cell(CELLS[2]) / "result.json").read_bytes()) for p in
                 (places, elsewhere))  # fmt: skip
     assert one["test"] == two["test"] and one["merged"] == two["merged"]
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path):
+    places = stages.Places(tmp_path, tmp_path)
+    with hold(places.cell(CELLS[0])), pytest.raises(InputError, match="is in use: process"):
+        runner.run_cells(CELLS[:1], places)
+    assert [path.name for path in places.cell(CELLS[0]).iterdir()] == [".lock"]
 
 
 def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
