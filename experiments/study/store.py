@@ -16,6 +16,7 @@ from experiments.study.cells import Cell
 from experiments.study.stages import Places, plan_of
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_text
+from inmerge_jax.training.loop import read_result
 from inmerge_jax.training.scores import read_scores
 
 CELLS = Path(__file__).parents[1] / "results" / "cells"
@@ -34,7 +35,8 @@ class Labels(NamedTuple):
 def keep(cell: Cell, places: Places) -> dict[str, Any]:
     """Copies a finished cell's figures and test scores from its run folder; returns the record."""
     run, folder = places.cell(cell), places.kept
-    result = json.loads((run / "result.json").read_bytes())
+    result = read_result(run)
+    assert result is not None, cell
     around = json.loads((run / "environment.json").read_bytes())
     similar = json.loads((run / "similarity.json").read_bytes())
     record = {
