@@ -17,10 +17,9 @@ import numpy as np
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import json_sha256, write_bytes, write_json
+from inmerge_jax.locking import LOCK
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
-LOCK = ".lock"
-"""The file whose lock `training.holding` takes; that it is there says nothing."""
 
 _PACKAGES = (
     "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "

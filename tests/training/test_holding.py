@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from experiments.train import main
+from inmerge_jax import locking
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import holding
 from inmerge_jax.training.arms import plan_run, train_arms
 from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.holding import hold, hold_run
@@ -69,7 +69,7 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
         process.wait()
         with hold_run(folder, CONFIG, resume=True) as opened:
             assert opened == folder
-            assert (folder / ".lock").read_text().startswith(f"{os.getpid()} on ")
+            assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_folder_is_free_again_after_the_block_and_after_an_error(tmp_path):
@@ -118,7 +118,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(holding.fcntl, "flock", refuse)
+    monkeypatch.setattr(locking.fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="has no locks"), hold(tmp_path):
         pass
 

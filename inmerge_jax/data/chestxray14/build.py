@@ -6,6 +6,7 @@ was not interrupted.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import shutil
@@ -28,7 +29,6 @@ from inmerge_jax.data.chestxray14.labels import (
     read_labels,
     some,
 )
-from inmerge_jax.data.chestxray14.lock import only_build
 from inmerge_jax.data.chestxray14.manifest import (
     MANIFEST,
     check_metadata,
@@ -41,6 +41,7 @@ from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduc
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
+from inmerge_jax.locking import hold
 
 INDEX, REDUCED, RECORDS, SPEED = "index.npz", "reduced", "records", "speed.json"
 
@@ -133,8 +134,12 @@ def build(request: Request, console: Console) -> Built:
         return Built(manifest, None, 0.0)
     with contextlib.ExitStack() as stack:
         with _writing(output):
-            stack.enter_context(only_build(output, console))
+            stack.enter_context(hold(output, functools.partial(_say, console)))
         return _build(request, output, labels, rows, parts, identity, console)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _build(

@@ -1,7 +1,6 @@
 """Writing the shards: in any memory, on a disk that fills up, and one build at a time."""
 
 import fcntl
-import io
 import os
 import tracemalloc
 import zipfile
@@ -9,17 +8,17 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from rich.console import Console
 from tensorflow_datasets.core import shuffle
 
+from inmerge_jax import locking
 from inmerge_jax.data.chestxray14 import build as building
-from inmerge_jax.data.chestxray14 import builder, lock, reduce
+from inmerge_jax.data.chestxray14 import builder, reduce
 from inmerge_jax.data.chestxray14.builder import ChestXray14
 from inmerge_jax.data.chestxray14.labels import read_labels
-from inmerge_jax.data.chestxray14.lock import LOCK, only_build
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.chestxray14.reduce import Part
 from inmerge_jax.errors import InputError
+from inmerge_jax.locking import LOCK, hold
 from tests.data.chestxray14.nih import content, make
 from tests.training.disk import small_disk
 
@@ -105,9 +104,9 @@ def test_what_array_record_says_of_a_disk_is_told(nih, tmp_path, monkeypatch):
 
 def test_a_second_build_is_refused_while_the_first_is_at_work(nih, built, tmp_path):
     output = tmp_path / "out"
-    with only_build(output, Console(file=io.StringIO())):
+    with hold(output):
         (output / "records").mkdir()
-        with pytest.raises(InputError, match=rf"out: process {os.getpid()} on .* builds there now"):
+        with pytest.raises(InputError, match=rf"out is in use: process {os.getpid()} on .* writes"):
             make(nih, output)
         assert (output / "records").is_dir()
     (output / LOCK).write_text("process 1 on a machine that lost its power")
@@ -131,8 +130,8 @@ def test_a_folder_without_locks_is_built_in_with_a_warning(nih, tmp_path, monkey
     def none(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    assert "has no locks: start no second build there" in make(nih, tmp_path / "out")[1]
+    monkeypatch.setattr(locking.fcntl, "flock", none)
+    assert "has no locks: start nothing else there" in make(nih, tmp_path / "out")[1]
     assert fcntl.flock is none and not (tmp_path / "out" / LOCK).exists()
 
 
