@@ -71,6 +71,11 @@ def drawn(question: Question, config: AgainConfig) -> list[Cell]:
     return list(kinds.values())[: config.count]
 
 
+def all_drawn(config: AgainConfig) -> list[Cell]:
+    """Those of all questions, the shortest first."""
+    return sorted({c for one in QUESTIONS for c in drawn(one, config)}, key=seconds)
+
+
 def train_twice(cell: Cell, config: AgainConfig) -> list[dict[str, Any]]:
     """The rows of a cell's backbone and of itself."""
     places = [Places(config.data_dir, config.work / name) for name in ("first", "second")]
@@ -123,9 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-    cells = sorted({c for one in QUESTIONS for c in drawn(one, config)}, key=seconds)
     try:
-        for cell in cells:
+        for cell in all_drawn(config):
             known = {row["cell"]: row for row in stored["rows"]}
             if cell.hash not in known:
                 known |= {row["cell"]: row for row in train_twice(cell, config)}
@@ -156,6 +160,11 @@ def markdown(stored: dict[str, Any]) -> str:
             f"({kept['started'][:10]}) | {now['processor']}, {now['git']['commit'][:10]} |"
         )
     lines += ["", "Differences are the largest of a test score, a probability."]
+    done = {row["cell"] for row in stored["rows"]}
+    config = AgainConfig(**{name: stored[name] for name in ("seed", "count", "limit")})
+    left = [cell.name for cell in all_drawn(config) if cell.hash not in done]
+    if left:
+        lines += ["", f"Drawn, and not trained again yet: {'; '.join(left)}."]
     return "\n".join(lines) + "\n"
 
 

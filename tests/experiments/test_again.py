@@ -12,6 +12,9 @@ from experiments.study.cells import Backbone, Cell
 from experiments.study.stages import Places
 
 CONFIG = again.AgainConfig()
+DRAWING = {name: getattr(CONFIG, name) for name in ("seed", "count", "limit")}
+
+CELLS = [Cell(Backbone("phantom", "vgg11", 1, 1, 0.1))]
 
 
 def test_cells_of_every_question_that_trains_are_drawn():
@@ -38,17 +41,20 @@ def test_a_cell_is_compared_with_what_is_kept(tmp_path, monkeypatch):
     cell = Cell(Backbone("phantom", "vgg11", 0, 1, 0.1))
     places = Places(tmp_path, tmp_path / "runs", tmp_path / "results")
     runner.run_cells([cell], places, keep=lambda c: store.keep(c, places))
+    monkeypatch.setattr(again, "all_drawn", lambda config: [cell, *CELLS])
     for name in ("read", "read_test_scores"):
         inner = getattr(store, name)
         monkeypatch.setattr(store, name, lambda c, inner=inner: inner(c, places.kept))
     row = again.compared(cell, [places, places])
     assert row["between_them"] == row["from_kept"] == 0 and len(set(row["auc"])) == 1
-    assert again.markdown({"rows": [row]}).count("nothing, bit for bit") == 2
+    assert again.markdown({**DRAWING, "rows": [row]}).count("nothing, bit for bit") == 2
+    left = again.markdown({**DRAWING, "rows": [row]}).splitlines()[-1]
+    assert left == f"Drawn, and not trained again yet: {CELLS[0].name}."
     scores = store.read_test_scores(cell)
     np.savez(places.kept / f"{cell.hash}.npz", scores=scores + np.float32(0.25))
     row = again.compared(cell, [places, places])
     assert row["between_them"] == 0 and 0.24 < row["from_kept"] < 0.26
-    assert "| nothing, bit for bit | 2.5e-01 |" in again.markdown({"rows": [row]})
+    assert "| nothing, bit for bit | 2.5e-01 |" in again.markdown({**DRAWING, "rows": [row]})
 
 
 def test_rows_of_another_drawing_are_not_taken_for_this_ones(tmp_path, capsys):
