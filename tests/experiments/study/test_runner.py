@@ -148,7 +148,7 @@ def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch,
     cells = [Cell(dataclasses.replace(START, seed=seed)) for seed in range(3)]
     errors = {1: NonFiniteLossError("seed 1 diverged")}
 
-    def train(cell, *_):
+    def train(cell, *_, **__):
         if cell.backbone.seed in errors:
             raise errors[cell.backbone.seed]
 
