@@ -62,6 +62,7 @@ def test_every_cell_has_its_result(trained):
     )
 
 
+@pytest.mark.long
 def test_a_kept_cell_is_not_trained_again_and_a_missing_backbone_is(trained, tmp_path):
     places, _ = trained
     kept = tmp_path / "cells"
@@ -107,6 +108,7 @@ def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path):
     assert list(places.cell(CELLS[0]).iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
     places = stages.Places(trained[0].data, tmp_path)
     wild = dataclasses.replace(START, learning_rate=3e38)
