@@ -29,7 +29,7 @@ import tyro
 from experiments.kill_jobs import LONGER, TRAINING, Job, building, training, write_radiographs
 from experiments.timing import machine
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_json
+from inmerge_jax.files import read_object, write_json
 from inmerge_jax.training.checkpoints import TEMPORARY
 
 _ROOT = Path(__file__).parents[1]
@@ -290,13 +290,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
       InputError: the file is damaged.
     """
-    try:
-        stored = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"--output {path}: {error}; delete it or choose another file") from error
-    if not isinstance(stored, dict):
-        raise InputError(f"--output {path}: no rows; delete it or choose another file")
-    return stored
+    return read_object(path, "delete it, or choose another --output")
 
 
 def markdown(stored: dict[str, Any]) -> str:

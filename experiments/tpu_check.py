@@ -31,7 +31,7 @@ from experiments.tpu_limits import (
     failures,
 )
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_json
+from inmerge_jax.files import read_object, write_json
 
 STEPS = ("plain", "random", "nearest")
 STACK = 512 * 2**20
@@ -185,14 +185,11 @@ def read(path: Path) -> dict[str, Row]:
       InputError: the file isn't JSON, or can't be read.
     """
     try:
-        rows = json.loads(path.read_bytes())
+        return read_object(path, "remove it, or choose another --output")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
-    if not isinstance(rows, dict):
-        raise InputError(f"--output {path}: no rows by name; remove it or choose another file")
-    return rows
 
 
 HEADINGS = (

@@ -90,11 +90,12 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, _SEAL: json_sha256(value)})
 
 
-def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, or one of an earlier version, which has no hash.
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      InputError: it holds none; `remedy` says what to do then.
+      OSError: it cannot be read.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -102,6 +103,16 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged (it holds no JSON object): {remedy}")
+    return value
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, or one of an earlier version, which has no hash.
+
+    Raises:
+      InputError: it is cut short or was changed; `remedy` says what to do then.
+    """
+    value = read_object(path, remedy)
     if _SEAL in value and value.pop(_SEAL) != json_sha256(value):
         raise InputError(f"{path} was changed after it was written: {remedy}")
     return value

@@ -5,12 +5,12 @@ which earlier versions wrote, has neither: it is read as it is, as long as no ke
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from inmerge_jax.errors import InputError
+from inmerge_jax.files import json_sha256, read_object
 
 MANIFEST = "manifest.json"
 FORMAT, _UNSEALED = 2, 1
@@ -25,7 +25,7 @@ _KEYS = {
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest of this content, for `files.write_json`."""
     manifest = {"format": FORMAT, **content}
-    return {**manifest, "seal": _seal(manifest)}
+    return {**manifest, "seal": json_sha256(manifest)}
 
 
 def metadata_hashes(records: Path) -> dict[str, str]:
@@ -40,16 +40,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       InputError: it was changed since it was written, or is of another version of the program.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _damaged(path, str(error), folder) from error
-    if not isinstance(manifest, dict):
-        raise _damaged(path, "it holds no manifest", folder)
+    manifest = read_object(path, f"delete {folder} and build the data set anew")
     content = {key: value for key, value in manifest.items() if key != "seal"}
     version = manifest.get("format")
     if "seal" in manifest or version == FORMAT:
-        if manifest.get("seal") != _seal(content):
+        if manifest.get("seal") != json_sha256(content):
             raise _damaged(path, "its content is not what was written", folder)
     if version not in (FORMAT, _UNSEALED):
         raise InputError(
@@ -69,10 +64,6 @@ def check_metadata(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
         if _digest(path) != digest:
             raise _damaged(path, "its content is not what was written", folder)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
