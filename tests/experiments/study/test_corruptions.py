@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from experiments.robustness import balanced_error, calibration_error, reliability
 from experiments.study.corruptions import SEVERITIES, corrupt
+from experiments.study.prediction_errors import balanced_error, calibration_error, reliability
 from inmerge_jax.data import make_phantom
 
 

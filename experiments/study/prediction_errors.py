@@ -1,0 +1,79 @@
+"""Balanced error, calibration error and reliability of test scores, over drawn test images."""
+
+import numpy as np
+
+BINS = 10
+"""Of confidence, equally wide."""
+
+
+def balanced_error(labels: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean over classes of the share of wrong answers.
+
+    Args:
+      labels: int (n,).
+      classes: (..., n), predicted.
+      counts: (resamples, n), how often each image is drawn.
+
+    Returns:
+      (resamples, ...).
+    """
+    errors = []
+    for label in np.unique(labels):
+        mine = labels == label
+        wrong = (classes[..., mine] != label).astype(float)
+        drawn = counts[:, mine].astype(float)
+        errors.append(np.einsum("rn,...n->r...", drawn, wrong) / _column(drawn, wrong.ndim))
+    return np.nanmean(errors, axis=0)
+
+
+def _column(drawn: np.ndarray, ndim: int) -> np.ndarray:
+    total = drawn.sum(1)
+    return np.where(total > 0, total, np.nan).reshape(-1, *[1] * (ndim - 1))
+
+
+def calibration_error(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Expected calibration error over ten equal bins of confidence, (resamples,).
+
+    Args:
+      labels: int (n,).
+      scores: (n, classes), probabilities.
+      counts: (resamples, n), how often each image is drawn.
+    """
+    gaps, index = _confidence_bins(labels, scores)
+    return sum(
+        np.abs(counts[:, mine] @ gaps[mine]) for mine in (index == one for one in range(BINS))
+    ) / counts.sum(1)
+
+
+def reliability(
+    labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
+) -> list[dict[str, float]]:
+    """By bin of confidence that has any: confidence, share of right answers with its interval.
+
+    All seeds together, 95 % over the test images.
+
+    Args:
+      labels: int (n,).
+      scores: (seeds, n, classes), probabilities.
+      counts: (resamples, n), how often each image is drawn; the first as they are.
+    """
+    confidence = scores.max(2)
+    gaps, index = (
+        np.stack(x) for x in zip(*(_confidence_bins(labels, x) for x in scores), strict=True)
+    )
+    rows = []
+    for one in np.unique(index):
+        mine = index == one
+        right, total = (counts @ np.where(mine, x, 0).sum(0) for x in (gaps + confidence, 1))
+        shares = right / np.where(total > 0, total, np.nan)
+        low, high = np.nanquantile(shares, [0.025, 0.975])
+        row = {"confidence": float(confidence[mine].mean()), "right": float(shares[0])}
+        rows.append({**row, "low": float(low), "high": float(high)})
+    return rows
+
+
+def _confidence_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By image: right or not (1 or 0) minus confidence, and its bin."""
+    confidence = scores.max(1)
+    index = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return (scores.argmax(1) == labels) - confidence, index
