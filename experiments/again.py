@@ -19,7 +19,7 @@ import tyro
 from experiments.study import store
 from experiments.study.all_questions import QUESTIONS
 from experiments.study.cells import Cell, with_backbones
-from experiments.study.question import RESULTS, Question
+from experiments.study.question import Question
 from experiments.study.runner import run_cells
 from experiments.study.stages import Places
 from experiments.timing import machine
@@ -33,7 +33,7 @@ from inmerge_jax.training.scores import read_scores
 class AgainConfig:
     """Trains some cells of every question twice and compares their test scores.
 
-    Exit status 1 means that two trainings on this machine are not the same, or some are left.
+    Exit status 1 means that two trainings on this machine are not the same.
 
     Attributes:
       data_dir: Folder that holds medmnist/ and nih/.
@@ -49,7 +49,7 @@ class AgainConfig:
     seed: int = 0
     count: int = 1
     limit: float = 200
-    output: Path = RESULTS / "again.json"
+    output: Path = Path("experiments/results/again.json")
     work: Path = Path("runs/repeated")
 
 
