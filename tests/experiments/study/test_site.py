@@ -13,7 +13,7 @@ from experiments import report, tables
 from experiments.study import pages, store, telling
 from experiments.study.all_questions import QUESTIONS, cell_rows
 from experiments.study.cells import with_backbones
-from experiments.study.question import Kept
+from experiments.study.question import RESULTS, Kept
 
 ANSWERED = [question for question in QUESTIONS if question.stored() is not None]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -87,13 +87,17 @@ def test_it_asks_for_nothing_from_elsewhere(page):
     assert "@import" not in text and "url(http" not in text
 
 
+def rows_of(page):
+    """The cells of every row of every table, as text."""
+    return [
+        tuple(html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row, re.DOTALL))
+        for row in re.findall(r"<tr.*?</tr>", page.read_text(), re.DOTALL)
+    ]
+
+
 @pytest.mark.parametrize("question", ANSWERED, ids=lambda question: question.name)
 def test_its_tables_hold_the_stored_numbers(question, page):
-    text = page.read_text()
-    rows = [
-        tuple(html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row, re.DOTALL))
-        for row in re.findall(r"<tr.*?</tr>", text, re.DOTALL)
-    ]
+    text, rows = page.read_text(), rows_of(page)
     stored = question.stored()
     for table in question.tables(stored["analysis"]):
         wanted, size = list(table.rows), len(table.rows)
@@ -101,6 +105,32 @@ def test_its_tables_hold_the_stored_numbers(question, page):
     text = html.unescape(text)
     for _, line in telling.lines(question, stored):
         assert line in text
+
+
+def test_the_first_questions_numbers_stand_where_they_belong(page):
+    """Read off the JSON here, not by the code that makes the tables."""
+    rows = rows_of(page)
+    groups = json.loads((RESULTS / "study" / "medmnist.json").read_bytes())["analysis"]["groups"]
+
+    def after(first):
+        return rows[next(i for i, row in enumerate(rows) if row[:1] == (first,)) :]
+
+    def signed(value):
+        return f"{value:+.3f}".replace("-", "\u2212")
+
+    for name, group in groups.items():
+        for arm, found in group["arms"].items():
+            auc, acc = (
+                f"{found[m]['mean']:.3f} \u00b1 {found[m]['sd']:.3f}" for m in ("auc", "acc")
+            )
+            assert after(f"{name}: {arm}")[0][3:5] == (auc, acc)
+        below = after(f"{name} ({group['images']:,} images): finetune itself")
+        for arm in ("inmerge", "inmerge, adaptive"):
+            row = next(row for row in below if row[0] == arm)
+            for column, metric in ((3, "auc"), (4, "acc")):
+                gap = group["differences"][f"{arm} - finetune"][metric]
+                mean, low, high = (signed(gap[what] + 0.0) for what in ("mean", "low", "high"))
+                assert row[column] == f"{mean} [{low}, {high}]"
 
 
 @pytest.mark.parametrize("question", ANSWERED, ids=lambda question: question.name)
