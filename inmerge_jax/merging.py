@@ -145,7 +145,12 @@ class MergeStats(NamedTuple):
 
 
 def merge_kernels(
-    params: Any, key: jax.Array, kernels: Sequence[Kernel], rule: MergeRule
+    params: Any,
+    key: jax.Array,
+    kernels: Sequence[Kernel],
+    rule: MergeRule,
+    *,
+    fused: bool = False,
 ) -> tuple[Any, MergeStats]:
     r"""Mixes each selected kernel with a similar one of its layer.
 
@@ -181,6 +186,11 @@ def merge_kernels(
         other layers, and their order, don't change them.
       kernels: which weights to merge, from `find_kernels` or `deep_kernels`.
       rule: when and how; its numbers may be traced scalars.
+      fused: on TPU, v4 or later, merge each layer in one Pallas kernel, which moves a fifth of the
+        bytes; elsewhere, and for layers that it can't take (`inmerge_jax.fused.fits`), nothing
+        changes. XLA can't split such a kernel among devices: use it in `pmap`, in `shard_map`
+        with `check_vma=False`, or on one device; nor does `jax.export` take it for a TPU and other
+        platforms at once.
 
     Returns:
       The merged tree, and the counts.
@@ -208,7 +218,7 @@ def merge_kernels(
         weight = jnp.asarray(leaves[i])
         if in_turn and before is not None:
             weight = in_turn_on_tpu(weight, before)
-        before, *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule)
+        before, *count = _merge_layer(weight, kernel.out_axis, selected, partner, rule, fused)
         leaves[i] = before
         counts.append(tuple(count))
     selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
@@ -242,7 +252,12 @@ def draw_pairs(
 
 
 def _merge_layer(
-    weight: jax.Array, axis: int, selected: jax.Array, partner: jax.Array | None, rule: MergeRule
+    weight: jax.Array,
+    axis: int,
+    selected: jax.Array,
+    partner: jax.Array | None,
+    rule: MergeRule,
+    fused: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Merges one layer; returns its weight, the counts selected and merged, the mean similarity.
 
@@ -264,7 +279,14 @@ def _merge_layer(
         weight = mix_pairs(weight, axis, partner, merged, alpha)
         return weight, jnp.sum(merged, dtype=jnp.int32), total
 
-    weight, count, total = as_rows_on_tpu(
+    on_tpu = as_rows_on_tpu
+    if fused:
+        # Here, since Pallas takes a third of a second to import.
+        from inmerge_jax import fused as one_kernel
+
+        if one_kernel.fits(weight, axis):
+            on_tpu = one_kernel.fused_on_tpu
+    weight, count, total = on_tpu(
         merge, weight, axis, selected, (partner, rule.threshold, rule.alpha)
     )
     return (

@@ -30,6 +30,8 @@ def in_model_merging(
     kernels: Sequence[Kernel],
     rule: MergeRule | Callable[[jax.Array], MergeRule],
     key: jax.Array,
+    *,
+    fused: bool = False,
 ) -> optax.GradientTransformation:
     r"""Merges similar kernels after every update; the last in its chain.
 
@@ -65,6 +67,7 @@ def in_model_merging(
       rule: the rule, or a function from the count of updates so far, int32 (), to the rule.
       key: a typed PRNG key, the same on all replicas; the merge after update number `n`, counted
         from 0, uses `fold_in(key, n)`.
+      fused: on TPU, merge each layer in one Pallas kernel; see `merge_kernels`.
 
     Returns:
       A gradient transformation with an `InModelMergingState`, whose `stats` say what was merged.
@@ -98,7 +101,8 @@ def in_model_merging(
         now = rule if isinstance(rule, MergeRule) else rule(state.count)
         moved = optax.apply_updates(params, updates)
         root = jax.random.wrap_key_data(state.key, impl=implementation)
-        merged, stats = merge_kernels(moved, jax.random.fold_in(root, state.count), kernels, now)
+        now_key = jax.random.fold_in(root, state.count)
+        merged, stats = merge_kernels(moved, now_key, kernels, now, fused=fused)
 
         def rewritten(
             u: jax.Array, p: jax.Array, unmerged: jax.Array, merged: jax.Array

@@ -273,7 +273,7 @@ def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any,
     plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.deep:
         return plain, plain, None
-    common |= {"kernels": plan.deep, "rule": plan.rule}
+    common |= {"kernels": plan.deep, "rule": plan.rule, "fused": plan.config.fused}
     merging = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
     if not plan.preset.merge_in_validation:
         return plain, merging, None

@@ -15,7 +15,7 @@ from jax import lax
 
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels
-from inmerge_jax.training.parallel import AXIS, broadcast
+from inmerge_jax.training.parallel import AXIS, broadcast, can_fuse
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 
@@ -66,6 +66,7 @@ def make_train_step(
     accumulate: int = 1,
     positive_weights: Any = None,
     apart: bool = False,
+    fused: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
 
@@ -88,6 +89,7 @@ def make_train_step(
       positive_weights: float32 (labels,), see `example_losses`.
       apart: every device trains a network of its own, by a key of its own: nothing is averaged
         over the devices. `model` has to have `axis_index_groups`, as those of `create_model`.
+      fused: on TPUs from v4 on, merge each layer in one Pallas kernel, see `merge_kernels`.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). Every argument but `root` has a leading
@@ -138,7 +140,7 @@ def make_train_step(
     if apart:
         model = model.clone(axis_index_groups=groups)
     if rule is not None:
-        treatment = functools.partial(_merge, kernels, rule)
+        treatment = functools.partial(_merge, kernels, rule, fused and can_fuse(devices))
 
     def step(
         state: TrainState, totals: Totals, batch: Any, root: jax.Array, numbers: Any = None
@@ -180,10 +182,16 @@ def make_train_step(
 
 
 def _merge(
-    kernels: tuple[Kernel, ...], rule: MergeRule, params: Any, key: jax.Array, step: Any, _: Any
+    kernels: tuple[Kernel, ...],
+    rule: MergeRule,
+    fused: bool,
+    params: Any,
+    key: jax.Array,
+    step: Any,
+    _: Any,
 ) -> tuple[Any, MergeStats]:
     """The treatment that the project is about."""
-    return merge_kernels(params, key, kernels, rule)
+    return merge_kernels(params, key, kernels, rule, fused=fused)
 
 
 def make_eval_step(
@@ -216,6 +224,7 @@ def make_merging_eval_step(
     kernels: tuple[Kernel, ...],
     rule: MergeRule,
     positive_weights: Any = None,
+    fused: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals, tuple[jax.Array, jax.Array]]]:
     """One merge and then the evaluation of one image, as the released code validates.
 
@@ -227,11 +236,12 @@ def make_merging_eval_step(
       `make_eval_step`. Every device holds the same batch of one image, merges alike and gets the
       same scores; `state` is donated.
     """
+    fused = fused and can_fuse(devices)
 
     def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)
         key = jax.random.fold_in(key, batch["index"][0])
-        params, stats = merge_kernels(state.params, key, kernels, rule)
+        params, stats = merge_kernels(state.params, key, kernels, rule, fused=fused)
         scored = _score(
             model, recipe, multi_label, positive_weights, params, state.batch_stats, batch
         )

@@ -1,0 +1,319 @@
+"""The merge of a layer as one Pallas kernel for TPU, which reads and writes the weight once.
+
+The weight goes to the chip's fast memory as it lies in main memory, as rows (taps * inputs) by
+kernels, is compared and mixed there in tiles of 64 rows by 128 kernels, and goes back. XLA's own
+operations, `pairs.as_rows_on_tpu`, make eleven passes or more.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from inmerge_jax import pairs
+from inmerge_jax.merging import Quantile
+
+_LANES = 128
+_SUBLANES = 8
+_ROWS = 64
+_PRODUCT_ROWS = 256
+# A TPU's compiler gives an operation 16 MiB of fast memory unless told otherwise; told for one, XLA
+# keeps fewer activations there in the rest of the step.
+_LARGEST = 10 * 2**20
+
+
+def fits(weight: jax.Array, axis: int) -> bool:
+    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most 10 MiB."""
+    count = weight.shape[axis]
+    return (
+        weight.ndim > 1
+        and axis == weight.ndim - 1
+        and weight.dtype in (jnp.float32, jnp.bfloat16)
+        and (count % _LANES == 0 or (_LANES % count == 0 and count >= _SUBLANES))
+        and weight.size // count % (2 * _SUBLANES) == 0
+        and weight.size * weight.dtype.itemsize <= _LARGEST
+    )
+
+
+def fused_on_tpu(
+    merge: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+    weight: jax.Array,
+    axis: int,
+    selected: jax.Array,
+    rest: tuple[Any, Any, Any],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`merge(weight, axis, selected, rest)`, on TPU in one kernel.
+
+    Args:
+      merge: gives the merged weight, the count and the sum of the similarities of what merged.
+      weight: one that `fits`.
+      axis: its last.
+      selected: bool (kernels,).
+      rest: partner, int32 (kernels,) or None for the nearest; threshold, a number or a `Quantile`;
+        alpha.
+
+    Returns:
+      What `merge` gives, to the rounding of similarities. Differentiable in the weight and alpha.
+    """
+
+    def fused(weight: jax.Array, selected: jax.Array, rest: Any) -> Any:
+        partner, threshold, alpha = rest
+        quantile = isinstance(threshold, Quantile)
+        number = jnp.asarray(threshold.share if quantile else threshold, jnp.float32)
+        alpha = jnp.asarray(alpha, jnp.float32)
+        weight, similarity, chosen, _ = _merge(quantile, weight, alpha, selected, partner, number)
+        total = jnp.sum(jnp.where(chosen, lax.stop_gradient(similarity), 0))
+        return weight, jnp.sum(chosen, dtype=jnp.int32), total
+
+    def as_is(weight: jax.Array, selected: jax.Array, rest: Any) -> Any:
+        return merge(weight, axis, selected, rest)
+
+    return lax.platform_dependent(weight, selected, rest, tpu=fused, default=as_is)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _merge(
+    quantile: bool,
+    weight: jax.Array,
+    alpha: jax.Array,
+    selected: jax.Array,
+    partner: jax.Array | None,
+    threshold: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The merged weight; each kernel's similarity, whether it was mixed, and with which other."""
+    # A batch of weights goes through one after the other.
+    call = jax.custom_batching.sequential_vmap(functools.partial(_call, quantile))
+    return call(weight, alpha, selected, partner, threshold)
+
+
+@_merge.defjvp
+def _(quantile: bool, primals: Any, tangents: Any) -> Any:
+    merged, similarity, chosen, partner = _merge(quantile, *primals)
+
+    def mix(weight: jax.Array, alpha: jax.Array) -> jax.Array:
+        return pairs.mix_pairs(weight, weight.ndim - 1, partner, chosen, alpha)
+
+    moved = jax.jvp(mix, primals[:2], tangents[:2])[1]
+    none = [np.zeros(counts.shape, jax.dtypes.float0) for counts in (chosen, partner)]
+    outputs = merged, similarity, chosen, partner
+    return outputs, (moved, jnp.zeros_like(similarity), *none)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(
+    quantile: bool,
+    weight: jax.Array,
+    alpha: jax.Array,
+    selected: jax.Array,
+    partner: jax.Array | None,
+    threshold: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    count = weight.shape[-1]
+    matrix = weight.reshape(-1, count)
+    main, fast = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.VMEM)
+    given = [] if partner is None else [partner[None]]
+    products = matrix.size * (count if partner is None else 1)
+    merged, similarity, chosen, partner = pl.pallas_call(
+        functools.partial(_kernel, quantile=quantile),
+        out_shape=(
+            pltpu.HBM(matrix.shape, matrix.dtype),
+            jax.ShapeDtypeStruct((1, count), jnp.float32),
+            jax.ShapeDtypeStruct((1, count), jnp.int32),
+            jax.ShapeDtypeStruct((1, count), jnp.int32),
+        ),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            main,
+            fast,
+            *[fast] * len(given),
+        ],
+        out_specs=(main, fast, fast, fast),
+        scratch_shapes=[
+            pltpu.VMEM(matrix.shape, matrix.dtype),
+            pltpu.VMEM((math.gcd(len(matrix), _ROWS), count), matrix.dtype),
+            pltpu.VMEM((_SUBLANES, count), jnp.float32),
+        ],
+        input_output_aliases={1: 0},
+        # Counted by hand, since XLA doesn't look into a kernel: squares, products, two for a mix.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * (matrix.size + products) + 3 * matrix.size,
+            transcendentals=count,
+            bytes_accessed=2 * matrix.size * matrix.dtype.itemsize + 4 * (4 + len(given)) * count,
+        ),
+        name="merge_layer",
+    )(jnp.stack([threshold, alpha]), matrix, selected.astype(jnp.int32)[None], *given)
+    return merged.reshape(weight.shape), similarity[0], chosen[0] > 0, partner[0]
+
+
+def _kernel(numbers: Any, source: Any, selected: Any, *refs: Any, quantile: bool) -> None:
+    """Merges one layer; `numbers` are the threshold, or the quantile's share, and alpha."""
+    *given, target, similarity, chosen, partner, weight, mixed, inverse = refs
+    pltpu.sync_copy(source, weight)
+    _norms(weight, inverse)
+    if given:
+        partner[...] = given[0][...]
+        _compare_with_given(weight, inverse, partner, similarity)
+    else:
+        _compare_with_all(weight, inverse, partner, similarity)
+    similarity[...] = jnp.where(selected[...] > 0, similarity[...], -jnp.inf)
+    _decide(similarity, numbers[0], quantile, chosen)
+    _mix(weight, partner, chosen, numbers[1], mixed)
+    pltpu.sync_copy(weight, target)
+
+
+def _norms(weight: Any, inverse: Any) -> None:
+    """Writes 1 / norm of each kernel, 0 for a zero kernel, into every row of `inverse`."""
+
+    def group(g: Any, lanes: pl.Slice) -> None:
+        def add(rows: pl.Slice, total: jax.Array) -> jax.Array:
+            tile = weight[rows, lanes].astype(jnp.float32)
+            return total + jnp.sum(tile * tile, 0, keepdims=True)
+
+        square = _over_rows(weight, _ROWS, add, jnp.zeros((1, lanes.size), jnp.float32))
+        norm = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+        inverse[:, lanes] = jnp.broadcast_to(norm, (_SUBLANES, lanes.size))
+
+    _over_kernels(weight, group)
+
+
+def _compare_with_given(weight: Any, inverse: Any, partner: Any, similarity: Any) -> None:
+    """Writes each kernel's cosine similarity with its partner."""
+
+    def group(g: Any, lanes: pl.Slice) -> None:
+        def add(rows: pl.Slice, total: jax.Array) -> jax.Array:
+            tile = weight[rows, lanes].astype(jnp.float32)
+            other = _partners(weight, rows, partner, lanes)
+            return total + jnp.sum(tile * other, 0, keepdims=True)
+
+        product = _over_rows(weight, _ROWS, add, jnp.zeros((1, lanes.size), jnp.float32))
+        norms = inverse[:, lanes] * _partners(inverse, pl.Slice(0, _SUBLANES), partner, lanes)
+        similarity[:, lanes] = jnp.minimum(product * norms[0:1], 1)
+
+    _over_kernels(weight, group)
+
+
+def _compare_with_all(weight: Any, inverse: Any, partner: Any, similarity: Any) -> None:
+    """Writes each kernel's most similar other kernel, and their cosine similarity."""
+
+    def group(g: Any, lanes: pl.Slice) -> None:
+        size = lanes.size
+        row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+        column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+
+        def compare(h: Any, others: pl.Slice, best: tuple[jax.Array, jax.Array]) -> Any:
+            def add(rows: pl.Slice, total: jax.Array) -> jax.Array:
+                return total + lax.dot_general(
+                    weight[rows, others].astype(jnp.float32),
+                    weight[rows, lanes].astype(jnp.float32),
+                    (((0,), (0,)), ((), ())),
+                    precision=lax.Precision.HIGHEST,
+                )
+
+            zeros = jnp.zeros((size, size), jnp.float32)
+            cosine = _over_rows(weight, _PRODUCT_ROWS, add, zeros)
+            cosine *= _upright(inverse, others) * inverse[0:1, lanes]
+            itself = (row == column) & (g == h)
+            cosine = jnp.where(itself | (cosine != cosine), -jnp.inf, cosine)
+            highest = jnp.max(cosine, 0, keepdims=True)
+            first = jnp.min(jnp.where(cosine == highest, row, size), 0, keepdims=True)
+            better = highest > best[1]
+            return jnp.where(better, h * size + first, best[0]), jnp.maximum(highest, best[1])
+
+        nobody = jnp.zeros((1, size), jnp.int32), jnp.full((1, size), -jnp.inf, jnp.float32)
+        partner[:, lanes], highest = _over_kernels(weight, compare, nobody)
+        similarity[:, lanes] = jnp.minimum(highest, 1)
+
+    _over_kernels(weight, group)
+
+
+def _decide(similarity: Any, threshold: Any, quantile: bool, chosen: Any) -> None:
+    """Writes which kernels merge.
+
+    The upper share of a layer, without a sort: those with as many similarities below theirs as
+    stay, of the finite ones. `merging` says why a little is taken off that number.
+    """
+
+    def group(g: Any, lanes: pl.Slice) -> None:
+        mine = similarity[:, lanes]
+        if not quantile:
+            chosen[:, lanes] = (mine > threshold).astype(jnp.int32)
+            return
+
+        def count(h: Any, others: pl.Slice, totals: tuple[jax.Array, jax.Array]) -> Any:
+            other = _upright(similarity, others)
+            finite = jnp.abs(other) < jnp.inf
+            new = (jnp.where(which, 1.0, 0.0) for which in (finite & (other < mine), finite))
+            return tuple(t + jnp.sum(n, 0, keepdims=True) for t, n in zip(totals, new, strict=True))
+
+        none = jnp.zeros((1, lanes.size), jnp.float32)
+        below, compared = _over_kernels(similarity, count, (none, none))
+        stay = jnp.ceil(threshold * compared - 1e-4)
+        chosen[:, lanes] = ((below >= stay) & (jnp.abs(mine) < jnp.inf)).astype(jnp.int32)
+
+    _over_kernels(similarity, group)
+
+
+def _mix(weight: Any, partner: Any, chosen: Any, alpha: Any, mixed: Any) -> None:
+    """Mixes the chosen kernels with their partners, in place; `mixed` holds some rows meanwhile."""
+
+    def some_rows(rows: pl.Slice, _: Any) -> None:
+        def group(g: Any, lanes: pl.Slice) -> None:
+            tile = weight[rows, lanes]
+            mixed[:, lanes] = tile
+
+            @pl.when(jnp.max(chosen[:, lanes].astype(jnp.float32)) > 0)
+            def _() -> None:
+                other = _partners(weight, rows, partner, lanes)
+                new = alpha * tile.astype(jnp.float32) + (1 - alpha) * other
+                mixed[:, lanes] = jnp.where(chosen[:, lanes] > 0, new.astype(tile.dtype), tile)
+
+        _over_kernels(weight, group)
+        weight[rows, :] = mixed[...]
+
+    _over_rows(weight, _ROWS, some_rows, None)
+
+
+def _partners(ref: Any, rows: pl.Slice, partner: Any, lanes: pl.Slice) -> jax.Array:
+    """`ref[rows, partner[lanes]]` in float32: a TPU picks among 128 lanes, so group by group."""
+    size = min(ref.shape[1], _LANES)
+    index = jnp.broadcast_to(partner[:, lanes], (rows.size, size))
+
+    def pick(h: Any, others: pl.Slice, found: jax.Array) -> jax.Array:
+        tile = ref[rows, others].astype(jnp.float32)
+        there = jnp.take_along_axis(tile, index & (size - 1), axis=1, mode="promise_in_bounds")
+        return jnp.where(index >> (size.bit_length() - 1) == h, there, found)
+
+    return _over_kernels(ref, pick, jnp.zeros((rows.size, size), jnp.float32))
+
+
+def _upright(ref: Any, lanes: pl.Slice) -> jax.Array:
+    """(size, size): row i holds the value of kernel i, from the first row of `ref`."""
+    return jnp.transpose(jnp.broadcast_to(ref[0:1, lanes], (lanes.size, lanes.size)))
+
+
+def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None) -> Any:
+    """Folds `body(g, lanes, carry)` over groups of kernels; with no carry, `body(g, lanes)`."""
+    size = min(ref.shape[1], _LANES)
+
+    def step(g: Any, carry: Any) -> Any:
+        lanes = pl.ds(pl.multiple_of(g * size, size), size)
+        return body(g, lanes) if carry is None else body(g, lanes, carry)
+
+    return lax.fori_loop(0, ref.shape[1] // size, step, carry)
+
+
+def _over_rows(ref: Any, most: int, body: Callable[..., Any], carry: Any) -> Any:
+    """Folds `body(rows, carry)` over groups of rows, of a size that divides `most` and all."""
+    size = math.gcd(ref.shape[0], most)
+
+    def step(g: Any, carry: Any) -> Any:
+        return body(pl.ds(pl.multiple_of(g * size, size), size), carry)
+
+    return lax.fori_loop(0, ref.shape[0] // size, step, carry)
