@@ -194,7 +194,14 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
         steps_per_call=case.steps_per_call,
     )
     root = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)
+    # A Pallas kernel is in the program as bytes, with the files and lines that it was written in:
+    # without them the fingerprint is the same in every checkout.
+    frames = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", frames)
     layers = [4 * int(np.prod(kernel.shape)) for kernel in deep] if merging else []
     return lowered, len(devices), layers
 

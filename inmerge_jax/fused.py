@@ -1,7 +1,7 @@
 """The merge of a layer as one Pallas kernel for TPU, which reads and writes the weight once.
 
 The weight goes to the chip's fast memory as it lies in main memory, as rows (taps * inputs) by
-kernels, is compared and mixed there in tiles of 64 rows by 128 kernels, and goes back. XLA's own
+kernels, is compared and mixed there in tiles of 128 rows by 128 kernels, and goes back. XLA's own
 operations, `pairs.as_rows_on_tpu`, make eleven passes or more.
 """
 
@@ -22,7 +22,7 @@ from inmerge_jax.merging import Quantile
 
 _LANES = 128
 _SUBLANES = 8
-_ROWS = 64
+_ROWS = 128
 _PRODUCT_ROWS = 256
 # A TPU's compiler gives an operation 16 MiB of fast memory unless told otherwise; told for one, XLA
 # keeps fewer activations there in the rest of the step.
@@ -290,7 +290,8 @@ def _partners(ref: Any, rows: pl.Slice, partner: Any, lanes: pl.Slice) -> jax.Ar
         there = jnp.take_along_axis(tile, index & (size - 1), axis=1, mode="promise_in_bounds")
         return jnp.where(index >> (size.bit_length() - 1) == h, there, found)
 
-    return _over_kernels(ref, pick, jnp.zeros((rows.size, size), jnp.float32))
+    # Several at a time hide that a permutation of lanes takes long to come back.
+    return _over_kernels(ref, pick, jnp.zeros((rows.size, size), jnp.float32), unroll=4)
 
 
 def _upright(ref: Any, lanes: pl.Slice) -> jax.Array:
@@ -298,15 +299,20 @@ def _upright(ref: Any, lanes: pl.Slice) -> jax.Array:
     return jnp.transpose(jnp.broadcast_to(ref[0:1, lanes], (lanes.size, lanes.size)))
 
 
-def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None) -> Any:
+def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None, unroll: int = 1) -> Any:
     """Folds `body(g, lanes, carry)` over groups of kernels; with no carry, `body(g, lanes)`."""
     size = min(ref.shape[1], _LANES)
+    groups = ref.shape[1] // size
+    together = math.gcd(groups, unroll)
 
-    def step(g: Any, carry: Any) -> Any:
-        lanes = pl.ds(pl.multiple_of(g * size, size), size)
-        return body(g, lanes) if carry is None else body(g, lanes, carry)
+    def step(s: Any, carry: Any) -> Any:
+        for u in range(together):
+            g = s * together + u
+            lanes = pl.ds(pl.multiple_of(g * size, size), size)
+            carry = body(g, lanes) if carry is None else body(g, lanes, carry)
+        return carry
 
-    return lax.fori_loop(0, ref.shape[1] // size, step, carry)
+    return lax.fori_loop(0, groups // together, step, carry)
 
 
 def _over_rows(ref: Any, most: int, body: Callable[..., Any], carry: Any) -> Any:
