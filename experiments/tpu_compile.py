@@ -117,7 +117,11 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         "compile_seconds": round(seconds, 1),
         "flops": cost["flops"],
         "bytes_moved": cost["bytes accessed"],
-        "memory": sizes | {"total": held + sizes["temp"] + sizes["generated_code"]},
+        "memory": sizes
+        | {
+            "total": held + sizes["temp"] + sizes["generated_code"],
+            "peak": memory.peak_memory_in_bytes,
+        },
         "main_memory_bytes": main_memory_bytes(listing),
         "collectives": collectives(listing),
     }
