@@ -26,19 +26,21 @@ _ROWS = 128
 _PRODUCT_ROWS = 256
 # A TPU's compiler gives an operation 16 MiB of fast memory unless told otherwise; told for one, XLA
 # keeps fewer activations there in the rest of the step.
-_LARGEST = 10 * 2**20
+_FAST_MEMORY = 12 * 2**20
 
 
 def fits(weight: jax.Array, axis: int) -> bool:
-    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most 10 MiB."""
+    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most about 11 MiB."""
     count = weight.shape[axis]
+    rows = weight.size // count
+    held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize
     return (
         weight.ndim > 1
         and axis == weight.ndim - 1
         and weight.dtype in (jnp.float32, jnp.bfloat16)
         and (count % _LANES == 0 or (_LANES % count == 0 and count >= _SUBLANES))
-        and weight.size // count % (2 * _SUBLANES) == 0
-        and weight.size * weight.dtype.itemsize <= _LARGEST
+        and rows % (2 * _SUBLANES) == 0
+        and held <= _FAST_MEMORY
     )
 
 
@@ -300,7 +302,10 @@ def _upright(ref: Any, lanes: pl.Slice) -> jax.Array:
 
 
 def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None, unroll: int = 1) -> Any:
-    """Folds `body(g, lanes, carry)` over groups of kernels; with no carry, `body(g, lanes)`."""
+    """Folds `body(g, lanes, carry)` over groups of kernels; with no carry, `body(g, lanes)`.
+
+    `unroll` is how many groups at most are in one turn of the loop.
+    """
     size = min(ref.shape[1], _LANES)
     groups = ref.shape[1] // size
     together = math.gcd(groups, unroll)
