@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from inmerge_jax.data.dataset import Split
-from inmerge_jax.data.workers import end_with_parent, unsignalled_processes
+from inmerge_jax.data.workers import WorkerLostError, end_with_parent, watched
 from inmerge_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -151,13 +151,13 @@ def _read(stream: grain.MapDataset, split: Split, workers: int) -> Iterator[Batc
     batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
     iterator = iter(batches.mp_prefetch(processes, _in_worker))
     try:
-        with unsignalled_processes():
-            first = next(iterator, None)  # This starts them.
-        if first is not None:
-            yield first
-            yield from iterator
-    finally:
-        iterator.close()
+        with watched(iterator) as elements:
+            yield from elements
+    except WorkerLostError as error:
+        raise InputError(
+            f"a process that reads images was lost: {error}. Where memory ran out, give fewer "
+            "--workers or a smaller --batch-size; a run goes on with --resume"
+        ) from error
 
 
 def _in_worker(index: int, count: int) -> None:

@@ -1,12 +1,25 @@
 """What a worker process owes the process that started it."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_STARTING = threading.Lock()
+_WAIT = 1.0
+_END = object()
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process ended without being told to; the message says how."""
 
 
 def end_with_parent() -> None:
@@ -35,3 +48,82 @@ def unsignalled_processes() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def watched(iterator: Any) -> Iterator[Iterator[Any]]:
+    """An iterator's elements, for as long as the processes live that its first one starts.
+
+    A worker that is killed as it writes to a pipe leaves its reader waiting for ever, so the
+    iterator is read in a thread, and its processes are looked at while nothing comes.
+
+    Args:
+      iterator: one with `close`, which is called at the end if all processes lived.
+
+    Raises:
+      WorkerLostError: from the iterator given, where one of the processes died.
+    """
+    workers: set[Any] = set()
+
+    def elements() -> Iterator[Any]:
+        with _STARTING:  # So that no one else's processes are taken for these.
+            others = set(multiprocessing.active_children())
+
+            def started() -> set[Any]:
+                workers.update(set(multiprocessing.active_children()) - others)
+                return workers
+
+            element = _wait(functools.partial(_first, iterator), started)
+            started()
+        while element is not _END:
+            yield element
+            element = _wait(lambda: next(iterator, _END), lambda: workers)
+
+    try:
+        yield elements()
+    except WorkerLostError:
+        for worker in workers:  # The iterator would wait for the lost one.
+            worker.kill()
+        raise
+    except BaseException:
+        iterator.close()
+        raise
+    iterator.close()
+
+
+def _first(iterator: Iterator[Any]) -> Any:
+    with unsignalled_processes():
+        return next(iterator, _END)
+
+
+def _wait(call: Callable[[], T], workers: Callable[[], set[Any]]) -> T:
+    """What the call returns or raises, unless one of the workers dies meanwhile."""
+    answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((True, call()))
+        except BaseException as error:
+            answers.put((False, error))
+
+    threading.Thread(target=answer, daemon=True).start()
+    while True:
+        try:
+            good, value = answers.get(timeout=_WAIT)
+        except queue.Empty:
+            _check(workers())
+            continue
+        if good:
+            return value
+        if isinstance(value, RuntimeError | OSError | EOFError):
+            _check(workers())
+        raise value
+
+
+def _check(workers: set[Any]) -> None:
+    for worker in workers:
+        if worker.exitcode not in (None, 0):
+            how = f"status {worker.exitcode}"
+            if worker.exitcode < 0:
+                how = f"signal {-worker.exitcode} ({signal.Signals(-worker.exitcode).name})"
+            raise WorkerLostError(f"a worker process ended with {how}")

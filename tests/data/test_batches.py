@@ -2,6 +2,7 @@ import dataclasses
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,36 @@ def test_worker_processes_change_nothing(workers):
     assert len(multiprocessing.active_children()) == workers
     endless.close()
     assert not multiprocessing.active_children()
+
+
+@dataclasses.dataclass(frozen=True)
+class Large(Lazy):
+    """So large that a worker waits in the middle of a batch for its reader."""
+
+    @property
+    def shape(self):
+        return (self.count, 256, 256, 3)
+
+
+@pytest.mark.parametrize("images", [Lazy, Large])
+@pytest.mark.parametrize("workers", long_unless(lambda workers: workers == 2, [1, 2]))
+def test_a_killed_worker_ends_the_batches(images, workers):
+    import multiprocessing
+
+    split = dataclasses.replace(lazy(40), images=images(40))
+    row = train_batches(split, seed=1, batch_size=6, workers=workers)
+    next(row)
+    victim = multiprocessing.active_children()[-1]
+    time.sleep(1)  # By now it has begun to write what nobody reads.
+    victim.kill()
+    with pytest.raises(InputError, match=r"signal 9 \(SIGKILL\).*fewer --workers"):
+        list(row)
+    for worker in multiprocessing.active_children():
+        worker.join(10)
+    assert not multiprocessing.active_children()
+    again = train_batches(split, seed=1, batch_size=6, start=1, stop=2, workers=workers)
+    assert same(next(again), train_batch(split, seed=1, batch_size=6, step=1))
+    again.close()
 
 
 def test_signals_to_the_whole_group_do_not_reach_workers():
