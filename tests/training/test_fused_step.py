@@ -1,0 +1,88 @@
+"""The training step merges in one Pallas kernel a layer where its devices can."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from inmerge_jax.training import arms, steps
+from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training.config import config_dict, parse_config
+from inmerge_jax.training.parallel import broadcast, can_fuse, replicate
+from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.steps import make_train_step, zero_totals
+from tests.training import tiny
+
+SMALL = ["--size", "16", "--phantom.train", "32", "--phantom.val", "16", "--phantom.test", "16"]
+SMALL += ["--batch-size", "16"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "can"),
+    [
+        ("tpu", "TPU v5 lite", True),
+        ("tpu", "TPU v6 lite", True),
+        ("tpu", "TPU v4", True),
+        ("tpu", "TPU v3", False),
+        ("tpu", "TPU v2", False),
+        ("cpu", "cpu", False),
+        ("gpu", "NVIDIA H100", False),
+    ],
+)
+def test_which_devices_can(platform, kind, can):
+    assert can_fuse((SimpleNamespace(platform=platform, device_kind=kind),)) == can
+
+
+@pytest.mark.parametrize(("options", "fused"), [([], True), (["--no-fused"], False)])
+@pytest.mark.parametrize(
+    "preset", [[], ["--preset", "released", "--model", "vgg11", "--skip", "5"]]
+)
+def test_the_option_reaches_every_step_that_merges(options, fused, preset, monkeypatch):
+    config = parse_config([*SMALL, *preset, *options])
+    plan = plan_run(config)
+    given = []
+    for name in ("make_train_step", "make_merging_eval_step"):
+        monkeypatch.setattr(arms, name, lambda *args, **rest: given.append(rest))
+    arms._steps(plan, tiny.make_setup())
+    merging = [rest for rest in given if "rule" in rest]
+    assert len(merging) == 1 + bool(preset)
+    assert all(rest["fused"] == fused for rest in merging)
+    values = config_dict(config, plan.recipe, devices=1)
+    assert values.get("fused", True) == fused and ("fused" in values) == (not fused)
+
+
+@pytest.mark.parametrize(("able", "fused"), [(True, True), (True, False), (False, True)])
+def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
+    asked = []
+
+    def merge(*args, fused):
+        asked.append(fused)
+        return merge_kernels(*args, fused=fused)
+
+    merge_kernels = steps.merge_kernels
+    monkeypatch.setattr(steps, "merge_kernels", merge)
+    monkeypatch.setattr(steps, "can_fuse", lambda devices: able)
+    devices = tuple(jax.local_devices()[:2])
+    optimizer = make_optimizer(tiny.RECIPE)
+    step = make_train_step(
+        tiny.Net(),
+        optimizer,
+        tiny.RECIPE,
+        multi_label=False,
+        devices=devices,
+        kernels=tiny.kernels(),
+        rule=tiny.ALWAYS,
+        fused=fused,
+    )
+    split = tiny.make_dataset().train
+    batch = {
+        "image": split.images[:8],
+        "label": split.labels[:8],
+        "index": np.arange(8, dtype="i4"),
+    }
+    batch = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
+    state = replicate(new_state(*tiny.init(), optimizer, 0.05), devices)
+    totals = replicate(zero_totals(len(tiny.kernels())), devices)
+    step.lower(state, totals, batch, broadcast(jax.random.key(0), devices))
+    assert asked == [able and fused]
