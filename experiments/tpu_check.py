@@ -206,6 +206,7 @@ HEADINGS = (
     "more bytes",
     "of main memory, more",
     "more temporary",
+    "more at its fullest",
     "of a layer",
 )
 
@@ -232,7 +233,7 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
         ]
         pair = pairs.get(id(row))
         if pair is None:
-            yield [*line, *[""] * 5]
+            yield [*line, *[""] * 6]
             continue
         main = pair.main_memory
         passes = ""
@@ -241,12 +242,16 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
             star = "*" if main > BYTES else ""
             passes = f"{100 * main:+.2f} %{star}, {more / row['merged_bytes']:.1f} passes"
         layer = row["largest_merged_layer_bytes"]
+        peak = ""
+        if pair.peak is not None:
+            peak = f"{pair.peak / 1e6:+.2f} MB{'*' if pair.peak > LAYERS * layer else ''}"
         yield [
             *line,
             f"{100 * pair.flops:+.2f} %{'*' if pair.flops > FLOPS else ''}",
             f"{100 * pair.bytes_moved:+.2f} %{'*' if pair.bytes_moved > BYTES else ''}",
             passes,
             f"{pair.temporary / 1e6:+.2f} MB{'*' if pair.temporary > LAYERS * layer else ''}",
+            peak,
             f"{layer / 1e6:.2f} MB",
         ]
 

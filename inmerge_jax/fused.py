@@ -30,7 +30,10 @@ _FAST_MEMORY = 12 * 2**20
 
 
 def fits(weight: jax.Array, axis: int) -> bool:
-    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most about 11 MiB."""
+    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most about 11 MiB.
+
+    Fewer than 128 kernels would be filled up to 128, at main memory's expense.
+    """
     count = weight.shape[axis]
     rows = weight.size // count
     held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize
@@ -38,7 +41,7 @@ def fits(weight: jax.Array, axis: int) -> bool:
         weight.ndim > 1
         and axis == weight.ndim - 1
         and weight.dtype in (jnp.float32, jnp.bfloat16)
-        and (count % _LANES == 0 or (_LANES % count == 0 and count >= _SUBLANES))
+        and count % _LANES == 0
         and rows % (2 * _SUBLANES) == 0
         and held <= _FAST_MEMORY
     )
@@ -178,9 +181,9 @@ def _norms(weight: Any, inverse: Any) -> None:
             tile = weight[rows, lanes].astype(jnp.float32)
             return total + jnp.sum(tile * tile, 0, keepdims=True)
 
-        square = _over_rows(weight, _ROWS, add, jnp.zeros((1, lanes.size), jnp.float32))
+        square = _over_rows(weight, _ROWS, add, jnp.zeros((1, _LANES), jnp.float32))
         norm = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
-        inverse[:, lanes] = jnp.broadcast_to(norm, (_SUBLANES, lanes.size))
+        inverse[:, lanes] = jnp.broadcast_to(norm, (_SUBLANES, _LANES))
 
     _over_kernels(weight, group)
 
@@ -194,7 +197,7 @@ def _compare_with_given(weight: Any, inverse: Any, partner: Any, similarity: Any
             other = _partners(weight, rows, partner, lanes)
             return total + jnp.sum(tile * other, 0, keepdims=True)
 
-        product = _over_rows(weight, _ROWS, add, jnp.zeros((1, lanes.size), jnp.float32))
+        product = _over_rows(weight, _ROWS, add, jnp.zeros((1, _LANES), jnp.float32))
         norms = inverse[:, lanes] * _partners(inverse, pl.Slice(0, _SUBLANES), partner, lanes)
         similarity[:, lanes] = jnp.minimum(product * norms[0:1], 1)
 
@@ -205,9 +208,8 @@ def _compare_with_all(weight: Any, inverse: Any, partner: Any, similarity: Any) 
     """Writes each kernel's most similar other kernel, and their cosine similarity."""
 
     def group(g: Any, lanes: pl.Slice) -> None:
-        size = lanes.size
-        row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-        column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+        row = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
+        column = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1)
 
         def compare(h: Any, others: pl.Slice, best: tuple[jax.Array, jax.Array]) -> Any:
             def add(rows: pl.Slice, total: jax.Array) -> jax.Array:
@@ -218,17 +220,17 @@ def _compare_with_all(weight: Any, inverse: Any, partner: Any, similarity: Any) 
                     precision=lax.Precision.HIGHEST,
                 )
 
-            zeros = jnp.zeros((size, size), jnp.float32)
+            zeros = jnp.zeros((_LANES, _LANES), jnp.float32)
             cosine = _over_rows(weight, _PRODUCT_ROWS, add, zeros)
             cosine *= _upright(inverse, others) * inverse[0:1, lanes]
             itself = (row == column) & (g == h)
             cosine = jnp.where(itself | (cosine != cosine), -jnp.inf, cosine)
             highest = jnp.max(cosine, 0, keepdims=True)
-            first = jnp.min(jnp.where(cosine == highest, row, size), 0, keepdims=True)
+            first = jnp.min(jnp.where(cosine == highest, row, _LANES), 0, keepdims=True)
             better = highest > best[1]
-            return jnp.where(better, h * size + first, best[0]), jnp.maximum(highest, best[1])
+            return jnp.where(better, h * _LANES + first, best[0]), jnp.maximum(highest, best[1])
 
-        nobody = jnp.zeros((1, size), jnp.int32), jnp.full((1, size), -jnp.inf, jnp.float32)
+        nobody = jnp.zeros((1, _LANES), jnp.int32), jnp.full((1, _LANES), -jnp.inf, jnp.float32)
         partner[:, lanes], highest = _over_kernels(weight, compare, nobody)
         similarity[:, lanes] = jnp.minimum(highest, 1)
 
@@ -254,7 +256,7 @@ def _decide(similarity: Any, threshold: Any, quantile: bool, chosen: Any) -> Non
             new = (jnp.where(which, 1.0, 0.0) for which in (finite & (other < mine), finite))
             return tuple(t + jnp.sum(n, 0, keepdims=True) for t, n in zip(totals, new, strict=True))
 
-        none = jnp.zeros((1, lanes.size), jnp.float32)
+        none = jnp.zeros((1, _LANES), jnp.float32)
         below, compared = _over_kernels(similarity, count, (none, none))
         stay = jnp.ceil(threshold * compared - 1e-4)
         chosen[:, lanes] = ((below >= stay) & (jnp.abs(mine) < jnp.inf)).astype(jnp.int32)
@@ -284,21 +286,20 @@ def _mix(weight: Any, partner: Any, chosen: Any, alpha: Any, mixed: Any) -> None
 
 def _partners(ref: Any, rows: pl.Slice, partner: Any, lanes: pl.Slice) -> jax.Array:
     """`ref[rows, partner[lanes]]` in float32: a TPU picks among 128 lanes, so group by group."""
-    size = min(ref.shape[1], _LANES)
-    index = jnp.broadcast_to(partner[:, lanes], (rows.size, size))
+    index = jnp.broadcast_to(partner[:, lanes], (rows.size, _LANES))
 
     def pick(h: Any, others: pl.Slice, found: jax.Array) -> jax.Array:
         tile = ref[rows, others].astype(jnp.float32)
-        there = jnp.take_along_axis(tile, index & (size - 1), axis=1, mode="promise_in_bounds")
-        return jnp.where(index >> (size.bit_length() - 1) == h, there, found)
+        there = jnp.take_along_axis(tile, index & (_LANES - 1), axis=1, mode="promise_in_bounds")
+        return jnp.where(index >> (_LANES.bit_length() - 1) == h, there, found)
 
     # Several at a time hide that a permutation of lanes takes long to come back.
-    return _over_kernels(ref, pick, jnp.zeros((rows.size, size), jnp.float32), unroll=4)
+    return _over_kernels(ref, pick, jnp.zeros((rows.size, _LANES), jnp.float32), unroll=4)
 
 
 def _upright(ref: Any, lanes: pl.Slice) -> jax.Array:
-    """(size, size): row i holds the value of kernel i, from the first row of `ref`."""
-    return jnp.transpose(jnp.broadcast_to(ref[0:1, lanes], (lanes.size, lanes.size)))
+    """(128, 128): row i holds the value of kernel i, from the first row of `ref`."""
+    return jnp.transpose(jnp.broadcast_to(ref[0:1, lanes], (_LANES, _LANES)))
 
 
 def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None, unroll: int = 1) -> Any:
@@ -306,14 +307,13 @@ def _over_kernels(ref: Any, body: Callable[..., Any], carry: Any = None, unroll:
 
     `unroll` is how many groups at most are in one turn of the loop.
     """
-    size = min(ref.shape[1], _LANES)
-    groups = ref.shape[1] // size
+    groups = ref.shape[1] // _LANES
     together = math.gcd(groups, unroll)
 
     def step(s: Any, carry: Any) -> Any:
         for u in range(together):
             g = s * together + u
-            lanes = pl.ds(pl.multiple_of(g * size, size), size)
+            lanes = pl.ds(pl.multiple_of(g * _LANES, _LANES), _LANES)
             carry = body(g, lanes) if carry is None else body(g, lanes, carry)
         return carry
 

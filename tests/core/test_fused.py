@@ -14,8 +14,8 @@ from inmerge_jax import MergeRule, fused, in_model_merging, merge_kernels, quant
 from inmerge_jax.kernels import Kernel
 from tests.long import long_unless
 
-# Groups of 64 and of 16 rows; one group of kernels that is narrow, one whole, and two.
-SHAPES = [(2, 2, 16, 32), (1, 1, 48, 128), (1, 1, 16, 256)]
+# Groups of 64 and of 16 rows; of 128 kernels one, and five.
+SHAPES = [(2, 2, 48, 128), (1, 1, 48, 128), (1, 1, 16, 640)]
 THRESHOLDS = {"number": 0.05, "quantile": quantile(0.6)}
 CASES = [
     (shape, dtype, partner, threshold)
@@ -89,12 +89,12 @@ def test_merges_as_the_other_forms_do(shape, dtype, partner, threshold, request)
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("threshold", [-1.0, quantile(0.0)])
 def test_a_broken_kernel_stays_alone(on_tpu, partner, threshold):
-    weight = case((1, 1, 16, 32)).at[..., 1].set(jnp.nan).at[..., 2].set(jnp.inf)
+    weight = case((1, 1, 16, 128)).at[..., 1].set(jnp.nan).at[..., 2].set(jnp.inf)
     merged, stats = merge(weight, MergeRule(1.0, threshold, 0.8, partner))
     broken = ~np.isfinite(merged).all((0, 1, 2))
     np.testing.assert_array_equal(np.flatnonzero(broken), [1, 2])
     if partner == "nearest":
-        assert stats.merged[0] == 30
+        assert stats.merged[0] == 126
 
 
 def test_the_nearest_of_equals_is_the_first(on_tpu):
@@ -138,7 +138,8 @@ def test_a_batch_of_weights_and_rules(request):
     ("shape", "axis", "dtype", "taken"),
     [
         ((3, 3, 512, 512), 3, "float32", True),
-        ((3, 3, 128, 32), 3, "bfloat16", True),
+        ((1, 1, 2048, 512), 3, "bfloat16", True),
+        ((3, 3, 128, 32), 3, "float32", False),
         ((512, 512, 3, 3), 0, "float32", False),
         ((3, 3, 16, 160), 3, "float32", False),
         ((7, 7, 3, 64), 3, "float32", False),
