@@ -1,4 +1,4 @@
-"""The form in which TPUs merge, with kernels as rows, equals the others; here it runs on CPU."""
+"""With kernels as rows, as TPUs merge where not fused, the merge is the same; here on CPU."""
 
 import itertools
 
