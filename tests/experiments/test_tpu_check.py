@@ -45,7 +45,7 @@ def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
                 continue
             added = {name: (more, limit) for name, more, limit in pair.added()}
             if quantity not in added:  # A row from before that count.
-                assert quantity == tpu_limits.MAIN_MEMORY and "main_memory_bytes" not in pair.row
+                assert quantity == tpu_limits.MAIN_MEMORY and pair.main_memory is None
                 continue
             more, usual = added[quantity]
             assert known.limit > usual
@@ -78,7 +78,10 @@ def test_a_step_that_does_not_compile_is_a_failure():
     ]
 
 
-def test_a_limit_of_one_chip_is_not_that_of_another():
+def test_a_limit_of_one_chip_is_not_that_of_another(monkeypatch):
+    for network, limit in (("resnet18 28 px", 0.09), ("resnet18 28 px, v6e", 0.13)):
+        key = (network, "random", "bytes moved")
+        monkeypatch.setitem(tpu_limits.KNOWN, key, tpu_limits.Known(limit, "of a test"))
     rows = copy.deepcopy(ROWS)
     name = "resnet18 28 px, {}:2x2, random"
     for chip in ("v5e", "v6e"):
@@ -88,6 +91,19 @@ def test_a_limit_of_one_chip_is_not_that_of_another():
     assert tpu_limits.failures(rows) == [
         "resnet18 28 px, v5e:2x2, random: 12 % more bytes moved, above 9 %"
     ]
+
+
+def test_what_is_alive_at_the_fullest_moment_has_the_limit_of_a_layer():
+    rows = copy.deepcopy(ROWS)
+    plain, row = (rows[f"resnet50 224 px, v5e:2x2, {step}"] for step in ("plain", "random"))
+    row["memory"]["peak"] = plain["memory"]["peak"] + 2 * row["largest_merged_layer_bytes"]
+    assert tpu_limits.failures(rows) == [
+        "resnet50 224 px, v5e:2x2, random: 2 layers' weights more memory at its fullest, "
+        "above 1 layers' weights"
+    ]
+    assert "+18.87 MB*" in tpu_check.markdown(rows)
+    del plain["memory"]["peak"]
+    assert tpu_limits.failures(rows) == []
 
 
 def test_without_a_violation_the_status_is_zero(capsys):
@@ -201,6 +217,7 @@ def test_main_memory_is_what_is_not_in_fast_memory():
 
 def test_main_memory_has_the_limit_of_bytes_and_older_rows_have_none():
     rows = copy.deepcopy(ROWS)
+    rows["vgg19 224 px, v6e:2x2, nearest"].pop("main_memory_bytes")
     names = [f"vgg19 224 px, v6e:2x2, {step}" for step in ("plain", "random")]
     for name, count in zip(names, (100, 103), strict=True):
         rows[name]["main_memory_bytes"] = count
