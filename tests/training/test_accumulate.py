@@ -147,9 +147,9 @@ def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives(
 def test_bfloat16_is_for_activations_alone(name, monkeypatch):
     merged = set()
 
-    def watch(params, *rest):
+    def watch(params, *rest, **form):
         merged.update(leaf.dtype.name for leaf in jax.tree.leaves(params))
-        return merge_kernels(params, *rest)
+        return merge_kernels(params, *rest, **form)
 
     monkeypatch.setattr(steps, "merge_kernels", watch)
     model = create_model(name, tiny.CLASSES, width=1 / 16, dtype=jnp.bfloat16)

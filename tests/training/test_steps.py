@@ -151,7 +151,7 @@ def test_the_optax_transformation_goes_through_the_same_step_and_a_checkpoint(tm
 
 
 def test_without_a_rule_merging_is_not_in_the_program(monkeypatch):
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise AssertionError("merged")
 
     monkeypatch.setattr(steps, "merge_kernels", forbidden)
