@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TPU := build/tpu-check
 TPU_CHECK ?=
-CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/columns.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py
+CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,inmerge_jax/pairs.py,inmerge_jax/columns.py,inmerge_jax/transform.py,inmerge_jax/redundancy.py,inmerge_jax/fused.py
 
 .PHONY: run test test-long check tpu-check clean
 
