@@ -8,13 +8,15 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _STARTING = threading.Lock()
-_WAIT = 1.0
+_WAIT, _WAIT_FOR_FIRST = 1.0, 0.02
+_GRAIN = "grain-process-prefetch"  # What the names of its processes begin with.
+_GRAIN_FOUND_IT = "terminated unexpectedly"
 _END = object()
 
 
@@ -70,20 +72,21 @@ def watched(iterator: Any) -> Iterator[Iterator[Any]]:
             others = set(multiprocessing.active_children())
 
             def started() -> set[Any]:
-                workers.update(set(multiprocessing.active_children()) - others)
+                new = set(multiprocessing.active_children()) - others
+                workers.update(worker for worker in new if worker.name.startswith(_GRAIN))
                 return workers
 
-            element = _wait(functools.partial(_first, iterator), started)
+            # Once `active_children` has found a process dead it doesn't name it: look often.
+            element = _wait(functools.partial(_first, iterator), started, _WAIT_FOR_FIRST)
             started()
         while element is not _END:
             yield element
-            element = _wait(lambda: next(iterator, _END), lambda: workers)
+            element = _wait(lambda: next(iterator, _END), lambda: workers, _WAIT)
 
     try:
         yield elements()
     except WorkerLostError:
-        for worker in workers:  # The iterator would wait for the lost one.
-            worker.kill()
+        _abandon(workers)
         raise
     except BaseException:
         iterator.close()
@@ -91,13 +94,29 @@ def watched(iterator: Any) -> Iterator[Iterator[Any]]:
     iterator.close()
 
 
+def _abandon(workers: set[Any]) -> None:
+    """Ends the processes, whose iterator isn't closed, now or at the end of Python.
+
+    It would read what waits in its pipes, and wait for the rest of what the lost one began there.
+    """
+    for worker in workers:
+        worker.kill()
+    for finalizer in list(util._finalizer_registry.values()):
+        owner = finalizer._weakref and finalizer._weakref()
+        if getattr(owner, "_prefetch_process", None) in workers:
+            finalizer.cancel()
+
+
 def _first(iterator: Iterator[Any]) -> Any:
     with unsignalled_processes():
         return next(iterator, _END)
 
 
-def _wait(call: Callable[[], T], workers: Callable[[], set[Any]]) -> T:
-    """What the call returns or raises, unless one of the workers dies meanwhile."""
+def _wait(call: Callable[[], T], workers: Callable[[], set[Any]], pause: float) -> T:
+    """What the call returns or raises, unless one of the workers dies meanwhile.
+
+    They are looked at after each `pause`, in seconds, in which nothing comes.
+    """
     answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def answer() -> None:
@@ -109,7 +128,7 @@ def _wait(call: Callable[[], T], workers: Callable[[], set[Any]]) -> T:
     threading.Thread(target=answer, daemon=True).start()
     while True:
         try:
-            good, value = answers.get(timeout=_WAIT)
+            good, value = answers.get(timeout=pause)
         except queue.Empty:
             _check(workers())
             continue
@@ -117,6 +136,8 @@ def _wait(call: Callable[[], T], workers: Callable[[], set[Any]]) -> T:
             return value
         if isinstance(value, RuntimeError | OSError | EOFError):
             _check(workers())
+        if isinstance(value, RuntimeError) and _GRAIN_FOUND_IT in str(value):
+            raise WorkerLostError("a worker process ended while it started") from value
         raise value
 
 

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from inmerge_jax.data import (
     train_batch,
     train_batches,
 )
+from inmerge_jax.data.workers import WorkerLostError, watched
 from inmerge_jax.errors import InputError
 from tests.long import long_unless
 
@@ -214,6 +217,60 @@ def test_a_killed_worker_ends_the_batches(images, workers):
     again = train_batches(split, seed=1, batch_size=6, start=1, stop=2, workers=workers)
     assert same(next(again), train_batch(split, seed=1, batch_size=6, step=1))
     again.close()
+
+
+DYING = """
+import dataclasses, multiprocessing, sys, time
+from tests.data.test_batches import Large, lazy
+from inmerge_jax.data import train_batches
+
+if __name__ == "__main__":
+    split = dataclasses.replace(lazy(40), images=Large(40))
+    row = train_batches(split, seed=1, batch_size=6, workers=2)
+    next(row)
+    time.sleep(1)
+    multiprocessing.active_children()[-1].kill()
+    try:
+        list(row)
+    except ValueError:
+        sys.exit(2)
+"""
+
+
+def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], env=here, timeout=60, capture_output=True)
+    assert done.returncode == 2, done.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["another", "grain-process-prefetch-1"])
+def test_only_grains_processes_are_watched(name):
+    import multiprocessing
+
+    class Rows:
+        process = None
+
+        def __next__(self):
+            if self.process:
+                self.process.kill()
+                time.sleep(1.5)
+                return 1
+            context = multiprocessing.get_context("spawn")
+            self.process = context.Process(target=time.sleep, args=(60,), name=name, daemon=True)
+            self.process.start()
+            time.sleep(0.2)
+            return 0
+
+        def close(self):
+            pass
+
+    rows = Rows()
+    lost = pytest.raises(WorkerLostError, match="SIGKILL")
+    with lost if name != "another" else contextlib.nullcontext(), watched(rows) as elements:
+        assert [next(elements), next(elements)] == [0, 1]
+    rows.process.join(10)
 
 
 def test_signals_to_the_whole_group_do_not_reach_workers():

@@ -110,7 +110,10 @@ def test_each_arm_is_measured_in_a_process_of_its_own_and_timed_in_one():
         assert len(updates) >= 16 and all(0 < seconds < 60 for seconds in updates)
         assert measured[arm]["compile"] > 0.05
         assert 100 * 2**20 < measured[arm]["peak_bytes"] < 3 * 2**30
-    assert "vgg11" in cost.came_out(found) and "width 0.05" in cost.sure(found).lower()
+    middle, low, _ = cost.ratio(measured, "inmerge")
+    told = cost.came_out(found)
+    assert f"takes {middle:.3f} to" in told and ("vgg11" in told) == (low > 1)
+    assert "width 0.05" in cost.sure(found).lower()
     (table,) = cost.tables(found)
     assert len(table.rows) == 3 == len(table.kinds)
     (plot,) = cost.figures(found)
