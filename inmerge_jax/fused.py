@@ -30,13 +30,15 @@ _FAST_MEMORY = 12 * 2**20
 
 
 def fits(weight: jax.Array, axis: int) -> bool:
-    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and at most about 11 MiB.
+    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and in fast memory.
 
-    Fewer than 128 kernels would be filled up to 128, at main memory's expense.
+    That is, at most 12 MiB with 128 of its rows twice and 13 numbers for each kernel. Fewer than
+    128 kernels would be filled up to 128, at main memory's expense. In JAX's 64-bit mode none does:
+    TPU's kernels have no 64-bit numbers.
     """
     count = weight.shape[axis]
     rows = weight.size // count
-    held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize
+    held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize + 13 * 4 * count
     return (
         weight.ndim > 1
         and axis == weight.ndim - 1
@@ -44,6 +46,7 @@ def fits(weight: jax.Array, axis: int) -> bool:
         and count % _LANES == 0
         and rows % (2 * _SUBLANES) == 0
         and held <= _FAST_MEMORY
+        and jax.dtypes.canonicalize_dtype(np.int64) == np.int32
     )
 
 

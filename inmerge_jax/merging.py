@@ -187,10 +187,10 @@ def merge_kernels(
       kernels: which weights to merge, from `find_kernels` or `deep_kernels`.
       rule: when and how; its numbers may be traced scalars.
       fused: on TPU, v4 or later, merge each layer in one Pallas kernel, which moves a fifth of the
-        bytes; elsewhere, and for layers that it can't take (`inmerge_jax.fused.fits`), nothing
-        changes. XLA can't split such a kernel among devices: use it in `pmap`, in `shard_map`
-        with `check_vma=False`, or on one device; nor does `jax.export` take it for a TPU and other
-        platforms at once.
+        bytes; elsewhere, in JAX's 64-bit mode and for layers that it can't take
+        (`inmerge_jax.fused.fits`), nothing changes. XLA can't split such a kernel among devices:
+        use it in `pmap`, in `shard_map` with `check_vma=False`, or on one device; nor does
+        `jax.export` take it for a TPU and other platforms at once.
 
     Returns:
       The merged tree, and the counts.

@@ -146,10 +146,23 @@ def test_a_batch_of_weights_and_rules(request):
         ((3, 3, 512, 512), 3, "float16", False),
         ((3, 3, 1024, 512), 3, "float32", False),
         ((64,), 0, "float32", False),
+        ((16, 65536), 1, "float32", True),
+        ((16, 98304), 1, "float32", False),  # Without the kernels' own numbers it would.
     ],
 )
 def test_which_weights_it_takes(shape, axis, dtype, taken):
     assert fused.fits(jax.ShapeDtypeStruct(shape, dtype), axis) == taken
+
+
+@pytest.mark.parametrize("threshold", [0.05, quantile(0.5)], ids=str)
+def test_in_64_bit_mode_the_form_by_xla_merges(threshold):
+    weight, rule = case((1, 1, 48, 128)), MergeRule(0.6, threshold, 0.8, "nearest")
+    with jax.enable_x64(True):
+        assert not fused.fits(weight, 3)
+        plain, asked = (
+            program(lambda w, f=f: merge(w, rule, is_fused=f), weight) for f in (False, True)
+        )
+    assert plain == asked
 
 
 def program(run, *arguments, platform="tpu"):
