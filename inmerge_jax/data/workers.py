@@ -16,7 +16,7 @@ T = TypeVar("T")
 _STARTING = threading.Lock()
 _WAIT, _WAIT_FOR_FIRST = 1.0, 0.02
 _GRAIN = "grain-process-prefetch"  # What the names of its processes begin with.
-_GRAIN_FOUND_IT = "terminated unexpectedly"
+_GRAIN_FOUND_IT = "terminated unexpectedly"  # In its error for one that ended too soon to be seen.
 _END = object()
 
 
@@ -97,7 +97,8 @@ def watched(iterator: Any) -> Iterator[Iterator[Any]]:
 def _abandon(workers: set[Any]) -> None:
     """Ends the processes, whose iterator isn't closed, now or at the end of Python.
 
-    It would read what waits in its pipes, and wait for the rest of what the lost one began there.
+    It would read what waits in its pipes, and wait for the rest of what the lost one began there;
+    neither Grain nor multiprocessing has a public way to leave that out.
     """
     for worker in workers:
         worker.kill()
@@ -137,7 +138,7 @@ def _wait(call: Callable[[], T], workers: Callable[[], set[Any]], pause: float) 
         if isinstance(value, RuntimeError | OSError | EOFError):
             _check(workers())
         if isinstance(value, RuntimeError) and _GRAIN_FOUND_IT in str(value):
-            raise WorkerLostError("a worker process ended while it started") from value
+            raise WorkerLostError(str(value).partition(".")[0]) from value
         raise value
 
 
