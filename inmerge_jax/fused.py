@@ -38,7 +38,8 @@ def fits(weight: jax.Array, axis: int) -> bool:
     """
     count = weight.shape[axis]
     rows = weight.size // count
-    held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize + 13 * 4 * count
+    held = (rows + math.gcd(rows, _ROWS)) * count * weight.dtype.itemsize
+    held += (_SUBLANES + 5) * 4 * count  # The inverse norms, and what is known of each kernel.
     return (
         weight.ndim > 1
         and axis == weight.ndim - 1
