@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.tpu_compile import Case, environment, fingerprint
+from experiments.tpu_compile import Case, environment, fingerprints
 from experiments.tpu_limits import (
     BYTES,
     CHIP_GIB,
@@ -151,11 +151,11 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
     """
     _need_libtpu()
     os.environ.update(environment(os.environ))
-    stored = read(config.output)
+    stored, cases = read(config.output), chosen_cases(config)
     return [
         case.name
-        for case in chosen_cases(config)
-        if stored.get(case.name, {}).get("fingerprint") != fingerprint(case)
+        for case, current in zip(cases, fingerprints(cases), strict=True)
+        if stored.get(case.name, {}).get("fingerprint") != current
     ]
 
 

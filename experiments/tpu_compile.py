@@ -6,10 +6,12 @@ A process of its own for each case: `experiments.tpu_check` starts them.
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,6 +132,16 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
 def fingerprint(case: Case) -> str:
     """The hash of the case's program, as this code lowers it, and of the compiler's versions."""
     return _fingerprint(case, _lower(case)[0])[0]
+
+
+def fingerprints(cases: Sequence[Case]) -> list[str]:
+    """The `fingerprint` of each case, by processes side by side.
+
+    The caller's environment is to be that of `environment`.
+    """
+    processes = min(os.cpu_count() or 1, len(cases))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(fingerprint, cases))
 
 
 def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:

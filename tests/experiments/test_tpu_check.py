@@ -159,7 +159,7 @@ def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path
     path.write_text(json.dumps(stored))
     monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(tpu_check.os, "environ", dict(tpu_check.os.environ))
-    monkeypatch.setattr(tpu_check, "fingerprint", lambda case: case.step)
+    monkeypatch.setattr(tpu_check, "fingerprints", lambda cases: [case.step for case in cases])
     arguments = ["--output", str(path), "--stale"]
     assert tpu_check.main(arguments) == 0
     first, second, third = [case.name for case in tpu_check.CASES[:3]]
