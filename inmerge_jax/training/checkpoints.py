@@ -7,8 +7,10 @@ A folder of checkpoints holds one folder per epoch:
     <epoch>/manifest.json  size and SHA-256 of every file; name, shape and dtype of every array
 """
 
+import asyncio
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -223,6 +225,7 @@ def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
+    from orbax.checkpoint.type_handlers import create_type_handler_registry
 
     # One file system, one writer, and weights that hardly compress: zarr 2 inside OCDBT without
     # compression is the fastest of the eight combinations to write and to read, in few files.
@@ -231,9 +234,34 @@ def _checkpointer() -> Any:
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=False, use_compression=False, multiprocessing_options=alone
+        use_ocdbt=True,
+        use_zarr3=False,
+        use_compression=False,
+        multiprocessing_options=alone,
+        type_handler_registry=create_type_handler_registry((np.ndarray, _handler())),
     )
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@functools.cache
+def _handler() -> Any:
+    """Orbax's handler of NumPy arrays, which after an error waits for the writes under way.
+
+    By itself it ends at the first error, and the others go on: they make folders anew that have
+    been removed, and say on stderr that nobody waits for them.
+    """
+    from orbax.checkpoint.type_handlers import NumpyHandler
+
+    class PatientNumpyHandler(NumpyHandler):
+        async def _background_serialize(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super()._background_serialize(*args, **kwargs)
+            finally:
+                # This loop is the save's own.
+                others = asyncio.all_tasks() - {asyncio.current_task()}
+                await asyncio.gather(*others, return_exceptions=True)
+
+    return PatientNumpyHandler()
 
 
 @contextlib.contextmanager

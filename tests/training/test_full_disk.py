@@ -2,14 +2,17 @@
 
 import dataclasses
 import errno
+import gc
 import os
+import time
 
+import numpy as np
 import pytest
 
 from experiments.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import checkpoints, loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole
+from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole, save_checkpoint
 from tests.training import tiny
 from tests.training.disk import small_disk
 from tests.training.test_loop import evidence, run
@@ -48,6 +51,28 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     _, text = run(folder)
     assert "goes on from epoch 1 of 3\n" in text and "damaged" not in text
     assert evidence(folder) == evidence(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
+    # Orbax writes all arrays at once: one that finds no room must not end the wait for the others.
+    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+    sizes = (10, 1_000, 20_000, 50_000) * 8
+    tree = {f"a{i}": np.arange(size, dtype=np.float32) for i, size in enumerate(sizes)}
+    with small_disk(tmp_path / "disk", megabytes=6) as disk:
+        ballast, folder = disk / "ballast", disk / "checkpoints"
+        for room in (0, 100_000, 1_000_000, 2_000_000):
+            ballast.unlink(missing_ok=True)
+            ballast.write_bytes(bytes(os.statvfs(disk).f_bfree * os.statvfs(disk).f_frsize - room))
+            with pytest.raises(InputError, match="No space left"):
+                save_checkpoint(folder, 1, tree, {})
+            time.sleep(0.1)
+            assert os.listdir(folder) == []
+        ballast.unlink()
+        save_checkpoint(folder, 1, tree, {})
+        assert newest_whole(folder) == (folder / "1", ())
+    gc.collect()  # Of tasks that ended in an error nobody saw, asyncio speaks when they are freed.
+    assert not caplog.records
 
 
 def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Processes that do not find each other, or disagree, say so instead of waiting or crashing."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -34,6 +35,15 @@ def all_meet(*calls, seconds=SOON):
     # Whatever happened, process 0 has let the port go.
     socket.create_server(("127.0.0.1", int(coordinator.rpartition(":")[2]))).close()
     return said
+
+
+def connect(port):
+    """A connection to `port` of this machine, as soon as somebody listens there."""
+    for _ in range(int(SOON / 0.02)):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+        time.sleep(0.02)
+    raise AssertionError(f"nobody listens at port {port}")
 
 
 @pytest.mark.parametrize("numbers", [[0], [0, 1], [2, 1, 0, 3]])
@@ -110,9 +120,8 @@ def test_strangers_at_the_port_are_passed_over():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, SOON)
-        meeting._introduce(f"127.0.0.1:{port}", 2, 1, SOON).close()
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": "x"}\n'):
-            with socket.create_connection(("127.0.0.1", port)) as stranger:
+            with connect(port) as stranger:
                 stranger.sendall(words)
         meet(f"127.0.0.1:{port}", 2, 1, SOON)
         assert first.result(SOON) is None
