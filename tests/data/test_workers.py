@@ -75,7 +75,7 @@ def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
     script.write_text(DYING)
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, script], env=here, timeout=60, capture_output=True, text=True
+        [sys.executable, script], env=here, timeout=200, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert re.search(r"signal 9 \(SIGKILL\).*fewer --workers.*--resume", done.stderr)

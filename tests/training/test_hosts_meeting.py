@@ -86,7 +86,7 @@ def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
     listen = meeting._listen
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, SOON)
-        time.sleep(0.3)
+        connect(port).close()
         # The other machine's own port is free.
         monkeypatch.setattr(meeting, "_listen", lambda _, n: listen(f"127.0.0.1:{free_port()}", n))
         with pytest.raises(InputError, match="two processes were started with --process-id 0"):

@@ -127,16 +127,20 @@ def test_image_k_is_evaluated_after_k_merges(count):
     )
     key = jax.random.fold_in(jax.random.fold_in(root, 7), VALIDATION)
     params, merged, losses = jax.tree.map(jnp.asarray, params), 0, []
+
+    @jax.jit
+    def merge(params, key):
+        return merge_kernels(params, key, tiny.kernels(), tiny.ALWAYS)
+
+    @jax.jit
+    def evaluate(params, image):
+        variables = {"params": params, "batch_stats": stats}
+        return tiny.Net().apply(variables, normalise(image, setup.recipe), train=False)
+
     for index in range(len(images)):
-        params, counts = merge_kernels(
-            params, jax.random.fold_in(key, index), tiny.kernels(), tiny.ALWAYS
-        )
+        params, counts = merge(params, jax.random.fold_in(key, index))
         merged += counts.merged
-        logits = tiny.Net().apply(
-            {"params": params, "batch_stats": stats},
-            normalise(jnp.asarray(images.images[index : index + 1]), setup.recipe),
-            train=False,
-        )
+        logits = evaluate(params, images.images[index : index + 1])
         np.testing.assert_allclose(scores[index], jax.nn.softmax(logits)[0], rtol=1e-4, atol=1e-6)
         losses.append(example_losses(logits, images.labels[index : index + 1], False)[0])
     assert loss == pytest.approx(float(np.mean(losses)), rel=1e-5)
