@@ -10,7 +10,9 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,6 +68,7 @@ class TpuCheckConfig:
         others the output file keeps what it holds.
       small: Only ResNet-18 at 28 px on four v5e chips.
       overwrite: Compile again what the output file holds.
+      jobs: Cases compiled at a time. Each takes one core, and up to 8 GB for DenseNet-121.
       dry_run: Compile nothing; judge and print what the output file holds.
       stale: Compile nothing; fail where a case is missing from the output file, or its program or
         the compiler's versions are no longer those that it holds.
@@ -75,6 +78,7 @@ class TpuCheckConfig:
     only: tuple[str, ...] = ()
     small: bool = False
     overwrite: bool = False
+    jobs: int = 1
     dry_run: bool = False
     stale: bool = False
 
@@ -99,17 +103,46 @@ def compile_cases(config: TpuCheckConfig) -> None:
     """Compiles each case in a process of its own and saves its row as it finishes.
 
     Raises:
-      InputError: libtpu is missing, or the output file can't be read or written.
+      InputError: libtpu is missing, `jobs` is none, or the output file can't be read or written.
       RuntimeError: a process failed otherwise than by the compiler refusing the program.
     """
+    if config.jobs < 1:
+        raise InputError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
     _need_libtpu()
     _deep_stack()
-    for case in chosen_cases(config):
-        stored = read(config.output)
-        known = "" if config.overwrite else stored.get(case.name, {}).get("fingerprint", "")
-        part = config.output.with_name(f".{config.output.name}.case")
-        part.unlink(missing_ok=True)
-        print(f"{case.name}: ", end="", flush=True)
+    stored = {} if config.overwrite else read(config.output)
+    errors = []
+    with ThreadPoolExecutor(config.jobs) as pool:
+        waiting = {
+            pool.submit(
+                _compiled, case, config, stored.get(case.name, {}).get("fingerprint", "")
+            ): case.name
+            for case in chosen_cases(config)
+        }
+        try:
+            for done in as_completed(waiting):
+                if done.cancelled():
+                    continue
+                if error := done.exception():
+                    # Those under way may have run for long: their rows are kept.
+                    errors.append(error)
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    continue
+                _save(done.result(), waiting[done], config.output)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if errors:
+        raise errors[0]
+
+
+def _compiled(case: Case, config: TpuCheckConfig, known: str) -> Row | None:
+    """The row that a process gives of a case; None where its program is the `known` one.
+
+    Raises:
+      RuntimeError: as `compile_cases`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "row.json"
         command = [sys.executable, "-m", "experiments.tpu_compile", "--output", str(part)]
         for name, value in vars(case).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -118,29 +151,34 @@ def compile_cases(config: TpuCheckConfig) -> None:
             command, env=environment(os.environ), capture_output=True, text=True, check=False
         )
         if done.returncode < 0:
-            crash = {
-                "compiles": False,
-                "reason": f"the compiler crashed, signal {-done.returncode}",
-            }
-            write_json(part, {**vars(case), "fingerprint": "", "chips": "", **crash})
-        elif done.returncode:
+            reason = f"the compiler crashed, signal {-done.returncode}"
+            crash = {"fingerprint": "", "chips": "", "compiles": False, "reason": reason}
+            return {**vars(case), **crash}
+        if done.returncode:
             raise RuntimeError(
                 f"{case.name}: {' '.join(command)} failed "
                 f"with status {done.returncode}:\n{done.stderr[-2000:]}"
             )
-        if not part.exists():
-            print("unchanged")
-            continue
-        row = json.loads(part.read_bytes())
-        part.unlink()
-        stored = read(config.output) | {case.name: row}
-        order = [case.name for case in CASES]
-        ordered = {name: stored[name] for name in order if name in stored}
-        try:
-            write_json(config.output, ordered)
-        except OSError as error:
-            raise InputError(f"--output {config.output}: {error}; choose another file") from error
-        print(f"{row['compile_seconds']} s" if row["compiles"] else row["reason"])
+        return json.loads(part.read_bytes()) if part.exists() else None
+
+
+def _save(row: Row | None, name: str, output: Path) -> None:
+    """Puts a row, if there is one, into the output file, in the order of `CASES`, and says so.
+
+    Raises:
+      InputError: it can't be read or written.
+    """
+    if row is None:
+        print(f"{name}: unchanged", flush=True)
+        return
+    stored = read(output) | {name: row}
+    ordered = {case.name: stored[case.name] for case in CASES if case.name in stored}
+    try:
+        write_json(output, ordered)
+    except OSError as error:
+        raise InputError(f"--output {output}: {error}; choose another file") from error
+    said = f"{row['compile_seconds']} s" if row["compiles"] else row["reason"]
+    print(f"{name}: {said}", flush=True)
 
 
 def stale_cases(config: TpuCheckConfig) -> list[str]:

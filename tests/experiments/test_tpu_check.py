@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import pytest
 
@@ -151,6 +152,52 @@ def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: None)
     assert tpu_check.main(["--output", str(tmp_path / "rows.json")]) == 2
     assert "make tpu-check" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands for the compiler: gives the stored rows, of `nearest` an error."""
+    monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpu_check, "_deep_stack", lambda: None)
+    both, started = threading.Barrier(2, timeout=60), {}
+
+    def compiled(case, config, known):
+        started[case.name] = known
+        if case.step == "nearest":
+            raise RuntimeError("of nearest")
+        if config.jobs > 1 and case.name in list(ROWS)[:2]:
+            both.wait()
+        row = ROWS[case.name]
+        return None if known == row["fingerprint"] else row
+
+    monkeypatch.setattr(tpu_check, "_compiled", compiled)
+    return started
+
+
+def test_cases_are_compiled_side_by_side(compiled, tmp_path, capsys):
+    path, (plain, random) = tmp_path / "rows.json", list(ROWS)[:2]
+    arguments = ["--output", str(path), "--only", plain, random]
+    assert tpu_check.main([*arguments, "--jobs", "2"]) == 0
+    assert compiled == {plain: "", random: ""}
+    assert list(tpu_check.read(path)) == [plain, random]
+    assert tpu_check.main(arguments) == 0
+    assert compiled == {name: ROWS[name]["fingerprint"] for name in (plain, random)}
+    assert capsys.readouterr().out.count(": unchanged") == 2
+    assert tpu_check.main([*arguments, "--overwrite"]) == 0
+    assert compiled == {plain: "", random: ""}
+    assert tpu_check.main([*arguments, "--jobs", "0"]) == 2
+
+
+def test_a_failed_case_ends_those_that_wait_and_keeps_those_under_way(compiled, tmp_path):
+    path, names = tmp_path / "rows.json", list(ROWS)[:8]
+    for jobs in ("1", "2"):
+        path.unlink(missing_ok=True)
+        compiled.clear()
+        with pytest.raises(RuntimeError, match="of nearest"):
+            tpu_check.main(["--output", str(path), "--jobs", jobs, "--only", *names])
+        kept = list(tpu_check.read(path))
+        assert kept[:2] == names[:2]
+        assert set(kept) == {name for name in compiled if not name.endswith("nearest")}
 
 
 def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path):
