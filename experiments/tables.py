@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import again, fidelity, kills, scaling, soak, tpu_check
+from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_table
 from experiments import chestxray14_input as chestxray14_rates
 from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
@@ -98,7 +98,9 @@ SOURCES = {
     "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
-    "tpu_check": lambda: tpu_check.markdown(tpu_check.read(RESULTS / "tpu_check.json")),
+    "tpu_check": lambda: tpu_table.markdown(
+        tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
+    ),
     "main": pages.main_table,
     "total": pages.total,
     "again": lambda: again.markdown(json.loads((RESULTS / "again.json").read_bytes())),

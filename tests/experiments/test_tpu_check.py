@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from experiments import tpu_check, tpu_limits
+from experiments import tpu_check, tpu_limits, tpu_table
 from experiments.tables import RESULTS
 from experiments.tpu_listing import collectives, main_memory_bytes
 from inmerge_jax.errors import InputError
@@ -39,7 +39,7 @@ def test_merging_adds_no_collective():
 
 
 def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
-    page = tpu_check.markdown(ROWS)
+    page = tpu_table.markdown(ROWS)
     for (network, step, quantity), known in tpu_limits.KNOWN.items():
         for pair in compared():
             if pair.known(quantity) != (network, known) or pair.row["step"] != step:
@@ -102,13 +102,32 @@ def test_what_is_alive_at_the_fullest_moment_has_the_limit_of_a_layer():
         "resnet50 224 px, v5e:2x2, random: 2 layers' weights more memory at its fullest, "
         "above 1 layers' weights"
     ]
-    assert "+18.87 MB*" in tpu_check.markdown(rows)
+    assert "+18.87 MB*" in tpu_table.markdown(rows)
     del plain["memory"]["peak"]
     assert tpu_limits.failures(rows) == []
 
 
 def test_without_a_violation_the_status_is_zero(capsys):
     assert tpu_check.main(["--dry-run"]) == 0
+
+
+def test_a_terminal_of_80_columns_shows_the_chosen_networks_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert tpu_check.main(["--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for line in tpu_table.cells(ROWS):
+        assert all(word in shown for value in line[1:] for word in value.split())
+    assert tpu_check.main(["--dry-run", "--only", "densenet121 224 px, v5e:2x2, random"]) == 0
+    shown = capsys.readouterr().out
+    assert "densenet121" in shown and "nearest" in shown and "resnet18" not in shown
+
+
+def test_the_page_says_which_cases_are_missing():
+    first, *rest = (case.name for case in tpu_check.CASES)
+    page = tpu_table.markdown({name: ROWS[name] for name in rest}, [first, *rest])
+    assert f"Not compiled yet: {first}." in page
+    assert "Not compiled yet" not in tpu_table.markdown(ROWS, [first, *rest])
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
@@ -271,6 +290,6 @@ def test_main_memory_has_the_limit_of_bytes_and_older_rows_have_none():
     assert tpu_limits.failures(rows) == [
         "vgg19 224 px, v6e:2x2, random: 3 % more bytes of main memory, above 2 %"
     ]
-    assert "+3.00 %*, 0.0 passes" in tpu_check.markdown(rows)
+    assert "+3.00 %*, 0.0 passes" in tpu_table.markdown(rows)
     del rows[names[0]]["main_memory_bytes"]
     assert tpu_limits.failures(rows) == []
