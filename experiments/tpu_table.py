@@ -51,7 +51,7 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
             f"{row['memory']['total'] / 2**30:.2f} of {gib} GiB",
             f"{row['flops'] / 1e9:,.1f}",
             f"{row['bytes_moved'] / 1e9:.2f}",
-            f"{row['main_memory_bytes'] / 1e9:.2f}" if "main_memory_bytes" in row else "",
+            f"{row['main_memory_bytes'] / 1e9:.2f}",
             f"{sum(kind['count'] for kind in kinds)}",
             f"{sum(kind['bytes'] for kind in kinds) / 1e6:.2f}",
         ]
@@ -59,23 +59,16 @@ def cells(rows: Mapping[str, Row]) -> Iterator[list[str]]:
         if pair is None:
             yield [*line, *[""] * 6]
             continue
-        main = pair.main_memory
-        passes = ""
-        if main is not None:
-            more = row["main_memory_bytes"] - pair.plain["main_memory_bytes"]
-            star = "*" if main > BYTES else ""
-            passes = f"{100 * main:+.2f} %{star}, {more / row['merged_bytes']:.1f} passes"
         layer = row["largest_merged_layer_bytes"]
-        peak = ""
-        if pair.peak is not None:
-            peak = f"{pair.peak / 1e6:+.2f} MB{'*' if pair.peak > LAYERS * layer else ''}"
+        passes = (row["main_memory_bytes"] - pair.plain["main_memory_bytes"]) / row["merged_bytes"]
         yield [
             *line,
             f"{100 * pair.flops:+.2f} %{'*' if pair.flops > FLOPS else ''}",
             f"{100 * pair.bytes_moved:+.2f} %{'*' if pair.bytes_moved > BYTES else ''}",
-            passes,
+            f"{100 * pair.main_memory:+.2f} %{'*' if pair.main_memory > BYTES else ''}, "
+            f"{passes:.1f} passes",
             f"{pair.temporary / 1e6:+.2f} MB{'*' if pair.temporary > LAYERS * layer else ''}",
-            peak,
+            f"{pair.peak / 1e6:+.2f} MB{'*' if pair.peak > LAYERS * layer else ''}",
             f"{layer / 1e6:.2f} MB",
         ]
 
