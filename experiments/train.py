@@ -30,22 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     config = parse_config(arguments)
 
-    import jax
-
     from inmerge_jax.training.programs import keep_programs
 
     if config.cache is not None:
         keep_programs(config.cache)
 
     from inmerge_jax.training.arms import plan_run, train_arms
-    from inmerge_jax.training.hosts import (
-        LOST,
-        StopTogether,
-        by_first,
-        connect,
-        is_loss,
-        together,
-    )
+    from inmerge_jax.training.hosts import StopTogether, by_first, connect, together
     from inmerge_jax.training.loop import NonFiniteLossError
     from inmerge_jax.training.runfolder import cannot_write
     from inmerge_jax.training.stopping import Stopped, StopSignals
@@ -63,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
-            raise
+            return _unforeseen(error)
         if error.errno in _NO_RIGHTS:  # Perhaps of a file that was to be read.
             print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
         else:
@@ -79,20 +70,29 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped at once; the same command with --resume goes on", file=sys.stderr)
         return 130
     except Exception as error:
-        # In this order: to count the processes starts the devices, which may be what has failed.
-        if not jax.distributed.is_initialized() or jax.process_count() == 1:
-            raise
-        # Not raised: the interpreter's end would wait for processes that wait for this one.
-        if not is_loss(error):
-            traceback.print_exc()
-            return 1
-        print(
-            f"error: process {jax.process_index()} lost another process of the run "
-            f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
-            file=sys.stderr,
-        )
-        return LOST
+        return _unforeseen(error)
     return 0
+
+
+def _unforeseen(error: Exception) -> int:
+    """Raises the error that is being handled, or tells of it and gives the status of one process."""
+    import jax
+
+    from inmerge_jax.training.hosts import LOST, is_loss
+
+    # In this order: to count the processes starts the devices, which may be what has failed.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        raise error
+    # Not raised: the interpreter's end would wait for processes that wait for this one.
+    if not is_loss(error):
+        traceback.print_exc()
+        return 1
+    print(
+        f"error: process {jax.process_index()} lost another process of the run "
+        f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
+        file=sys.stderr,
+    )
+    return LOST
 
 
 def _report(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Several processes of one run, on this machine, against one process with as many devices."""
 
+import errno
 import json
 import os
 import re
@@ -201,6 +202,22 @@ def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evid
     assert "SIGTERM: stopping after this update" in said[1], said
     assert "SIGTERM came to process 1: process 0" in said[0] and "--resume" in said[0], said
     assert_resumes(tmp_path / "two", evidence)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no")])
+def test_no_error_of_one_of_several_processes_keeps_it_waiting(error, monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(hosts, "connect", fail)
+    arguments = ["--output", str(tmp_path / "run"), "--cache", "None"]
+    with pytest.raises(type(error)):
+        main(arguments)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and str(error) in told
 
 
 def test_one_process_with_other_options_stops_all(tmp_path):
