@@ -103,8 +103,7 @@ def run_build(config: Build) -> None:
     )
     console.print(summary(built.manifest))
     for line in (
-        f"verified: {sum(built.manifest['counts'].values()):,} images and their labels, no patient "
-        "in two splits",
+        built.verified(),
         built.speed(),
         f"train on it: python -m experiments.train --data chestxray14 --data-dir {config.output}",
     ):

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    """Raises the error that is being handled, or tells of it and gives the status of one process."""
+    """Raises the error, or tells of it and gives the status where other processes wait."""
     import jax
 
     from inmerge_jax.training.hosts import LOST, is_loss

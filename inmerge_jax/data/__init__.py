@@ -5,7 +5,7 @@ from pathlib import Path
 
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.medmnist import load_medmnist
+from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
 from inmerge_jax.errors import InputError
 
@@ -67,7 +67,7 @@ class DataConfig:
 
     name: str = "phantom"
     size: int | None = None
-    data_dir: Path = Path("~/.medmnist")
+    data_dir: Path = MEDMNIST_DIR
     file: Path | None = None
     download: bool = True
     allow_unverified: bool = False
@@ -89,6 +89,11 @@ def load_dataset(config: DataConfig) -> Dataset:
 
         if config.file is not None:
             raise InputError(f"{config.file} (--file) is not read for chestxray14: give --data-dir")
+        if config.data_dir == MEDMNIST_DIR:
+            raise InputError(
+                "--data chestxray14 needs --data-dir, the folder that `python -m "
+                "experiments.chestxray14 build --output` has made"
+            )
         return load_chestxray14(config.data_dir, size=config.size)
     size = DEFAULT_SIZE if config.size is None else config.size
     if config.name == "phantom":

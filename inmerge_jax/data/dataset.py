@@ -1,6 +1,7 @@
 """One shape of data set for every source."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,11 @@ class Split:
         return isinstance(self.images, np.ndarray)
 
 
+def names_sha256(names: Iterable[str]) -> str:
+    """SHA-256 of the sorted names, one a line: the same images give the same one."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A classification data set of three splits.
@@ -84,6 +90,7 @@ class Dataset:
       note: what every reader of a result must know about the data; empty where nothing.
       split_name: of the way the images were divided, where a data set knows several.
       full_counts: images of each split in the whole data set; None where nothing can be missing.
+      test_names_sha256: `names_sha256` of the test images; empty where they have no names.
       fingerprint: SHA-256 of the content, which a resumed run must find again; empty where the
         options decide it.
     """
@@ -99,6 +106,7 @@ class Dataset:
     note: str = ""
     split_name: str = ""
     full_counts: Mapping[str, int] | None = None
+    test_names_sha256: str = ""
     fingerprint: str = ""
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import DAMAGED_ARCHIVE
 
+MEDMNIST_DIR = Path("~/.medmnist")
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 _OTHERS = ("phantom", "chestxray14")
@@ -26,7 +27,7 @@ def load_medmnist(
     name: str,
     *,
     size: int = 28,
-    data_dir: Path = Path("~/.medmnist"),
+    data_dir: Path = MEDMNIST_DIR,
     file: Path | None = None,
     download: bool = True,
     allow_unverified: bool = False,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from inmerge_jax.reporting.findings import Cell, Findings
+from inmerge_jax.reporting.published import CHESTXRAY14
 from inmerge_jax.reporting.runs import Run
 from inmerge_jax.reporting.summary import RELEASED_RULE, Resolution, Spread, Summary
 
@@ -265,6 +266,13 @@ def comparable_note(run: Run, findings: Findings) -> str:
         return (
             f"NOT COMPARABLE with any published row: {findings.images:,} of the {full:,} test "
             f"images of the split {data.get('split')}, a subset."
+        )
+    rows = [row for row in CHESTXRAY14 if row.same_as == data.get("split")]
+    if rows:
+        return (
+            f"NOT COMPARABLE with any published row: the {findings.images:,} test images are not "
+            f"the {rows[0].images:,} of the split {rows[0].same_as} that {rows[0].label} was "
+            "tested on."
         )
     return (
         f"NOT COMPARABLE with any published row: none was tested on the split {data.get('split')}."

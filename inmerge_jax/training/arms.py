@@ -383,6 +383,7 @@ def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             "counts": counts,
             **({"split": data.split_name} if data.split_name else {}),
             **({"full_counts": dict(data.full_counts)} if data.full_counts else {}),
+            **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),
         },
         "model": values["model"],
         "recipe": values["recipe"],

@@ -5,20 +5,27 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from inmerge_jax.data.chestxray14.labels import FINDINGS
+from inmerge_jax.data.chestxray14.labels import FINDINGS, read_text
+from inmerge_jax.data.dataset import names_sha256
 from inmerge_jax.reporting.findings import bootstrap_auroc, rank_findings
 from inmerge_jax.reporting.html import write_report
+from inmerge_jax.reporting.published import CHESTXRAY14
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.tables import make_report, markdown
 from tests.long import long_unless
+from tests.paths import SHARED, needs
 from tests.reporting.folder import edit, write_run
 
 TASK = "multi-label, binary-class"
 FULL = {"train": 640, "val": 40, "test": 160}
 
 
-def write(folder, split="chexnet", full=FULL):
+PUBLISHED = CHESTXRAY14[0].names_sha256
+
+
+def write(folder, split="chexnet", full=FULL, digest=PUBLISHED):
     fields = {"name": "chestxray14", "split": split, "full_counts": full}
+    fields["test_names_sha256"] = digest
     return write_run(folder, classes=FINDINGS, task=TASK, **fields)
 
 
@@ -49,18 +56,35 @@ def test_fifteen_ranks_with_intervals(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "full", "line"),
+    ("split", "full", "digest", "line"),
     long_unless(
-        lambda case: "subset" in case[2],
+        lambda case: "subset" in case[3],
         [
-            ("chexnet", FULL, "Comparable with reproduce-chexnet, DenseNet-121, the same 160 test"),
-            ("chexnet", {**FULL, "test": 22_433}, "NOT COMPARABLE.*160 of the 22,433.*a subset"),
-            ("patient_hash", FULL, "NOT COMPARABLE.*none was tested on the split patient_hash"),
+            (
+                "chexnet",
+                FULL,
+                PUBLISHED,
+                "Comparable with reproduce-chexnet, DenseNet-121, the sam",
+            ),
+            (
+                "chexnet",
+                FULL,
+                "others",
+                "NOT COMPARABLE.*160 test images are not the 22,433 of the",
+            ),
+            ("chexnet", FULL, "", "NOT COMPARABLE.*160 test images are not the 22,433 of the"),
+            (
+                "chexnet",
+                {**FULL, "test": 22_433},
+                "",
+                "NOT COMPARABLE.*160 of the 22,433.*a subset",
+            ),
+            ("patient_hash", FULL, "", "NOT COMPARABLE.*none was tested on the split patient_hash"),
         ],
     ),
 )
-def test_one_line_says_what_is_comparable(tmp_path, split, full, line):
-    run = read_run(write(tmp_path / "run", split, full))
+def test_one_line_says_what_is_comparable(tmp_path, split, full, digest, line):
+    run = read_run(write(tmp_path / "run", split, full, digest))
     report = make_report(run)
 
     assert sum(bool(re.search(line, note)) for note in report.notes) == 1
@@ -68,10 +92,20 @@ def test_one_line_says_what_is_comparable(tmp_path, split, full, line):
     assert [row[0] for row in table.rows] == [*FINDINGS, "mean", "first of 15"]
     assert table.rows[0][-3:] == ("0.8180", "0.8094", "0.7160")
     assert "(test images of chexnet)" in table.columns[-3]
-    if not full["test"] == 160 or split != "chexnet":
+    if digest != PUBLISHED:
         assert sum(int(count) for count in table.rows[-1][1:4]) >= 15
     page = write_report(run.folder).read_text()
     assert page.count(table.title) == 2 and "Pleural_Thickening" in page
+
+
+LIST = SHARED / "data" / "nih" / "test_list.txt.gz"
+
+
+@needs(LIST)
+def test_the_published_test_images_are_those_of_the_list():
+    names = read_text(LIST).split()
+    assert len(names) == CHESTXRAY14[0].images
+    assert names_sha256(reversed(names)) == PUBLISHED != names_sha256(names[1:])
 
 
 def test_a_finding_without_a_positive_image_is_counted_and_breaks_nothing(tmp_path):

@@ -205,7 +205,9 @@ def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evid
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no")])
-def test_no_error_of_one_of_several_processes_keeps_it_waiting(error, monkeypatch, capsys, tmp_path):
+def test_no_error_of_one_of_several_processes_keeps_it_waiting(
+    error, monkeypatch, capsys, tmp_path
+):
     def fail(*_):
         raise error
 

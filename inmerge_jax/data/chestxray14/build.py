@@ -30,9 +30,12 @@ from inmerge_jax.data.chestxray14.labels import (
     some,
 )
 from inmerge_jax.data.chestxray14.manifest import (
+    INDEX,
     MANIFEST,
     check_metadata,
+    check_shards,
     metadata_hashes,
+    read_index,
     read_manifest,
     sealed,
 )
@@ -43,7 +46,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
 from inmerge_jax.locking import hold
 
-INDEX, REDUCED, RECORDS, SPEED = "index.npz", "reduced", "records", "speed.json"
+REDUCED, RECORDS, SPEED = "reduced", "records", "speed.json"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ class Built:
             "reducing": self.reduced.images_per_second,
             "writing": images / self.write_seconds,
         }
+
+    def verified(self) -> str:
+        """What was verified, and when."""
+        images = f"{sum(self.manifest['counts'].values()):,} images and their labels"
+        if self.reduced is None:
+            return (
+                f"{images} were verified when they were built; the shards have their lengths since "
+                "then, the other files their hashes"
+            )
+        return f"verified: {images}, no patient in two splits"
 
     def speed(self) -> str:
         """Images per second, and what all of ChestX-ray14 would take at that rate."""
@@ -279,6 +292,8 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
             f"for is {identity[name]}; choose another folder, or delete it"
         )
     check_metadata(output, manifest)
+    check_shards(output, manifest)
+    read_index(output, manifest)
     return manifest
 
 

@@ -12,7 +12,10 @@ from PIL import Image
 from inmerge_jax.errors import InputError
 
 # What Pillow raises on files that are cut short or damaged.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 _PATTERNS = ("*.png", "images/*.png", "images_*/*.png", "images_*/images/*.png")
 
 
@@ -41,7 +44,7 @@ def find_images(folder: Path) -> dict[str, Path]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for pattern in _PATTERNS:
-        yield from sorted(folder.glob(pattern))
+        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -132,4 +135,6 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
 
 def _message(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read: {error.strerror}; give rights to it"
     return f"{path} is cut short or damaged: {error}; fetch it again"

@@ -5,7 +5,7 @@ import gzip
 import io
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,24 +85,35 @@ def read_labels(path: Path) -> Labels:
         finding that is none of the 14; the message names the file, the row and the value.
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    columns = reader.fieldnames or ()
+    try:
+        columns, rows = reader.fieldnames or (), list(_numbered(reader))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, from line {reader.line_num} on: {error}; look for a quotation mark that "
+            "is not closed, or fetch it again"
+        ) from error
     absent = [name for name in (_NAME, _FINDINGS, _PATIENT) if name not in columns]
     if absent:
         raise InputError(
             f"{path} lacks the column {' and '.join(map(repr, absent))}; its header is "
             f"{', '.join(columns) or 'empty'}. Give NIH's Data_Entry_2017*.csv"
         )
-    rows = [_parse(path, reader.line_num, row) for row in reader]
     if not rows:
         raise InputError(f"{path} holds a header and no image")
-    rows.sort()
-    names = tuple(name for name, _, _ in rows)
+    parsed = sorted(_parse(path, line, row) for line, row in rows)
+    names = tuple(name for name, _, _ in parsed)
     refuse_duplicates(path, names)
     columns_of = {finding: index for index, finding in enumerate(FINDINGS)}
-    findings = np.zeros((len(rows), len(FINDINGS)), np.uint8)
-    for index, (_, found, _) in enumerate(rows):
+    findings = np.zeros((len(parsed), len(FINDINGS)), np.uint8)
+    for index, (_, found, _) in enumerate(parsed):
         findings[index, [columns_of[finding] for finding in found]] = 1
-    return Labels(names, findings, np.array([row[2] for row in rows], np.int64), Path(path))
+    return Labels(names, findings, np.array([row[2] for row in parsed], np.int64), Path(path))
+
+
+def _numbered(reader: csv.DictReader) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Each row after the line that it ends on."""
+    for row in reader:
+        yield reader.line_num, row
 
 
 def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tuple[str, ...], int]:
@@ -120,9 +131,12 @@ def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tupl
                 f"{', '.join(FINDINGS)}, or {NO_FINDING} alone"
             )
     try:
-        return name, findings, int(patient)
-    except ValueError as error:
-        raise InputError(f"{where}: the patient of {name} is {patient!r}, no number") from error
+        return name, findings, int(np.int64(int(patient)))
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{where}: the patient of {name} is {patient!r}, no number of 64 bits; mend it, or "
+            "fetch the file again"
+        ) from error
 
 
 def read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import json_sha256, read_object
 
-MANIFEST = "manifest.json"
+MANIFEST, INDEX = "manifest.json", "index.npz"
 FORMAT, _UNSEALED = 2, 1
 # Without its list of shards no record can be read, without its features none can be decoded.
 METADATA = ("dataset_info.json", "features.json")
@@ -64,6 +64,36 @@ def check_metadata(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
         if _digest(path) != digest:
             raise _damaged(path, "its content is not what was written", folder)
+
+
+def check_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises InputError where a shard is not as long as it was.
+
+    What is in it has hashes that reading verifies.
+    """
+    for name, shard in manifest["shards"].items():
+        path = folder / manifest["records"] / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise InputError(
+                f"{path} was cut short or changed: it has {size:,} bytes, {shard['bytes']:,} when "
+                f"it was built; delete {folder} and build the data set anew"
+            )
+
+
+def read_index(folder: Path, manifest: Mapping[str, Any]) -> bytes:
+    """The content of index.npz.
+
+    Raises:
+      InputError: it is missing or not what the build wrote.
+    """
+    path = folder / INDEX
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
+        raise InputError(f"{path} is missing or damaged; delete {folder}, build the data set anew")
+    return data
 
 
 def _digest(path: Path) -> str:

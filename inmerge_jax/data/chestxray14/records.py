@@ -1,6 +1,5 @@
 """Reading a built data set: labels in memory, images from the shards one by one."""
 
-import hashlib
 import io
 import threading
 from dataclasses import dataclass, field
@@ -9,12 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.data.chestxray14.build import INDEX
 from inmerge_jax.data.chestxray14.images import decode
-from inmerge_jax.data.chestxray14.labels import FINDINGS
-from inmerge_jax.data.chestxray14.manifest import MANIFEST, check_metadata, read_manifest
+from inmerge_jax.data.chestxray14.labels import ALL_IMAGES, FINDINGS
+from inmerge_jax.data.chestxray14.manifest import (
+    MANIFEST,
+    check_metadata,
+    check_shards,
+    read_index,
+    read_manifest,
+)
 from inmerge_jax.data.chestxray14.splits import PARTS
-from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.data.dataset import Dataset, Split, names_sha256
 from inmerge_jax.errors import InputError
 
 BUILD = "python -m experiments.chestxray14 build"
@@ -36,13 +40,14 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
-    _check_shards(folder, manifest)
-    arrays = _read_index(folder, manifest)
+    check_shards(folder, manifest)
+    with np.load(io.BytesIO(read_index(folder, manifest)), allow_pickle=False) as index:
+        arrays = {name: index[name] for name in index.files}
     size = manifest["size"] if size is None else size
     if not 1 <= size <= manifest["size"]:
         raise InputError(
             f"--size {size}: {folder} was built at {manifest['size']} px; choose 1 to "
-            f"{manifest['size']}, or build it anew at {size}"
+            f"{manifest['size']}, or build another folder with a larger --size"
         )
     splits = {
         part: Split(
@@ -54,8 +59,8 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
     }
     for split in splits.values():
         split.images.open()  # Here, while no thread that reads in advance imports anything.
-    here, full = (sum(manifest[name].values()) for name in ("counts", "full_counts"))
-    subset = f", a subset: {here:,} of its {full:,} images" if here < full else ""
+    here = sum(manifest["counts"].values())
+    subset = f", a subset: {here:,} of its {ALL_IMAGES:,} images" if here < ALL_IMAGES else ""
     return Dataset(
         name="chestxray14",
         size=size,
@@ -66,6 +71,7 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         note=f"split {manifest['split']}{subset}",
         split_name=manifest["split"],
         full_counts=manifest["full_counts"],
+        test_names_sha256=names_sha256(arrays["test_names"].tolist()),
         fingerprint=manifest["content_sha256"],
     )
 
@@ -160,26 +166,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     check_metadata(folder, manifest)
     return manifest
-
-
-def _check_shards(folder: Path, manifest: dict[str, Any]) -> None:
-    """Every shard must be as long as it was; what is in it has hashes that reading verifies."""
-    for name, shard in manifest["shards"].items():
-        path = folder / manifest["records"] / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing; delete {folder} and build the data set anew")
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise InputError(
-                f"{path} was cut short or changed: it has {size:,} bytes, {shard['bytes']:,} when "
-                f"it was built; delete {folder} and build the data set anew"
-            )
-
-
-def _read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = folder / INDEX
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
-        raise InputError(f"{path} is missing or damaged; delete {folder}, build the data set anew")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}

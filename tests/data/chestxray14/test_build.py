@@ -24,6 +24,8 @@ from inmerge_jax.data.chestxray14.build import Request, build, summary
 from inmerge_jax.data.chestxray14.images import decode, find_images, reduce_image
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
 from inmerge_jax.data.chestxray14.records import RecordImages, load_chestxray14
+from inmerge_jax.data.chestxray14.splits import assign
+from inmerge_jax.data.dataset import names_sha256
 from inmerge_jax.errors import InputError
 from tests.data.chestxray14.nih import content, make, pixels, write_labels, write_lists
 from tests.paths import SHARED, needs
@@ -37,7 +39,7 @@ def test_what_was_built_is_read_back(nih, built):
     sources = find_images(nih)
     data = load_dataset(DataConfig(name="chestxray14", data_dir=built))
     assert data.classes == FINDINGS and data.size == 32 and data.multi_label
-    assert data.title == "chestxray14 (split patient_hash)"
+    assert data.title == "chestxray14 (split patient_hash, a subset: 60 of its 112,120 images)"
     seen = []
     for split in (data.train, data.val, data.test):
         assert split.images.shape == (len(split), 32, 32, 1) and not split.in_memory
@@ -128,8 +130,40 @@ def test_missing_images_are_counted_and_named_or_allowed(nih, tmp_path):
     assert "56 of the 60 images" in said
     assert sum(made.manifest["counts"].values()) == 56
     data = load_chestxray14(tmp_path / "out")
-    assert "a subset: 56 of its 60 images" in data.title
+    assert "a subset: 56 of its 112,120 images" in data.title
     assert sum(data.full_counts.values()) == 60
+
+
+def test_a_link_to_nothing_is_a_missing_image(nih, tmp_path):
+    place = shutil.copytree(nih, tmp_path / "nih")
+    path = sorted(find_images(place).values())[0]
+    path.unlink()
+    path.symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=rf"1 image \({path.name}\) of the 60"):
+        make(place, tmp_path / "out")
+
+
+def test_a_finished_build_is_looked_at_before_it_is_said_to_be_whole(nih, copy):
+    made, _ = make(nih, copy)
+    assert made.verified().startswith("60 images and their labels were verified when")
+    shard = next(path for path in copy.rglob("*train*array_record*") if path.is_file())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{shard.name} was cut short"):
+        make(nih, copy)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name} is missing"):
+        make(nih, copy)
+
+
+def test_a_finished_build_without_its_index_is_refused(nih, copy):
+    (copy / "index.npz").unlink()
+    with pytest.raises(InputError, match=r"index\.npz is missing"):
+        make(nih, copy)
+
+
+def test_training_needs_the_folder_of_a_build():
+    with pytest.raises(InputError, match="--data chestxray14 needs --data-dir"):
+        load_dataset(DataConfig(name="chestxray14"))
 
 
 def test_a_split_without_images_is_refused(nih, tmp_path):
@@ -281,6 +315,13 @@ def test_threads_that_read_at_once_open_the_shards_once(built, monkeypatch):
         found = list(threads.map(fresh.__getitem__, range(8)))
     np.testing.assert_array_equal(found, images[:8])
     assert len(opened) == 1
+
+
+def test_the_test_images_are_told_by_their_names(built, nih):
+    data = load_chestxray14(built)
+    labels = read_labels(nih / "Data_Entry_2017_v2020.csv")
+    rows = assign("patient_hash", labels, None)["test"].tolist()
+    assert data.test_names_sha256 == names_sha256(labels.names[row] for row in rows[::-1])
 
 
 def test_loading_opens_the_shards_before_any_thread_reads(built, monkeypatch):

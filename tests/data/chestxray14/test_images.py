@@ -72,7 +72,7 @@ def test_every_kind_of_png_becomes_8_bit_grey(tmp_path):
     np.testing.assert_array_equal(reduced(path, 40), grey)
 
 
-def test_damaged_and_wrong_files_are_named(tmp_path):
+def test_damaged_and_wrong_files_are_named(tmp_path, monkeypatch):
     whole = save(tmp_path / "a.png", pixels(0)).read_bytes()
     path = tmp_path / "damaged.png"
     for length in (0, 7, 30, len(whole) // 2, len(whole) - 14):
@@ -83,6 +83,9 @@ def test_damaged_and_wrong_files_are_named(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(InputError, match=r"damaged\.png is cut short or damaged"):
             reduce_image(path, 20, SIZE)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"exceeds limit .*again"):
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        reduce_image(tmp_path / "a.png", 20, SIZE)
     save(path, pixels(0, 41))
     with pytest.raises(InputError, match=r"damaged\.png has 41 x 41 pixels, the others 40 x 40"):
         reduce_image(path, 20, SIZE)

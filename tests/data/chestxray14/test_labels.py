@@ -44,7 +44,15 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path):
     refused(("x.png", "Mass|No Finding", 0, 1, 5), "unknown finding 'No Finding'")
     refused(("x.png", "", 0, 1, 5), "unknown finding ''")
     refused(("x.png", "Mass", 0, "p7", 5), "the patient of x.png is 'p7', no number")
+    refused(("x.png", "Mass", 0, "9" * 20, 5), "line 62: the patient of x.png is '9999.* 64 bits")
     refused(("x.png",), "line 62 is cut short")
+
+
+def test_a_quotation_mark_that_is_not_closed(tmp_path):
+    path = write_labels(tmp_path / "a.csv", [*rows(), ("x.png", "Mass", 0, 7, 5)])
+    path.write_text(path.read_text().replace(rows()[3][0], '"' + rows()[3][0]) + "x" * 200_000)
+    with pytest.raises(InputError, match=r"a\.csv, from line \d+ on: field larger.*not closed"):
+        read_labels(path)
 
 
 def test_files_that_are_no_labels(tmp_path):
