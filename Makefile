@@ -1,6 +1,6 @@
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
-# make test-long   the others, in some 25 minutes: every network against PyTorch, kills, long runs
+# make test-long   the others, in half an hour: every network against PyTorch, kills, long runs
 # make check   lint, format and types
 # make tpu-check   compile the training step with the TPU compiler; no TPU is needed
 # make clean   remove the environment

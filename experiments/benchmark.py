@@ -26,11 +26,11 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
 from inmerge_jax.models import create_model
+from inmerge_jax.training.environment import environment
 from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
 from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
 from inmerge_jax.training.recipes import RECIPES, Recipe
-from inmerge_jax.training.runfolder import environment
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_train_step, zero_totals
 from tests.oracles.released_torch import merge_pass

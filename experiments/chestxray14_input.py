@@ -48,7 +48,7 @@ def run_measure(config: "Measure") -> None:
       InputError: the folders or the time are not what they should be, which is found out before
         anything is measured; a worker process was killed.
     """
-    from inmerge_jax.training.runfolder import environment
+    from inmerge_jax.training.environment import environment
 
     if not 0 < config.seconds < math.inf:
         raise InputError(f"--seconds {config.seconds}: give a time above 0")

@@ -21,7 +21,7 @@ from experiments.study.question import RESULTS, Question
 from inmerge_jax.models import model_names
 from inmerge_jax.reporting.plots import COLOURS, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training.runfolder import environment
+from inmerge_jax.training.environment import environment
 
 ARMS = ("backbone", "finetune", "inmerge")
 QUARTILES = (0.25, 0.5, 0.75)

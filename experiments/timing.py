@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from inmerge_jax.training.runfolder import environment
+from inmerge_jax.training.environment import environment
 
 _REST = 0.02
 """Seconds between two contenders, so that the threads of the last one have stopped spinning."""

@@ -141,17 +141,23 @@ def amount(quantity: str, value: float) -> str:
 
 def comparisons(rows: Mapping[str, Row]) -> list[Comparison]:
     """Each compiled step with merging beside its plain one."""
-    found = []
-    for row in rows.values():
-        same = ("model", "size", "topology", "images", "steps_per_call")
-        plain = [
-            other
-            for other in rows.values()
-            if other["step"] == "plain" and all(other[key] == row[key] for key in same)
-        ]
-        if row["step"] != "plain" and plain and row["compiles"] and plain[0]["compiles"]:
-            found.append(Comparison(row, plain[0]))
-    return found
+    return [
+        Comparison(row, plain)
+        for row in rows.values()
+        if row["step"] != "plain"
+        and (plain := plain_of(row, rows)) is not None
+        and row["compiles"]
+        and plain["compiles"]
+    ]
+
+
+def plain_of(row: Row, rows: Mapping[str, Row]) -> Row | None:
+    """The step without merging that `row` is compared with; None where there is none."""
+    same = ("model", "size", "topology", "images", "steps_per_call")
+    for other in rows.values():
+        if other["step"] == "plain" and all(other[key] == row[key] for key in same):
+            return other
+    return None
 
 
 def chip_of(row: Row) -> str:
@@ -160,7 +166,10 @@ def chip_of(row: Row) -> str:
 
 
 def failures(rows: Mapping[str, Row]) -> list[str]:
-    """All that is not as it is to be, in words: programs that do not compile or fit, and limits."""
+    """All that is not as it is to be, in words.
+
+    Programs that do not compile or fit, that have none to be compared with, or that add too much.
+    """
     found = []
     for name, row in rows.items():
         chip = CHIP_GIB[chip_of(row)] * 2**30
@@ -168,4 +177,6 @@ def failures(rows: Mapping[str, Row]) -> list[str]:
             found.append(f"{name}: does not compile: {row['reason']}")
         elif row["memory"]["total"] > chip:
             found.append(f"{name}: takes {row['memory']['total']:,} bytes of a chip's {chip:,}")
+        if plain_of(row, rows) is None:
+            found.append(f"{name}: no step without merging to compare it with; compile that too")
     return found + [text for pair in comparisons(rows) for text in pair.failures()]

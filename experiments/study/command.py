@@ -210,7 +210,7 @@ def store_answer(
       question: that is answered.
       results: the folder of results.
       arguments: of the question's command.
-      around: of each training, or measurement, what `runfolder.environment` gave.
+      around: of each training, or measurement, what `environment.environment` gave.
       planned: how many of these there are to be.
       finished: how many there are.
       seconds: that they took.

@@ -29,6 +29,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
+from inmerge_jax.training.environment import environment
 from inmerge_jax.training.holding import hold_run
 from inmerge_jax.training.hosts import by_first, is_first, require_same
 from inmerge_jax.training.initial import (
@@ -43,13 +44,14 @@ from inmerge_jax.training.parallel import AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, positive_weights
-from inmerge_jax.training.runfolder import cannot_write, environment
+from inmerge_jax.training.runfolder import cannot_write, changes_since_start
 from inmerge_jax.training.stage import Setup, Stage
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
 from inmerge_jax.training.stopping import never
 
 _SAMPLES_PER_CLASS = 4
+_MOVED = "resumed under other conditions, which may give other bits than the first would have"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +177,15 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
         )
         # Process 0 enters it, and it alone leaves it at the end.
         folder = by_first(held.enter_context, run)
-        return _train_arms(plan, folder, should_stop)
+        moved = "; ".join(by_first(changes_since_start, folder))
+        notices = (f"{_MOVED}: {moved}",) if moved else ()
+        return _train_arms(plan, folder, should_stop, notices)
 
 
-def _train_arms(plan: Plan, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _train_arms(
+    plan: Plan, folder: Path, should_stop: Callable[[], bool], notices: tuple[str, ...]
+) -> dict[str, Any]:
+    """Goes on with the run in `folder`; `notices` go into what is trained from here on."""
     config = plan.config
     setup = make_setup(plan, should_stop)
     plain, merging, merging_eval = _steps(plan, setup)
@@ -199,8 +206,9 @@ def _train_arms(plan: Plan, folder: Path, should_stop: Callable[[], bool]) -> di
     console = None if is_first() else Console(quiet=True)
     with ProgressLine(images * epochs * len(config.seeds), console) as progress:
         progress.say(_headline(plan))
-        if plan.notice and "inmerge" in arms:
-            progress.say(f"WARNING: {plan.notice}", style="bold yellow")
+        inmerge_notices = (*notices, plan.notice) if plan.notice else notices
+        for notice in inmerge_notices if "inmerge" in arms else notices:
+            progress.say(f"WARNING: {notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
             params, batch_stats = by_first(initial_weights, plan, seed)
@@ -214,6 +222,7 @@ def _train_arms(plan: Plan, folder: Path, should_stop: Callable[[], bool]) -> di
                 train_step=plain,
                 several_steps=several,
                 steps_per_call=config.steps_per_call,
+                notices=notices,
             )
             result = by_first(read_result, backbone.folder)
             best = by_first(best_weights, setup, backbone, result, params, batch_stats)
@@ -236,7 +245,7 @@ def _train_arms(plan: Plan, folder: Path, should_stop: Callable[[], bool]) -> di
                     train_step=merging if arm == "inmerge" else plain,
                     deep=plan.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
-                    notice=plan.notice if arm == "inmerge" else "",
+                    notices=inmerge_notices if arm == "inmerge" else notices,
                     several_steps=several_merging if arm == "inmerge" else several,
                     steps_per_call=config.steps_per_call,
                 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_jax import locking
-from inmerge_jax.training.runfolder import cannot_write, check_open, open_run
+from inmerge_jax.training.runfolder import CONFIG, cannot_write, check_open, open_run
 
 
 @contextlib.contextmanager
@@ -33,5 +33,5 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             held.enter_context(locking.hold(folder))
         except OSError as error:
-            raise cannot_write(folder, error) from error
+            raise cannot_write(folder, error, begun=(folder / CONFIG).exists()) from error
         yield

@@ -68,8 +68,7 @@ def train_stage(
     fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
     start = by_first(find_start, stage, fresh, no_totals, progress)
     done, warnings = start.epochs, start.warnings
-    if stage.notice and stage.notice not in warnings:
-        warnings.append(stage.notice)
+    warnings += [notice for notice in stage.notices if notice not in warnings]
     by_first(truncate_metrics, metrics_file, done, start.history_sha256)
     history = by_first(read_metrics, metrics_file)
     state, totals = replicate(start.state, devices), replicate(start.totals, devices)

@@ -1,14 +1,8 @@
 """The folder that one run writes: who may open it, what it was run with, its metrics."""
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,67 +12,12 @@ import numpy as np
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import json_sha256, write_bytes, write_json
 from inmerge_jax.locking import LOCK
+from inmerge_jax.training.environment import changes, environment
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 
-_PACKAGES = (
-    "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
-    "scikit-learn medmnist tensorflow-datasets torch"
-).split()
-_VECTORS = ("avx512f", "avx2", "avx")
 _PLACES = ("data.data_dir", "data.file")
 """Where images lie. What they are, data.content_sha256 says, or MedMNIST's MD5 of name and size."""
-_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on, as a dict for JSON.
-
-    Keys: started (ISO time with zone), command, python, platform, cpus, processor (see
-    `processor`), packages (name to version, installed ones only), devices (backend, count, kinds,
-    processes), variables (those set that change jax's numbers), git (commit and dirty of the
-    checkout that holds this package; both None where there is none).
-    """
-    import jax
-
-    return {
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "processor": processor(),
-        "packages": dict(_versions()),
-        "devices": {
-            "backend": jax.default_backend(),
-            "count": jax.device_count(),
-            "kinds": sorted({device.device_kind for device in jax.devices()}),
-            "processes": jax.process_count(),
-        },
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "git": _git(Path(__file__).parent),
-    }
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The first processor's name and widest vectors: "AMD EPYC, family 25, model 1, avx2", say.
-
-    Speed on CPU depends on both, and so does rounding. None where Linux doesn't tell.
-    """
-    try:
-        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return None
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    if "model name" not in found:
-        return None
-    vectors = [name for name in _VECTORS if name in found.get("flags", "").split()]
-    family = [
-        f"{word.split()[-1]} {found[word]}" for word in ("cpu family", "model") if word in found
-    ]
-    return ", ".join([found["model name"], *family, *vectors[:1]])
 
 
 def open_run(
@@ -110,6 +49,16 @@ def open_run(
     if state != "empty":
         _clear(folder)
     return _start(folder, config)
+
+
+def changes_since_start(folder: Path) -> tuple[str, ...]:
+    """What the run in `folder` was last resumed with and may change its bits, see `changes`.
+
+    Raises:
+      InputError: environment.json is damaged.
+    """
+    noted = _read_object(folder / ENVIRONMENT)
+    return changes(noted, noted["resumed"][-1]) if "resumed" in noted else ()
 
 
 def check_open(
@@ -223,40 +172,20 @@ def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
             raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """The error for a file that the system would not let us write, with reason and remedy."""
+def cannot_write(path: Path, error: OSError, *, begun: bool = True) -> InputError:
+    """The error for a file that the system would not let us write, with reason and remedy.
+
+    Args:
+      path: of the file.
+      error: the system's.
+      begun: whether there is a run that can be resumed.
+    """
     reason = error.strerror or str(error)
+    before = "; what was written before is whole, and --resume goes on from it" if begun else ""
     return InputError(
         f"cannot write {path}: {reason}; make room or give rights there, or choose another "
-        f"folder; what was written before is whole, and --resume goes on from it"
+        f"folder{before}"
     )
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-
-
-def _git(folder: Path) -> dict[str, Any]:
-    def run(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
-    if run("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return {"commit": None, "dirty": None}
-    # Results and pages that a command has just written do not change what it computes.
-    written = (":(top,exclude)experiments/results", ":(top,exclude)docs", ":(top,exclude)*.md")
-    changes = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
-    return {"commit": run("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def _state(folder: Path) -> str:
@@ -283,7 +212,7 @@ def _start(folder: Path, config: dict[str, Any]) -> Path:
         write_json(folder / ENVIRONMENT, environment())
         write_json(folder / CONFIG, config)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, begun=False) from error
     return folder
 
 

@@ -35,7 +35,7 @@ class Stage:
       train_step: of `steps.make_train_step`, with merging or without.
       deep: the kernels that it merges; () without merging.
       merging_eval_step: of `steps.make_merging_eval_step`, where validation merges too.
-      notice: a warning that the stage's result starts with; "" for none.
+      notices: warnings that go into the stage's result, each once.
       several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
       steps_per_call: updates in one dispatch.
       evaluated: the state whose weights are evaluated, from that of training: the same one, or one
@@ -51,7 +51,7 @@ class Stage:
     train_step: Callable[..., tuple[TrainState, Totals]]
     deep: tuple[Kernel, ...] = ()
     merging_eval_step: Callable[..., Any] | None = None
-    notice: str = ""
+    notices: tuple[str, ...] = ()
     several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_call: int = 1
     evaluated: Callable[[TrainState], TrainState] = same

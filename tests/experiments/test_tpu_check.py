@@ -76,6 +76,17 @@ def test_a_step_that_does_not_compile_is_a_failure():
     ]
 
 
+def test_a_step_without_one_to_compare_it_with_is_a_failure():
+    plain, merging = "vgg19 224 px, v5e:2x2, plain", "vgg19 224 px, v5e:2x2, random"
+    assert tpu_limits.failures({merging: ROWS[merging]}) == [
+        f"{merging}: no step without merging to compare it with; compile that too"
+    ]
+    rows = copy.deepcopy({name: ROWS[name] for name in (plain, merging)})
+    assert tpu_limits.failures(rows) == []
+    rows[plain]["images"] += 1
+    assert len(tpu_limits.failures(rows)) == 1
+
+
 def test_a_limit_of_one_chip_is_not_that_of_another(monkeypatch):
     for network, limit in (("resnet18 28 px", 0.09), ("resnet18 28 px, v6e", 0.13)):
         key = (network, "random", "bytes moved")

@@ -185,3 +185,22 @@ def test_resuming_with_another_configuration_names_the_difference(whole, tmp_pat
     (tmp_path / "run" / "results.json").unlink()
     assert main(command(tmp_path / "run", "--resume", "--alpha", "0.5")[3:]) == 2
     assert "rule.alpha: 0.8 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, tmp_path, capsys):
+    output = Path(shutil.copytree(whole, tmp_path / "run"))
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "seed7" / "inmerge")
+    started = json.loads((output / "environment.json").read_text())
+    now = started["packages"]["jax"]
+    started["packages"]["jax"] = "0.1.2"
+    (output / "environment.json").write_text(json.dumps(started))
+    assert main(command(output, "--resume")[3:]) == 0
+    change = f"jax: 0.1.2 there, {now} now"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: resumed under other conditions" in said and change in said
+    arms = json.loads((output / "results.json").read_text())["arms"]
+    assert arms["backbone"][0]["warnings"] == []
+    (warning,) = arms["inmerge"][0]["warnings"]
+    assert warning.endswith(change)
+    assert change in " ".join((output / "report.html").read_text().split())

@@ -2,23 +2,15 @@ import dataclasses
 import errno
 import json
 import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import runfolder
-from inmerge_jax.training.runfolder import (
-    append_metrics,
-    differences,
-    environment,
-    open_run,
-)
+from inmerge_jax.training.environment import environment
+from inmerge_jax.training.runfolder import append_metrics, differences, open_run
 
 CONFIG = {
     "model": {"name": "resnet18", "width": 1.0},
@@ -75,66 +67,6 @@ def test_start_that_was_killed_at_once_counts_as_empty(tmp_path, left):
     assert json.loads((tmp_path / "environment.json").read_text())["python"]
 
 
-def test_environment_describes_this_process():
-    found = json.loads(json.dumps(environment()))
-    assert found["packages"]["jax"] == jax.__version__ and "orbax-checkpoint" in found["packages"]
-    assert found["devices"] == {"backend": "cpu", "count": 8, "kinds": ["cpu"], "processes": 1}
-    assert found["command"] == shlex.join(sys.orig_argv)
-    assert found["variables"]["JAX_PLATFORMS"] == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        (
-            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"
-            "flags\t\t: sse avx avx2 fma\n\nprocessor\t: 1\nmodel name\t: Other\n",
-            "AMD EPYC, family 25, model 1, avx2",
-        ),
-        ("model name : Xeon\nflags : avx avx2 avx512f\n", "Xeon, avx512f"),
-        ("processor : 0\nCPU part : 0xd0c\n", None),
-        (None, None),
-    ],
-)
-def test_processor(tmp_path, cpuinfo, expected):
-    if cpuinfo is not None:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert runfolder.processor(tmp_path / "cpuinfo") == expected
-
-
-def test_git_commit_and_dirt(tmp_path):
-    def git(*words):
-        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        done = subprocess.run(
-            ["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    unknown = {"commit": None, "dirty": None}
-    assert runfolder._git(tmp_path) == unknown
-    git("init", "-q")
-    (tmp_path / "runfolder.py").write_text("1")
-    assert runfolder._git(tmp_path) == unknown
-    git("add", ".")
-    git("commit", "-q", "-m", "one")
-    commit = git("rev-parse", "HEAD")
-    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
-    (tmp_path / "result").write_text("1")
-    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
-    for name in ("experiments/results/one.json", "docs/one.md", "README.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-        git("add", name)
-    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": False}
-    (tmp_path / "runfolder.py").write_text("2")
-    assert runfolder._git(tmp_path) == {"commit": commit, "dirty": True}
-
-
-def test_environment_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert environment()["git"] == {"commit": None, "dirty": None}
-
-
 @pytest.mark.parametrize(
     ("finished", "resume", "words"),
     [
@@ -182,7 +114,7 @@ def test_refuses_a_file_as_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         open_run(tmp_path / "file", CONFIG, overwrite=True)
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot write .*choose another folder$"):
         open_run(tmp_path / "file" / "inside", CONFIG)
 
 
@@ -195,6 +127,16 @@ def test_resume_keeps_everything_and_notes_where(run):
         noted = json.loads(after.pop(run / "environment.json"))
         assert len(noted.pop("resumed")) == times and noted == started
         assert after.items() <= before.items()
+
+
+def test_what_changed_since_the_start_is_told(run):
+    assert runfolder.changes_since_start(run) == ()
+    open_run(run, CONFIG, resume=True)
+    assert runfolder.changes_since_start(run) == ()
+    noted = json.loads((run / "environment.json").read_text())
+    noted["resumed"] += [{**noted["resumed"][0], "cpus": 96}]
+    (run / "environment.json").write_text(json.dumps(noted))
+    assert runfolder.changes_since_start(run) == (f"cores: {noted['cpus']} there, 96 now",)
 
 
 def test_resume_names_the_fields_that_differ(run):

@@ -95,8 +95,8 @@ def test_a_stop_says_what_it_keeps_and_a_resumed_stage_where_it_goes_on(tmp_path
 def test_a_notice_is_given_once(tmp_path):
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(2))
     with pytest.raises(Stopped):
-        run(tmp_path, setup=stopping, notice="nothing merges")
-    result, _ = run(tmp_path, notice="nothing merges")
+        run(tmp_path, setup=stopping, notices=("nothing merges",))
+    result, _ = run(tmp_path, notices=("nothing merges",))
     assert result["warnings"] == ["nothing merges"]
 
 

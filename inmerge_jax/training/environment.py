@@ -1,0 +1,128 @@
+"""What a process runs on, for the files of runs and of measurements."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
+    "scikit-learn medmnist tensorflow-datasets torch"
+).split()
+_VECTORS = ("avx512f", "avx2", "avx")
+_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+_NUMERIC = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+_SIMULATED = "--xla_force_host_platform_device_count"
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on, as a dict for JSON.
+
+    Keys: started (ISO time with zone), command, python, platform, cpus, processor (see
+    `processor`), packages (name to version, installed ones only), devices (backend, count, kinds,
+    processes), variables (those set that change jax's numbers), git (commit and dirty of the
+    checkout that holds this package; both None where there is none).
+    """
+    import jax
+
+    return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "processor": processor(),
+        "packages": dict(_versions()),
+        "devices": {
+            "backend": jax.default_backend(),
+            "count": jax.device_count(),
+            "kinds": sorted({device.device_kind for device in jax.devices()}),
+            "processes": jax.process_count(),
+        },
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "git": _git(Path(__file__).parent),
+    }
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The first processor's name and widest vectors: "AMD EPYC, family 25, model 1, avx2", say.
+
+    Speed on CPU depends on both, and so does rounding. None where Linux doesn't tell.
+    """
+    try:
+        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    found = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    if "model name" not in found:
+        return None
+    vectors = [name for name in _VECTORS if name in found.get("flags", "").split()]
+    family = [
+        f"{word.split()[-1]} {found[word]}" for word in ("cpu family", "model") if word in found
+    ]
+    return ", ".join([found["model name"], *family, *vectors[:1]])
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """What differs between two results of `environment` and may change a training's bits.
+
+    Processor and number of cores, kind of device, versions of what computes, the variables and the
+    checkout's commit; not the number of devices or of processes.
+    """
+    old, new = _deciding(before), _deciding(now)
+    return tuple(
+        f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    )
+
+
+def _deciding(around: dict[str, Any]) -> dict[str, Any]:
+    variables = dict(around["variables"])
+    variables.pop("JAX_PLATFORMS", None)  # The kind of device says it.
+    flags = variables.pop("XLA_FLAGS", "").split()
+    found = {
+        "processor": around.get("processor"),
+        "cores": around["cpus"],
+        "devices": ", ".join(around["devices"]["kinds"]),
+        **{name: around["packages"].get(name) for name in _NUMERIC},
+        "commit": around["git"]["commit"],
+        "XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith(_SIMULATED)),
+        **variables,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    def run(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
+    if run("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "dirty": None}
+    # Results and pages that a command has just written do not change what it computes.
+    written = (":(top,exclude)experiments/results", ":(top,exclude)docs", ":(top,exclude)*.md")
+    changes = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
+    return {"commit": run("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
