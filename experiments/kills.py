@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 from experiments.kill_jobs import LONGER, TRAINING, Job, building, training, write_radiographs
-from experiments.timing import machine
+from experiments.timing import machine, measured_on
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_object, write_json
 from inmerge_jax.training.checkpoints import TEMPORARY
@@ -294,7 +294,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def markdown(stored: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, and where they come from."""
     lines = [
         "| command | aimed at | killed after | in | resumed from | the same |",
         "| --- | --- | ---: | --- | --- | --- |",
@@ -307,6 +307,7 @@ def markdown(stored: dict[str, Any]) -> str:
         same = f"**no: {', '.join(row['differences'])}**" if row["differences"] else "yes"
         cells = (row["command"].rpartition(".")[2], row["aimed_at"], f"{row['seconds']:.2f} s")
         lines.append(f"| {' | '.join(cells)} | {doing} | {row['resumed_from']} | {same} |")
+    lines += ["", f"Killed on {measured_on(row['machine'] for row in stored['rows'])}."]
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from experiments.scaling_step import params_file
+from experiments.timing import measured_on
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 
@@ -197,6 +198,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     steps, merged = rows[0]["steps"], {row["merged"] for row in rows}
     counts = " or ".join(f"{count:,}" for count in sorted(merged))
     lines += ["", f"{steps} updates; {counts} kernels merged in each row."]
+    lines += ["", f"Measured on {measured_on(row['machine'] for row in rows)}."]
     return "\n".join(lines) + "\n"
 
 

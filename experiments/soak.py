@@ -18,7 +18,7 @@ import jax.monitoring
 import tyro
 
 from experiments.startup import PROGRAM
-from experiments.timing import machine
+from experiments.timing import machine, measured_on
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.data import Dataset, Split, make_phantom
 from inmerge_jax.data.chestxray14.records import load_chestxray14
@@ -281,7 +281,8 @@ def markdown(stored: dict[str, Any]) -> str:
     return (
         "\n".join(lines) + f"\n\nAfter step {rows[WARM_UP - 1]['steps']:,}, {stayed}; the highest "
         f"counts, beside the highest up to there: {grown}. "
-        f"{'Passed' if verdict['passed'] else '**Not passed**'}.\n"
+        f"{'Passed' if verdict['passed'] else '**Not passed**'}.\n\n"
+        f"Measured on {measured_on([stored['environment']])}.\n"
     )
 
 

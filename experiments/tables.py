@@ -4,14 +4,13 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_table
 from experiments import chestxray14_input as chestxray14_rates
 from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
+from experiments.timing import measured_on
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting.tables import markdown
@@ -45,16 +44,10 @@ def benchmark_table(path: Path, earlier: Path) -> str:
                 f"| {row['target'] or ''} | {met[row['met']]} {beside}"
             )
     where = [
-        f"{what}: {', '.join(sorted({_machine(part) for part in sections.values()}))}."
+        f"{what}: {measured_on(part['environment'] for part in sections.values())}."
         for what, sections in (("Measured on", stored), ("Earlier", before))
     ]
     return "\n".join(lines) + "\n\n" + " ".join(where) + "\n"
-
-
-def _machine(section: Mapping[str, Any]) -> str:
-    around = section["environment"]
-    processor = around.get("processor") or "a processor that was not recorded"
-    return f"{around['cpus']} cores of {processor} ({around['started'][:10]})"
 
 
 def _time(seconds: float) -> str:

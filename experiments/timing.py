@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,29 @@ def machine() -> dict[str, Any]:
     kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices", "git")
     around = environment()
     return {name: around[name] for name in kept}
+
+
+def measured_on(machines: Iterable[Mapping[str, Any]]) -> str:
+    """The processors, dates and commits of stored results, for people.
+
+    Args:
+      machines: what `machine` gave when each was measured.
+    """
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for around in machines:
+        processor = around.get("processor") or "a processor that was not recorded"
+        places.setdefault(f"{around['cpus']} cores of {processor}", []).append(around)
+    told = []
+    for place, some in places.items():
+        commits = dict.fromkeys(
+            f"{(around['git']['commit'] or 'unknown')[:10]}"
+            f"{' with changes' if around['git']['dirty'] else ''}"
+            for around in some
+        )
+        days = sorted({around["started"][:10] for around in some})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        told.append(f"{place} ({when}, commit {', '.join(commits)})")
+    return "; ".join(told)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,30 @@ def test_target_decides_what_is_met(target, met):
 
 
 @pytest.mark.long
+def test_what_was_measured_on_is_told_once_for_each_processor():
+    def around(processor, day, commit, dirty=False):
+        return {
+            "cpus": 2,
+            "processor": processor,
+            "started": f"2026-01-0{day}T10:00:00+00:00",
+            "git": {"commit": commit, "dirty": dirty},
+        }
+
+    assert timing.measured_on([around("one", 1, "a" * 40)]) == (
+        "2 cores of one (2026-01-01, commit aaaaaaaaaa)"
+    )
+    several = [
+        around("one", 2, "a" * 40),
+        around(None, 3, None),
+        around("one", 1, "a" * 40, dirty=True),
+        around("one", 2, "a" * 40),
+    ]
+    assert timing.measured_on(several) == (
+        "2 cores of one (2026-01-01 to 2026-01-02, commit aaaaaaaaaa, aaaaaaaaaa with changes); "
+        "2 cores of a processor that was not recorded (2026-01-03, commit unknown)"
+    )
+
+
 def test_merge_section_merges_what_it_says(monkeypatch):
     monkeypatch.setattr(benchmark, "UPDATES", 2)
     rows = benchmark.merge_rows(rounds=2, width=0.05, repeats=2)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from experiments import kill_jobs, kills, tables
+from experiments.timing import machine
 
 
 def job(output):
@@ -34,7 +35,7 @@ def test_a_checkpoint_is_left_unfinished(tmp_path, later, files):
     assert row["resumed_from"].startswith("epoch 7") and row["differences"] == []
     told = "1 file" if files == 1 else "0 files"
     assert f"checkpoint write ({told} of it there)" in kills.markdown(
-        {"rows": [{"aimed_at": kills.CHECKPOINT, **row}]}
+        {"rows": [{"aimed_at": kills.CHECKPOINT, **row, "machine": machine()}]}
     )
 
 
@@ -42,7 +43,7 @@ def test_a_moment_after_the_end_is_drawn_forward_and_a_difference_is_told(tmp_pa
     row = kills.kill_and_resume(job(tmp_path / "run"), 2.0, kills.STEP, {"count": "9", "more": 1})
     assert row["seconds"] < 2.0 and row["doing"] == kills.STEP
     assert row["differences"] == ["count", "more"]
-    stored = {"rows": [{"aimed_at": kills.STEP, **row}]}
+    stored = {"rows": [{"aimed_at": kills.STEP, **row, "machine": machine()}]}
     assert "**no: count, more**" in kills.markdown(stored)
 
 

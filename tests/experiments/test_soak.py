@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from experiments import soak, tables
+from experiments.timing import machine
 
 ROW = {
     "resident_mb": 1000.0,
@@ -60,6 +61,7 @@ def test_what_is_flat_passes():
 def test_every_growth_is_noticed(change):
     options = {"data_dir": "here", "workers": 2, "batch_size": 6}
     stored = {"options": options, "rows": rows(change), "verdict": soak.judge(rows(change))}
+    stored["environment"] = machine()
     assert not stored["verdict"]["passed"] and "**Not passed**" in soak.markdown(stored)
     good = copy.deepcopy(stored) | {"verdict": soak.judge(rows())}
     assert "Passed" in soak.markdown(good)
@@ -70,7 +72,8 @@ def test_without_workers_there_is_nothing_to_say_of_them():
     verdict = soak.judge(none)
     assert verdict["passed"] and list(verdict["memory"]) == ["resident_mb"]
     options = {"data_dir": None, "workers": 0, "batch_size": 16}
-    assert "worker" not in soak.markdown({"options": options, "rows": none, "verdict": verdict})
+    stored = {"options": options, "rows": none, "verdict": verdict, "environment": machine()}
+    assert "worker" not in soak.markdown(stored)
 
 
 def test_children_are_counted_until_they_were_waited_for():
