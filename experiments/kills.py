@@ -50,6 +50,7 @@ _PHASES = {
     "reading a checkpoint": {"restore_checkpoint", "newest_whole"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
+    "between epochs": {"by_first", "replicate", "unreplicate", "new_state", "set_learning_rate"},
     STEP: {"train_stage"},
     "data and network": {"plan_run", "train_arms"},
     VERIFYING: {"_verify"},

@@ -1,6 +1,8 @@
 import json
+import re
 
 import pytest
+from jax._src import compiler
 
 from experiments import kill_jobs, kills, tables
 from experiments.timing import machine
@@ -52,6 +54,29 @@ def test_twenty_kills_cover_every_phase():
     phases = {phase for _, phase in kills.ROWS}
     assert phases >= {kills.STEP, kills.EVALUATION, kills.CHECKPOINT, kills.REDUCING}
     assert phases - {None} <= set(kills._PHASES)
+
+
+def test_what_tells_the_phases_are_functions_of_the_project():
+    code = "\n".join(path.read_text() for path in (tables.ROOT / "inmerge_jax").rglob("*.py"))
+    known = set(re.findall(r"^def (\w+)\(", code, re.MULTILINE))
+    jax_own = {"compile_or_get_cached", "backend_compile_and_load"}
+    assert set().union(*kills._PHASES.values()) - jax_own <= known
+    assert all(callable(getattr(compiler, name)) for name in jax_own)
+
+
+@pytest.mark.parametrize(
+    ("functions", "phase"),
+    [
+        (["divide", "ahead", "train_stage", "main"], kills.STEP),
+        (["save_checkpoint", "by_first", "train_stage", "main"], kills.CHECKPOINT),
+        (["by_first", "train_stage", "main"], "between epochs"),
+        (["<lambda>", "unreplicate", "train_stage", "main"], "between epochs"),
+        (["<module>"], "start or end"),
+        ([], "one long call, such as an import or a compilation"),
+    ],
+)
+def test_a_phase_is_read_off_the_stack(functions, phase):
+    assert kills._phase([("file.py", name) for name in functions]) == phase
 
 
 @pytest.mark.parametrize(
