@@ -29,7 +29,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
-from inmerge_jax.training.environment import environment
+from inmerge_jax.training.environment import deciding, environment
 from inmerge_jax.training.holding import hold_run
 from inmerge_jax.training.hosts import by_first, is_first, require_same
 from inmerge_jax.training.initial import (
@@ -168,9 +168,8 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
     config = plan.config
     if plan.devices[0].platform == "cpu":
         keep_freed_memory()
-    require_same(
-        {**_config_dict(plan), "steps_per_call": config.steps_per_call, "jax": jax.__version__}
-    )
+    own = {"steps_per_call": config.steps_per_call, "environment": deciding(environment())}
+    require_same({**_config_dict(plan), **own})
     with contextlib.ExitStack() as held:
         run = hold_run(
             config.output, _config_dict(plan), resume=config.resume, overwrite=config.overwrite

@@ -11,13 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "inmerge-jax jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy scipy "
-    "scikit-learn medmnist tensorflow-datasets torch"
+_NUMERIC = (
+    "jax jaxlib libtpu jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13 "
+    "flax optax numpy grain pillow"
+).split()
+_OTHERS = (
+    "inmerge-jax orbax-checkpoint tensorstore scipy scikit-learn medmnist tensorflow-datasets torch"
 ).split()
 _VECTORS = ("avx512f", "avx2", "avx")
-_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
-_NUMERIC = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+_VARIABLES = (
+    "JAX_PLATFORMS XLA_FLAGS LIBTPU_INIT_ARGS NVIDIA_TF32_OVERRIDE JAX_ENABLE_X64 "
+    "JAX_DEFAULT_MATMUL_PRECISION JAX_DEFAULT_PRNG_IMPL JAX_THREEFRY_PARTITIONABLE "
+    "JAX_RANDOM_SEED_OFFSET JAX_DISABLE_MOST_OPTIMIZATIONS"
+).split()
 _SIMULATED = "--xla_force_host_platform_device_count"
 
 
@@ -36,7 +42,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": _cores(),
         "processor": processor(),
         "packages": dict(_versions()),
         "devices": {
@@ -74,10 +80,10 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
     """What differs between two results of `environment` and may change a training's bits.
 
-    Processor and number of cores, kind of device, versions of what computes, the variables and the
-    checkout's commit; not the number of devices or of processes.
+    `deciding`, and the processor, the number of cores and the number of processes, which only
+    change how sums are rounded; not the number of devices, which a run's configuration holds.
     """
-    old, new = _deciding(before), _deciding(now)
+    old, new = ({**_rounding(one), **deciding(one)} for one in (before, now))
     return tuple(
         f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
         for name in dict.fromkeys([*old, *new])
@@ -85,24 +91,44 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _deciding(around: dict[str, Any]) -> dict[str, Any]:
-    variables = dict(around["variables"])
-    variables.pop("JAX_PLATFORMS", None)  # The kind of device says it.
-    flags = variables.pop("XLA_FLAGS", "").split()
+def _rounding(around: dict[str, Any]) -> dict[str, Any]:
     found = {
         "processor": around.get("processor"),
         "cores": around["cpus"],
+        "processes": around["devices"]["processes"],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def deciding(around: dict[str, Any]) -> dict[str, Any]:
+    """What of an `environment` decides the numbers that all processes of a run must share.
+
+    Kind of device, versions of what computes and decodes, the variables and the checkout's commit,
+    "with changes" where files differ from it. What is absent has no entry.
+    """
+    variables = dict(around["variables"])
+    variables.pop("JAX_PLATFORMS", None)  # The kind of device says it.
+    flags = variables.pop("XLA_FLAGS", "").split()
+    commit, dirty = around["git"]["commit"], around["git"]["dirty"]
+    found = {
         "devices": ", ".join(around["devices"]["kinds"]),
         **{name: around["packages"].get(name) for name in _NUMERIC},
-        "commit": around["git"]["commit"],
+        "commit": f"{commit} with changes" if commit and dirty else commit,
         "XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith(_SIMULATED)),
         **variables,
     }
     return {name: value for name, value in found.items() if value}
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
+    for name in (*_NUMERIC, *_OTHERS):
         try:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -124,5 +150,5 @@ def _git(folder: Path) -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     # Results and pages that a command has just written do not change what it computes.
     written = (":(top,exclude)experiments/results", ":(top,exclude)docs", ":(top,exclude)*.md")
-    changes = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
-    return {"commit": run("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    status = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
+    return {"commit": run("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

@@ -197,8 +197,8 @@ def require_same(config: dict[str, Any]) -> None:
             for name, there, here in differences(first, config)
         ):
             raise InputError(
-                f"process {jax.process_index()} was started with other options than process 0:"
-                f"{lines}\ngive every process the same, but for --process-id"
+                f"process {jax.process_index()} was started with other options, or elsewhere, than "
+                f"process 0:{lines}\ngive every process the same, but for --process-id"
             )
 
     together(compare)

@@ -78,11 +78,16 @@ def test_what_may_change_the_bits_is_told_and_nothing_else():
     assert changes(before, before) == ()
     now = copy.deepcopy(before)
     now |= {"started": "later", "command": "another", "python": "4", "platform": "another"}
-    now["devices"] |= {"count": 4, "processes": 2}
+    now["devices"] |= {"count": 4}
     now["variables"] = {"JAX_PLATFORMS": "cpu"}
     now["packages"] |= {"torch": "1"}
-    now["git"]["dirty"] = True
     assert changes(before, now) == ()
+    now["git"]["dirty"] = True
+    assert changes(before, now) == ("commit: a there, a with changes now",)
+    now["git"]["dirty"] = False
+    now["devices"] |= {"processes": 2}
+    assert changes(before, now) == ("processes: 1 there, 2 now",)
+    now["devices"] |= {"processes": 1}
     now |= {"cpus": 96, "processor": "Z80"}
     now["devices"] |= {"kinds": ["TPU v5e"]}
     now["variables"] |= {"XLA_FLAGS": "--xla_a"}

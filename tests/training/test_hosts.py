@@ -41,11 +41,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(arguments, devices, cwd=REPOSITORY):
+def start(arguments, devices, cwd=REPOSITORY, **variables):
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
-        env=environment(devices),
+        env={**environment(devices), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -222,15 +222,18 @@ def test_no_error_of_one_of_several_processes_keeps_it_waiting(
     assert "Traceback" in told and str(error) in told
 
 
-def test_one_process_with_other_options_stops_all(tmp_path):
+def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     first, second = start_all(tmp_path / "run")
     second.kill()
     second.wait()
-    second = start([*second.args[2:], "--alpha", "0.5"], 1, elsewhere(tmp_path / "run"))
+    # The variable alone would have each process draw other kernels, and average their gradients.
+    other = {"JAX_THREEFRY_PARTITIONABLE": "0"}
+    second = start([*second.args[2:], "--alpha", "0.5"], 1, elsewhere(tmp_path / "run"), **other)
     statuses, said = finish([first, second])
     assert statuses == [2, 2], said
     assert "process 1 was started with other options" in said[0]
     assert "rule.alpha: 0.8 there, 0.5 here" in said[1]
+    assert 'environment.JAX_THREEFRY_PARTITIONABLE: absent there, "0" here' in said[1]
     assert not (tmp_path / "run").exists()
 
 
