@@ -35,7 +35,7 @@ _SHOWN = 5
 
 
 class DamagedError(InputError):
-    """A checkpoint's files are not what was written."""
+    """A checkpoint's files are not what was written, or all gone."""
 
 
 def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -> Path:
@@ -298,7 +298,7 @@ def _fingerprint(file: Path) -> tuple[int, str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise InputError(f"there is no checkpoint at {path}")
+        raise DamagedError(f"there is no checkpoint at {path}; choose another one")
     try:
         data = (path / _MANIFEST).read_bytes()
     except FileNotFoundError as error:
@@ -333,8 +333,8 @@ def _check_file(path: Path, name: str, size: int, digest: str) -> None:
 
 def _damaged(path: Path, reason: str) -> DamagedError:
     return DamagedError(
-        f"the checkpoint {path} is damaged: {reason}; delete that folder, or go on from an "
-        f"earlier one"
+        f"the checkpoint {path} is damaged: {reason}; another one can be used, or the stage be "
+        f"trained anew"
     )
 
 

@@ -348,6 +348,15 @@ def check_run(config: TrainConfig) -> None:
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
         raise InputError("--replace-head is for the head of a file: give --init-from too")
+    places = {"output": config.output, "cache": config.cache, "data_dir": config.data.data_dir}
+    for name, path in (places | {"init_from": config.model.init_from}).items():
+        # A Path has made one slash of the two, and would make a local folder of that name.
+        _require(
+            path is None or not path.parts[:1] or not path.parts[0].endswith(":"),
+            name,
+            path,
+            "buckets can't be read or written; mount it, and give the folder where it is",
+        )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")
     _require(config.accumulate >= 1, "accumulate", config.accumulate, "choose 1 or more")

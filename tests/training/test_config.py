@@ -190,3 +190,11 @@ def test_a_rule_out_of_range_is_an_input_error_for_python_too():
     with pytest.raises(InputError, match="--alpha 2"):
         resolve_rule(RuleConfig(alpha=2))
     assert jax.local_device_count() == 8
+
+
+@pytest.mark.parametrize("option", ["--output", "--cache", "--data-dir", "--init-from"])
+def test_a_bucket_is_not_taken_for_a_folder(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"{option} gs:/bucket/run: .* mount it"):
+        plan_run(parse_config([*TINY, option, "gs://bucket/run"]))
+    assert not list(tmp_path.iterdir())

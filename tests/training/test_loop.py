@@ -151,7 +151,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
-def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, lost):
     recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
     monkeypatch.setattr(loop, "best_epoch", lambda history, select: 1)
     setup = tiny.make_setup(recipe)
@@ -162,9 +163,13 @@ def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch)
     resume()
     folder = tmp_path / "parts" / "checkpoints"
     assert checkpoint_epochs(folder) == [1, 2, 3], "the newest two and the best are kept"
-    (folder / "1" / "meta.json").write_text("{}")
+    if lost:
+        shutil.rmtree(folder / "1")
+    else:
+        (folder / "1" / "meta.json").write_text("{}")
     result, text = run(tmp_path / "parts", setup=setup)
-    assert "goes on from epoch 0" in text and "is damaged" in result["warnings"][0]
+    said = "there is no checkpoint at" if lost else "is damaged"
+    assert "goes on from epoch 0" in text and said in result["warnings"][0]
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 

@@ -24,7 +24,7 @@ from inmerge_jax.data.chestxray14.images import image_size, reduce_image
 from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import write_bytes
+from inmerge_jax.files import DAMAGED_ARCHIVE, write_bytes
 
 IMAGES_PER_PART = 64
 _FORMAT = 1
@@ -58,7 +58,7 @@ class Part:
             with zipfile.ZipFile(self.path) as archive:
                 for source in self.sources:
                     yield archive.read(source.name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (*DAMAGED_ARCHIVE, KeyError) as error:
             raise InputError(f"{self.path} is damaged: {error}; delete it, build again") from error
 
 

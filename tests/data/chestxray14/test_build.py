@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -433,3 +434,23 @@ def test_the_real_folder_of_originals(tmp_path):
     )
     assert sum(made.manifest["counts"].values()) == 24
     assert load_chestxray14(tmp_path / "out").test.images[0].std() > 20
+
+
+def test_no_flipped_bit_of_a_reduced_part_is_read_or_a_traceback(tmp_path):
+    images = {"a.png": b"one" * 9, "b.png": b"two" * 9}
+    path = tmp_path / "part.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in images.items():
+            archive.writestr(name, data)
+    part = reduce.Part(np.arange(2), tuple(map(Path, images)), path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert list(part.read()) == list(images.values()), bit
+        except InputError as error:
+            assert "build again" in str(error)
+            refused += 1
+    assert refused > 4 * len(whole)
