@@ -1,3 +1,4 @@
+# make setup   make .venv with the pinned requirements
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
 # make test-long   the others, in half an hour: every network against PyTorch, kills, long runs
@@ -16,7 +17,9 @@ CORE := inmerge_jax/__init__.py,inmerge_jax/kernels.py,inmerge_jax/merging.py,in
 # Counting lines takes a third of a test's time, so the rest of the tests go without.
 OF_CORE := tests/core
 
-.PHONY: run test test-long check tpu-check clean
+.PHONY: setup run test test-long check tpu-check clean
+
+setup: $(READY)
 
 run: $(READY)
 	$(BIN)/python -m experiments.quickstart

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     That is 0; 1 where training diverged, or one of several processes broke; 2 on bad input, a full
     disk too; 3 where another process of the run was lost; 143 where SIGTERM stopped it (preemption)
-    and 130 where Ctrl-C did, after either of which `--resume` goes on with the update that was the
+    and 130 where Ctrl-C did, after either of which `--resume` goes on with the update after the
     last.
     """
     from inmerge_jax.training.config import parse_config

@@ -187,9 +187,9 @@ class TrainConfig:
         and --partner. paper: the convolutions after the first --skip, with the most similar
         partner, in training only. released: the released code as it runs, with a random partner
         and one merge more before each validation image, before the checkpoint is written; it merges
-        nothing in a ResNet or DenseNet. released_intent: the same, but in a ResNet it merges conv2
-        of the blocks after the first --skip, as the code meant to. None: the convolutions after the
-        first --skip, in training only.
+        nothing in a ResNet, and in a DenseNet at most the stem. released_intent: the same, but in a
+        ResNet it merges conv2 of the blocks after the first --skip, as the code meant to, and a
+        DenseNet is refused. None: the convolutions after the first --skip, in training only.
       output: Folder for all that the run writes: a new or empty one, unless --resume or --overwrite
         is given.
       seeds: One backbone, and one of each other arm, per seed, such as 0 1 2.
@@ -211,8 +211,9 @@ class TrainConfig:
         output folder. On a TPU pod, start the same command on every host without these three.
       num_processes: How many processes there are.
       process_id: Which of them this one is, from 0.
-      resume: Continue the unfinished run in the output folder, to the same results bit for bit.
-      overwrite: Delete the run in the output folder first.
+      resume: Continue the unfinished run in the output folder, on CPU to the same results bit for
+        bit.
+      overwrite: Empty the output folder first, if it holds a run; other files in it go too.
       cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
         such folder.
     """

@@ -27,7 +27,7 @@ def open_run(
 
     A new run writes environment.json and config.json there. A resumed one needs the same config
     and adds its environment to the list "resumed" in environment.json. `overwrite` empties the
-    folder first, provided that it holds a run and nothing else can be told of it.
+    folder first, other files in it too, provided that it holds config.json and environment.json.
 
     Args:
       folder: the run's folder; need not exist.
