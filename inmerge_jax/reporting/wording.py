@@ -256,11 +256,14 @@ def findings_notes(run: Run, findings: Findings) -> tuple[str, ...]:
 def comparable_note(run: Run, findings: Findings) -> str:
     """One line: which published rows this run can be compared with, and why not with the rest."""
     data = run.dataset
-    full = (data.get("full_counts") or {}).get("test")
+    all_counts = data.get("full_counts") or data["counts"]
+    full = all_counts.get("test")
     if findings.comparable:
+        trained, whole = (counts.get("train") for counts in (data["counts"], all_counts))
+        fewer = f" (but trained on {trained:,} of {whole:,} images)" if trained != whole else ""
         return (
             f"Comparable with {', '.join(findings.comparable)}, the same {findings.images:,} test "
-            "images; not with the other published rows, which have other test images."
+            f"images{fewer}; not with the other published rows, which have other test images."
         )
     if full is not None and findings.images != full:
         return (

@@ -64,7 +64,13 @@ def test_fifteen_ranks_with_intervals(tmp_path):
                 "chexnet",
                 FULL,
                 PUBLISHED,
-                "Comparable with reproduce-chexnet, DenseNet-121, the sam",
+                "Comparable with reproduce-chexnet, DenseNet-121, the same 160 test images; not",
+            ),
+            (
+                "chexnet",
+                {**FULL, "train": 78_468},
+                PUBLISHED,
+                r"Comparable .* test images \(but trained on [\d,]+ of 78,468 images\); not",
             ),
             (
                 "chexnet",
