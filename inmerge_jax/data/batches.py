@@ -5,11 +5,9 @@ ahead by threads or worker processes.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
-from absl import flags
 
 from inmerge_jax.data.dataset import Split
 from inmerge_jax.data.workers import WorkerLostError, end_with_parent, watched
@@ -19,6 +17,8 @@ Batch = dict[str, np.ndarray]
 
 _THREADS = 2
 """Batches that one process reads at a time, where reading means files; as many wait, finished."""
+_END = 2**48
+"""A number of batches that no training reaches."""
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -41,10 +41,21 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _index_stream(examples: int, seed: int, batch_size: int) -> grain.MapDataset:
-    """Batches of example indices, shuffled anew in each pass, without end."""
-    stream = grain.MapDataset.source(range(examples)).seed(seed).shuffle().repeat()
-    return stream.batch(batch_size)
+def _order(examples: int, seed: int, number: int) -> np.ndarray:
+    """The order in which pass `number` goes over the split.
+
+    Sorts random bits of a counter-based generator, whose stream NumPy guarantees not to change.
+    """
+    bits = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(examples)
+    return np.argsort(bits, kind="stable")
+
+
+def _batch_index(examples: int, seed: int, batch_size: int, step: int) -> np.ndarray:
+    """The examples of batch number `step`, int64 (batch_size,)."""
+    place = np.arange(step * batch_size, (step + 1) * batch_size)
+    first, last = place[0] // examples, place[-1] // examples
+    passes = [_order(examples, seed, int(number)) for number in range(first, last + 1)]
+    return np.concatenate(passes)[place - first * examples]
 
 
 def train_batch(
@@ -72,7 +83,7 @@ def train_batch(
       InputError: where `batch_size` does not fit the split or the hosts.
     """
     _check(split, batch_size, step, host, hosts)
-    index = np.asarray(_index_stream(len(split), seed, batch_size)[step])
+    index = _batch_index(len(split), seed, batch_size, step)
     return _take(split, _host_slice(index, host, hosts))
 
 
@@ -97,12 +108,12 @@ def train_batches(
       InputError: as `train_batch`; and from the iterator, where an image cannot be read.
     """
     _check(split, batch_size, start, host, hosts)
-    stream = _index_stream(len(split), seed, batch_size)[start:stop]
 
-    def take(index: np.ndarray) -> Batch:
-        return _take(split, _host_slice(np.asarray(index), host, hosts))
+    def take(step: int) -> Batch:
+        index = _batch_index(len(split), seed, batch_size, step)
+        return _take(split, _host_slice(index, host, hosts))
 
-    return _read(stream.map(take), split, workers)
+    return _read(range(start, _END if stop is None else stop), take, split, workers)
 
 
 def eval_batches(
@@ -129,15 +140,23 @@ def eval_batches(
         batch = _take(split, np.minimum(rows, len(split) - 1))
         return {**batch, "mask": (rows < len(split)).astype(np.float32)}
 
-    stream = grain.MapDataset.source(range(0, len(split), batch_size)).map(take)
-    return _read(stream, split, workers)
+    return _read(range(0, len(split), batch_size), take, split, workers)
 
 
-def _read(stream: grain.MapDataset, split: Split, workers: int) -> Iterator[Batch]:
-    """The stream's elements in order, read ahead."""
+def _read(
+    places: range, take: Callable[[int], Batch], split: Split, workers: int
+) -> Iterator[Batch]:
+    """`take` of each of the places in order, read ahead where images are read from files."""
+    if split.in_memory and not workers:
+        yield from map(take, places)
+        return
+    # Imported here: data in memory need neither.
+    import grain
+    from absl import flags
+
     threads = 0 if split.in_memory else _THREADS
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    batches = stream.to_iter_dataset(options)
+    batches = grain.MapDataset.source(places).map(take).to_iter_dataset(options)
     if not workers:
         yield from batches
         return

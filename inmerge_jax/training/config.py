@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from inmerge_jax.data import DEFAULT_SIZE, DataConfig
 from inmerge_jax.errors import InputError
 from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
+
+try:
+    from tyro.conf import OmitArgPrefixes, arg
+except ModuleNotFoundError:  # Only the command line needs it.
+    OmitArgPrefixes = None
+
+    def arg(**shown: Any) -> None:
+        """How the command line shows an option."""
+
 
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
@@ -26,7 +33,7 @@ _NOT_COMPARED += ("coordinator", "num_processes", "process_id")
 
 
 def _of_recipe(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the recipe's)")
+    return arg(metavar=metavar, help_behavior_hint="(default: the recipe's)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class DataOptions(DataConfig):
         chestmnist or bloodmnist.
     """
 
-    name: Annotated[str, tyro.conf.arg(name="data", metavar="NAME")] = "phantom"
+    name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,12 @@ class ModelConfig:
       replace_head: Draw a new last layer where that of the file has another number of outputs.
     """
 
-    name: Annotated[str, tyro.conf.arg(name="model", metavar="NAME")] = "resnet18"
+    name: Annotated[str, arg(name="model", metavar="NAME")] = "resnet18"
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
-    init_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    init_from: Annotated[Path | None, arg(metavar="FILE")] = None
     replace_head: bool = False
 
 
@@ -100,7 +107,7 @@ class RecipeConfig:
 
     name: Annotated[
         str | None,
-        tyro.conf.arg(
+        arg(
             name="recipe",
             metavar="NAME",
             help_behavior_hint="(default: medmnist, with a preset released)",
@@ -112,7 +119,7 @@ class RecipeConfig:
     learning_rate: Annotated[float | None, _of_recipe("FLOAT")] = None
     merging_learning_rate: Annotated[
         float | None,
-        tyro.conf.arg(
+        arg(
             metavar="FLOAT",
             help_behavior_hint="(default: that of the backbone's best epoch)",
         ),
@@ -150,16 +157,16 @@ class RuleConfig:
     probability: float = 0.3
     threshold: Annotated[
         float | None,
-        tyro.conf.arg(
+        arg(
             metavar="FLOAT",
             help_behavior_hint=f"(default: {DEFAULT_THRESHOLD}, without --quantile)",
         ),
     ] = None
-    quantile: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    quantile: Annotated[float | None, arg(metavar="FLOAT")] = None
     alpha: float = 0.8
     partner: Annotated[
         Literal["random", "nearest"] | None,
-        tyro.conf.arg(
+        arg(
             metavar="{random,nearest}",
             help_behavior_hint="(default: random, with the preset paper nearest)",
         ),
@@ -218,34 +225,32 @@ class TrainConfig:
         such folder.
     """
 
-    data: Annotated[DataConfig, tyro.conf.arg(name="", constructor=DataOptions)] = field(
+    data: Annotated[DataConfig, arg(name="", constructor=DataOptions)] = field(
         default_factory=DataOptions
     )
-    model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelConfig)
-    recipe: Annotated[RecipeConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RecipeConfig)
-    rule: Annotated[RuleConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RuleConfig)
-    preset: Annotated[
-        PresetName | None, tyro.conf.arg(metavar="{paper,released,released_intent}")
-    ] = None
+    model: Annotated[ModelConfig, OmitArgPrefixes] = field(default_factory=ModelConfig)
+    recipe: Annotated[RecipeConfig, OmitArgPrefixes] = field(default_factory=RecipeConfig)
+    rule: Annotated[RuleConfig, OmitArgPrefixes] = field(default_factory=RuleConfig)
+    preset: Annotated[PresetName | None, arg(metavar="{paper,released,released_intent}")] = None
     output: Path = Path("runs/train")
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
-    arms: Annotated[tuple[Arm, ...], tyro.conf.arg(metavar="ARM ...")] = ARMS
+    seeds: Annotated[tuple[int, ...], arg(metavar="INT ...")] = (0,)
+    arms: Annotated[tuple[Arm, ...], arg(metavar="ARM ...")] = ARMS
     devices: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")
+        int | None, arg(metavar="INT", help_behavior_hint="(default: all of them)")
     ] = None
     accumulate: int = 1
     steps_per_call: int = 1
     fused: bool = True
     workers: Annotated[
         int | None,
-        tyro.conf.arg(metavar="INT", help_behavior_hint="(default: by the number of CPU cores)"),
+        arg(metavar="INT", help_behavior_hint="(default: by the number of CPU cores)"),
     ] = None
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    num_processes: Annotated[int | None, arg(metavar="INT")] = None
+    process_id: Annotated[int | None, arg(metavar="INT")] = None
     resume: bool = False
     overwrite: bool = False
-    cache: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
+    cache: Annotated[Path | None, arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -254,6 +259,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     Raises:
       SystemExit: 0 after --help; 2, with a message, for an unknown option or value.
     """
+    import tyro
+
     config = tyro.cli(
         TrainConfig,
         prog="python -m experiments.train",

@@ -1,6 +1,8 @@
 import hashlib
+import importlib.util
 import io
 import os
+import runpy
 import sys
 import types
 import warnings
@@ -69,6 +71,25 @@ def test_the_table_has_twelve_subsets_at_four_sizes():
         for size in SIZES:
             suffix = "" if size == 28 else f"_{size}"
             assert len(info[f"MD5{suffix}"]) == 32 and f"{name}{suffix}.npz" in info[f"url{suffix}"]
+
+
+def test_the_table_is_the_packages_own():
+    # The package's module of facts by itself: the package would import torch.
+    path = Path(importlib.util.find_spec("medmnist").submodule_search_locations[0]) / "info.py"
+    theirs = runpy.run_path(str(path))["INFO"]
+    ours = medmnist_info()
+    assert list(ours) == list(theirs)
+    for name, info in ours.items():
+        same = {key: value for key, value in theirs[name].items() if key in info}
+        assert info == same
+        assert set(theirs[name]) - set(info) == {"description", "license"}
+
+
+def test_a_file_is_read_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "medmnist", None)  # Importing it now fails.
+    medmnist_info.cache_clear()
+    np.savez(tmp_path / "file.npz", **make_arrays("breastmnist"))
+    assert len(load(tmp_path / "file.npz", "breastmnist").train) == COUNTS["train"]
 
 
 @pytest.mark.parametrize("name", medmnist_names())
@@ -294,7 +315,6 @@ def _install(monkeypatch, subset) -> None:
 
 
 def test_an_absent_file_is_downloaded_through_medmnist(tmp_path, monkeypatch):
-    medmnist_info()  # the real table, before the package is replaced
     _install(monkeypatch, _FakeSubset)
     folder = tmp_path / "new" / "folder"
     with pytest.warns(UserWarning, match="allow-unverified"):
@@ -313,7 +333,6 @@ def test_a_download_that_fails_leaves_nothing(failure, tmp_path, monkeypatch):
             except BaseException:
                 raise RuntimeError("Automatic download failed!")  # noqa: B904, as medmnist does
 
-    medmnist_info()
     _install(monkeypatch, Failing)
     if isinstance(failure, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):

@@ -4,8 +4,6 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
-from torchvision.models import DenseNet, get_model
-from torchvision.models.vgg import cfgs, make_layers
 
 _BENCHMARK = {
     "resnet18": (3, (2, 2, 2, 2)),
@@ -31,11 +29,16 @@ def create_network(
       width: factor on the number of channels of every layer; only with the small stem.
     """
     if stem == "imagenet":
+        # Imported where they are used: the benchmark's ResNets need PyTorch alone.
+        from torchvision.models import get_model
+
         return get_model(name, weights=None, num_classes=num_classes)
     if name in _BENCHMARK:
         return BenchmarkResNet(*_BENCHMARK[name], num_classes, round(64 * width))
     if name.startswith("vgg"):
         return _small_vgg(name, num_classes, size, width)
+    from torchvision.models import DenseNet
+
     growth = round(32 * width)
     network = DenseNet(growth, _DENSENET[name], 2 * growth, num_classes=num_classes)
     network.features.conv0 = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
@@ -44,6 +47,8 @@ def create_network(
 
 
 def _small_vgg(name: str, num_classes: int, size: int, width: float) -> nn.Module:
+    from torchvision.models.vgg import cfgs, make_layers
+
     plan = [x if x == "M" else round(x * width) for x in cfgs[_VGG[name.removesuffix("_bn")]]]
     features = make_layers(plan, batch_norm=name.endswith("_bn"))
     for index, layer in enumerate(features):
