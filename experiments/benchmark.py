@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +19,19 @@ from rich.console import Console
 
 from experiments.conversion import conversion_rows
 from experiments.startup import cache_rows
+from experiments.step_cases import CLASSES, Case, StepProgram, jax_steps, torch_step
 from experiments.timing import Row, Target, ratio_row, take_turns, to_table
 from experiments.trained_weights import train_vgg19
-from inmerge_jax import MergeRule, deep_kernels, merge_kernels
+from inmerge_jax import MergeRule, merge_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.kernels import Kernel
-from inmerge_jax.models import create_model
 from inmerge_jax.training.environment import environment
-from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
-from inmerge_jax.training.recipes import RECIPES, Recipe
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
 from tests.oracles.released_torch import merge_pass
-from tests.oracles.torch_networks import create_network
 
 Section = Literal["merge", "overhead", "pytorch", "conversion", "cache"]
 
-CLASSES = 14
 UPDATES = 60
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
 PLAIN, MERGING, TORCH, TORCH_LAST = "plain", "merging", "PyTorch", "PyTorch channels_last"
@@ -70,40 +63,24 @@ class BenchmarkConfig:
     rounds: float = 1.0
 
 
-@dataclass(frozen=True)
-class Case:
-    """A training step: network, image size in pixels, batch size, and rounds to time it for."""
+class Rounds(NamedTuple):
+    """A training step, and how many rounds to time it for."""
 
-    model: str
-    stem: Literal["small", "imagenet"]
-    size: int
-    batch: int
+    case: Case
     rounds: int
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.size} px, batch {self.batch}"
-
-    @property
-    def recipe(self) -> Recipe:
-        """The MedMNIST benchmark's Adam for ResNets, the released code's SGD for VGGs.
-
-        Without flips, which the PyTorch step lacks, and at a rate that keeps weights finite.
-        """
-        name = "medmnist" if self.model.startswith("resnet") else "released"
-        return dataclasses.replace(RECIPES[name], learning_rate=1e-3, flip=False)
 
 
 OVERHEAD_CASES = (
-    Case("resnet18", "small", 28, 128, rounds=20),
-    Case("vgg19", "imagenet", 224, 8, rounds=10),
+    Rounds(Case("resnet18", "small", 28, 128), 20),
+    Rounds(Case("vgg19", "imagenet", 224, 8), 10),
 )
 PYTORCH_CASES = (
-    Case("resnet18", "small", 28, 64, rounds=10),
-    Case("vgg16", "small", 28, 64, rounds=12),
-    Case("vgg19", "small", 32, 64, rounds=12),
-    Case("vgg19", "imagenet", 224, 8, rounds=6),
-    Case("resnet50", "imagenet", 64, 16, rounds=10),
-    Case("densenet121", "imagenet", 64, 16, rounds=10),
+    Rounds(Case("resnet18", "small", 28, 64), 10),
+    Rounds(Case("vgg16", "small", 28, 64), 12),
+    Rounds(Case("vgg19", "small", 32, 64), 12),
+    Rounds(Case("vgg19", "imagenet", 224, 8), 6),
+    Rounds(Case("resnet50", "imagenet", 64, 16), 10),
+    Rounds(Case("densenet121", "imagenet", 64, 16), 10),
 )
 
 
@@ -127,15 +104,13 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
     if not 0 < factor < float("inf"):
         raise InputError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
 
-    def scaled(cases: Sequence[Case]) -> list[Case]:
-        return [
-            dataclasses.replace(case, rounds=max(1, round(case.rounds * factor))) for case in cases
-        ]
+    def scaled(cases: Sequence[Rounds]) -> list[Rounds]:
+        return [Rounds(case, max(1, round(rounds * factor))) for case, rounds in cases]
 
     return {
         "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
-        "overhead": lambda: [overhead_row(case) for case in scaled(OVERHEAD_CASES)],
-        "pytorch": lambda: [row for case in scaled(PYTORCH_CASES) for row in pytorch_rows(case)],
+        "overhead": lambda: [overhead_row(*one) for one in scaled(OVERHEAD_CASES)],
+        "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
         "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
         "cache": lambda: cache_rows("experiments.train", TINY_RUN),
     }
@@ -241,24 +216,24 @@ def merger(weights: Sequence[np.ndarray], rule: MergeRule, *, donate: bool) -> C
     return run
 
 
-def overhead_row(case: Case) -> Row:
+def overhead_row(case: Case, rounds: int) -> Row:
     """The training step with merging (the default rule, all but the first ten convolutions)."""
-    print(f"overhead: {case}, {case.rounds} rounds", flush=True)
-    plain, merging = jax_steps(case, (None, MergeRule()))
-    seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=case.rounds)
+    print(f"overhead: {case}, {rounds} rounds", flush=True)
+    plain, merging = map(blocking, jax_steps(case, (None, MergeRule())))
+    seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
     note = "random partner, threshold 0.3; state donated; both steps take turns on one state"
     return ratio_row(f"step, {case}", seconds, MERGING, PLAIN, Target("at most", 1.02), note)
 
 
-def pytorch_rows(case: Case) -> list[Row]:
+def pytorch_rows(case: Case, rounds: int) -> list[Row]:
     """The training step without merging against PyTorch's, in its default layout and the other."""
-    print(f"pytorch: {case}, {case.rounds} rounds", flush=True)
+    print(f"pytorch: {case}, {rounds} rounds", flush=True)
     contenders = {
-        PLAIN: jax_steps(case, (None,))[0],
+        PLAIN: blocking(jax_steps(case, (None,))[0]),
         TORCH: torch_step(case, torch.contiguous_format),
         TORCH_LAST: torch_step(case, torch.channels_last),
     }
-    seconds = take_turns(contenders, rounds=case.rounds)
+    seconds = take_turns(contenders, rounds=rounds)
     note = f"float32, {case.recipe.optimizer}, {CLASSES} classes, RGB images given as uint8"
     name = f"step, {case}"
     return [
@@ -267,77 +242,14 @@ def pytorch_rows(case: Case) -> list[Row]:
     ]
 
 
-def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[Callable[[], None]]:
-    """The library's own training steps on one device, one for each rule, all on one state."""
-    devices = choose_devices(1)
-    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
-    shape = (case.size, case.size, 3)
-    params, batch_stats = random_weights(model, shape, seed=0)
-    kernels = convolutions(model, shape)
-    optimizer = make_optimizer(case.recipe)
-    state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
-    state = replicate(state, devices)
-    images, labels = _batch(case)
-    index = np.arange(case.batch, dtype=np.int32)
-    batch = split({"image": images, "label": labels, "index": index}, devices)
-    root = broadcast(jax.random.key(0), devices)
-
-    def make(rule: MergeRule | None) -> Callable[[], None]:
-        deep = () if rule is None else deep_kernels(kernels, skip=10)
-        totals = replicate(zero_totals(len(deep)), devices)
-        step = make_train_step(
-            model,
-            optimizer,
-            case.recipe,
-            multi_label=False,
-            devices=devices,
-            kernels=deep,
-            rule=rule,
-        )
-
-        def run() -> None:
-            nonlocal state, totals
-            state, totals = jax.block_until_ready(step(state, totals, batch, root))
-
-        return run
-
-    return [make(rule) for rule in rules]
-
-
-def torch_step(case: Case, layout: torch.memory_format) -> Callable[[], None]:
-    """The same step as PyTorch users write it, with the memory format `layout`."""
-    recipe = case.recipe
-    torch.manual_seed(0)
-    network = create_network(case.model, CLASSES, stem=case.stem, size=case.size)
-    network = network.to(memory_format=layout)
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
-    else:
-        optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
-    images, labels = _batch(case)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(memory_format=layout)
-    labels = torch.from_numpy(labels).long()
-    mean, std = (torch.tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
+def blocking(program: StepProgram) -> Callable[[], None]:
+    """One call of a step, finished when it returns."""
 
     def run() -> None:
-        optimizer.zero_grad()
-        logits = network((images.float() / 255 - mean) / std)
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
+        program.run()
+        program.wait()
 
     return run
-
-
-def _batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random images uint8 (batch, size, size, 3) and labels int32 (batch,)."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (case.batch, case.size, case.size, 3), np.uint8)
-    return images, rng.integers(0, CLASSES, case.batch, np.int32)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ labels-<data>.npz  labels of the test images, the task, and whose image each is 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from experiments.study import datasets
 from experiments.study.cells import Cell
 from experiments.study.stages import Places, plan_of
+from inmerge_jax.data import Dataset
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_text
 from inmerge_jax.training.loop import read_result
@@ -34,12 +36,39 @@ class Labels(NamedTuple):
 
 def keep(cell: Cell, places: Places) -> dict[str, Any]:
     """Copies a finished cell's figures and test scores from its run folder; returns the record."""
-    run, folder = places.cell(cell), places.kept
+    run = places.cell(cell)
     result = read_result(run)
     assert result is not None, cell
-    around = json.loads((run / "environment.json").read_bytes())
-    similar = json.loads((run / "similarity.json").read_bytes())
-    record = {
+    record = make_record(
+        cell,
+        result,
+        json.loads((run / "similarity.json").read_bytes()),
+        json.loads((run / "environment.json").read_bytes()),
+    )
+    known = None
+    if not labels_path(cell.backbone.data, places.kept).exists():
+        known = labels_of(plan_of(cell, places).dataset)
+    scores = read_scores(run / result["scores"]["test"])
+    write(cell, record, scores, known, places.kept)
+    return record
+
+
+def make_record(
+    cell: Cell, result: Mapping[str, Any], similar: Mapping[str, Any], around: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is kept of a training, JSON-ready.
+
+    Args:
+      cell: what was trained.
+      result: of `loop.train_stage`.
+      similar: its similarities, "before" and "after".
+      around: of `environment`; may also name the device and its driver.
+    """
+    trained = {name: around[name] for name in ("started", "git", "cpus", "packages")}
+    # A run begun by an earlier version has no processor.
+    trained["processor"] = around.get("processor")
+    trained |= {name: around[name] for name in ("device", "driver") if name in around}
+    return {
         "name": cell.name,
         "arm": cell.arm,
         "cell": cell.described(),
@@ -49,22 +78,41 @@ def keep(cell: Cell, places: Places) -> dict[str, Any]:
             when: [_rounded(layer) for layer in similar[when]]
             for when in (("before", "after") if cell.is_backbone else ("after",))
         },
-        # A run begun by an earlier version has no processor.
-        "trained": {name: around[name] for name in ("started", "git", "cpus", "packages")}
-        | {"processor": around.get("processor")},
+        "trained": trained,
     }
-    labels = folder / f"labels-{cell.backbone.data}.npz"
-    if not labels.exists():
-        plan = plan_of(cell, places)
-        known = {"labels": plan.dataset.test.labels, "task": np.array(plan.dataset.task)}
-        patients = plan.dataset.test.patients
-        write_arrays(labels, known if patients is None else known | {"patients": patients})
-    scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
-    write_arrays(folder / f"{cell.hash}.npz", {"scores": scores})
+
+
+def write(
+    cell: Cell, record: Mapping[str, Any], scores: np.ndarray, known: Labels | None, folder: Path
+) -> None:
+    """Writes a record, its test scores and, where no cell of the data set is kept, the labels.
+
+    Raises:
+      InputError: the labels that are kept of this data set are others.
+    """
+    labels = labels_path(cell.backbone.data, folder)
+    if known is not None and labels.exists():
+        kept = read_labels(cell.backbone.data, folder)
+        if not np.array_equal(kept.labels, known.labels):
+            raise InputError(f"{labels} holds other test labels than those of {cell.name}")
+    elif known is not None:
+        arrays = {"labels": known.labels, "task": np.array(known.task)}
+        patients = {} if known.patients is None else {"patients": known.patients}
+        write_arrays(labels, arrays | patients)
+    write_arrays(folder / f"{cell.hash}.npz", {"scores": scores.astype(np.float32)})
     # On one line: they are many, and nobody reads them one by one.
     text = json.dumps(record, separators=(",", ":"))
     write_text(folder / f"{cell.hash}.json", text + "\n")
-    return record
+
+
+def labels_of(dataset: Dataset) -> Labels:
+    """Those of a data set's test images."""
+    return Labels(dataset.test.labels, dataset.task, dataset.test.patients)
+
+
+def labels_path(data: str, folder: Path) -> Path:
+    """Where the test labels of a data set are kept."""
+    return folder / f"labels-{data}.npz"
 
 
 def read(cell: Cell, folder: Path = CELLS) -> dict[str, Any] | None:
@@ -85,7 +133,7 @@ def read_labels(data: str, folder: Path = CELLS) -> Labels:
     Raises:
       InputError: none is.
     """
-    path = folder / f"labels-{data}.npz"
+    path = labels_path(data, folder)
     if not path.exists():
         raise InputError(f"{path} is missing: no cell on {datasets.SOURCES[data].title} is kept")
     with np.load(path) as arrays:

@@ -1,7 +1,6 @@
 """The loop: one stage of training from its first epoch to its scores, readable top to bottom."""
 
 import functools
-import hashlib
 import itertools
 import math
 import time
@@ -21,14 +20,14 @@ from inmerge_jax.redundancy import kernel_similarity
 from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.hosts import by_first
-from inmerge_jax.training.metrics import Metrics, compute_metrics
+from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
 from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
 from inmerge_jax.training.resuming import drop_updates, find_start, keep_updates
 from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
 from inmerge_jax.training.scores import write_scores
-from inmerge_jax.training.stage import Setup, Stage
+from inmerge_jax.training.stage import Setup, Stage, batch_seed, root_key
 from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
 from inmerge_jax.training.steps import Totals, zero_totals
 from inmerge_jax.training.stopping import Stopped
@@ -58,8 +57,8 @@ def train_stage(
     recipe, devices, train = setup.recipe, setup.devices, setup.dataset.train
     metrics_file = stage.folder / "metrics.jsonl"
     steps = steps_per_epoch(len(train), recipe.batch_size)
-    order = _order_seed(stage)
-    root = broadcast(jax.random.fold_in(jax.random.key(stage.seed), stage.number), devices)
+    order = batch_seed(stage.seed, stage.number)
+    root = broadcast(root_key(stage.seed, stage.number), devices)
     no_totals = zero_totals(len(stage.deep))
     zeros = replicate(no_totals, devices)
     before = _similarity(params, setup.kernels)
@@ -150,7 +149,7 @@ def train_stage(
             "learning_rate": rate,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            "val_auc": _number(val.auc),
+            "val_auc": json_number(val.auc),
             "val_acc": val.acc,
             "seconds": time.monotonic() - started,
             "images_per_second": figures[2],
@@ -194,7 +193,7 @@ def train_stage(
     for name, images in (("val", setup.dataset.val), ("test", setup.dataset.test)):
         scores, _ = evaluate(setup, state, images)
         metrics = compute_metrics(images.labels, scores, setup.dataset.task)
-        result[name] = _metrics_dict(metrics)
+        result[name] = json_metrics(metrics)
         path = by_first(
             write_scores,
             stage.folder / "scores",
@@ -247,12 +246,6 @@ def _calls(
             yield from ((1, stage.train_step, batch) for batch in group)
 
 
-def _order_seed(stage: Stage) -> int:
-    """The seed of the stage's batches: the same for the two arms of a second stage."""
-    digest = hashlib.sha256(f"{stage.seed}/{stage.number}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
 def _figures(
     stage: Stage, sums: Totals, batch_size: int, started: float
 ) -> tuple[float, int | None, float]:
@@ -301,16 +294,6 @@ def _similarity(params: Any, kernels: tuple[Kernel, ...]) -> list[dict[str, Any]
 
 def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:
     return [sum(column) for column in zip(*(line.get(name, []) for line in history), strict=True)]
-
-
-def _metrics_dict(metrics: Metrics) -> dict[str, Any]:
-    per_class = [_number(auc) for auc in metrics.auc_per_class]
-    return {**metrics.to_dict(), "auc": _number(metrics.auc), "auc_per_class": per_class}
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return None if math.isnan(value) else value
 
 
 def _summary(stage: Stage, result: dict[str, Any]) -> str:

@@ -66,6 +66,17 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
     return Metrics(auc, acc, tuple(per_class), len(per_class) - len(defined))
 
 
+def json_metrics(metrics: Metrics) -> dict[str, Any]:
+    """`Metrics` as a dict for JSON, with None in place of NaN."""
+    per_class = [json_number(auc) for auc in metrics.auc_per_class]
+    return {**metrics.to_dict(), "auc": json_number(metrics.auc), "auc_per_class": per_class}
+
+
+def json_number(value: float) -> float | None:
+    """`value`, or None in place of NaN, which JSON lacks."""
+    return None if math.isnan(value) else value
+
+
 def _two_dimensional(labels: Any, scores: Any, task: str) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels), np.asarray(scores)
     given = f"labels {labels.shape}, scores {scores.shape}, task {task!r}"

@@ -1,5 +1,6 @@
 """What a stage of training needs: its own part, and what all stages of a run share."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,22 @@ from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals
 from inmerge_jax.training.stopping import never
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a stage's batches: the same for all arms of a second stage.
+
+    Args:
+      seed: of the run.
+      number: of the stage, see `Stage`.
+    """
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def root_key(seed: int, number: int) -> jax.Array:
+    """The key that every random draw of a stage is folded from; arguments as in `batch_seed`."""
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def same(state: TrainState) -> TrainState:

@@ -66,6 +66,7 @@ def make_train_step(
     accumulate: int = 1,
     positive_weights: Any = None,
     apart: bool = False,
+    networks: int = 1,
     fused: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """One update: merge, forward, backward, mean over the devices, update, totals.
@@ -80,7 +81,8 @@ def make_train_step(
       rule: how; with None no merging is in the program.
       treatment: what is done to the weights in place of merging them: a control, say.
       numbers: a tree that the treatment is given on every call; not part of the program, so that
-        treatments which differ in their numbers alone share one.
+        treatments which differ in their numbers alone share one. The step takes another such tree
+        as its last argument.
       steps_per_call: above 1, the step is that many updates in a row: each array of `batch` has an
         axis of steps after that of devices. For GPU and TPU; see `config.check_steps_per_call`.
       accumulate: above 1, the gradient is the mean over that many equal parts of a device's rows,
@@ -89,6 +91,9 @@ def make_train_step(
       positive_weights: float32 (labels,), see `example_losses`.
       apart: every device trains a network of its own, by a key of its own: nothing is averaged
         over the devices. `model` has to have `axis_index_groups`, as those of `create_model`.
+      networks: above 1, the step trains that many networks at once, each on its own batches and by
+        its own key: `state`, `totals` and `batch` have an axis of networks after that of devices,
+        and `root` is as many keys.
       fused: on TPUs from v4 on, merge each layer in one Pallas kernel, see `merge_kernels`.
 
     Returns:
@@ -173,12 +178,19 @@ def make_train_step(
         return carry
 
     body = step if steps_per_call == 1 else steps
+    if networks > 1:
+        body = jax.vmap(body, in_axes=(0, 0, 0, 0, *([] if numbers is None else [None])))
     axes = (0, 0, 0, 0 if apart else None, *([] if numbers is None else [None]))
     mapped = jax.pmap(body, axis_name=AXIS, in_axes=axes, devices=devices, donate_argnums=0)
     if numbers is None:
         return mapped
-    given = broadcast(numbers, devices)
-    return lambda state, totals, batch, root: mapped(state, totals, batch, root, given)
+
+    def given(
+        state: TrainState, totals: Totals, batch: Any, root: jax.Array, numbers: Any = numbers
+    ) -> tuple[TrainState, Totals]:
+        return mapped(state, totals, batch, root, broadcast(numbers, devices))
+
+    return given
 
 
 def _merge(

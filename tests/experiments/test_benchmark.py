@@ -7,16 +7,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from experiments import benchmark, timing  # noqa: E402
-from experiments.benchmark import Case  # noqa: E402
 from experiments.conversion import conversion_rows  # noqa: E402
 from experiments.startup import cache_rows  # noqa: E402
+from experiments.step_cases import Case  # noqa: E402
 from experiments.timing import Row, Target, ratio_row, take_turns  # noqa: E402
 from experiments.trained_weights import train_vgg19  # noqa: E402
 from inmerge_jax.models import create_model  # noqa: E402
 from tests.oracles import merging_numpy, released_torch  # noqa: E402
 from tests.oracles.torch_networks import create_network  # noqa: E402
 
-TINY = Case("vgg16", "small", 8, 2, rounds=2)
+TINY = Case("vgg16", "small", 8, 2)
 ONE_PROGRAM = "tests.experiments.one_program"
 
 
@@ -179,10 +179,10 @@ def test_the_weights_that_are_merged_were_trained():
 
 @pytest.mark.long
 def test_steps_are_compared_in_one_process():
-    row = benchmark.overhead_row(TINY).to_dict()
+    row = benchmark.overhead_row(TINY, rounds=2).to_dict()
     assert row["quantity"] == "merging / plain"
     assert row["target"] == "at most 1.02"
-    rows = [row.to_dict() for row in benchmark.pytorch_rows(TINY)]
+    rows = [row.to_dict() for row in benchmark.pytorch_rows(TINY, rounds=2)]
     assert [row["quantity"] for row in rows] == ["PyTorch / plain", "PyTorch channels_last / plain"]
     assert [row["target"] for row in rows] == ["at least 1", None]
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())

@@ -1,0 +1,1 @@
+"""Checks and measures the project on an accelerator: `python -m experiments.accelerator`."""
