@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_table
 from experiments import chestxray14_input as chestxray14_rates
+from experiments.accelerator import page as accelerator
 from experiments.study import pages
 from experiments.study.all_questions import QUESTIONS
 from experiments.timing import measured_on
@@ -94,6 +95,7 @@ SOURCES = {
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
     ),
+    "accelerator": accelerator.markdown,
     "main": pages.main_table,
     "total": pages.total,
     "again": lambda: again.markdown(json.loads((RESULTS / "again.json").read_bytes())),
@@ -106,6 +108,7 @@ PAGES = {
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
     "docs/tpu.md": ("tpu_check",),
+    accelerator.PAGE: ("accelerator",),
     "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
     "docs/cells.md": ("again", "cells"),
 }

@@ -66,7 +66,7 @@ GRIDS: Mapping[str, Grid] = {
     "small": Grid(_SMALL, seeds=32),
     "phantom": Grid(
         ("phantom",),
-        seeds=3,
+        seeds=2,
         model="vgg11",
         width=0.1,
         epochs=2,

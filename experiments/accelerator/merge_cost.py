@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.accelerator.session import Session
+from experiments.accelerator.session import Session, failures
 from experiments.accelerator.timing import (
     Contender,
     copy_bandwidth,
@@ -54,11 +54,14 @@ _MEASURE = 15
 def measure(session: Session) -> None:
     """Measures the ceilings of the device, and then every network."""
     session.attempt(PART, "ceilings", 10, lambda: ceilings(session.tiny))
+    scale = 1.0  # of the estimates, as this machine has shown
     for name in ("ResNet-18",) if session.tiny else NETWORKS:
         network = NETWORKS[name]
-        seconds = 5 if session.tiny else _COMPILE[name] + _MEASURE
+        seconds = 0 if session.tiny else _COMPILE[name] * scale + _MEASURE
         case = functools.partial(merge_case, session, network)
         session.attempt(PART, name, seconds, case)
+        if name in session.found[PART]["cases"]:
+            scale = session.found[PART]["cases"][name]["compile_seconds"] / _COMPILE[name]
 
 
 def ceilings(tiny: bool) -> dict[str, Any]:
@@ -112,14 +115,14 @@ def merge_case(session: Session, network: Network) -> dict[str, Any]:
         name = f"{partner}, threshold {threshold:g}"
         contenders = {"JAX": loops[partner].contender(weights, threshold)}
         if missing is None:
-            with pytorch.failures(failed, f"{name}: vectorised"):
+            with failures(failed, f"{name}: vectorised"):
                 contenders |= pytorch.vectorised_merger(weights, kernels, partner, threshold)
                 if pytorch.device().type == "cuda":
                     contenders |= pytorch.graph_merger(contenders[pytorch.VECTORISED].run)
         times = seconds_per_call(contenders, rounds=rounds, seconds=seconds)
         times["JAX"] = [one / count for one in times["JAX"]]
         if missing is None and partner == "random":
-            with pytorch.failures(failed, f"{name}: loop"):
+            with failures(failed, f"{name}: loop"):
                 # Its loop over kernels takes up to seconds.
                 slow = pytorch.looped_merger(weights, kernels, threshold)
                 times |= seconds_per_call(slow, rounds=2, seconds=0)

@@ -213,9 +213,9 @@ def _milliseconds(one: Mapping[str, float] | None) -> str:
 def steps(part: Mapping[str, Any]) -> Table:
     """One row per training step."""
     rows = []
-    for name, case in part["cases"].items():
+    for name, case in train_step.combined(part["cases"]).items():
         plain = case["seconds_per_call"][train_step.PLAIN]["median"]
-        beside = case.get("pytorch_over_jax", {})
+        beside = case["pytorch_over_jax"]
         met = train_step.targets(case)
         rows.append(
             (

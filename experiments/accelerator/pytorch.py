@@ -1,15 +1,14 @@
 """PyTorch beside JAX on the same device: the merge in two forms, and the training step."""
 
 import contextlib
+import gc
 import importlib.util
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.accelerator.session import say
 from experiments.accelerator.timing import Contender
 from inmerge_jax import Kernel
 
@@ -33,25 +32,20 @@ def device() -> Any:
     raise RuntimeError(f"PyTorch {torch.__version__} cannot use the {platform} that JAX uses")
 
 
-def why_missing() -> str | None:
-    """Why PyTorch is not measured; None where it can be."""
-    if importlib.util.find_spec("torch") is None:
-        return "PyTorch is not installed"
+def why_missing(*packages: str) -> str | None:
+    """Why PyTorch is not measured; None where it can be.
+
+    Args:
+      packages: that are needed beside PyTorch.
+    """
+    for name in ("torch", *packages):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
     try:
         device()
     except RuntimeError as error:
         return str(error)
     return None
-
-
-@contextlib.contextmanager
-def failures(failed: dict[str, str], name: str) -> Iterator[None]:
-    """Writes the traceback of an exception into `failed`, and lets the measurement go on."""
-    try:
-        yield
-    except Exception:
-        failed[name] = traceback.format_exc()
-        say(failed[name])
 
 
 def wait() -> None:
@@ -175,6 +169,16 @@ def train_step(case: Any, *, compiled: bool) -> tuple[Contender, Callable[[], in
         return torch.cuda.max_memory_allocated() if on.type == "cuda" else None
 
     return Contender(run, wait), peak
+
+
+def release() -> None:
+    """Frees the memory of networks that are no longer referred to, compiled ones too."""
+    import torch
+
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def allow_tf32(allowed: bool) -> None:

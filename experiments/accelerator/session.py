@@ -1,10 +1,11 @@
 """One run of the command: its time, its folder, and the cases that it measures one by one."""
 
+import contextlib
 import json
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_object, write_json
 from inmerge_jax.training.environment import environment
 
-PARTS = {"correctness": 0.2, "merge": 0.4, "step": 0.75, "trials": 1.0}
+PARTS = {"correctness": 0.25, "merge": 0.4, "step": 0.8, "trials": 1.0}
 """The parts in their order, each with the share of the time by which it ends."""
 
 
@@ -82,12 +83,8 @@ class Session:
         else:
             say(f"{part}: {name} ({left:.0f} s left)")
             before = time.monotonic()
-            try:
+            with failures(found["failed"], name):
                 result = measure()
-            except Exception:
-                found["failed"][name] = traceback.format_exc()
-                say(found["failed"][name])
-            else:
                 took = time.monotonic() - before
                 found["cases"][name] = {**result, "seconds": took, "commit": self.around["commit"]}
         self.store(part)
@@ -95,6 +92,16 @@ class Session:
     def store(self, part: str) -> None:
         """Writes what there is of a part."""
         write_json(self.folder / f"{part}.json", self.found[part])
+
+
+@contextlib.contextmanager
+def failures(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Writes the traceback of an exception into `failed`, so that what was measured is kept."""
+    try:
+        yield
+    except Exception:
+        failed[name] = traceback.format_exc()
+        say(failed[name])
 
 
 def say(text: str) -> None:

@@ -6,13 +6,14 @@ import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.accelerator import pytorch
-from experiments.accelerator.session import Session
+from experiments.accelerator.session import Session, failures
 from experiments.accelerator.timing import Contender, paired_ratio, seconds_per_call, summary
 from experiments.step_cases import Case, StepProgram, jax_steps
 from inmerge_jax import MergeRule
@@ -34,20 +35,23 @@ _GFLOPS = {"resnet18": 0.86, "resnet50": 8.2, "vgg19": 39.3, "densenet121": 5.7}
 _COMPILE = {"resnet18": 25, "resnet50": 70, "vgg19": 35, "densenet121": 150}
 """Seconds for both programs, estimated: what two processor cores take."""
 _TORCH_COMPILE = {"resnet18": 40, "resnet50": 70, "vgg19": 40, "densenet121": 150}
+_ROUNDS, _SECONDS = 7, 0.3
+"""Of timing: numbers for each contender, and the seconds that each takes at least."""
 _UTILISATION = 0.3
 """Share of the rate of a large matrix product that a step reaches, for estimates."""
 
 
-def cases(tiny: bool) -> list[Case]:
-    """In the order of what they tell: bfloat16 first, and several steps per call last."""
+def groups(tiny: bool) -> list[list[Case]]:
+    """In the order of what they tell: bfloat16, float32, then several steps per call."""
     if tiny:
         start = Case("vgg11", "small", 8, 8, width=0.125)
-        return [start, dataclasses.replace(start, dtype="bfloat16", steps=2)]
+        return [[start, dataclasses.replace(start, dtype="bfloat16", steps=2)]]
     low = [dataclasses.replace(case, dtype="bfloat16") for case in _NETWORKS]
-    found = [low[0], _SMALL, *low[1:], *_NETWORKS[1:]]
-    eight = [dataclasses.replace(case, steps=8) for case in found]
-    # On CPU, XLA's convolutions are about 45 times slower inside a loop.
-    return found if jax.local_devices()[0].platform == "cpu" else found + eight
+    found = [[low[0]], [_SMALL], low[1:], list(_NETWORKS[1:])]
+    if jax.local_devices()[0].platform == "cpu":
+        return found  # XLA's convolutions are about 45 times slower inside a loop there.
+    eight = [dataclasses.replace(case, steps=8) for case in (low[0], _SMALL, *low[1:])]
+    return [*found, eight, [dataclasses.replace(case, steps=8) for case in _NETWORKS[1:]]]
 
 
 def name_of(case: Case) -> str:
@@ -57,89 +61,113 @@ def name_of(case: Case) -> str:
 
 
 def measure(session: Session) -> None:
-    """Measures all cases, as far as the time suffices."""
-    for case in cases(session.tiny):
-        seconds = 0 if session.tiny else estimate(case, session)
-        session.attempt(PART, name_of(case), seconds, functools.partial(step_case, session, case))
+    """Measures all cases, as far as the time suffices; PyTorch's compiled step after each group."""
+    for group in groups(session.tiny):
+        for case in group:
+            seconds = 0 if session.tiny else estimate(case, session)
+            run = functools.partial(step_case, session, case)
+            session.attempt(PART, name_of(case), seconds, run)
+        for case in group:
+            if case.steps == 1:
+                seconds = 0 if session.tiny else estimate(case, session, compiled=True)
+                run = functools.partial(compiled_case, session, case)
+                session.attempt(PART, f"{name_of(case)}: {COMPILED}", seconds, run)
 
 
-def estimate(case: Case, session: Session) -> float:
-    """Seconds for JAX's two programs: their compilation, and three rounds of each."""
-    ceilings = (session.found.get("merge") or {"cases": {}})["cases"].get("ceilings", {})
+def estimate(case: Case, session: Session, *, compiled: bool = False) -> float:
+    """Seconds for a case: compilation, and the least number of calls."""
+    ceilings = session.found["merge"]["cases"].get("ceilings", {})
     rate = ceilings.get(f"{case.dtype}_flops_per_second", 1e11)
     # The backward pass takes twice the operations of the forward pass.
     one = 3e9 * _GFLOPS[case.model] * case.batch * case.steps / (_UTILISATION * rate)
-    return _COMPILE[case.model] + 2 * (2 + 3) * one
+    scale = 1.0  # of the estimates, as this machine has shown
+    for found in session.found[PART]["cases"].values():
+        scale = max(found["compile_seconds"].values()) / _assumed(found["model"], COMPILED in found)
+    return _assumed(case.model, compiled) * scale + 3 * (2 + _ROUNDS) * max(one, _SECONDS)
+
+
+def _assumed(model: str, compiled: bool) -> float:
+    return (_TORCH_COMPILE if compiled else _COMPILE)[model]
 
 
 def step_case(session: Session, case: Case) -> dict[str, Any]:
-    """Times, memory and compilation of JAX's step with and without merging, and of PyTorch's."""
-    rounds, seconds = (2, 0.01) if session.tiny else (7, 0.5)
+    """Times, memory and compilation of JAX's step with and without merging, and of eager PyTorch.
+
+    Where a target is missed, the operations that take most time are added.
+    """
+    rounds, seconds = _turns(session)
     programs = dict(zip((PLAIN, MERGING), jax_steps(case, (None, MergeRule())), strict=True))
     ours = {name: Contender(one.run, one.wait) for name, one in programs.items()}
     times = seconds_per_call(ours, rounds=rounds, seconds=seconds, calls=50)
-    found: dict[str, Any] = {
+    found = {
+        "model": case.model,
         "images": case.batch * case.steps,
         "peak_bytes": {name: one.peak_bytes for name, one in programs.items()},
         "compile_seconds": {name: one.compile_seconds for name, one in programs.items()},
         "merging_over_plain": paired_ratio(times[MERGING], times[PLAIN]),
+        "seconds_per_call": {name: summary(values) for name, values in times.items()},
         "failed": {},
         "skipped": {},
     }
     if case.steps == 1:
-        missing = pytorch.why_missing()
-        if missing:
-            found["skipped"]["PyTorch"] = missing
-        else:
-            beside_pytorch(session, case, programs[PLAIN], times, found)
-    found["seconds_per_call"] = {name: summary(values) for name, values in times.items()}
+        beside_pytorch(session, case, programs[PLAIN], found, EAGER)
     missed = [name for name, met in targets(found).items() if met is False]
-    if missed and not session.tiny and session.left(PART) > 10:
-        found["profile"] = {name: profile(one) for name, one in programs.items()}
+    if missed and session.left(PART) > 10:
+        with failures(found["failed"], "profile"):
+            found["profile"] = {name: profile(one) for name, one in programs.items()}
     return found
 
 
+def compiled_case(session: Session, case: Case) -> dict[str, Any]:
+    """PyTorch's step by `torch.compile`, in turns with JAX's, whose program is in the cache."""
+    (plain,) = jax_steps(case, (None,))
+    found: dict[str, Any] = {"model": case.model, COMPILED: True, "failed": {}, "skipped": {}}
+    found |= {"peak_bytes": {}, "compile_seconds": {}, "seconds_per_call": {}}
+    found["compile_seconds"][PLAIN] = plain.compile_seconds
+    beside_pytorch(session, case, plain, found, COMPILED)
+    return found
+
+
+def _turns(session: Session) -> tuple[int, float]:
+    return (2, 0.01) if session.tiny else (_ROUNDS, _SECONDS)
+
+
 def beside_pytorch(
-    session: Session,
-    case: Case,
-    plain: StepProgram,
-    times: dict[str, list[float]],
-    found: dict[str, Any],
+    session: Session, case: Case, plain: StepProgram, found: dict[str, Any], name: str
 ) -> None:
-    """Adds PyTorch's eager and compiled step to `times` and `found`, each in turns with JAX's."""
+    """Adds PyTorch's eager or compiled step to `found`, in turns with JAX's."""
+    needed = () if case.model.startswith("resnet") and case.stem == "small" else ("torchvision",)
+    missing = pytorch.why_missing(*needed)
+    if missing:
+        found["skipped"][name] = missing
+        return
     kept = session.found["correctness"]["cases"].get("precision", {})
     pytorch.allow_tf32(kept.get("reduced_precision_by_default", True))
-    rounds, seconds = (2, 0.01) if session.tiny else (5, 0.5)
-    once = statistics.median(times[PLAIN])
-    for name, compiled in ((EAGER, False), (COMPILED, True)):
-        needs = 3 * (2 + rounds) * max(once, seconds)
-        needs += 0 if session.tiny or not compiled else _TORCH_COMPILE[case.model]
-        left = session.left(PART)
-        if needs > left:
-            found["skipped"][name] = f"needs about {needs:.0f} s; {max(left, 0):.0f} s were left"
-            continue
-        with pytorch.failures(found["failed"], name):
-            before = time.perf_counter()
-            theirs, peak = pytorch.train_step(case, compiled=compiled)
-            theirs.run()
-            theirs.wait()
-            start = time.perf_counter() - before
-            turns = seconds_per_call(
-                {name: theirs, PLAIN: Contender(plain.run, plain.wait)},
-                rounds=rounds,
-                seconds=seconds,
-                calls=50,
-            )
-            times[name] = turns[name]
-            found["compile_seconds"][name] = start - statistics.median(turns[name])
-            found["peak_bytes"][name] = peak()
-            found.setdefault("pytorch_over_jax", {})[name] = paired_ratio(turns[name], turns[PLAIN])
+    rounds, seconds = _turns(session)
+    with failures(found["failed"], name):
+        theirs, peak = pytorch.train_step(case, compiled=name == COMPILED)
+        before = time.perf_counter()
+        theirs.run()
+        theirs.wait()
+        start = time.perf_counter() - before
+        turns = seconds_per_call(
+            {name: theirs, PLAIN: Contender(plain.run, plain.wait)},
+            rounds=rounds,
+            seconds=seconds,
+            calls=50,
+        )
+        found["seconds_per_call"][name] = summary(turns[name])
+        found["compile_seconds"][name] = start - statistics.median(turns[name])
+        found["peak_bytes"][name] = peak()
+        found["pytorch_over_jax"] = {name: paired_ratio(turns[name], turns[PLAIN])}
+        del theirs, peak
+    pytorch.release()
 
 
 def targets(found: dict[str, Any]) -> dict[str, bool | None]:
     """Whether the targets are met, None where nothing was measured.
 
-    Merging adds at most 1 % to a step; JAX's step is at least as fast as PyTorch's faster one.
+    Merging adds at most 1 % to a step; JAX's step is at least as fast as PyTorch's.
     """
     theirs = [row["median"] for row in found.get("pytorch_over_jax", {}).values()]
     return {
@@ -148,31 +176,59 @@ def targets(found: dict[str, Any]) -> dict[str, bool | None]:
     }
 
 
-def profile(program: StepProgram, calls: int = 3, top: int = 12) -> dict[str, Any]:
-    """The operations of a step that take the device most time.
+def combined(cases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The stored cases by `name_of`, each with its compiled case's figures among its own."""
+    found = {}
+    for name, case in cases.items():
+        base = name.removesuffix(f": {COMPILED}")
+        if base == name:
+            found[base] = {**case, "pytorch_over_jax": dict(case.get("pytorch_over_jax", {}))}
+            continue
+        if base in found:
+            for key in ("pytorch_over_jax", "peak_bytes"):
+                found[base][key] = found[base][key] | case.get(key, {})
+            # Of this case JAX's program came from the cache.
+            found[base]["compile_seconds"] = (
+                case["compile_seconds"] | found[base]["compile_seconds"]
+            )
+    return found
 
-    Returns:
-      "milliseconds": of one call, summed over all operations; "operations": rows of name,
-      milliseconds of one call and number of runs in it, the longest first.
-    """
+
+def profile(program: StepProgram, calls: int = 3, top: int = 12) -> dict[str, Any]:
+    """The operations of a step that take the device most time; see `time_by_operation`."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 program.run()
             program.wait()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-        spent: dict[str, float] = collections.defaultdict(float)
-        runs: dict[str, int] = collections.defaultdict(int)
-        for plane in data.planes:
-            if not plane.name.startswith("/device:"):
-                continue
+        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+        return time_by_operation(planes, calls, top)
+
+
+def time_by_operation(planes: Iterable[Any], calls: int, top: int) -> dict[str, Any]:
+    """Sums the events on the devices of a profile by their names.
+
+    Args:
+      planes: of `jax.profiler.ProfileData`; those of devices are named "/device:...".
+      calls: of the program, in the profile.
+      top: how many operations are named.
+
+    Returns:
+      "milliseconds": of one call, over all operations; "operations": rows of name, milliseconds of
+      one call and number of runs in it, the longest first. CPU has no such plane, so no rows.
+    """
+    spent: dict[str, float] = collections.defaultdict(float)
+    runs: dict[str, int] = collections.defaultdict(int)
+    for plane in planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
             # A GPU has a line for each stream; a TPU has one for its operations.
-            for line in plane.lines:
-                if line.name.startswith("Stream") or line.name == "XLA Ops":
-                    for event in line.events:
-                        spent[event.name] += event.duration_ns
-                        runs[event.name] += 1
+            if line.name.startswith("Stream") or line.name == "XLA Ops":
+                for event in line.events:
+                    spent[event.name] += event.duration_ns
+                    runs[event.name] += 1
     order = sorted(spent, key=spent.__getitem__, reverse=True)[:top]
     return {
         "milliseconds": sum(spent.values()) / calls / 1e6,

@@ -42,7 +42,7 @@ from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
 from inmerge_jax.training.steps import Totals, make_train_step, zero_totals
 
 PART = "trials"
-TOGETHER = (1, 4)
+TOGETHER, TINY_TOGETHER = (1, 4), (1, 2)
 """Numbers of seeds that are tried."""
 _COMPILE = 60
 """Seconds for one data set's step, estimated."""
@@ -81,7 +81,7 @@ def measure(session: Session, grid: Grid, data_dir: Path) -> None:
     choice = "seeds at a time"
     # XLA's CPU backend has no fast convolution for several networks at once.
     cpu = jax.local_devices()[0].platform == "cpu"
-    tries = TOGETHER[:1] if cpu and not session.tiny else TOGETHER
+    tries = TINY_TOGETHER if session.tiny else TOGETHER[:1] if cpu else TOGETHER
     session.attempt(
         PART,
         choice,
