@@ -22,7 +22,12 @@ class Contender(NamedTuple):
 
 
 def seconds_per_call(
-    contenders: Mapping[str, Contender], *, rounds: int, seconds: float, calls: int = 200
+    contenders: Mapping[str, Contender],
+    *,
+    rounds: int,
+    seconds: float,
+    calls: int = 200,
+    limit: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one number per round.
 
@@ -34,8 +39,9 @@ def seconds_per_call(
       rounds: numbers for each contender.
       seconds: that one contender's calls in a round are to take, roughly.
       calls: the most that are queued in a round.
+      limit: seconds for all rounds; there are fewer where they would take longer, but two.
     """
-    queued, found = {}, {name: [] for name in contenders}
+    queued, found, total = {}, {name: [] for name in contenders}, 0.0
     for name, (run, wait) in contenders.items():
         run()
         wait()
@@ -44,8 +50,9 @@ def seconds_per_call(
         wait()
         once = time.perf_counter() - before
         queued[name] = max(1, min(calls, round(seconds / max(once, 1e-6))))
+        total += queued[name] * once
     order = list(contenders)
-    for _ in range(rounds):
+    for _ in range(rounds if rounds * total <= limit else max(2, int(limit / total))):
         for name in order:
             run, wait = contenders[name]
             before = time.perf_counter()
@@ -72,17 +79,17 @@ def copy_bandwidth(tiny: bool) -> float:
     platform = jax.local_devices()[0].platform
     size = 2**20 if tiny else 2**26 if platform == "cpu" else 2**28
     array = jnp.zeros(size, jnp.float32)
-    # Not a plain copy, which a compiler may leave out.
-    copy = jax.jit(lambda x: x + 1)
-    latest = [array]
+    # Not a plain copy, which a compiler may leave out. In place, since fresh memory is slow on CPU.
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    latest, moved = [array], 2 * array.nbytes
 
     def run() -> None:
-        latest[0] = copy(array)
+        latest[0] = copy(latest[0])
 
     times = seconds_per_call(
         {"copy": Contender(run, lambda: latest[0].block_until_ready())}, rounds=5, seconds=0.1
     )["copy"]
-    return 2 * array.nbytes / statistics.median(times)
+    return moved / statistics.median(times)
 
 
 def matmul_rate(dtype: Any, tiny: bool) -> float:

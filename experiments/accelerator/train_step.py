@@ -37,7 +37,7 @@ _COMPILE = {"resnet18": 25, "resnet50": 70, "vgg19": 35, "densenet121": 150}
 _TORCH_COMPILE = {"resnet18": 40, "resnet50": 70, "vgg19": 40, "densenet121": 150}
 _ROUNDS, _SECONDS = 7, 0.3
 """Of timing: numbers for each contender, and the seconds that each takes at least."""
-_UTILISATION = 0.3
+_UTILISATION = {"cpu": 0.7, "gpu": 0.3, "tpu": 0.3}
 """Share of the rate of a large matrix product that a step reaches, for estimates."""
 
 
@@ -49,7 +49,8 @@ def groups(tiny: bool) -> list[list[Case]]:
     low = [dataclasses.replace(case, dtype="bfloat16") for case in _NETWORKS]
     found = [[low[0]], [_SMALL], low[1:], list(_NETWORKS[1:])]
     if jax.local_devices()[0].platform == "cpu":
-        return found  # XLA's convolutions are about 45 times slower inside a loop there.
+        # Its own type first, and no loops, in which XLA's convolutions are 45 times slower there.
+        return [[_SMALL], list(_NETWORKS[1:]), low]
     eight = [dataclasses.replace(case, steps=8) for case in (low[0], _SMALL, *low[1:])]
     return [*found, eight, [dataclasses.replace(case, steps=8) for case in _NETWORKS[1:]]]
 
@@ -79,11 +80,14 @@ def estimate(case: Case, session: Session, *, compiled: bool = False) -> float:
     ceilings = session.found["merge"]["cases"].get("ceilings", {})
     rate = ceilings.get(f"{case.dtype}_flops_per_second", 1e11)
     # The backward pass takes twice the operations of the forward pass.
-    one = 3e9 * _GFLOPS[case.model] * case.batch * case.steps / (_UTILISATION * rate)
+    used = _UTILISATION.get(jax.local_devices()[0].platform, 0.3)
+    one = 3e9 * _GFLOPS[case.model] * case.batch * case.steps / (used * rate)
     scale = 1.0  # of the estimates, as this machine has shown
     for found in session.found[PART]["cases"].values():
         scale = max(found["compile_seconds"].values()) / _assumed(found["model"], COMPILED in found)
-    return _assumed(case.model, compiled) * scale + 3 * (2 + _ROUNDS) * max(one, _SECONDS)
+    # Two contenders, or twice two, each with two calls untimed and two or more rounds.
+    calls = (8 if compiled else 16) * one
+    return _assumed(case.model, compiled) * scale + max(calls, 4 * _ROUNDS * _SECONDS)
 
 
 def _assumed(model: str, compiled: bool) -> float:
@@ -98,7 +102,8 @@ def step_case(session: Session, case: Case) -> dict[str, Any]:
     rounds, seconds = _turns(session)
     programs = dict(zip((PLAIN, MERGING), jax_steps(case, (None, MergeRule())), strict=True))
     ours = {name: Contender(one.run, one.wait) for name, one in programs.items()}
-    times = seconds_per_call(ours, rounds=rounds, seconds=seconds, calls=50)
+    limit = session.left(PART) / 4
+    times = seconds_per_call(ours, rounds=rounds, seconds=seconds, calls=50, limit=limit)
     found = {
         "model": case.model,
         "images": case.batch * case.steps,
@@ -155,6 +160,7 @@ def beside_pytorch(
             rounds=rounds,
             seconds=seconds,
             calls=50,
+            limit=session.left(PART) / 2,
         )
         found["seconds_per_call"][name] = summary(turns[name])
         found["compile_seconds"][name] = start - statistics.median(turns[name])
