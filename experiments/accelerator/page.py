@@ -374,7 +374,7 @@ def markdown(results: Path = RESULTS) -> str:
         parts += _ceilings(found.get("merge", {"cases": {}}))
         parts += _profiles(found.get("step", {"cases": {}}))
         parts += [f"FAILED {line}" for line in failures(found)]
-        parts += [f"{line}." for line in skipped(found)]
+        parts += [f"{line[0].upper()}{line[1:]}." for line in skipped(found)]
     return "\n\n".join(parts) + "\n"
 
 
