@@ -25,7 +25,7 @@ from experiments.trained_weights import train_vgg19
 from inmerge_jax import MergeRule, merge_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
-from inmerge_jax.kernels import Kernel
+from inmerge_jax.merging import Kernel
 from inmerge_jax.training.environment import environment
 from inmerge_jax.training.memory import keep_freed_memory
 from tests.oracles.released_torch import merge_pass

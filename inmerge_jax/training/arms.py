@@ -16,8 +16,7 @@ from rich.console import Console
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_json
-from inmerge_jax.kernels import Kernel
-from inmerge_jax.merging import MergeRule
+from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.models import create_model
 from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
 from inmerge_jax.training.config import (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.kernels import Kernel, find_kernels
+from inmerge_jax.merging import Kernel, find_kernels
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.files import json_sha256, read_sealed, write_json, write_sealed
-from inmerge_jax.kernels import Kernel
-from inmerge_jax.redundancy import kernel_similarity
+from inmerge_jax.merging import Kernel, kernel_similarity
 from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.hosts import by_first

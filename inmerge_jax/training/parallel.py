@@ -39,15 +39,6 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
     return tuple(available[:count])
 
 
-def can_fuse(devices: tuple[jax.Device, ...]) -> bool:
-    """Whether the fused merge compiles for them: for TPUs, from v4 on.
-
-    TPU v2 and v3 have no instruction that picks lanes by their number.
-    """
-    first = devices[0]
-    return first.platform == "tpu" and not first.device_kind.startswith(("TPU v2", "TPU v3"))
-
-
 def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
     groups = [jax.local_devices(number) for number in range(jax.process_count())]
     numbers = [len(group) for group in groups]

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.kernels import Kernel, deep_kernels
+from inmerge_jax.merging import Kernel, deep_kernels
 
 PresetName = Literal["paper", "released", "released_intent"]
 

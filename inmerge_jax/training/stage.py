@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from inmerge_jax.data import Dataset
-from inmerge_jax.kernels import Kernel
+from inmerge_jax.merging import Kernel
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 from inmerge_jax.training.steps import Totals

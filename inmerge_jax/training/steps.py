@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from inmerge_jax.kernels import Kernel
-from inmerge_jax.merging import MergeRule, MergeStats, merge_kernels
-from inmerge_jax.training.parallel import AXIS, broadcast, can_fuse
+from inmerge_jax.merging import Kernel, MergeRule, MergeStats, merge_kernels
+from inmerge_jax.merging.backends import supports_pallas
+from inmerge_jax.training.parallel import AXIS, broadcast
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.state import TrainState
 
@@ -145,7 +145,7 @@ def make_train_step(
     if apart:
         model = model.clone(axis_index_groups=groups)
     if rule is not None:
-        treatment = functools.partial(_merge, kernels, rule, fused and can_fuse(devices))
+        treatment = functools.partial(_merge, kernels, rule, _implementation(fused, devices))
 
     def step(
         state: TrainState, totals: Totals, batch: Any, root: jax.Array, numbers: Any = None
@@ -196,14 +196,19 @@ def make_train_step(
 def _merge(
     kernels: tuple[Kernel, ...],
     rule: MergeRule,
-    fused: bool,
+    implementation: Any,
     params: Any,
     key: jax.Array,
     step: Any,
     _: Any,
 ) -> tuple[Any, MergeStats]:
     """The treatment that the project is about."""
-    return merge_kernels(params, key, kernels, rule, fused=fused)
+    return merge_kernels(params, key, kernels, rule, implementation=implementation)
+
+
+def _implementation(fused: bool, devices: tuple[jax.Device, ...]) -> Any:
+    """The form of the merge for these devices; see `merge_kernels`."""
+    return "tpu" if fused and supports_pallas(devices[0]) else "auto"
 
 
 def make_eval_step(
@@ -248,12 +253,14 @@ def make_merging_eval_step(
       `make_eval_step`. Every device holds the same batch of one image, merges alike and gets the
       same scores; `state` is donated.
     """
-    fused = fused and can_fuse(devices)
+    implementation = _implementation(fused, devices)
 
     def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)
         key = jax.random.fold_in(key, batch["index"][0])
-        params, stats = merge_kernels(state.params, key, kernels, rule, fused=fused)
+        params, stats = merge_kernels(
+            state.params, key, kernels, rule, implementation=implementation
+        )
         scored = _score(
             model, recipe, multi_label, positive_weights, params, state.batch_stats, batch
         )

@@ -6,8 +6,8 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["kernels", "merging", "transform", "redundancy"])
+@pytest.mark.parametrize("name", ["units", "tracing", "rule", "merge", "transform", "similarity"])
 def test_examples(name):
-    outcome = doctest.testmod(importlib.import_module(f"inmerge_jax.{name}"))
+    outcome = doctest.testmod(importlib.import_module(f"inmerge_jax.merging.{name}"))
     assert outcome.attempted > 0
     assert outcome.failed == 0

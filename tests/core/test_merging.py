@@ -329,8 +329,11 @@ def test_replicas_with_the_same_key_merge_alike_without_communication():
     ],
 )
 def test_rules_out_of_range(numbers, message):
+    weight = jnp.ones((3, 3, 2, 4))
     with pytest.raises(ValueError, match=message):
-        MergeRule(**numbers)
+        merge_kernels(
+            {"w": weight}, jax.random.key(0), [kernel("w", weight.shape)], MergeRule(**numbers)
+        )
 
 
 def test_a_rule_may_be_learned():
@@ -354,7 +357,7 @@ def test_a_rule_may_be_learned():
     moved = jax.tree.map(lambda value: value - 5, rule)
     assert isinstance(moved, MergeRule) and moved.partner == "random" and moved.alpha == -4.5
     with pytest.raises(ValueError, match="probability is -4"):
-        dataclasses.replace(moved)
+        size(moved)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "complex64", "bool"])
@@ -365,8 +368,10 @@ def test_weights_that_are_not_floating_are_refused(dtype):
 
 
 def test_a_number_as_text_is_refused():
-    with pytest.raises(ValueError, match="threshold is '0.3', a string"):
-        MergeRule(threshold="0.3")
+    weight = jnp.ones((3, 3, 2, 4))
+    layer = kernel("w", weight.shape)
+    with pytest.raises(ValueError, match="threshold is '0.3'; give a number between -1 and 1"):
+        merge_kernels({"w": weight}, jax.random.key(0), [layer], MergeRule(threshold="0.3"))
 
 
 def test_kernels_that_do_not_fit_the_tree():

@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from inmerge_jax import MergeRule, deep_kernels, find_kernels, in_model_merging, merge_kernels
+from inmerge_jax import (
+    MergeRule,
+    deep_kernels,
+    find_kernels,
+    in_model_merging,
+    merge_kernels,
+    merge_report,
+    quantile,
+    with_merging,
+)
 from tests.core import networks
 from tests.long import long_unless
 
@@ -296,3 +305,166 @@ def test_with_an_optimizer_of_nnx():
         after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert_close(after, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(before["convs"][10]["kernel"] - after["convs"][10]["kernel"]).max() > 0.01
+
+
+# ---- optax conformance
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(1.0)), ("tx", tx)),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "masked": lambda tx: optax.masked(tx, {"bias": False, "conv_1": True, "conv_2": True}),
+    "partition": lambda tx: optax.partition(
+        {"train": tx, "freeze": optax.set_to_zero()},
+        {"bias": "freeze", "conv_1": "train", "conv_2": "train"},
+    ),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "with_extra_args_support": optax.with_extra_args_support,
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_wrapper_merges_as_alone(wrapper):
+    tx = WRAPPERS[wrapper](with_merging(optax.sgd(0.1), KERNELS, RULE, KEY))
+    params, state = train(tx, initial(), steps=3)
+    report = merge_report(state, KERNELS)
+    assert sum(row.merged for row in report) > 0
+    if wrapper != "schedule_free":
+        expected, _ = train(with_merging(optax.sgd(0.1), KERNELS, RULE, KEY), initial(), steps=3)
+        for name in ("conv_1", "conv_2"):
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_with_merging_is_the_chain_in_the_right_order():
+    found, _ = train(with_merging(optax.adam(1e-2), KERNELS, RULE, KEY), initial())
+    chained = optax.chain(optax.adam(1e-2), in_model_merging(KERNELS, RULE, KEY))
+    expected, _ = train(chained, initial())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_extra_arguments_reach_the_optimizer_and_are_ignored_here():
+    tx = with_merging(optax.sgd(0.1), KERNELS, RULE, KEY)
+    params = initial()
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0, other="ignored")
+    assert updates.keys() == params.keys()
+
+
+def test_kernels_may_be_a_function_of_the_parameters():
+    def chosen(params):
+        return find_kernels(forward, params, IMAGES)
+
+    found, _ = train(with_merging(optax.sgd(0.1), chosen, RULE, KEY), initial())
+    expected, _ = train(with_merging(optax.sgd(0.1), KERNELS, RULE, KEY), initial())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_seed_is_a_key():
+    found, _ = train(with_merging(optax.sgd(0.1), KERNELS, RULE, 11), initial())
+    expected, _ = train(with_merging(optax.sgd(0.1), KERNELS, RULE, KEY), initial())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("field", ["probability", "threshold", "quantile", "alpha"])
+def test_every_number_may_be_a_schedule(field):
+    """At a value that merges nothing for two updates, and then at one that does."""
+    nothing, something = {
+        "probability": (0.0, 1.0),
+        "threshold": (1.0, -1.0),
+        "quantile": (1.0, 0.0),
+        "alpha": (1.0, 0.5),
+    }[field]
+    schedule = optax.piecewise_constant_schedule(nothing, {})
+
+    def late(count):
+        return jnp.where(count < 2, schedule(count), something)
+
+    fields = {"probability": 1.0, "threshold": -1.0, "alpha": 0.5}
+    fields["threshold" if field == "quantile" else field] = (
+        quantile(late) if field == "quantile" else late
+    )
+    tx = with_merging(optax.sgd(0.1), KERNELS, MergeRule(**fields), KEY)
+    plain, _ = train(optax.sgd(0.1), initial(), steps=2)
+    before, _ = train(tx, initial(), steps=2)
+    assert_close(before, plain, rtol=1e-6, atol=1e-7)
+    after, _ = train(tx, initial(), steps=3)
+    plain, _ = train(optax.sgd(0.1), initial(), steps=3)
+    assert np.abs(after["conv_2"] - plain["conv_2"]).max() > 1e-3
+
+
+def test_bad_input_is_refused_before_the_first_update():
+    with pytest.raises(ValueError, match="kernels is empty"):
+        in_model_merging((), RULE, KEY)
+    with pytest.raises(ValueError, match="probability is 2"):
+        in_model_merging(KERNELS, MergeRule(2.0), KEY)
+    tx = with_merging(optax.sgd(0.1), KERNELS, RULE, KEY)
+    with pytest.raises(ValueError, match=r"'conv_1' is not in params.*optax\.masked"):
+        optax.masked(tx, {"bias": True, "conv_1": False, "conv_2": True}).init(initial())
+    with pytest.raises(ValueError, match="'conv_1' was found with shape"):
+        tx.init(initial() | {"conv_1": jnp.ones((3, 3, 3, 4))})
+
+
+def test_other_leaves_may_be_none_or_integers():
+    """As of Equinox: gradients None where the model has no floating array; integer buffers."""
+    params = initial() | {"buffer": jnp.arange(3), "nothing": None}
+    grads = {**initial(), "buffer": None, "nothing": None}
+    tx = in_model_merging(KERNELS, MergeRule(1.0, -1.0, 0.5), KEY)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["buffer"] is None and updates["nothing"] is None
+    expected, _ = tx.update(initial(), tx.init(initial()), initial())
+    np.testing.assert_array_equal(updates["conv_2"], expected["conv_2"])
+
+
+def test_an_nnx_module_and_its_state_are_interchangeable():
+    from flax import nnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = networks.nnx_model()
+        state = nnx.state(model, nnx.Param)
+        x = jnp.ones((2, 8, 8, 3))
+        graph, _, rest = nnx.split(model, nnx.Param, ...)
+        kernels = find_kernels(lambda p, x: nnx.merge(graph, p, rest)(x), state, x)
+        pure = nnx.to_pure_dict(state)
+        for tree in (state, pure):
+            merged, stats = merge_kernels(tree, KEY, kernels, MergeRule(1.0, -1.0))
+            assert stats.merged.sum() > 0
+            assert jax.tree.structure(merged) == jax.tree.structure(tree)
+        assert all(not kernel.name.endswith("value") for kernel in kernels)
+
+
+def test_a_report_shows_what_merged_and_warns_where_nothing_did():
+    _, state = train(with_merging(optax.sgd(0.1), KERNELS, RULE, KEY), initial())
+    report = merge_report(state, KERNELS)
+    assert [row.name for row in report] == ["conv_1", "conv_2"]
+    assert sum(row.merged for row in report) > 0
+    lines = str(report).splitlines()
+    assert lines[0].split()[:4] == ["layer", "units", "selected", "merged"] and len(lines) == 3
+    replicated = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert merge_report(replicated, KERNELS) == report
+
+    never = MergeRule(1.0, threshold=1.0)
+    _, state = train(with_merging(optax.sgd(0.1), KERNELS, never, KEY), initial())
+    with pytest.warns(UserWarning, match="none of the 80 units selected so far has merged"):
+        merge_report(state, KERNELS)
+    with pytest.raises(ValueError, match="holds 0 states of in_model_merging"):
+        merge_report(optax.sgd(0.1).init(initial()), KERNELS)
+    with pytest.raises(ValueError, match="counts the merges of 2 layers, but kernels has 1"):
+        merge_report(state, KERNELS[:1])
+
+
+def test_how_far_bfloat16_updates_are_from_explicit_merging():
+    """The share of a merged layer's entries that differ, by rounding; the docstring has 17 %."""
+    params, rule = initial(jnp.bfloat16), MergeRule(1.0, -1.0, 0.7)
+    updates = jax.tree.map(lambda p: (0.05 * jnp.cos(p)).astype(p.dtype), params)
+    tx = in_model_merging(KERNELS, rule, KEY)
+    changed, _ = tx.update(updates, tx.init(params), params)
+    found = optax.apply_updates(params, changed)
+    moved = optax.apply_updates(params, updates)
+    expected, _ = merge_kernels(moved, jax.random.fold_in(KEY, 0), KERNELS, rule)
+    found, expected = (np.asarray(x["conv_2"], np.float32) for x in (found, expected))
+    share = (found != expected).mean()
+    assert 0.1 < share < 0.175
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-9)

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from inmerge_jax.merging.backends import supports_pallas
 from inmerge_jax.training import arms, steps
 from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import config_dict, parse_config
-from inmerge_jax.training.parallel import broadcast, can_fuse, replicate
+from inmerge_jax.training.parallel import broadcast, replicate
 from inmerge_jax.training.state import make_optimizer, new_state
 from inmerge_jax.training.steps import make_train_step, zero_totals
 from tests.training import tiny
@@ -31,7 +32,7 @@ SMALL += ["--batch-size", "16"]
     ],
 )
 def test_which_devices_can(platform, kind, can):
-    assert can_fuse((SimpleNamespace(platform=platform, device_kind=kind),)) == can
+    assert supports_pallas(SimpleNamespace(platform=platform, device_kind=kind)) == can
 
 
 @pytest.mark.parametrize(("options", "fused"), [([], True), (["--no-fused"], False)])
@@ -56,13 +57,13 @@ def test_the_option_reaches_every_step_that_merges(options, fused, preset, monke
 def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
     asked = []
 
-    def merge(*args, fused):
-        asked.append(fused)
-        return merge_kernels(*args, fused=fused)
+    def merge(*args, implementation):
+        asked.append(implementation)
+        return merge_kernels(*args, implementation=implementation)
 
     merge_kernels = steps.merge_kernels
     monkeypatch.setattr(steps, "merge_kernels", merge)
-    monkeypatch.setattr(steps, "can_fuse", lambda devices: able)
+    monkeypatch.setattr(steps, "supports_pallas", lambda device: able)
     devices = tuple(jax.local_devices()[:2])
     optimizer = make_optimizer(tiny.RECIPE)
     step = make_train_step(
@@ -85,4 +86,4 @@ def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
     state = replicate(new_state(*tiny.init(), optimizer, 0.05), devices)
     totals = replicate(zero_totals(len(tiny.kernels())), devices)
     step.lower(state, totals, batch, broadcast(jax.random.key(0), devices))
-    assert asked == [able and fused]
+    assert asked == ["tpu" if able and fused else "auto"]

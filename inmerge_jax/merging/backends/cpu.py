@@ -4,20 +4,68 @@ A weight (..., inputs, kernels) is read as rows by kernels. Only the selected co
 in loops whose length follows how many there are.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, effective_threshold
+from inmerge_jax.merging.units import Kernel
+
+_LEAST = 1e-30
 _ROWS = 64
 _UNROLL = 4
 _FEW = 8
 
 
+def fits(weight: jax.Array, axis: int) -> bool:
+    """Whether this form takes a weight: one of two axes or more whose last indexes the units."""
+    return weight.ndim >= 2 and axis == weight.ndim - 1
+
+
+def merge(
+    weights: Sequence[jax.Array],
+    members: Sequence[Kernel],
+    selected: jax.Array,
+    partner: jax.Array | None,
+    rule: MergeRule,
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """As `merge.merge_unit`, for one weight that `fits`; differentiable in it and in alpha."""
+    del members
+    (weight,) = weights
+    # Which kernels merge is a decision: no gradient goes through it.
+    compared = lax.stop_gradient(weight)
+    if partner is None:
+        partner, similarity = _in_range(compared, lambda w: nearest_partner(w, selected))
+    else:
+        similarity = _in_range(compared, lambda w: pair_similarity(w, partner, selected))
+    merged = similarity > effective_threshold(rule.threshold, similarity)
+    total = jnp.sum(jnp.where(merged, similarity, 0))
+    alpha = jnp.asarray(rule.alpha, jnp.float32)
+    return [mix_pairs(weight, partner, merged, alpha)], jnp.sum(merged, dtype=jnp.int32), total
+
+
+def _in_range(weight: jax.Array, compare: Callable[[jax.Array], tuple[Any, jax.Array]]) -> Any:
+    """`compare(weight)` without its squared norms; of a scaled copy where one is out of range.
+
+    The scale is a power of two for each kernel, which changes no similarity.
+    """
+    found, squares = compare(weight)
+    safe = jnp.all((squares > _LEAST) & (squares < 1 / _LEAST))
+
+    def scaled() -> Any:
+        w = weight.astype(jnp.float32)
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(w), tuple(range(w.ndim - 1)), keepdims=True))
+        return compare(jnp.ldexp(w, -exponent))[0]
+
+    return lax.cond(safe, lambda: found, scaled)
+
+
 def inverse_norm(square: jax.Array) -> jax.Array:
     """1 / norm from squared norms, and 0 for zero kernels, so that their similarity is 0."""
-    return jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+    return jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def mix(kernel: jax.Array, other: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -38,20 +86,34 @@ def most_similar(
       itself: bool (rows, columns), the pairs that don't count.
 
     Returns:
-      int32 (rows,) and float32 (rows,), -inf where every similarity is NaN or doesn't count.
+      int32 (rows,) and float32 (rows,), `NOT_COMPARED` where every similarity is NaN or doesn't
+      count.
     """
     similarity = product * inverse[:, None] * inverse_others[None]
-    similarity = jnp.where(itself | jnp.isnan(similarity), -jnp.inf, similarity)
+    similarity = jnp.where(itself | jnp.isnan(similarity), NOT_COMPARED, similarity)
     nearest = jnp.argmax(similarity, axis=1).astype(jnp.int32)
     return nearest, jnp.minimum(jnp.max(similarity, axis=1), 1)
 
 
-def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) -> jax.Array:
-    """`pairs.pair_similarity`; the kernels' axis is the last."""
+def pair_similarity(
+    weight: jax.Array, partner: jax.Array, selected: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine similarity of each selected kernel with its partner.
+
+    Args:
+      weight: any floating dtype; its last axis indexes kernels.
+      partner: int32 (kernels,), each kernel's partner.
+      selected: bool (kernels,), the kernels whose similarity is needed.
+
+    Returns:
+      float32 (kernels,): at most 1; 0 where either kernel is zero; `NOT_COMPARED` where either
+      holds a NaN or an infinity, and for kernels that aren't selected. And squared norms, float32
+      (kernels,); ones where no kernel is selected.
+    """
     flat, matrix = weight.reshape(-1), weight.reshape(-1, weight.shape[-1])
     rows, count = matrix.shape
 
-    def group(place: Any, kernels: jax.Array, found: jax.Array) -> jax.Array:
+    def group(place: Any, kernels: jax.Array, found: tuple[jax.Array, ...]) -> Any:
         size = len(kernels)
         others = partner[kernels]
         pairs = jnp.concatenate([kernels, others])
@@ -80,13 +142,28 @@ def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) 
             square, product = square + jnp.sum(tail[0], 0), product + jnp.sum(tail[1], 0)
         inverse = inverse_norm(square)
         similarity = jnp.minimum(product * inverse[kernels] * inverse[others], 1)
-        return found.at[place].set(similarity, mode="drop")
+        similarity = jnp.where(jnp.isnan(similarity), NOT_COMPARED, similarity)
+        return found[0].at[place].set(similarity, mode="drop"), square
 
-    return _for_selected(selected, group, jnp.full(count, -jnp.inf, jnp.float32))
+    nothing = jnp.full(count, NOT_COMPARED, jnp.float32), jnp.ones(count, jnp.float32)
+    similarity, squares = _for_selected(selected, group, nothing)
+    return similarity, squares
 
 
-def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`pairs.nearest_partner`; the kernels' axis is the last."""
+def nearest_partner(
+    weight: jax.Array, selected: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Each selected kernel's most similar other kernel, and their cosine similarity.
+
+    Args:
+      weight: any floating dtype; its last axis indexes kernels.
+      selected: bool (kernels,), the kernels whose partner is needed.
+
+    Returns:
+      int32 (kernels,) and float32 (kernels,). A kernel that holds a NaN or an infinity is nobody's
+      partner and has similarity `NOT_COMPARED` itself, and so have kernels that aren't selected.
+      And squared norms, float32 (kernels,).
+    """
     blocks = _blocks(weight)
     taps, height, count = blocks.shape
     flat, everyone = weight.reshape(-1), jnp.arange(count, dtype=jnp.int32)
@@ -111,14 +188,21 @@ def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, 
             found[1].at[place].set(similarity, mode="drop"),
         )
 
-    nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -jnp.inf, jnp.float32)
-    return _for_selected(selected, group, nothing)
+    nothing = jnp.zeros(count, jnp.int32), jnp.full(count, NOT_COMPARED, jnp.float32)
+    return _for_selected(selected, group, nothing), squares
 
 
+@jax.custom_jvp
 def mix_pairs(
     weight: jax.Array, partner: jax.Array, chosen: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """`pairs.mix_pairs`; the kernels' axis is the last.
+    r"""Replaces each chosen kernel by :math:`\alpha K_i + (1 - \alpha) K_j`.
+
+    Args:
+      weight: any floating dtype; its last axis indexes kernels.
+      partner: int32 (kernels,), the j of each kernel i.
+      chosen: bool (kernels,); the other kernels come back bit for bit.
+      alpha: float32 (), the fraction that is kept.
 
     Up to a few kernels are written one by one, which leaves the other columns unread; more of them
     in one pass over the weight. Each is a loop of no length where it isn't wanted: a conditional
@@ -152,6 +236,23 @@ def mix_pairs(
 
     blocks = lax.fori_loop(0, jnp.where(total > few, taps, 0), pass_over, blocks)
     return blocks.reshape(weight.shape)
+
+
+@mix_pairs.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Loops of unknown length have no reverse mode, so the derivative is that of one expression."""
+
+    def whole(
+        weight: jax.Array, partner: jax.Array, chosen: jax.Array, alpha: jax.Array
+    ) -> jax.Array:
+        other = weight.at[..., partner].get(mode="promise_in_bounds")
+        return jnp.where(
+            jnp.expand_dims(chosen, tuple(range(weight.ndim - 1))),
+            mix(weight, other, alpha),
+            weight,
+        )
+
+    return mix_pairs(*primals), jax.jvp(whole, primals, tangents)[1]
 
 
 def _for_selected(selected: jax.Array, group: Any, found: Any) -> Any:

@@ -2,12 +2,12 @@
 
 The weight goes to the chip's fast memory as it lies in main memory, as rows (taps * inputs) by
 kernels, is compared and mixed there in tiles of 128 rows by 128 kernels, and goes back. XLA's own
-operations, `pairs.as_rows_on_tpu`, make eleven passes or more.
+operations (`tpu.py`) make eleven passes or more.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from inmerge_jax import pairs
-from inmerge_jax.merging import Quantile
+from inmerge_jax.merging.backends import tpu
+from inmerge_jax.merging.rule import MergeRule, Quantile
+from inmerge_jax.merging.units import Kernel
 
 _LANES = 128
 _SUBLANES = 8
@@ -30,7 +31,7 @@ _FAST_MEMORY = 12 * 2**20
 
 
 def fits(weight: jax.Array, axis: int) -> bool:
-    """Whether `fused_on_tpu` takes it: kernels last, in whole tiles, and in fast memory.
+    """Whether `merge` takes it: kernels last, in whole tiles, and in fast memory.
 
     That is, at most 12 MiB with 128 of its rows twice and 13 numbers for each kernel. Fewer than
     128 kernels would be filled up to 128, at main memory's expense. In JAX's 64-bit mode none does:
@@ -51,40 +52,22 @@ def fits(weight: jax.Array, axis: int) -> bool:
     )
 
 
-def fused_on_tpu(
-    merge: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
-    weight: jax.Array,
-    axis: int,
+def merge(
+    weights: Sequence[jax.Array],
+    members: Sequence[Kernel],
     selected: jax.Array,
-    rest: tuple[Any, Any, Any],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`merge(weight, axis, selected, rest)`, on TPU in one kernel.
-
-    Args:
-      merge: gives the merged weight, the count and the sum of the similarities of what merged.
-      weight: one that `fits`.
-      axis: its last.
-      selected: bool (kernels,).
-      rest: partner, int32 (kernels,) or None for the nearest; threshold, a number or a `Quantile`;
-        alpha.
-
-    Returns:
-      What `merge` gives, to the rounding of similarities. Differentiable in the weight and alpha.
-    """
-
-    def fused(weight: jax.Array, selected: jax.Array, rest: Any) -> Any:
-        partner, threshold, alpha = rest
-        quantile = isinstance(threshold, Quantile)
-        number = jnp.asarray(threshold.share if quantile else threshold, jnp.float32)
-        alpha = jnp.asarray(alpha, jnp.float32)
-        weight, similarity, chosen, _ = _merge(quantile, weight, alpha, selected, partner, number)
-        total = jnp.sum(jnp.where(chosen, lax.stop_gradient(similarity), 0))
-        return weight, jnp.sum(chosen, dtype=jnp.int32), total
-
-    def as_is(weight: jax.Array, selected: jax.Array, rest: Any) -> Any:
-        return merge(weight, axis, selected, rest)
-
-    return lax.platform_dependent(weight, selected, rest, tpu=fused, default=as_is)
+    partner: jax.Array | None,
+    rule: MergeRule,
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """As `merge.merge_unit`, for one weight that `fits`, to the rounding of similarities."""
+    del members
+    (weight,) = weights
+    is_quantile = isinstance(rule.threshold, Quantile)
+    number = jnp.asarray(rule.threshold.share if is_quantile else rule.threshold, jnp.float32)
+    alpha = jnp.asarray(rule.alpha, jnp.float32)
+    weight, similarity, chosen, _ = _merge(is_quantile, weight, alpha, selected, partner, number)
+    total = jnp.sum(jnp.where(chosen, lax.stop_gradient(similarity), 0))
+    return [weight], jnp.sum(chosen, dtype=jnp.int32), total
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -107,7 +90,8 @@ def _(quantile: bool, primals: Any, tangents: Any) -> Any:
     merged, similarity, chosen, partner = _merge(quantile, *primals)
 
     def mix(weight: jax.Array, alpha: jax.Array) -> jax.Array:
-        return pairs.mix_pairs(weight, weight.ndim - 1, partner, chosen, alpha)
+        rows = tpu.mix_pairs(jnp.moveaxis(weight, -1, 0), partner, chosen, alpha)
+        return jnp.moveaxis(rows, 0, -1)
 
     moved = jax.jvp(mix, primals[:2], tangents[:2])[1]
     none = [np.zeros(counts.shape, jax.dtypes.float0) for counts in (chosen, partner)]
@@ -245,7 +229,7 @@ def _decide(similarity: Any, threshold: Any, quantile: bool, chosen: Any) -> Non
     """Writes which kernels merge.
 
     The upper share of a layer, without a sort: those with as many similarities below theirs as
-    stay, of the finite ones. `merging` says why a little is taken off that number.
+    stay, of the finite ones. `rule.py` says why a little is taken off that number.
     """
 
     def group(g: Any, lanes: pl.Slice) -> None:

@@ -10,8 +10,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from inmerge_jax import MergeRule, fused, in_model_merging, merge_kernels, quantile
-from inmerge_jax.kernels import Kernel
+from inmerge_jax import MergeRule, in_model_merging, merge_kernels, quantile
+from inmerge_jax.merging import Kernel, backends
+from inmerge_jax.merging.backends import pallas
 from tests.long import long_unless
 
 # Groups of 64 and of 16 rows; of 128 kernels one, and five.
@@ -44,7 +45,7 @@ def on_tpu(monkeypatch):
         return forms.get("tpu", forms["default"])(*args)
 
     with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
-        patch.setattr(fused.lax, "platform_dependent", choose)
+        patch.setattr(backends.lax, "platform_dependent", choose)
         yield
 
 
@@ -52,7 +53,11 @@ def merge(weight, rule, key=3, is_fused=True):
     def run(weight, rule):
         params = {"w": weight}
         params, stats = merge_kernels(
-            params, jax.random.key(key), [layer(weight.shape)], rule, fused=is_fused
+            params,
+            jax.random.key(key),
+            [layer(weight.shape)],
+            rule,
+            implementation="tpu" if is_fused else "auto",
         )
         return params["w"], stats
 
@@ -99,7 +104,7 @@ def test_a_broken_kernel_stays_alone(on_tpu, partner, threshold):
 
 def test_the_nearest_of_equals_is_the_first(on_tpu):
     weight = jnp.tile(jax.random.normal(jax.random.key(1), (1, 1, 16, 1)), (1, 1, 1, 256))
-    found = fused._merge(
+    found = pallas._merge(
         False, weight, jnp.float32(0.8), jnp.ones(256, bool), None, jnp.float32(0.5)
     )
     np.testing.assert_array_equal(found[3], [1] + [0] * 255)
@@ -112,7 +117,11 @@ def test_gradients_are_those_of_the_other_forms(request):
     def loss(weight, alpha, is_fused):
         rule = MergeRule(0.5, 0.05, alpha)
         merged, stats = merge_kernels(
-            {"w": weight}, jax.random.key(3), [layer(weight.shape)], rule, fused=is_fused
+            {"w": weight},
+            jax.random.key(3),
+            [layer(weight.shape)],
+            rule,
+            implementation="tpu" if is_fused else "auto",
         )
         return jnp.sum(jnp.sin(merged["w"])) + jnp.sum(stats.similarity)
 
@@ -151,14 +160,14 @@ def test_a_batch_of_weights_and_rules(request):
     ],
 )
 def test_which_weights_it_takes(shape, axis, dtype, taken):
-    assert fused.fits(jax.ShapeDtypeStruct(shape, dtype), axis) == taken
+    assert pallas.fits(jax.ShapeDtypeStruct(shape, dtype), axis) == taken
 
 
 @pytest.mark.parametrize("threshold", [0.05, quantile(0.5)], ids=str)
 def test_in_64_bit_mode_the_form_by_xla_merges(threshold):
     weight, rule = case((1, 1, 48, 128)), MergeRule(0.6, threshold, 0.8, "nearest")
     with jax.enable_x64(True):
-        assert not fused.fits(weight, 3)
+        assert not pallas.fits(weight, 3)
         plain, asked = (
             program(lambda w, f=f: merge(w, rule, is_fused=f), weight) for f in (False, True)
         )
@@ -187,7 +196,9 @@ def test_it_goes_through_scan_shard_map_and_the_transformation():
         keys = jax.random.split(jax.random.key(0), 3)
 
         def one(w, key):
-            params, _ = merge_kernels({"w": w}, key, [layer(w.shape)], MergeRule(), fused=True)
+            params, _ = merge_kernels(
+                {"w": w}, key, [layer(w.shape)], MergeRule(), implementation="tpu"
+            )
             return params["w"], None
 
         return jax.lax.scan(one, weight, keys)
@@ -204,7 +215,9 @@ def test_it_goes_through_scan_shard_map_and_the_transformation():
     )
     assert "tpu_custom_call" in program(shared, weight)
 
-    merging = in_model_merging([layer(weight.shape)], MergeRule(), jax.random.key(0), fused=True)
+    merging = in_model_merging(
+        [layer(weight.shape)], MergeRule(), jax.random.key(0), implementation="tpu"
+    )
     tx = optax.chain(optax.sgd(0.1), merging)
 
     def update(params):

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax import Kernel, kernel_similarity, redundancy
+from inmerge_jax import Kernel, kernel_similarity
+from inmerge_jax.merging import similarity
 from tests.oracles import merging_numpy
 
 
@@ -56,7 +57,7 @@ def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):
     params = {f"w{i}": jnp.ones((2, 2, count)) * i for i in range(8)}
     kernels = [layer(name, (2, 2, count)) for name in params]
     before, order = {id(a) for a in jax.live_arrays()}, []
-    begin, wait = redundancy._statistics, jax.device_get
+    begin, wait = similarity._statistics, jax.device_get
 
     def begin_one(*arguments):
         order.append("begin")
@@ -68,7 +69,7 @@ def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):
         order.append("wait")
         return wait(numbers)
 
-    monkeypatch.setattr(redundancy, "_statistics", begin_one)
+    monkeypatch.setattr(similarity, "_statistics", begin_one)
     monkeypatch.setattr(jax, "device_get", wait_for_it)
     assert len(kernel_similarity(params, kernels)) == 8
     assert order == ["begin", "wait"] * 8

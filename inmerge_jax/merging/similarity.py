@@ -1,4 +1,4 @@
-"""How alike the kernels of a network are, layer by layer."""
+"""How similar the units of a network are, layer by layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.kernels import Kernel, pure_path
+from inmerge_jax.merging.merge import cosines, locate, unit_vectors
+from inmerge_jax.merging.units import Kernel, as_rows, group_units
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -17,18 +18,18 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """The cosine similarities of one layer's pairs of different kernels.
+    """The cosine similarities of one layer's pairs of different units of the same problem.
 
-    A layer with one kernel has no pairs: every number is then NaN.
+    A layer whose problems have one unit has no pairs: every number is then NaN.
 
     Attributes:
-      name: the layer's path.
-      kernels: how many kernels it has.
+      name: the layer's path, or the label of a group of weights.
+      kernels: how many units it has.
       mean, minimum, maximum: over all pairs.
       quantiles: `{q: value}` over all pairs.
       above: `{threshold: share}`, the share of pairs whose similarity exceeds a threshold: the
-        chance that a kernel and a random partner merge, once selected.
-      nearest: mean over kernels of the similarity to the most similar other kernel.
+        chance that a unit and a random partner merge, once selected.
+      nearest: mean over units of the similarity to the most similar other unit.
     """
 
     name: str
@@ -55,10 +56,10 @@ def kernel_similarity(
     quantiles: Sequence[float] = QUANTILES,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[LayerSimilarity, ...]:
-    """Measures how similar the kernels within each layer are.
+    """Measures how similar the units within each layer are.
 
     Goes layer by layer and waits for each: what is in memory at a time is one layer's C x C matrix
-    of cosines (C kernels, float32) and a few arrays of that size made of it.
+    of cosines (C units of a problem, float32) and a few arrays of that size made of it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -76,7 +77,7 @@ def kernel_similarity(
       thresholds: for which similarities to give the share of pairs above.
 
     Returns:
-      One entry per kernel given, in their order.
+      One entry per layer, in the order of the kernels given; weights of one group are one layer.
 
     Raises:
       ValueError: a kernel isn't in `params`, or a quantile lies outside [0, 1].
@@ -84,36 +85,31 @@ def kernel_similarity(
     wrong = [q for q in quantiles if not 0 <= q <= 1]
     if wrong:
         raise ValueError(f"quantiles holds {wrong[0]}; each must lie between 0 and 1")
-    weights = {
-        pure_path(path): weight for path, weight in jax.tree_util.tree_leaves_with_path(params)
-    }
-    return tuple(_layer(kernel, weights, tuple(quantiles), tuple(thresholds)) for kernel in kernels)
+    found, _, _ = locate(kernels, params)
+    return tuple(
+        _layer(members, [found[k.name] for k in members], tuple(quantiles), tuple(thresholds))
+        for members in group_units(kernels)
+    )
 
 
 def _layer(
-    kernel: Kernel,
-    weights: dict[Any, jax.Array],
+    members: tuple[Kernel, ...],
+    weights: list[jax.Array],
     quantiles: tuple[float, ...],
     thresholds: tuple[float, ...],
 ) -> LayerSimilarity:
-    path = pure_path(kernel.path)
-    if path not in weights:
-        raise ValueError(
-            f"kernel {kernel.name!r} is not in params; give kernel_similarity the same tree as "
-            "find_kernels"
-        )
-    if kernel.count < 2:
+    if members[0].units < 2:
         nan = float("nan")
         none = (nan, nan, nan, [nan] * len(quantiles), [nan] * len(thresholds), nan)
         mean, minimum, maximum, values, shares, nearest = none
     else:
-        numbers = _statistics(weights[path], kernel.out_axis, quantiles, thresholds)
+        numbers = _statistics(weights, members, quantiles, thresholds)
         mean, minimum, maximum, values, shares, nearest = (
             np.asarray(number).tolist() for number in jax.device_get(numbers)
         )
     return LayerSimilarity(
-        kernel.name,
-        kernel.count,
+        members[0].unit,
+        members[0].count,
         mean,
         minimum,
         maximum,
@@ -125,15 +121,17 @@ def _layer(
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _statistics(
-    weight: jax.Array, axis: int, quantiles: tuple[float, ...], thresholds: tuple[float, ...]
+    weights: list[jax.Array],
+    members: tuple[Kernel, ...],
+    quantiles: tuple[float, ...],
+    thresholds: tuple[float, ...],
 ) -> tuple[jax.Array, ...]:
-    count = weight.shape[axis]
-    k = jnp.moveaxis(weight, axis, 0).reshape(count, -1).astype(jnp.float32)
-    square = jnp.sum(k * k, axis=1, keepdims=True)
-    unit = k * jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
-    cosine = jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST)
-    pairs = cosine[np.triu_indices(count, k=1)]
-    nearest = jnp.max(jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, cosine), axis=1)
+    count = members[0].units
+    compared = [as_rows(w, k) for w, k in zip(weights, members, strict=True) if k.compared]
+    cosine = cosines(unit_vectors(compared))
+    above, below = np.triu_indices(count, k=1)
+    pairs = cosine[:, above, below].ravel()
+    nearest = jnp.max(jnp.where(jnp.eye(count, dtype=bool)[None], -2, cosine), axis=-1)
     return (
         jnp.mean(pairs),
         jnp.min(pairs),

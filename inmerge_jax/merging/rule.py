@@ -1,0 +1,136 @@
+"""When and how units are mixed: `MergeRule`, and the threshold that each layer sets itself."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PARTNERS = ("random", "nearest")
+NOT_COMPARED = -2.0
+"""The similarity of units that are not selected or not finite; it exceeds no threshold."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantile:
+    """A threshold that every problem sets by its own units; made by `quantile`."""
+
+    share: float | jax.Array
+
+
+def quantile(share: float | jax.Array) -> Quantile:
+    """A threshold for `MergeRule`: merges the most similar of the pairs that a merge compares.
+
+    How similar units are depends on the layer, the network and the optimizer, so a fixed threshold
+    can merge everything in one network and nothing in another. With this one, a layer of which `m`
+    units are selected merges the `floor((1 - share) * m)` most similar of them (ties may lower
+    this). Its rate is about `probability * (1 - share)`.
+
+    Example:
+      >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")
+
+    Args:
+      share: in [0, 1], or a traced scalar; in `in_model_merging` also a schedule. 0 merges every
+        selected unit, 1 none.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    if not callable(share):
+        check_range("quantile", share, 0, 1)
+    return Quantile(share)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MergeRule:
+    r"""When and how units are mixed; a pytree whose three numbers can be traced.
+
+    In each merge every unit :math:`K_i` is selected with `probability`. A selected unit gets a
+    partner :math:`K_j`, :math:`j \neq i`, and where their cosine similarity exceeds `threshold`,
+
+    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j.
+
+    Example, a grid of rules as one pytree, and a schedule:
+      >>> import jax.numpy as jnp
+      >>> grid = MergeRule(*jnp.meshgrid(jnp.array([0.1, 0.3]), jnp.array([0.3]), jnp.array([0.8])))
+      >>> grid.probability.shape
+      (1, 2, 1)
+      >>> warm_up = lambda step: MergeRule(probability=0.3 * jnp.minimum(step / 1000, 1.0))
+
+    Attributes:
+      probability: the chance that a unit is selected, in [0, 1]; the paper's p.
+      threshold: the similarity to exceed, in [-1, 1]; the paper's tau. Or `quantile(share)`, with
+        which each layer sets its own.
+      alpha: the fraction of the unit that is kept, in [0, 1].
+      partner: `"random"`, drawn uniformly from the layer's other units, as the released code does;
+        or `"nearest"`, the most similar other unit, as the paper's text says.
+
+    Numbers are checked where a rule is used (`merge_kernels`, `in_model_merging`), since
+    transformations of pytrees make rules of any numbers, such as a gradient by a rule.
+
+    References:
+      In-Model Merging for Enhancing the Robustness of Medical Imaging Classification Models,
+      arXiv 2502.20516. The defaults are those of its released code.
+    """
+
+    probability: float | jax.Array = 0.3
+    threshold: float | jax.Array | Quantile = 0.3
+    alpha: float | jax.Array = 0.8
+    partner: Literal["random", "nearest"] = field(default="random", metadata={"static": True})
+
+
+def check_rule(rule: MergeRule) -> None:
+    """Checks the numbers of a rule; traced ones are not known yet.
+
+    Raises:
+      ValueError: a number out of range or of another type, or an unknown partner.
+    """
+    check_range("probability", rule.probability, 0, 1)
+    if isinstance(rule.threshold, Quantile):
+        check_range("quantile", rule.threshold.share, 0, 1)
+    else:
+        check_range("threshold", rule.threshold, -1, 1)
+    check_range("alpha", rule.alpha, 0, 1)
+    if rule.partner not in PARTNERS:
+        raise ValueError(f"partner is {rule.partner!r}; choose one of {', '.join(PARTNERS)}")
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Checks a number, or an array of numbers, that is not traced.
+
+    Raises:
+      ValueError: it is no number, or lies outside [low, high].
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+        raise ValueError(f"{name} is {value!r}; give a number between {low} and {high}")
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return
+    numbers = np.asarray(value)
+    if not np.all((numbers >= low) & (numbers <= high)):
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+
+
+def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:
+    """The number that a similarity has to exceed.
+
+    Args:
+      threshold: of a rule.
+      similarity: float32 (..., units); `NOT_COMPARED` for units that do not count.
+
+    Returns:
+      The threshold; of a `Quantile`, float32 (..., 1), the similarity that the upper share exceeds.
+    """
+    if not isinstance(threshold, Quantile):
+        return threshold
+    compared = jnp.sum(similarity > NOT_COMPARED, -1, keepdims=True, dtype=jnp.int32)
+    ascending = jnp.sort(similarity, -1)
+    # Less a little: 0.6 times 25 is above 15 in float32.
+    stay = jnp.ceil(threshold.share * compared.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+    place = jnp.maximum(similarity.shape[-1] - compared + stay - 1, 0)
+    last = jnp.take_along_axis(ascending, place, -1, mode="promise_in_bounds")
+    return jnp.where(stay > 0, last, NOT_COMPARED)

@@ -1,0 +1,239 @@
+"""Units beyond the kernels of a plain convolution, against the NumPy oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inmerge_jax import (
+    Kernel,
+    MergeRule,
+    attention_heads,
+    deep_kernels,
+    experts,
+    kernel_similarity,
+    merge_kernels,
+    quantile,
+    tie,
+)
+from inmerge_jax.merging.merge import draw_pairs
+from inmerge_jax.merging.units import as_rows, from_rows, group_units
+from tests.oracles import merging_numpy
+
+
+def at(name):
+    return (jax.tree_util.DictKey(name),)
+
+
+def heads_of(params, **rest):
+    names = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    return attention_heads(params, "attn", **names, **rest)
+
+
+def mamba():
+    """A state-space layer's channels: two weights compared, two mixed along."""
+    weights = [Kernel(at("in"), (6, 8), 1), Kernel(at("conv"), (3, 8), 1)]
+    along = [Kernel(at("A"), (8, 4), 0), Kernel(at("D"), (8,), 0)]
+    return tie([*weights, *along], "ssm", compared=lambda k: k.name in ("in", "conv"))
+
+
+SHAPES = {"q": (6, 4, 3), "k": (6, 4, 3), "v": (6, 4, 3), "o": (4, 3, 6)}
+FLAT = {"q": (12, 6), "k": (12, 6), "v": (12, 6), "o": (6, 12)}
+FUSED = {"qkv": (6, 36), "b": (36,), "o": (12, 6)}
+
+
+def abstract(shapes):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+CASES = {
+    "convolution": [Kernel(at("w"), (3, 3, 4, 6), 3)],
+    "OIHW": [Kernel(at("w"), (6, 4, 3, 3), 0)],
+    "grouped": [Kernel(at("w"), (3, 3, 2, 8), 3, groups=2)],
+    "scanned": [Kernel(at("w"), (3, 1, 2, 4, 5), -1, batch_axes=(0,))],
+    "scanned and grouped": [Kernel(at("w"), (2, 3, 4, 6), 3, batch_axes=(0,), groups=3)],
+    "two batch axes": [Kernel(at("w"), (2, 5, 3, 4), 1, batch_axes=(0, -2))],
+    "neuron with bias": tie(
+        [Kernel(at("w"), (7, 6), 1), Kernel(at("b"), (6,), 0)], "fc", lambda k: k.name == "w"
+    ),
+    "heads": heads_of(abstract(SHAPES)),
+    "heads of flat weights": heads_of(abstract(FLAT), heads=4, out_first=True),
+    "fused heads": attention_heads(
+        abstract(FUSED), "attn", query="qkv", key="qkv", value="qkv", out="o", heads=4, biases=["b"]
+    ),
+    "experts": experts(abstract({"wi": (4, 5, 6), "wo": (4, 6, 5)}), "moe", ["wi", "wo"]),
+    "neurons of experts": [Kernel(at("wi"), (3, 5, 6), 2, batch_axes=(0,))],
+    "state space": mamba(),
+}
+
+
+def weights_of(kernels, seed, spread=1.0):
+    """Weights whose units share a common part, so that similarities take all values."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for kernel in kernels:
+        rows = as_rows(jnp.zeros(kernel.shape), kernel)
+        common = rng.standard_normal((rows.shape[0], 1, *rows.shape[2:]))
+        values = common + spread * rng.standard_normal(rows.shape)
+        params[kernel.name] = np.asarray(from_rows(jnp.asarray(values, jnp.float32), kernel))
+    return params
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(sorted(CASES)),
+    seed=st.integers(0, 99),
+    threshold=st.floats(-0.5, 0.875, width=32),
+    partner=st.sampled_from(["random", "nearest"]),
+)
+def test_every_kind_of_unit_agrees_with_the_oracle(case, seed, threshold, partner):
+    kernels = CASES[case]
+    params = weights_of(kernels, seed)
+    rule = MergeRule(0.7, threshold, 0.75, partner)
+    key = jax.random.key(seed)
+    selected, partners = draw_pairs(key, kernels[0], rule)
+    expected, mixed = merging_numpy.merge_units(
+        [params[k.name] for k in kernels],
+        kernels,
+        np.asarray(selected),
+        None if partners is None else np.asarray(partners),
+        threshold,
+        0.75,
+    )
+    merged, stats = merge_kernels(params, key, kernels, rule)
+    if stats.merged[0] != mixed.sum():
+        # Rounding may decide where a similarity is as good as equal to the threshold.
+        near = kernel_similarity(params, kernels, thresholds=(threshold - 1e-5, threshold + 1e-5))
+        assert near[0].above[threshold - 1e-5] != near[0].above[threshold + 1e-5]
+        return
+    assert stats.kernels[0] == kernels[0].count and stats.selected[0] == selected.sum()
+    for kernel, weight in zip(kernels, expected, strict=True):
+        np.testing.assert_allclose(merged[kernel.name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_units_of_different_problems_never_mix(case):
+    """With every problem at a value of its own, a mix within problems changes nothing."""
+    kernels = CASES[case]
+    params = {}
+    for kernel in kernels:
+        rows = as_rows(jnp.zeros(kernel.shape), kernel)
+        value = jnp.arange(1.0, rows.shape[0] + 1).reshape(-1, *[1] * (rows.ndim - 1))
+        params[kernel.name] = from_rows(jnp.broadcast_to(value, rows.shape), kernel)
+    merged, stats = merge_kernels(params, jax.random.key(0), kernels, MergeRule(1.0, 0.5, 0.5))
+    assert stats.merged[0] == kernels[0].count
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged, params)
+
+
+def test_depthwise_kernels_are_left_alone():
+    kernel = Kernel(at("w"), (3, 3, 1, 8), 3, groups=8)
+    params = weights_of([kernel], 0)
+    merged, stats = merge_kernels(params, jax.random.key(0), [kernel], MergeRule(1.0, -1.0))
+    np.testing.assert_array_equal(merged["w"], params["w"])
+    assert stats.kernels[0] == 8 and stats.merged[0] == stats.selected[0] == 0
+    assert np.isnan(kernel_similarity(params, [kernel])[0].mean)
+
+
+@pytest.mark.parametrize("case", ["grouped", "scanned", "heads", "state space"])
+def test_similarities_are_those_of_the_pairs_of_each_problem(case):
+    kernels = CASES[case]
+    params = weights_of(kernels, 1)
+    found = []
+    compared = [k for k in kernels if k.compared]
+    slices = [merging_numpy.unit_slices(kernel) for kernel in compared]
+    for problem in range(len(slices[0])):
+        vectors = [
+            np.concatenate(
+                [
+                    params[k.name].reshape(k.dims)[s[problem][i]].ravel()
+                    for k, s in zip(compared, slices, strict=True)
+                ]
+            )
+            for i in range(len(slices[0][problem]))
+        ]
+        found += [
+            merging_numpy.cosine(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :]
+        ]
+    (layer,) = kernel_similarity(params, kernels)
+    assert layer.name == kernels[0].unit and layer.kernels == kernels[0].count
+    assert layer.mean == pytest.approx(np.mean(found), abs=1e-6)
+    assert layer.maximum == pytest.approx(np.max(found), abs=1e-6)
+
+
+def test_a_quantile_is_that_of_each_problem():
+    kernel = Kernel(at("w"), (4, 3, 3, 2, 20), 4, batch_axes=(0,))
+    params = weights_of([kernel], 0)
+    # The layers differ in how similar their units are.
+    params["w"] = params["w"] * np.array([1, 10, 0.1, 1], np.float32).reshape(4, 1, 1, 1, 1)
+    rule = MergeRule(1.0, quantile(0.75))
+    merged, _ = merge_kernels(params, jax.random.key(0), [kernel], rule)
+    changed = (merged["w"] != params["w"]).any(axis=(1, 2, 3)).sum(1)
+    np.testing.assert_array_equal(changed, [5, 5, 5, 5])
+
+
+def test_a_group_draws_by_its_label():
+    one = tie([Kernel(at("w"), (5, 6), 1)], "name")
+    other = tie([Kernel(at("v"), (5, 6), 1)], "name")
+    params = weights_of(one, 0)
+    rule, key = MergeRule(0.5, -1.0), jax.random.key(0)
+    found, _ = merge_kernels(params, key, one, rule)
+    same, _ = merge_kernels({"v": params["w"]}, key, other, rule)
+    alone, _ = merge_kernels(params, key, [Kernel(at("w"), (5, 6), 1)], rule)
+    np.testing.assert_array_equal(found["w"], same["v"])
+    assert (found["w"] != alone["w"]).any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(out_axis=4), r"axis 4 is out of range for shape \(3, 3, 2, 8\)"),
+        (dict(out_axis=3, batch_axes=(-5,)), "axis -5 is out of range"),
+        (dict(out_axis=3, batch_axes=(-1,)), "name an axis .* twice"),
+        (dict(out_axis=3, groups=3), "groups is 3, which does not divide the 8 units"),
+        (dict(out_axis=3, groups=0), "groups is 0"),
+        (dict(out_axis=0, view=(4, 4)), r"view \(4, 4\) has 16 entries, but shape"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Kernel(at("w"), (3, 3, 2, 8), **fields)
+
+
+def test_negative_axes_are_normalised():
+    kernel = Kernel(at("w"), (2, 3, 8), -1, batch_axes=(-3,))
+    assert (kernel.out_axis, kernel.batch_axes) == (2, (0,))
+    assert kernel == Kernel(at("w"), (2, 3, 8), 2, batch_axes=(0,))
+
+
+def test_groups_are_checked():
+    a, b = Kernel(at("a"), (4, 6), 1), Kernel(at("b"), (4, 5), 1)
+    with pytest.raises(ValueError, match="'g' have different numbers .* a: 1 x 6, b: 1 x 5"):
+        tie([a, b], "g")
+    with pytest.raises(ValueError, match="no weight of group 'g' is compared"):
+        tie([a], "g", compared=lambda kernel: False)
+    with pytest.raises(ValueError, match="kernel 'a' is given twice"):
+        group_units([a, a])
+    with pytest.raises(ValueError, match="kernels is empty"):
+        tie([], "g")
+
+
+def test_what_is_not_in_params_is_named():
+    with pytest.raises(ValueError, match="'q' is not in params; its leaves begin with k, o, v"):
+        heads_of(abstract({name: SHAPES[name] for name in "kov"}))
+    with pytest.raises(ValueError, match="give heads, the number of heads"):
+        heads_of(abstract(FLAT))
+    with pytest.raises(ValueError, match="axis 0 does not divide into 1 x 5 heads"):
+        heads_of(abstract(FLAT), heads=5, out_first=True)
+    with pytest.raises(ValueError, match="'wi' is not in params"):
+        experts({}, "moe", ["wi"])
+
+
+def test_selecting_none_of_few_weights_says_what_else_there_is():
+    """A Transformer has one convolution, its patch embedding, which is not the thing to merge."""
+    patches = Kernel(at("embedding"), (4, 4, 3, 8), 3)
+    with pytest.raises(
+        ValueError, match=r'selects none of the 1 weights.*"dense".*attention_heads'
+    ):
+        deep_kernels([patches], skip=10)
