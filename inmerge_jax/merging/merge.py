@@ -189,7 +189,8 @@ def merge_unit(
         partner, similarity = nearest(units)
     else:
         partner = partner.reshape(shape)
-        similarity = sum(_over_entries(jnp.sum, unit * _take(unit, partner)) for unit in units)
+        products = [_over_entries(jnp.sum, unit * _take(unit, partner)) for unit in units]
+        similarity = functools.reduce(jnp.add, products)
     similarity = jnp.minimum(similarity, 1)
     counts = selected.reshape(shape) & ~jnp.isnan(similarity)
     similarity = jnp.where(counts, similarity, NOT_COMPARED)
@@ -219,7 +220,7 @@ def unit_vectors(rows: Sequence[jax.Array]) -> list[jax.Array]:
     largest = [_over_entries(jnp.max, jnp.abs(row)) for row in floats]
     _, exponent = jnp.frexp(functools.reduce(jnp.maximum, largest))
     scaled = [jnp.ldexp(row, -_beside(exponent, row)) for row in floats]
-    square = sum(_over_entries(jnp.sum, row * row) for row in scaled)
+    square = functools.reduce(jnp.add, [_over_entries(jnp.sum, row * row) for row in scaled])
     inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return [row * _beside(inverse, row) for row in scaled]
 

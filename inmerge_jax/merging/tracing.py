@@ -403,8 +403,8 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
     activation = next((o for o in origins if o is not None and o.activation), None)
     if activation is not None:
         wider = math.prod(out_shape) > math.prod(in_shape)
-        spread = name == "broadcast_in_dim" and (wider or activation.spread)
-        return replace(activation, spread=spread)
+        scale = name == "broadcast_in_dim" and (wider or activation.spread)
+        return replace(activation, spread=scale)
     if axes is None:
         return source
     if first and name in ("dynamic_slice", "gather", "dynamic_update_slice"):

@@ -214,7 +214,7 @@ class MergeReport(tuple[LayerMerges, ...]):
     """A `LayerMerges` for each layer; as text, a table."""
 
     def __str__(self) -> str:
-        rows = [("layer", "units", "selected", "merged", "mean similarity")]
+        rows: list[tuple[str, ...]] = [("layer", "units", "selected", "merged", "mean similarity")]
         rows += [(row.name, *map(str, row[1:4]), f"{row.similarity:.3f}") for row in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (

@@ -62,8 +62,11 @@ def merge(
     """As `merge.merge_unit`, for one weight that `fits`, to the rounding of similarities."""
     del members
     (weight,) = weights
-    is_quantile = isinstance(rule.threshold, Quantile)
-    number = jnp.asarray(rule.threshold.share if is_quantile else rule.threshold, jnp.float32)
+    threshold = rule.threshold
+    is_quantile = isinstance(threshold, Quantile)
+    number = jnp.asarray(
+        threshold.share if isinstance(threshold, Quantile) else threshold, jnp.float32
+    )
     alpha = jnp.asarray(rule.alpha, jnp.float32)
     weight, similarity, chosen, _ = _merge(is_quantile, weight, alpha, selected, partner, number)
     total = jnp.sum(jnp.where(chosen, lax.stop_gradient(similarity), 0))
