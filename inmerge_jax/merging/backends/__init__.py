@@ -81,7 +81,8 @@ def _needs_reference(weight: jax.Array) -> bool:
     have to vary over the same mesh axes as a weight that differs by device inside `shard_map`.
     """
     manual = getattr(jax.typeof(weight), "manual_axis_type", None)
-    return bool(jax.config.read("jax_disable_jit")) or bool(getattr(manual, "varying", ()))
+    eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return bool(eager) or bool(getattr(manual, "varying", ()))
 
 
 def sequence_after(
