@@ -1,0 +1,1 @@
+"""Complete training programs, one per library: `python -m examples.linen`."""
