@@ -2,6 +2,7 @@
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
 # make test-long   the others, in half an hour: every network against PyTorch, kills, long runs
+# make test-matrix   the core's tests on each newer Python that is installed, with the newest JAX for it
 # make check   lint, format and types
 # make tpu-check   compile the training step with the TPU compiler; no TPU is needed
 # make clean   remove the environment
@@ -12,12 +13,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TPU := build/tpu-check
 TPU_CHECK ?=
-CORE := inmerge_jax/merging/*
+CORE := inmerge_jax/merging/*,inmerge_jax/merging/backends/*
 
 # Counting lines takes a third of a test's time, so the rest of the tests go without.
 OF_CORE := tests/core
 
-.PHONY: setup run test test-long check tpu-check clean
+.PHONY: setup run test test-long test-matrix check tpu-check clean
 
 setup: $(READY)
 
@@ -31,6 +32,21 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
+
+# What the core's tests import; nothing is pinned, so that a new release that breaks the core is seen.
+MATRIX ?= python3.12 python3.13
+MATRIX_PACKAGES := jax flax optax orbax-checkpoint numpy scipy scikit-learn safetensors rich \
+  dm-haiku equinox hypothesis pytest pytest-timeout pytest-xdist
+
+test-matrix:
+	@for python in $(MATRIX); do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || \
+	    { echo "skipped: $$python is not installed"; continue; }; \
+	  bin=build/matrix/$$version/bin; \
+	  $$python -m venv build/matrix/$$version && \
+	  $$bin/python -m pip install --quiet $(MATRIX_PACKAGES) && \
+	  $$bin/python -m pytest -m "not long" -n 2 tests/core || exit 1; \
+	done
 
 check: $(READY)
 	$(BIN)/ruff check .
