@@ -47,7 +47,7 @@ class MergeStats(NamedTuple):
 
 def merge_kernels(
     params: PyTree,
-    key: jax.Array,
+    key: jax.Array | int,
     kernels: Sequence[Kernel],
     rule: MergeRule,
     *,
@@ -84,8 +84,8 @@ def merge_kernels(
 
     Args:
       params: a tree that holds the kernels' weights, of any floating dtype.
-      key: a typed PRNG key; a layer's draws are folded from it and the layer's own name, so that
-        other layers, and their order, don't change them.
+      key: a typed PRNG key, or a seed; a layer's draws are folded from it and the layer's own
+        name, so that other layers, and their order, don't change them.
       kernels: which weights to merge, from `find_kernels`, `deep_kernels` or `attention_heads`.
       rule: when and how; its numbers may be traced scalars.
       implementation: "auto" takes the form that suits the platform which the program is compiled
@@ -106,6 +106,8 @@ def merge_kernels(
             f"implementation is {implementation!r}; choose auto, reference, cpu or tpu"
         )
     check_rule(rule)
+    kernels = tuple(kernels)
+    key = jax.random.key(key) if isinstance(key, int) else key
     found, places, (leaves, tree) = locate(kernels, params)
     counts: list[tuple[jax.Array, ...]] = []
     before: Sequence[jax.Array] | None = None
@@ -194,7 +196,7 @@ def merge_unit(
     similarity = jnp.minimum(similarity, 1)
     counts = selected.reshape(shape) & ~jnp.isnan(similarity)
     similarity = jnp.where(counts, similarity, NOT_COMPARED)
-    merged = similarity > effective_threshold(rule.threshold, similarity)
+    merged = counts & (similarity > effective_threshold(rule.threshold, similarity))
     alpha = jnp.asarray(rule.alpha, jnp.float32)
 
     def mix(row: jax.Array) -> jax.Array:
@@ -308,11 +310,18 @@ def locate(
     group_units(kernels)
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     position: dict[str, int] = {}
+    twice: set[str] = set()
     for place, (path, _) in enumerate(flat):
-        position.setdefault(path_name(canonical_path(path)), place)
+        name = path_name(canonical_path(path))
+        if position.setdefault(name, place) != place:
+            twice.add(name)
     leaves = [leaf for _, leaf in flat]
     found = {}
     for kernel in kernels:
+        if kernel.name in twice:
+            raise ValueError(
+                f"kernel {kernel.name!r} is the name of two leaves of {what}; rename one of them"
+            )
         leaf = leaves[position[kernel.name]] if kernel.name in position else None
         if leaf is None:
             names = ", ".join(list(position)[:3])

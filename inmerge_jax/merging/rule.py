@@ -99,12 +99,13 @@ def check_rule(rule: MergeRule) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Checks a number, or an array of numbers, that is not traced.
+    """Checks a number; of a traced one, that it is a scalar.
 
     Raises:
-      ValueError: it is no number, or lies outside [low, high].
+      ValueError: it is no number, an array of several, or lies outside [low, high].
     """
     if isinstance(value, jax.core.Tracer):
+        _check_scalar(name, value)
         return
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
         raise ValueError(f"{name} is {value!r}; give a number between {low} and {high}")
@@ -113,6 +114,14 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
     numbers = np.asarray(value)
     if not np.all((numbers >= low) & (numbers <= high)):
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+    _check_scalar(name, value)
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if np.ndim(value):
+        raise ValueError(
+            f"{name} has shape {np.shape(value)}; give a scalar, and jax.vmap a grid of rules"
+        )
 
 
 def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:

@@ -180,6 +180,8 @@ class _Origin:
       activation: whether the value came out of a convolution, a matrix product or a look-up, so
         that it may be an activation; of what is computed from it no parameter is the weight.
       spread: of an activation, whether it was broadcast, as a scale of a weight is.
+      mixed: whether a value of the same shape that is no parameter was added, say: a mask of a
+        weight, or an input to which the parameter is added.
     """
 
     leaf: int
@@ -188,6 +190,7 @@ class _Origin:
     reason: str = ""
     activation: bool = False
     spread: bool = False
+    mixed: bool = False
 
     def lost(self, name: str, activation: bool = False) -> "_Origin":
         """The same parameter, with the link lost by an operation."""
@@ -272,10 +275,20 @@ class _Walk:
     def product(self, eqn: Any, origins: list[_Origin | None]) -> list[_Origin | None]:
         """Records the weight of a matrix product, one of whose operands is a parameter."""
         sides = [side for side, o in enumerate(origins) if o is not None and o.axes is not None]
+        if len(sides) == 2:
+            # An input with a parameter added to it, times a weight.
+            unmixed = [side for side in sides if not getattr(origins[side], "mixed", False)]
+            sides = unmixed or sides
         if len(sides) != 1:
+            known = [o for o in origins if o is not None]
+            for origin in known:
+                if sides and origin.mixed:
+                    reason = "is combined with another value before a product with a parameter"
+                    self.record("dense", replace(origin, axes=None, reason=reason), None, 1)
+                elif not sides and not origin.activation:
+                    self.record("dense", origin, None, 1)
             # Of activations alone, or of two parameters: a product such as LoRA's.
-            known = next(o for o in origins if o is not None)
-            return [known.lost("dot_general", activation=not sides)]
+            return [known[0].lost("dot_general", activation=not sides)]
         (side,) = sides
         weight = origins[side]
         assert weight is not None and weight.axes is not None
@@ -365,7 +378,7 @@ def _indexed(origin: _Origin, axes: tuple[_Atoms, ...], removed: _Atoms, name: s
     if any(axis is None for axis, _ in gone):
         return origin.lost(name)
     indexed = tuple(axis for axis, _ in gone if axis is not None)
-    return _Origin(origin.leaf, axes, (*origin.sliced, *indexed), origin.reason)
+    return replace(origin, axes=axes, sliced=(*origin.sliced, *indexed))
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:
@@ -395,7 +408,10 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
     name, params = eqn.primitive.name, eqn.params
     out_shape = eqn.outvars[0].aval.shape
     if name in _SAME_AXES:
-        return _elementwise(name, origins, [v.aval.shape for v in eqn.invars], out_shape)
+        found = _elementwise(name, origins, [v.aval.shape for v in eqn.invars], out_shape)
+        others = (v for v, o in zip(eqn.invars, origins, strict=True) if o is None)
+        same = (not isinstance(v, Literal) and v.aval.shape == out_shape != () for v in others)
+        return replace(found, mixed=True) if any(same) else found
     first = next(i for i, o in enumerate(origins) if o is not None)
     source, in_shape = origins[first], eqn.invars[first].aval.shape
     assert source is not None
@@ -431,7 +447,7 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
 
 
 def _with(origin: _Origin, axes: tuple[_Atoms, ...]) -> _Origin:
-    return _Origin(origin.leaf, axes, origin.sliced, origin.reason)
+    return replace(origin, axes=axes)
 
 
 def _sliced(origin: _Origin, old: Sequence[int], new: Sequence[int], name: str) -> _Origin:

@@ -232,14 +232,14 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
 
     Args:
       opt_state: an optimizer's state that holds an `InModelMergingState` somewhere; of a replicated
-        state, the first replica is reported.
+        or vmapped state, the first is reported.
       kernels: those of the transformation.
 
     Warns:
       UserWarning: nothing has merged, though units were selected.
 
     Raises:
-      ValueError: no such state, several, or one of other kernels.
+      ValueError: no such state, several, or one whose layers have other numbers of units.
     """
 
     def is_state(node: Any) -> bool:
@@ -253,9 +253,11 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
     names = [members[0].unit for members in group_units(kernels)]
     columns = [np.asarray(column) for column in jax.device_get(states[0].stats)]
     columns = [column.reshape(-1, column.shape[-1])[0] for column in columns]
-    if len(columns[0]) != len(names):
+    counts = [members[0].count for members in group_units(kernels)]
+    if columns[0].tolist() != counts:
         raise ValueError(
-            f"opt_state counts the merges of {len(columns[0])} layers, but kernels has {len(names)}"
+            f"opt_state is of other kernels: its layers have {columns[0].tolist()} units, those of "
+            f"kernels have {counts}"
         )
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     report = MergeReport(LayerMerges(*row) for row in rows)

@@ -187,11 +187,13 @@ def group_units(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
     if not kernels:
         raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
     found: dict[tuple[bool, str], list[Kernel]] = {}
+    names: set[str] = set()
     for kernel in kernels:
+        if kernel.name in names:
+            raise ValueError(f"kernel {kernel.name!r} is given twice; give each weight once")
+        names.add(kernel.name)
         found.setdefault((kernel.group is None, kernel.unit), []).append(kernel)
-    for (alone, name), members in found.items():
-        if (alone and len(members) > 1) or len({kernel.name for kernel in members}) < len(members):
-            raise ValueError(f"kernel {members[-1].name!r} is given twice; give each weight once")
+    for (_, name), members in found.items():
         sizes = {(kernel.problems, kernel.units) for kernel in members}
         if len(sizes) > 1:
             listed = ", ".join(f"{k.name}: {k.problems} x {k.units}" for k in members)
@@ -229,7 +231,7 @@ def attention_heads(
       key: likewise.
       value: likewise.
       out: name of the output weight: (H, h, d) as in Flax, or (H * h, d) with `heads`.
-      heads: H, where the weights have two axes.
+      heads: H; needed where the weights have two axes.
       biases: names of biases of the query, key and value, (H, h), (H * h,) or (3 * H * h,).
       out_first: whether weights of two axes have their outputs first, as in PyTorch and Equinox.
 
@@ -241,37 +243,49 @@ def attention_heads(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def make(weight: str, *, inputs: bool, fused: bool = False, compared: bool = True) -> Kernel:
+    def shape_of(weight: str) -> tuple[int, ...]:
         if weight not in leaves:
             raise ValueError(
                 f"{weight!r} is not in params; its leaves begin with {', '.join(list(leaves)[:3])}"
             )
-        path, shape = leaves[weight]
-        if len(shape) == 3 and heads is None:
-            return Kernel(path, shape, 0 if inputs else 1, (), 1, name, compared, None, "dense")
-        if heads is None:
-            if len(shape) == 2 and weight in biases:
-                return Kernel(path, shape, 0, (), 1, name, compared, None, "dense")
-            raise ValueError(f"{weight!r} has shape {shape}: give heads, the number of heads")
-        parts = 3 if fused else 1
-        along = len(shape) - 1 if inputs == out_first else 0  # the axis of the heads
-        if len(shape) == 1:
-            along = 0
-        if shape[along] % (parts * heads):
-            raise ValueError(
-                f"{weight!r} has shape {shape}: axis {along} does not divide into "
-                f"{parts} x {heads} heads"
-            )
-        split = (parts, heads, shape[along] // (parts * heads))
-        view = (*shape[:along], *split, *shape[along + 1 :])
-        return Kernel(path, shape, along + 1, (), 1, name, compared, view, "dense")
+        return leaves[weight][1]
 
-    fused = query == key == value
-    found = [
-        make(weight, inputs=False, fused=fused) for weight in dict.fromkeys((query, key, value))
-    ]
-    found.append(make(out, inputs=True, compared=False))
-    found += [make(bias, inputs=False, fused=fused, compared=False) for bias in biases]
+    whole = len(shape_of(out)) == 3
+    count = shape_of(out)[0] if whole else heads
+    if count is None:
+        raise ValueError(f"{out!r} has shape {shape_of(out)}: give heads, the number of heads")
+    if heads not in (None, count):
+        raise ValueError(f"{out!r} has shape {shape_of(out)}, which is {count} heads, not {heads}")
+    width = shape_of(out)[1] if whole else shape_of(out)[-1 if out_first else 0] // count
+
+    def make(weight: str, along: int, compared: bool, parts: Sequence[int]) -> Kernel:
+        """The heads of a weight along one axis, which holds one of `parts` times all heads."""
+        shape = shape_of(weight)
+        if shape[along : along + 2] == (count, width) and 1 in parts:
+            return Kernel(
+                leaves[weight][0], shape, along, group=name, compared=compared, op="dense"
+            )
+        found = [part for part in parts if shape[along] == part * count * width]
+        if not found:
+            raise ValueError(
+                f"{weight!r} has shape {shape}: axis {along} is not "
+                f"{' or '.join(map(str, parts))} x {count} heads x {width}"
+            )
+        before, after = shape[:along], shape[along + 1 :]
+        view = (*before, found[0], count, width, *after)
+        axis = len(before) + 1
+        return Kernel(
+            leaves[weight][0], shape, axis, group=name, compared=compared, view=view, op="dense"
+        )
+
+    inputs = [query, key, value]
+    found = []
+    for weight in dict.fromkeys(inputs):
+        flat = len(shape_of(weight)) == 2
+        along = 0 if flat and out_first else 1
+        found.append(make(weight, along, True, [inputs.count(weight)]))
+    found.append(make(out, 1 if out_first and not whole else 0, False, [1]))
+    found += [make(bias, 0, False, [1, 2, 3]) for bias in biases]
     group_units(found)
     return tuple(found)
 

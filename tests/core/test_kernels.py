@@ -480,3 +480,40 @@ def test_unknown_operations_are_refused(image, weight):
 def test_a_network_of_dense_layers_is_told_of_them():
     with pytest.raises(ValueError, match=r'ops=\("conv", "dense"\) also takes matrix products'):
         find_kernels(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
+
+
+MIXED = {
+    "positions": lambda p, x: jnp.tanh((x + p["a"]) @ p["w"]) @ p["v"],
+    "a scale": lambda p, x: jnp.tanh((x * p["a"]) @ p["w"]) @ p["v"],
+}
+
+
+@pytest.mark.parametrize("form", MIXED)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_parameter_that_meets_the_input_hides_no_dense_layer(form, batch):
+    params = {"a": jnp.ones((batch, 3, 4)), "w": jnp.ones((4, 8)), "v": jnp.ones((8, 3))}
+    found = places(MIXED[form], params, jnp.ones((batch, 3, 4)), ops=("dense",))
+    assert found == {"w": (1, (), 1, "dense"), "v": (1, (), 1, "dense")}
+
+
+def test_a_masked_weight_is_still_followed():
+    mask = jnp.ones((4, 8))
+    found = places(
+        lambda p, x, m: x @ (p["w"] * m), {"w": mask}, jnp.ones((2, 4)), mask, ops=("dense",)
+    )
+    assert found == {"w": (1, (), 1, "dense")}
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda p: jnp.exp(p["w"]),
+        lambda p: jnp.concatenate([p["w"], p["w"]], -1),
+        lambda p: jnp.pad(p["w"], ((0, 0), (0, 2))),
+    ],
+)
+def test_a_computed_dense_weight_is_passed_over_with_its_reason(compute):
+    found = trace_kernels(lambda p, x: x @ compute(p), {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
+    assert found.kernels == ()
+    assert [(one.name, one.op) for one in found.passed_over] == [("w", "dense")]
+    assert "is computed from it by" in found.passed_over[0].reason

@@ -451,7 +451,9 @@ def test_a_report_shows_what_merged_and_warns_where_nothing_did():
         merge_report(state, KERNELS)
     with pytest.raises(ValueError, match="holds 0 states of in_model_merging"):
         merge_report(optax.sgd(0.1).init(initial()), KERNELS)
-    with pytest.raises(ValueError, match="counts the merges of 2 layers, but kernels has 1"):
+    with pytest.raises(
+        ValueError, match=r"its layers have \[8, 8\] units, those of kernels have \[8\]"
+    ):
         merge_report(state, KERNELS[:1])
 
 

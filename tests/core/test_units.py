@@ -224,7 +224,7 @@ def test_what_is_not_in_params_is_named():
         heads_of(abstract({name: SHAPES[name] for name in "kov"}))
     with pytest.raises(ValueError, match="give heads, the number of heads"):
         heads_of(abstract(FLAT))
-    with pytest.raises(ValueError, match="axis 0 does not divide into 1 x 5 heads"):
+    with pytest.raises(ValueError, match="axis 0 is not 1 x 5 heads x 2"):
         heads_of(abstract(FLAT), heads=5, out_first=True)
     with pytest.raises(ValueError, match="'wi' is not in params"):
         experts({}, "moe", ["wi"])
@@ -237,3 +237,57 @@ def test_selecting_none_of_few_weights_says_what_else_there_is():
         ValueError, match=r'selects none of the 1 weights.*"dense".*attention_heads'
     ):
         deep_kernels([patches], skip=10)
+
+
+def test_a_weight_in_two_layers_is_refused():
+    weight = Kernel(at("w"), (5, 8), 1)
+    params = {"w": jnp.ones((5, 8))}
+    with pytest.raises(ValueError, match="kernel 'w' is given twice"):
+        merge_kernels(params, 0, [weight, *tie([weight], "group")], MergeRule())
+    with pytest.raises(ValueError, match="'a/b' is the name of two leaves of params"):
+        both = {"a": {"b": params["w"]}, "a/b": params["w"]}
+        merge_kernels(both, 0, [Kernel(at("a/b"), (5, 8), 1)], MergeRule())
+
+
+def test_heads_of_other_layouts():
+    """A fused key and value; heads given beside Flax's own axes; biases of both shapes."""
+    shapes = {"q": (6, 12), "kv": (6, 24), "o": (12, 6), "bq": (12,), "bkv": (24,)}
+    names = {"query": "q", "key": "kv", "value": "kv", "out": "o", "biases": ["bq", "bkv"]}
+    found = attention_heads(abstract(shapes), "attn", **names, heads=4)
+    assert {k.name: (k.dims, k.out_axis) for k in found} == {
+        "q": ((6, 1, 4, 3), 2),
+        "kv": ((6, 2, 4, 3), 2),
+        "o": ((1, 4, 3, 6), 1),
+        "bq": ((1, 4, 3), 1),
+        "bkv": ((2, 4, 3), 1),
+    }
+    with_bias = abstract(SHAPES | {"b": (4, 3)})
+    found = heads_of(with_bias, heads=4, biases=["b"])
+    assert {k.name: (k.dims, k.out_axis) for k in found}["b"] == ((4, 3), 0)
+    assert found[:3] == heads_of(with_bias)[:3]
+    with pytest.raises(ValueError, match="which is 4 heads, not 2"):
+        heads_of(with_bias, heads=2)
+    with pytest.raises(
+        ValueError, match=r"'b' has shape \(6,\): axis 0 is not 1 or 2 or 3 x 4 heads"
+    ):
+        heads_of(abstract(SHAPES | {"b": (6,)}), biases=["b"])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_a_traced_threshold_below_all_similarities_merges_what_is_selected(implementation):
+    weight = Kernel(at("w"), (5, 8), 1)
+    params = weights_of([weight], 0)
+
+    @jax.jit
+    def merged(probability, threshold):
+        rule = MergeRule(probability, threshold, 0.5)
+        return merge_kernels(params, 0, [weight], rule, implementation=implementation)[1].merged[0]
+
+    assert (merged(0.0, -3.0), merged(1.0, -3.0)) == (0, 8)
+
+
+def test_a_rule_of_arrays_is_refused():
+    weight = Kernel(at("w"), (5, 8), 1)
+    for rule in (MergeRule(jnp.array([0.1, 0.3])), MergeRule(threshold=jnp.full(8, 0.1))):
+        with pytest.raises(ValueError, match=r"has shape \(\d,\); give a scalar, and jax.vmap"):
+            merge_kernels({"w": jnp.ones((5, 8))}, 0, [weight], rule)

@@ -41,7 +41,8 @@ def merge(
         partner, similarity = _in_range(compared, lambda w: nearest_partner(w, selected))
     else:
         similarity = _in_range(compared, lambda w: pair_similarity(w, partner, selected))
-    merged = similarity > effective_threshold(rule.threshold, similarity)
+    threshold = effective_threshold(rule.threshold, similarity)
+    merged = (similarity > threshold) & (similarity > NOT_COMPARED)
     total = jnp.sum(jnp.where(merged, similarity, 0))
     alpha = jnp.asarray(rule.alpha, jnp.float32)
     return [mix_pairs(weight, partner, merged, alpha)], jnp.sum(merged, dtype=jnp.int32), total
