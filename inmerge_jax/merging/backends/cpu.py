@@ -56,12 +56,15 @@ def _in_range(weight: jax.Array, compare: Callable[[jax.Array], tuple[Any, jax.A
     found, squares = compare(weight)
     safe = jnp.all((squares > _LEAST) & (squares < 1 / _LEAST))
 
-    def scaled() -> Any:
-        w = weight.astype(jnp.float32)
+    def scaled(turn: Any, found: Any) -> Any:
+        # The barrier keeps this in the loop, which the compiler would otherwise do it before.
+        w, _ = lax.optimization_barrier((weight, turn))
+        w = w.astype(jnp.float32)
         _, exponent = jnp.frexp(jnp.max(jnp.abs(w), tuple(range(w.ndim - 1)), keepdims=True))
         return compare(jnp.ldexp(w, -exponent))[0]
 
-    return lax.cond(safe, lambda: found, scaled)
+    # A loop of no or one turn, since a conditional would copy the weight.
+    return lax.fori_loop(0, jnp.where(safe, 0, 1), scaled, found)
 
 
 def inverse_norm(square: jax.Array) -> jax.Array:
