@@ -174,11 +174,11 @@ class MergeLoop:
         self.program: Any = None
 
     def compile(self) -> None:
-        """Compiles it, for a thread of its own."""
+        """Compiles the program; may be called in another thread."""
         self.program = self.lowered.compile()
 
     def contender(self, weights: Any, threshold: float) -> Contender:
-        """One call of the program on weights that it goes on changing."""
+        """One call of the program on weights that each call changes."""
         params, limit = jax.device_put(weights), jnp.float32(threshold)
 
         def run() -> None:

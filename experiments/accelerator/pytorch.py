@@ -1,4 +1,4 @@
-"""PyTorch beside JAX on the same device: the merge in two forms, and the training step."""
+"""PyTorch on the same device as JAX: the merge in two forms, and the training step."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ P, ALPHA = 0.3, 0.8
 
 
 def device() -> Any:
-    """PyTorch's device that is JAX's own: "cuda" beside a GPU, else "cpu".
+    """The PyTorch device that corresponds to the one of JAX: "cuda" for a GPU, else "cpu".
 
     Raises:
       RuntimeError: JAX has an accelerator that this PyTorch cannot use.
@@ -36,7 +36,7 @@ def why_missing(*packages: str) -> str | None:
     """Why PyTorch is not measured; None where it can be.
 
     Args:
-      packages: that are needed beside PyTorch.
+      packages: that are needed in addition to PyTorch.
     """
     for name in ("torch", *packages):
         if importlib.util.find_spec(name) is None:
@@ -69,7 +69,7 @@ def as_rows(weights: Mapping[str, np.ndarray], kernels: Sequence[Kernel]) -> lis
 def looped_merger(
     weights: Mapping[str, np.ndarray], kernels: Sequence[Kernel], threshold: float
 ) -> dict[str, Contender]:
-    """The released code's pass, a loop over kernels, on weights that it goes on changing."""
+    """The released code's pass, a loop over kernels, on weights that each call changes."""
     import torch
 
     from tests.oracles.released_torch import merge_pass
@@ -86,7 +86,7 @@ def looped_merger(
 def vectorised_merger(
     weights: Mapping[str, np.ndarray], kernels: Sequence[Kernel], partner: str, threshold: float
 ) -> dict[str, Contender]:
-    """A merge of whole layers in PyTorch."""
+    """A vectorised merge, layer by layer, in PyTorch."""
     state = as_rows(weights, kernels)
 
     def run() -> None:
