@@ -3,12 +3,13 @@
 import dataclasses
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,23 @@ from experiments.startup import cache_rows
 from experiments.step_cases import CLASSES, Case, StepProgram, jax_steps, torch_step
 from experiments.timing import Row, Target, ratio_row, take_turns, to_table
 from experiments.trained_weights import train_vgg19
-from inmerge_jax import MergeRule, merge_kernels
+from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
+from inmerge_jax.merging.merge import Implementation
+from inmerge_jax.models import create_model
 from inmerge_jax.training.environment import environment
+from inmerge_jax.training.initial import convolutions, random_weights
 from inmerge_jax.training.memory import keep_freed_memory
 from tests.oracles.released_torch import merge_pass
 
-Section = Literal["merge", "overhead", "pytorch", "conversion", "cache"]
+Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
 
 UPDATES = 60
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
+REFERENCE: Implementation = "reference"
+CPU: Implementation = "cpu"
 PLAIN, MERGING, TORCH, TORCH_LAST = "plain", "merging", "PyTorch", "PyTorch channels_last"
 
 TINY_RUN = (
@@ -47,10 +53,12 @@ class BenchmarkConfig:
     """Measures in-model merging's speed on this machine, which should do nothing else meanwhile.
 
     merge: one merge of VGG19's six deep layers against a PyTorch reading of the released code's
-    loop. overhead: the training step with merging against the same step without. pytorch: the
-    training step without merging against PyTorch's. conversion: VGG19's weights from PyTorch's
-    form and back. cache: what a second start of a training command compiles anew. Contenders take
-    turns in one process; a ratio is the median of the ratios of times from the same round.
+    loop. backends: one merge of a network's deep layers in the reference form and in the CPU form,
+    and what the second saves of a training step. overhead: the training step with merging against
+    the same step without. pytorch: the training step without merging against PyTorch's.
+    conversion: VGG19's weights from PyTorch's form and back. cache: what a second start of a
+    training command compiles anew. Contenders take turns in one process; a ratio is the median of
+    the ratios of times from the same round.
 
     Attributes:
       only: The sections to measure. Of the others, the output file keeps what it holds.
@@ -58,7 +66,7 @@ class BenchmarkConfig:
       rounds: Factor on every number of rounds, such as 0.1 for a quick look.
     """
 
-    only: tuple[Section, ...] = ("merge", "overhead", "pytorch", "conversion", "cache")
+    only: tuple[Section, ...] = get_args(Section)
     output: Path = Path("experiments/results/benchmark.json")
     rounds: float = 1.0
 
@@ -109,6 +117,7 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
 
     return {
         "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
+        "backends": lambda: [row for one in scaled(OVERHEAD_CASES) for row in backend_rows(*one)],
         "overhead": lambda: [overhead_row(*one) for one in scaled(OVERHEAD_CASES)],
         "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
         "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
@@ -193,7 +202,13 @@ def loop_merger(weights: Sequence[np.ndarray], threshold: float) -> Callable[[],
     return run
 
 
-def merger(weights: Sequence[np.ndarray], rule: MergeRule, *, donate: bool) -> Callable[[], Any]:
+def merger(
+    weights: Sequence[np.ndarray],
+    rule: MergeRule,
+    *,
+    donate: bool,
+    implementation: Implementation = "auto",
+) -> Callable[[], Any]:
     """Runs `merge_kernels`, jitted, on weights that it goes on changing."""
     params = {f"conv{i}": jnp.array(w) for i, w in enumerate(weights)}
     kernels = [
@@ -202,7 +217,8 @@ def merger(weights: Sequence[np.ndarray], rule: MergeRule, *, donate: bool) -> C
     ]
 
     def step(params: Any, root: jax.Array, count: jax.Array) -> Any:
-        return merge_kernels(params, jax.random.fold_in(root, count), kernels, rule)
+        key = jax.random.fold_in(root, count)
+        return merge_kernels(params, key, kernels, rule, implementation=implementation)
 
     step = jax.jit(step, donate_argnums=0 if donate else ())
     root, count = jax.random.key(0), 0
@@ -214,6 +230,43 @@ def merger(weights: Sequence[np.ndarray], rule: MergeRule, *, donate: bool) -> C
         return stats.merged.sum()
 
     return run
+
+
+def backend_rows(case: Case, rounds: int) -> list[Row]:
+    """Merges of a network's deep layers, in the reference form and in the CPU form."""
+    print(f"backends: {case}, {rounds} rounds", flush=True)
+    model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
+    shape = (case.size, case.size, 3)
+    kernels = deep_kernels(convolutions(model, shape), skip=10)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(random_weights(model, shape, 0)[0]))
+    weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
+    rules = {
+        "few merge": MergeRule(),
+        "all selected merge": MergeRule(threshold=-1.0),
+        "nearest": MergeRule(threshold=-1.0, partner="nearest"),
+    }
+    contenders = {PLAIN: blocking(jax_steps(case, (None,))[0])}
+    for name, rule in rules.items():
+        for form in (REFERENCE, CPU):
+            contenders[f"{name}, {form}"] = merger(weights, rule, donate=True, implementation=form)
+    seconds = take_turns(contenders, rounds=rounds)
+    rows = []
+    for name in rules:
+        slow, fast = f"{name}, {REFERENCE}", f"{name}, {CPU}"
+        ratio = ratio_row(f"{case}, {name}", seconds, slow, fast)
+        times = zip(seconds[slow], seconds[fast], seconds[PLAIN], strict=True)
+        shares = [(a - b) / step for a, b, step in times]
+        saved = dataclasses.replace(
+            ratio,
+            quantity="share of a step saved",
+            value=statistics.median(shares),
+            low=min(shares),
+            high=max(shares),
+            target=Target("at least", 0.01),
+            seconds=ratio.seconds | {PLAIN: seconds[PLAIN]},
+        )
+        rows += [ratio, saved]
+    return rows
 
 
 def overhead_row(case: Case, rounds: int) -> Row:

@@ -1,36 +1,26 @@
 """In-model merging: interpolates the similar units of one network (arXiv 2502.20516).
 
-This is the reference form: plain operations, for every kind of unit. `backends` has faster forms
-for convolution and Dense weights on CPU and TPU, held to this one by tests.
+`merge_unit` is the reference form: plain operations, for every kind of unit, on every platform.
+`backends` has faster forms of this one function, held to it by tests.
 """
 
 import functools
 import zlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from inmerge_jax.merging import backends
 from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, check_rule, effective_threshold
-from inmerge_jax.merging.units import (
-    Kernel,
-    PyTree,
-    as_rows,
-    canonical_path,
-    from_rows,
-    group_units,
-    path_name,
-)
+from inmerge_jax.merging.units import Kernel, PyTree, as_rows, from_rows, group_units, weights_of
 
 Implementation = Literal["auto", "reference", "cpu", "tpu"]
 
 
 class MergeStats(NamedTuple):
-    """What one merge did, by layer in the order of the kernels given; arrays of shape (layers,).
-
-    Weights of one group are one layer.
+    """What one merge did, by layer in the order given; a group is one layer. Shapes are (layers,).
 
     Attributes:
       kernels: int32, how many units the layer has.
@@ -88,11 +78,10 @@ def merge_kernels(
         name, so that other layers, and their order, don't change them.
       kernels: which weights to merge, from `find_kernels`, `deep_kernels` or `attention_heads`.
       rule: when and how; its numbers may be traced scalars.
-      implementation: "auto" takes the form that suits the platform which the program is compiled
-        for; "reference" this module's on every platform; "cpu" the CPU form. "tpu" is "auto", but
-        for a Pallas kernel on TPUs from v4 on, which moves a fifth of the bytes. XLA cannot divide
-        that kernel among devices: use it in `pmap`, in `shard_map` with `check_vma=False`, or on
-        one device; nor does `jax.export` take it for a TPU and other platforms at once.
+      implementation: "auto" takes the form for the platform that the program is compiled for;
+        "reference" this module's; "cpu" the CPU form; "tpu" as "auto", with a Pallas kernel on TPUs
+        from v4 on. XLA cannot divide that kernel among devices: use it in `pmap`, in `shard_map`
+        with `check_vma=False`, or on one device. `jax.export` takes it for a TPU alone.
 
     Returns:
       The merged tree, and the counts.
@@ -101,34 +90,34 @@ def merge_kernels(
       ValueError: no kernels, or one whose path or shape is not that of a leaf of `params`, or whose
         weight is not of a floating dtype; a number of the rule out of range.
     """
-    if implementation not in ("auto", "reference", "cpu", "tpu"):
-        raise ValueError(
-            f"implementation is {implementation!r}; choose auto, reference, cpu or tpu"
-        )
+    if implementation not in get_args(Implementation):
+        choices = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {implementation!r}; choose one of {choices}")
     check_rule(rule)
-    kernels = tuple(kernels)
-    key = jax.random.key(key) if isinstance(key, int) else key
-    found, places, (leaves, tree) = locate(kernels, params)
-    counts: list[tuple[jax.Array, ...]] = []
-    before: Sequence[jax.Array] | None = None
-    units = group_units(kernels)
-    for members in units:
+    key, layers = as_key(key), group_units(kernels)
+    weights, put = weights_of(kernels, params)
+    counts: list[tuple[Any, ...]] = []
+    previous = None
+    for members in layers:
         if members[0].units < 2:
-            counts.append((jnp.int32(0), jnp.int32(0), jnp.float32(0)))
+            counts.append((members[0].count, jnp.int32(0), jnp.int32(0), jnp.float32(0)))
             continue
         selected, partner = draw_pairs(key, members[0], rule)
-        weights = [jnp.asarray(found[kernel.name]) for kernel in members]
-        weights = backends.sequence_after(weights, before, kernels)
-        form = backends.choose(weights, members, implementation, reference=merge_unit)
-        merge = _on_explicit_mesh(form, weights)
-        before, merged, total = merge(weights, members, selected, partner, rule)
-        for kernel, weight in zip(members, before, strict=True):
-            leaves[places[kernel.name]] = weight
-        count = jnp.sum(selected, dtype=jnp.int32)
-        counts.append((count, merged, total / jnp.maximum(merged, 1).astype(jnp.float32)))
-    selected, merged, similarity = (jnp.stack(column) for column in zip(*counts, strict=True))
-    total = jnp.array([members[0].count for members in units], jnp.int32)
-    return jax.tree.unflatten(tree, leaves), MergeStats(total, selected, merged, similarity)
+        given = [jnp.asarray(weights[kernel.name]) for kernel in members]
+        given = backends.sequence_after(given, previous, kernels)
+        form = backends.choose(given, members, implementation, reference=merge_unit)
+        previous, merged, total = form(given, members, selected, partner, rule)
+        weights |= {kernel.name: w for kernel, w in zip(members, previous, strict=True)}
+        mean = total / jnp.maximum(merged, 1).astype(jnp.float32)
+        counts.append((members[0].count, jnp.sum(selected, dtype=jnp.int32), merged, mean))
+    units, *columns = zip(*counts, strict=True)
+    return put(weights), MergeStats(jnp.array(units, jnp.int32), *map(jnp.stack, columns))
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """The key, or that of a seed, an integer of any kind."""
+    typed = jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key)
+    return jax.random.key(key) if jnp.ndim(key) == 0 and not typed else jnp.asarray(key)
 
 
 def draw_pairs(
@@ -178,167 +167,84 @@ def merge_unit(
     Returns:
       The merged weights; how many units were mixed, int32; and the sum of their similarities.
     """
-    shape = members[0].problems, members[0].units
-    rows = [as_rows(weight, kernel) for weight, kernel in zip(weights, members, strict=True)]
-    # Which units merge is a decision: no gradient goes through it.
-    compared = [
-        jax.lax.stop_gradient(row)
-        for row, kernel in zip(rows, members, strict=True)
-        if kernel.compared
-    ]
-    units = unit_vectors(compared)
-    if partner is None:
-        partner, similarity = nearest(units)
-    else:
-        partner = partner.reshape(shape)
-        products = [_over_entries(jnp.sum, unit * _take(unit, partner)) for unit in units]
-        similarity = functools.reduce(jnp.add, products)
-    similarity = jnp.minimum(similarity, 1)
-    counts = selected.reshape(shape) & ~jnp.isnan(similarity)
-    similarity = jnp.where(counts, similarity, NOT_COMPARED)
-    merged = counts & (similarity > effective_threshold(rule.threshold, similarity))
     alpha = jnp.asarray(rule.alpha, jnp.float32)
 
-    def mix(row: jax.Array) -> jax.Array:
-        old, other = row.astype(jnp.float32), _take(row, partner).astype(jnp.float32)
-        mixed = alpha * old + (1 - alpha) * other
-        return jnp.where(_beside(merged, row), mixed.astype(row.dtype), row)
+    def merge(rows: list[jax.Array], selected: jax.Array, partner: jax.Array | None) -> Any:
+        """Merges one problem; rows are (units, ...)."""
+        # Which units merge is a decision: no gradient goes through it.
+        compared = [row for row, k in zip(rows, members, strict=True) if k.compared]
+        vectors = unit_vectors(jax.lax.stop_gradient(compared))
+        if partner is None:
+            partner, similarity = nearest(cosines(vectors))
+        else:
+            similarity = _total([_sums(v * _take(v, partner)) for v in vectors])
+        similarity = jnp.minimum(similarity, 1)
+        counts = selected & ~jnp.isnan(similarity)
+        similarity = jnp.where(counts, similarity, NOT_COMPARED)
+        merged = counts & (similarity > effective_threshold(rule.threshold, similarity))
 
-    new = [from_rows(mix(row), kernel) for row, kernel in zip(rows, members, strict=True)]
-    total = jnp.sum(jnp.where(merged, similarity, 0))
-    return new, jnp.sum(merged, dtype=jnp.int32), total
+        def mix(row: jax.Array) -> jax.Array:
+            kept, other = row.astype(jnp.float32), _take(row, partner).astype(jnp.float32)
+            mixed = (alpha * kept + (1 - alpha) * other).astype(row.dtype)
+            return jnp.where(_beside(merged, row), mixed, row)
+
+        return [mix(row) for row in rows], merged, jnp.where(merged, similarity, 0)
+
+    rows = [as_rows(weight, kernel) for weight, kernel in zip(weights, members, strict=True)]
+    shape = members[0].problems, members[0].units
+    partner = None if partner is None else partner.reshape(shape)
+    rows, merged, similarity = jax.vmap(merge)(rows, selected.reshape(shape), partner)
+    new = [from_rows(row, kernel) for row, kernel in zip(rows, members, strict=True)]
+    return new, jnp.sum(merged, dtype=jnp.int32), jnp.sum(similarity)
 
 
 def unit_vectors(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """The units at length 1, float32, where a unit is what all weights hold of it.
+    """The units of one problem at length 1, float32, from what each weight holds, (units, ...).
 
     They are scaled by a power of two first, which is exact, so that no square under- or overflows.
     A zero unit stays zero.
-
-    Args:
-      rows: of `as_rows`, each (problems, units, ...).
     """
     floats = [row.astype(jnp.float32) for row in rows]
-    largest = [_over_entries(jnp.max, jnp.abs(row)) for row in floats]
+    largest = [jnp.max(jnp.abs(row), tuple(range(1, row.ndim))) for row in floats]
     _, exponent = jnp.frexp(functools.reduce(jnp.maximum, largest))
     scaled = [jnp.ldexp(row, -_beside(exponent, row)) for row in floats]
-    square = functools.reduce(jnp.add, [_over_entries(jnp.sum, row * row) for row in scaled])
+    square = _total([_sums(row * row) for row in scaled])
     inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return [row * _beside(inverse, row) for row in scaled]
 
 
-def cosines(units: Sequence[jax.Array]) -> jax.Array:
-    """The cosines of all pairs of each problem, float32 (problems, units, units).
+def cosines(vectors: Sequence[jax.Array]) -> jax.Array:
+    """The cosines of all pairs, float32 (units, units), of `unit_vectors`."""
 
-    Args:
-      units: of `unit_vectors`.
-    """
+    def products(vector: jax.Array) -> jax.Array:
+        entries = tuple(range(1, vector.ndim))
+        return jnp.tensordot(vector, vector, (entries, entries), precision="highest")
 
-    def products(unit: jax.Array) -> jax.Array:
-        entries = tuple(range(2, unit.ndim))
-        dimensions = ((entries, entries), ((0,), (0,)))
-        return jax.lax.dot_general(unit, unit, dimensions, precision=jax.lax.Precision.HIGHEST)
-
-    return functools.reduce(jnp.add, map(products, units))
+    return _total(map(products, vectors))
 
 
-def nearest(units: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Each unit's most similar other unit in its problem, int32, and their similarity, float32."""
-    cosine = cosines(units)
-    itself = jnp.eye(cosine.shape[-1], dtype=bool)[None]
+def nearest(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each unit's most similar other unit, int32 (units,), and their similarity, float32."""
+    itself = jnp.eye(len(cosine), dtype=bool)
     cosine = jnp.where(itself | jnp.isnan(cosine), NOT_COMPARED, cosine)
     return jnp.argmax(cosine, -1).astype(jnp.int32), jnp.max(cosine, -1)
 
 
-def _over_entries(reduce: Any, rows: jax.Array) -> jax.Array:
-    """Reduces (problems, units, ...) to (problems, units)."""
-    return reduce(rows, tuple(range(2, rows.ndim)))
+def _total(arrays: Iterable[jax.Array]) -> jax.Array:
+    """The sum over the weights of a group."""
+    return functools.reduce(jnp.add, arrays)
+
+
+def _sums(rows: jax.Array) -> jax.Array:
+    """The sum over each unit's entries, (units,)."""
+    return jnp.sum(rows, tuple(range(1, rows.ndim)))
 
 
 def _beside(values: jax.Array, rows: jax.Array) -> jax.Array:
-    """Values (problems, units) in a shape that broadcasts with the rows."""
-    return jnp.expand_dims(values, tuple(range(2, rows.ndim)))
+    """Values (units,) in a shape that broadcasts with the rows."""
+    return jnp.expand_dims(values, tuple(range(1, rows.ndim)))
 
 
 def _take(rows: jax.Array, partner: jax.Array) -> jax.Array:
     """The rows with each unit's place taken by its partner."""
-    index = _beside(partner, rows)
-    return jnp.take_along_axis(rows, index, 1, mode="promise_in_bounds")
-
-
-def _on_explicit_mesh(form: Any, weights: Sequence[jax.Array]) -> Any:
-    """`form`, whose weights keep their shardings where these are explicit.
-
-    Inside, XLA propagates shardings as it does over automatic axes: a transposition or a gather
-    of explicitly sharded arrays would have to say how its result is sharded.
-    """
-    shardings = [jax.typeof(weight).sharding for weight in weights]
-    explicit = jax.sharding.AxisType.Explicit
-    meshes = [s.mesh for s in shardings if not s.mesh.empty and explicit in s.mesh.axis_types]
-    if not meshes:
-        return form
-
-    def merge(weights: Any, members: Any, selected: Any, partner: Any, rule: MergeRule) -> Any:
-        whole = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
-        call = jax.sharding.auto_axes(
-            lambda weights, selected, partner, rule: form(
-                weights, members, selected, partner, rule
-            ),
-            out_sharding=(list(shardings), whole, whole),
-        )
-        return call(list(weights), selected, partner, rule)
-
-    return merge
-
-
-def locate(
-    kernels: Sequence[Kernel], tree: PyTree, what: str = "params"
-) -> tuple[dict[str, Any], dict[str, int], tuple[list[Any], Any]]:
-    """The leaves of the kernels, matched by their canonical names.
-
-    Args:
-      kernels: of the tree, or of one with the same names, such as a Flax NNX module and its state.
-      tree: params or updates; leaves of other kernels may be anything, None too.
-      what: it is called in errors.
-
-    Returns:
-      The kernels' leaves by name; their places among all leaves; and all leaves with the structure.
-
-    Raises:
-      ValueError: a kernel that is not there, or whose leaf has another shape or no floating dtype.
-    """
-    group_units(kernels)
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    position: dict[str, int] = {}
-    twice: set[str] = set()
-    for place, (path, _) in enumerate(flat):
-        name = path_name(canonical_path(path))
-        if position.setdefault(name, place) != place:
-            twice.add(name)
-    leaves = [leaf for _, leaf in flat]
-    found = {}
-    for kernel in kernels:
-        if kernel.name in twice:
-            raise ValueError(
-                f"kernel {kernel.name!r} is the name of two leaves of {what}; rename one of them"
-            )
-        leaf = leaves[position[kernel.name]] if kernel.name in position else None
-        if leaf is None:
-            names = ", ".join(list(position)[:3])
-            raise ValueError(
-                f"kernel {kernel.name!r} is not in {what}, whose {len(leaves)} leaves begin with "
-                f"{names}; give the same tree as to find_kernels, and no kernels that optax.masked "
-                "or optax.partition hides"
-            )
-        if tuple(leaf.shape) != kernel.shape:
-            raise ValueError(
-                f"kernel {kernel.name!r} was found with shape {kernel.shape} but has "
-                f"{tuple(leaf.shape)} in {what}; find the kernels of this network again"
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"kernel {kernel.name!r} has dtype {leaf.dtype}; only floating-point weights can "
-                "be mixed, so merge before quantising, or leave it out of kernels"
-            )
-        found[kernel.name] = leaf
-    return found, {kernel.name: position[kernel.name] for kernel in kernels}, (leaves, structure)
+    return rows.at[partner].get(mode="promise_in_bounds")

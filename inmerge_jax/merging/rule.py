@@ -99,29 +99,23 @@ def check_rule(rule: MergeRule) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Checks a number; of a traced one, that it is a scalar.
+    """Checks a number; of a traced one, only that it is a scalar.
 
     Raises:
       ValueError: it is no number, an array of several, or lies outside [low, high].
     """
-    if isinstance(value, jax.core.Tracer):
-        _check_scalar(name, value)
-        return
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
         raise ValueError(f"{name} is {value!r}; give a number between {low} and {high}")
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return
-    numbers = np.asarray(value)
-    if not np.all((numbers >= low) & (numbers <= high)):
-        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
-    _check_scalar(name, value)
-
-
-def _check_scalar(name: str, value: Any) -> None:
     if np.ndim(value):
         raise ValueError(
             f"{name} has shape {np.shape(value)}; give a scalar, and jax.vmap a grid of rules"
         )
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return
+    if not low <= float(value) <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
 
 
 def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:
@@ -129,17 +123,15 @@ def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:
 
     Args:
       threshold: of a rule.
-      similarity: float32 (..., units); `NOT_COMPARED` for units that do not count.
+      similarity: float32 (units,), of one problem; `NOT_COMPARED` for units that do not count.
 
     Returns:
-      The threshold; of a `Quantile`, float32 (..., 1), the similarity that the upper share exceeds.
+      The threshold; of a `Quantile`, float32 (), the similarity that the upper share exceeds.
     """
     if not isinstance(threshold, Quantile):
         return threshold
-    compared = jnp.sum(similarity > NOT_COMPARED, -1, keepdims=True, dtype=jnp.int32)
-    ascending = jnp.sort(similarity, -1)
+    compared = jnp.sum(similarity > NOT_COMPARED, dtype=jnp.int32)
     # Less a little: 0.6 times 25 is above 15 in float32.
     stay = jnp.ceil(threshold.share * compared.astype(jnp.float32) - 1e-4).astype(jnp.int32)
-    place = jnp.maximum(similarity.shape[-1] - compared + stay - 1, 0)
-    last = jnp.take_along_axis(ascending, place, -1, mode="promise_in_bounds")
-    return jnp.where(stay > 0, last, NOT_COMPARED)
+    place = jnp.maximum(len(similarity) - compared + stay - 1, 0)
+    return jnp.where(stay > 0, jnp.sort(similarity)[place], NOT_COMPARED)

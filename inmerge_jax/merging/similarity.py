@@ -1,16 +1,17 @@
 """How similar the units of a network are, layer by layer."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.merging.merge import cosines, locate, unit_vectors
-from inmerge_jax.merging.units import Kernel, as_rows, group_units
+from inmerge_jax.merging.merge import cosines, unit_vectors
+from inmerge_jax.merging.rule import NOT_COMPARED
+from inmerge_jax.merging.units import Kernel, as_rows, group_units, weights_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -85,58 +86,40 @@ def kernel_similarity(
     wrong = [q for q in quantiles if not 0 <= q <= 1]
     if wrong:
         raise ValueError(f"quantiles holds {wrong[0]}; each must lie between 0 and 1")
-    found, _, _ = locate(kernels, params)
-    return tuple(
-        _layer(members, [found[k.name] for k in members], tuple(quantiles), tuple(thresholds))
-        for members in group_units(kernels)
-    )
-
-
-def _layer(
-    members: tuple[Kernel, ...],
-    weights: list[jax.Array],
-    quantiles: tuple[float, ...],
-    thresholds: tuple[float, ...],
-) -> LayerSimilarity:
-    if members[0].units < 2:
-        nan = float("nan")
-        none = (nan, nan, nan, [nan] * len(quantiles), [nan] * len(thresholds), nan)
-        mean, minimum, maximum, values, shares, nearest = none
-    else:
-        numbers = _statistics(weights, members, quantiles, thresholds)
-        mean, minimum, maximum, values, shares, nearest = (
-            np.asarray(number).tolist() for number in jax.device_get(numbers)
+    quantiles, thresholds = tuple(quantiles), tuple(thresholds)
+    weights, _ = weights_of(kernels, params)
+    found = []
+    for members in group_units(kernels):
+        rows = [as_rows(jnp.asarray(weights[k.name]), k) for k in members if k.compared]
+        numbers = np.full(4 + len(quantiles) + len(thresholds), np.nan)
+        if members[0].units > 1:
+            numbers = jax.device_get(_statistics(rows, quantiles, thresholds))
+        mean, minimum, maximum, nearest, *rest = numbers.tolist()
+        found.append(
+            LayerSimilarity(
+                members[0].unit,
+                members[0].count,
+                mean,
+                minimum,
+                maximum,
+                dict(zip(quantiles, rest, strict=False)),
+                dict(zip(thresholds, rest[len(quantiles) :], strict=True)),
+                nearest,
+            )
         )
-    return LayerSimilarity(
-        members[0].unit,
-        members[0].count,
-        mean,
-        minimum,
-        maximum,
-        dict(zip(quantiles, values, strict=True)),
-        dict(zip(thresholds, shares, strict=True)),
-        nearest,
-    )
+    return tuple(found)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _statistics(
-    weights: list[jax.Array],
-    members: tuple[Kernel, ...],
-    quantiles: tuple[float, ...],
-    thresholds: tuple[float, ...],
-) -> tuple[jax.Array, ...]:
-    count = members[0].units
-    compared = [as_rows(w, k) for w, k in zip(weights, members, strict=True) if k.compared]
-    cosine = cosines(unit_vectors(compared))
-    above, below = np.triu_indices(count, k=1)
+    rows: list[jax.Array], quantiles: tuple[float, ...], thresholds: tuple[float, ...]
+) -> jax.Array:
+    cosine = jax.vmap(lambda rows: cosines(unit_vectors(rows)))(rows)
+    above, below = np.triu_indices(cosine.shape[-1], k=1)
     pairs = cosine[:, above, below].ravel()
-    nearest = jnp.max(jnp.where(jnp.eye(count, dtype=bool)[None], -2, cosine), axis=-1)
-    return (
-        jnp.mean(pairs),
-        jnp.min(pairs),
-        jnp.max(pairs),
-        jnp.quantile(pairs, jnp.asarray(quantiles, jnp.float32)),
-        jnp.mean(pairs[None] > jnp.asarray(thresholds, jnp.float32)[:, None], axis=1),
-        jnp.mean(nearest),
-    )
+    itself = jnp.eye(cosine.shape[-1], dtype=bool)[None]
+    nearest = jnp.max(jnp.where(itself, NOT_COMPARED, cosine), axis=-1)
+    extremes = [jnp.mean(pairs), jnp.min(pairs), jnp.max(pairs), jnp.mean(nearest)]
+    shares = [jnp.mean(pairs > threshold) for threshold in thresholds]
+    at = jnp.quantile(pairs, jnp.asarray(quantiles, jnp.float32))
+    return jnp.concatenate([jnp.stack(extremes), at, jnp.array(shares, jnp.float32)])

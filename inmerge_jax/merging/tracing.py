@@ -1,15 +1,20 @@
-"""Finds the weights of a network by reading which parameter reaches which operation."""
+"""Finds the weights of a network by reading which parameter reaches which operation.
+
+`_Walk` reads a jaxpr operation by operation. It records the uses of parameters as weights, and
+gives every value that comes from a parameter an `_Origin`: which axes of the parameter its own axes
+run along. The functions below `_Walk` say how other operations change an origin.
+"""
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal
 
-from inmerge_jax.merging.units import Kernel, PyTree, canonical_path, path_name
+from inmerge_jax.merging.units import Kernel, PyTree, path_name
 
 OPS = ("conv", "dense")
 
@@ -124,8 +129,7 @@ def trace_kernels(
 
     An operation that `ops` leaves out is passed over for that reason.
     """
-    unknown = [op for op in ops if op not in OPS]
-    if unknown or not ops:
+    if not ops or set(ops) - set(OPS):
         raise ValueError(f"ops is {tuple(ops)!r}; choose from {', '.join(OPS)}")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
@@ -137,15 +141,14 @@ def trace_kernels(
             )
     closed = jax.make_jaxpr(lambda params, *args: forward(params, *args, **kwargs))(params, *args)
     origins: list[_Origin | None] = [
-        _Origin(number, tuple(((axis, size),) for axis, size in enumerate(leaf.shape)))
+        _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(leaf.shape)))
         for number, (_, leaf) in enumerate(leaves)
     ]
-    origins += [None] * (len(closed.jaxpr.invars) - len(leaves))
     walk = _Walk()
-    walk.jaxpr(closed.jaxpr, origins)
+    walk.jaxpr(closed.jaxpr, origins + [None] * (len(closed.jaxpr.invars) - len(leaves)))
     kernels, passed_over = [], []
-    for leaf, uses in walk.uses.items():
-        path, weight = leaves[leaf]
+    for number, uses in walk.uses.items():
+        path, weight = leaves[number]
         # A convolution's weight may be in products too, by which its norm is estimated, say.
         uses = [use for use in uses if use.op == "conv"] or uses
         use = next((use for use in uses if use.reason), uses[0])
@@ -155,69 +158,55 @@ def trace_kernels(
         elif not reason and len(set(uses)) > 1:
             reason = "is used with different output axes or groups"
         if reason:
-            name = path_name(canonical_path(path))
-            passed_over.append(PassedOver(name, use.op, reason))
+            passed_over.append(PassedOver(path_name(path), use.op, reason))
         else:
-            place = (use.out_axis, use.batch_axes, use.groups)
-            kernels.append(Kernel(path, tuple(weight.shape), *place, op=use.op))
+            kernels.append(Kernel(path, tuple(weight.shape), *use.place, op=use.op))
     return Trace(tuple(kernels), tuple(passed_over))
 
 
-_Atoms = tuple[tuple[int | None, int], ...]
-"""What an axis of a value runs along: axes of the parameter with their sizes, the outermost first.
-An axis None of the parameter is one that the value does not share with it."""
+_Atom = tuple[int | None, int]
+"""An axis of the parameter and its size; None for one that a value does not share with it."""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """A traced value that is a parameter in another shape or type.
+    """What a value is of the parameters that it comes from.
 
     Attributes:
-      leaf: number of the parameter.
-      axes: what each axis of the value runs along; None where the link is lost.
-      sliced: axes of the parameter of which the value is one index.
+      leaves: numbers of the parameters; one, unless the link is lost.
+      axes: what each axis of the value runs along, the outermost first; None where the link is
+        lost.
+      indexed: axes of the parameter of which the value is one index.
       reason: how the link was lost.
-      activation: whether the value came out of a convolution, a matrix product or a look-up, so
-        that it may be an activation; of what is computed from it no parameter is the weight.
+      activation: whether the value came out of a convolution, a matrix product or a look-up; of
+        what is computed from it no parameter is the weight.
       spread: of an activation, whether it was broadcast, as a scale of a weight is.
       mixed: whether a value of the same shape that is no parameter was added, say: a mask of a
         weight, or an input to which the parameter is added.
     """
 
-    leaf: int
-    axes: tuple[_Atoms, ...] | None
-    sliced: tuple[int, ...] = ()
+    leaves: tuple[int, ...] = ()
+    axes: tuple[tuple[_Atom, ...], ...] | None = None
+    indexed: tuple[int, ...] = ()
     reason: str = ""
     activation: bool = False
     spread: bool = False
     mixed: bool = False
 
-    def lost(self, name: str, activation: bool = False) -> "_Origin":
-        """The same parameter, with the link lost by an operation."""
-        reason = self.reason or f"is computed from it by {name!r}"
-        return _Origin(self.leaf, None, (), reason, self.activation or activation)
+
+_Origins = Sequence[_Origin | None]
 
 
 class _Use(NamedTuple):
-    """One use of a parameter as a weight.
-
-    Attributes:
-      op: the operation.
-      out_axis: of the parameter, as in `Kernel`.
-      batch_axes: of the parameter, as in `Kernel`.
-      groups: as in `Kernel`.
-      reason: why the use has no such axis.
-    """
+    """One use of a parameter as a weight: `out_axis`, `batch_axes` and `groups`, or why not."""
 
     op: str
-    out_axis: int = 0
-    batch_axes: tuple[int, ...] = ()
-    groups: int = 1
+    place: tuple[int, tuple[int, ...], int] = (0, (), 1)
     reason: str = ""
 
 
 _SAME_AXES = frozenset(
-    "convert_element_type copy copy_p rev optimization_barrier sharding_constraint reshard "
+    "convert_element_type copy copy_p rev sharding_constraint reshard "
     "reduce_precision name neg abs sign tanh logistic round clamp square integer_pow sqrt rsqrt "
     "mul add sub div max min add_any select_n stop_gradient pvary pcast".split()
 )
@@ -229,92 +218,106 @@ class _Walk:
 
     uses: dict[int, list[_Use]] = field(default_factory=dict)
 
-    def jaxpr(self, jaxpr: Any, origins: Sequence[_Origin | None]) -> list[_Origin | None]:
-        known = {v: o for v, o in zip(jaxpr.invars, origins, strict=True) if o is not None}
+    def jaxpr(self, jaxpr: Any, origins: _Origins) -> list[_Origin | None]:
+        known = dict(zip(jaxpr.invars, origins, strict=True))
 
         def origin(atom: Any) -> _Origin | None:
             return None if isinstance(atom, Literal) else known.get(atom)
 
         for eqn in jaxpr.eqns:
             results = self.equation(eqn, [origin(atom) for atom in eqn.invars])
-            known.update((v, o) for v, o in zip(eqn.outvars, results, strict=True) if o is not None)
+            known |= dict(zip(eqn.outvars, results, strict=True))
         return [origin(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, origins: list[_Origin | None]) -> list[_Origin | None]:
+    def equation(self, eqn: Any, origins: list[_Origin | None]) -> _Origins:
         name = eqn.primitive.name
-        nothing: list[_Origin | None] = [None] * len(eqn.outvars)
-        carried = [o for o in origins if o is not None]
-        if not carried:
-            return nothing
+        if not any(origins):
+            return [None] * len(eqn.outvars)
         if name == "conv_general_dilated":
             self.convolution(eqn, origins[1])
-            return [carried[-1].lost(name, activation=True)]
+            return [_activation(origins[::-1], name)]
         if name == "dot_general":
-            return self.product(eqn, origins)
-        inner = _inner_jaxprs(eqn, origins)
-        if inner:
-            outs = [self.jaxpr(jaxpr, given) for jaxpr, given in inner]
-            if name in ("scan", "while"):
-                return [o and o.lost(name) for o in outs[-1]]
-            return [_agreed(column, name) for column in zip(*outs, strict=True)]
+            return [self.product(eqn, origins)]
+        if name in ("scan", "while"):
+            return self.loop(eqn, origins)
         if name == "optimization_barrier":
             return origins
+        # Names of parameters change between releases of JAX, so jaxprs are known by their kind.
+        inner = [jaxpr for value in eqn.params.values() for jaxpr in _jaxprs(value)]
+        if name == "cond":
+            branches = [self.jaxpr(jaxpr, origins[1:]) for jaxpr in inner]
+            return [_agreed(column, name) for column in zip(*branches, strict=True)]
+        called = [jaxpr for jaxpr in inner if len(jaxpr.invars) == len(origins)]
+        if called:
+            return self.jaxpr(called[0], _entering(eqn.invars, called[0].invars, origins, name))
         if len(eqn.outvars) > 1:
-            return [carried[0].lost(name)] * len(eqn.outvars)
+            return [_lost(origins, name)] * len(eqn.outvars)
         return [_follow(eqn, origins)]
+
+    def loop(self, eqn: Any, origins: list[_Origin | None]) -> _Origins:
+        """Follows a scan or while loop until what it carries stays what it is."""
+        body = [jaxpr for value in eqn.params.values() for jaxpr in _jaxprs(value)][-1]
+        # A condition's constants come first. Then constants, what is carried, and what is scanned.
+        outer = eqn.invars[-len(body.invars) :]
+        given = _entering(outer, body.invars, origins[-len(outer) :], eqn.primitive.name)
+        carried = sum(
+            _shape(a) == _shape(b) for a, b in zip(eqn.outvars, body.outvars, strict=True)
+        )
+        end = sum(len(_shape(a)) == len(_shape(b)) for a, b in zip(outer, body.invars, strict=True))
+        while True:
+            results = self.jaxpr(body, given)
+            pairs = zip(given[end - carried : end], results[:carried], strict=True)
+            agreed = [_agreed(pair, eqn.primitive.name) for pair in pairs]
+            if agreed == given[end - carried : end]:
+                return [o and _lost([o], eqn.primitive.name) for o in results]
+            given[end - carried : end] = agreed
 
     def convolution(self, eqn: Any, weight: _Origin | None) -> None:
         """Records the weight of a convolution."""
-        if weight is None:
-            return
         out = eqn.params["dimension_numbers"].rhs_spec[0]
         groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
-        outputs = None if weight.axes is None else (weight.axes[out],)
-        self.record("conv", weight, outputs, groups)
+        if weight is not None:
+            self.record("conv", weight, [weight.axes[out]] if weight.axes else [], groups)
 
-    def product(self, eqn: Any, origins: list[_Origin | None]) -> list[_Origin | None]:
+    def product(self, eqn: Any, origins: list[_Origin | None]) -> _Origin:
         """Records the weight of a matrix product, one of whose operands is a parameter."""
-        sides = [side for side, o in enumerate(origins) if o is not None and o.axes is not None]
+        sides = [side for side, o in enumerate(origins) if o and o.axes is not None]
         if len(sides) == 2:
             # An input with a parameter added to it, times a weight.
-            unmixed = [side for side in sides if not getattr(origins[side], "mixed", False)]
-            sides = unmixed or sides
-        if len(sides) != 1:
-            known = [o for o in origins if o is not None]
-            for origin in known:
-                if sides and origin.mixed:
-                    reason = "is combined with another value before a product with a parameter"
-                    self.record("dense", replace(origin, axes=None, reason=reason), None, 1)
-                elif not sides and not origin.activation:
-                    self.record("dense", origin, None, 1)
-            # Of activations alone, or of two parameters: a product such as LoRA's.
-            return [known[0].lost("dot_general", activation=not sides)]
-        (side,) = sides
-        weight = origins[side]
-        assert weight is not None and weight.axes is not None
-        contracted, batched = eqn.params["dimension_numbers"]
-        taken = {*contracted[side], *batched[side]}
-        kept = (atoms for d, atoms in enumerate(weight.axes) if d not in taken)
-        together = [atom for d in batched[side] for atom in weight.axes[d]]
-        indexed = tuple(axis for axis, size in together if axis is not None and size > 1)
-        sliced = (*weight.sliced, *indexed)
-        self.record("dense", _Origin(weight.leaf, weight.axes, sliced), tuple(kept), 1)
-        return [weight.lost("dot_general", activation=True)]
+            sides = [side for side in sides if not origins[side].mixed] or sides  # type: ignore[union-attr]
+        if len(sides) == 1:
+            (side,) = sides
+            contracted, batched = (dims[side] for dims in eqn.params["dimension_numbers"])
+            weight = origins[side]
+            assert weight and weight.axes is not None
+            kept = [a for d, a in enumerate(weight.axes) if d not in {*contracted, *batched}]
+            together = [atom for d in batched for atom in weight.axes[d]]
+            indexed = (axis for axis, size in together if axis is not None and size > 1)
+            self.record("dense", replace(weight, indexed=(*weight.indexed, *indexed)), kept, 1)
+            return _activation([weight], "dot_general")
+        for origin in origins:
+            if not sides and origin and not origin.activation:
+                self.record("dense", origin, [], 1)
+            elif sides and origin and origin.mixed:
+                reason = "is combined with another value before a product with a parameter"
+                self.record("dense", replace(origin, reason=reason), [], 1)
+        # Of two parameters: a product such as LoRA's, which may be a weight itself.
+        return (_lost if sides else _activation)(origins, "dot_general")
 
     def record(
-        self, op: str, weight: _Origin, outputs: Sequence[_Atoms] | None, groups: int
+        self, op: str, weight: _Origin, outputs: Sequence[tuple[_Atom, ...]], groups: int
     ) -> None:
         """Records a use.
 
         Args:
           op: the operation.
           weight: its operand.
-          outputs: what the operand's output axes run along; None where the link is lost. Only the
+          outputs: what the operand's output axes run along; none where the link is lost. Only the
             innermost indexes units: the others are the members of a vmapped ensemble, or heads.
           groups: of a grouped convolution.
         """
         use = _Use(op, reason=weight.reason or "its output axis is lost by a reshape")
-        atoms: list[tuple[int | None, int]] = []
+        atoms: list[_Atom] = []
         if outputs:
             *outer, last = outputs
             atoms = [atom for axis in outer for atom in axis if atom[1] > 1]
@@ -326,202 +329,150 @@ class _Walk:
             for _, size in batch:
                 groups = groups // size if groups % size == 0 else groups
             if units % groups == 0:
-                batch_axes = tuple(sorted({*weight.sliced, *axes[:-1]}))
-                use = _Use(op, axes[-1], batch_axes, groups)
-        self.uses.setdefault(weight.leaf, []).append(use)
+                batch_axes = tuple(sorted({*weight.indexed, *axes[:-1]}))
+                use = _Use(op, (axes[-1], batch_axes, groups))
+        for leaf in weight.leaves:
+            self.uses.setdefault(leaf, []).append(use)
 
 
-def _inner_jaxprs(
-    eqn: Any, origins: list[_Origin | None]
-) -> list[tuple[Any, list[_Origin | None]]]:
-    """The jaxprs that an equation calls, each with the origins of its arguments.
-
-    Arguments are recognised by number and shape, since names of parameters change between releases
-    of JAX (those of `scan` did in 0.11).
-    """
-    name = eqn.primitive.name
-    if name.startswith(("reduce", "argm", "cum", "sort", "scatter", "select_and")):
-        return []  # Their jaxprs are of two scalars.
-    jaxprs = [jaxpr for value in eqn.params.values() for jaxpr in _jaxprs(value)]
-    if name == "cond":
-        return [(jaxpr, origins[1:]) for jaxpr in jaxprs]
-    if name == "while":
-        condition, body = (_opened(eqn.params[f"{which}_jaxpr"]) for which in ("cond", "body"))
-        state = len(body.outvars)
-        consts = len(condition.invars) - state
-        return [
-            (condition, origins[:consts] + origins[len(origins) - state :]),
-            (body, origins[consts:]),
-        ]
-    called = [jaxpr for jaxpr in jaxprs if len(jaxpr.invars) == len(origins)]
-    if not called:
-        return []
-    given = [
-        origin and _entering(origin, outer.aval.shape, inner.aval.shape)
-        for origin, outer, inner in zip(origins, eqn.invars, called[0].invars, strict=True)
-    ]
-    return [(called[0], given)]
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)
 
 
-def _entering(origin: _Origin, outer: Sequence[int], inner: Sequence[int]) -> _Origin:
-    """The origin inside a called jaxpr, which may get one index of the first axis (`scan`)."""
-    if tuple(outer) == tuple(inner) or origin.axes is None:
-        return origin
-    if tuple(outer[1:]) == tuple(inner):
-        return _indexed(origin, origin.axes[1:], origin.axes[0], "scan")
-    return origin.lost("a call")
-
-
-def _indexed(origin: _Origin, axes: tuple[_Atoms, ...], removed: _Atoms, name: str) -> _Origin:
-    """The origin of one index along an axis that is removed."""
-    gone = [(axis, size) for axis, size in removed if size > 1]
-    if any(axis is None for axis, _ in gone):
-        return origin.lost(name)
-    indexed = tuple(axis for axis, _ in gone if axis is not None)
-    return replace(origin, axes=axes, sliced=(*origin.sliced, *indexed))
-
-
-def _jaxprs(value: Any) -> Iterator[Any]:
+def _jaxprs(value: Any) -> list[Any]:
     """The jaxprs in an equation's parameter, which may be closed or a tuple of them."""
     values = value if isinstance(value, tuple | list) else (value,)
-    for one in values:
-        opened = _opened(one)
-        if hasattr(opened, "eqns") and hasattr(opened, "invars"):
-            yield opened
+    opened = [getattr(one, "jaxpr", one) for one in values]
+    return [one for one in opened if hasattr(one, "eqns") and hasattr(one, "invars")]
 
 
-def _opened(value: Any) -> Any:
-    """A jaxpr without the constants that may be closed over."""
-    return getattr(value, "jaxpr", value)
+def _lost(origins: Iterable[_Origin | None], name: str) -> _Origin:
+    """What an operation makes of parameters to which it loses the link."""
+    given = [o for o in origins if o is not None]
+    known = [o for o in given if not o.activation]
+    if not known:
+        return replace(given[0], spread=False)
+    reason = next((o.reason for o in known if o.reason), f"is computed from it by {name!r}")
+    return _Origin(tuple(sorted({leaf for o in known for leaf in o.leaves})), reason=reason)
 
 
-def _agreed(origins: Sequence[_Origin | None], name: str) -> _Origin | None:
-    """What the branches of a conditional say alike; lost where they differ."""
-    known = [o for o in origins if o is not None]
-    if all(o == origins[0] for o in origins):
-        return origins[0]
-    return known[0].lost(name)
+def _activation(origins: Iterable[_Origin | None], name: str) -> _Origin:
+    return replace(_lost(origins, name), activation=True)
+
+
+def _agreed(origins: _Origins, name: str) -> _Origin | None:
+    """What the branches of a conditional, or the turns of a loop, say alike; else it is lost."""
+    return origins[0] if all(o == origins[0] for o in origins) else _lost(origins, name)
+
+
+def _entering(
+    outer: Sequence[Any], inner: Sequence[Any], origins: _Origins, name: str
+) -> list[_Origin | None]:
+    """The origins inside a called jaxpr, which may get one index of the first axis (`scan`)."""
+    given: list[_Origin | None] = []
+    for variable, argument, origin in zip(outer, inner, origins, strict=True):
+        if origin and origin.axes is not None and _shape(variable) != _shape(argument):
+            if _shape(variable)[1:] == _shape(argument):
+                origin = _indexed(origin, origin.axes[1:], origin.axes[0], name)
+            else:
+                origin = _lost([origin], name)
+        given.append(origin)
+    return given
+
+
+def _indexed(
+    origin: _Origin, axes: tuple[tuple[_Atom, ...], ...], removed: Iterable[_Atom], name: str
+) -> _Origin:
+    """The origin of one index along axes that are removed: of one layer of a stack."""
+    gone = [axis for axis, size in removed if size > 1]
+    if None in gone:
+        return _lost([origin], name)
+    indexed = (axis for axis in gone if axis is not None)
+    return replace(origin, axes=axes, indexed=(*origin.indexed, *indexed))
 
 
 def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
     """The origin of an equation's one result, from those of its operands."""
     name, params = eqn.primitive.name, eqn.params
-    out_shape = eqn.outvars[0].aval.shape
+    out = _shape(eqn.outvars[0])
     if name in _SAME_AXES:
-        found = _elementwise(name, origins, [v.aval.shape for v in eqn.invars], out_shape)
-        others = (v for v, o in zip(eqn.invars, origins, strict=True) if o is None)
-        same = (not isinstance(v, Literal) and v.aval.shape == out_shape != () for v in others)
-        return replace(found, mixed=True) if any(same) else found
-    first = next(i for i, o in enumerate(origins) if o is not None)
-    source, in_shape = origins[first], eqn.invars[first].aval.shape
-    assert source is not None
-    axes = source.axes
-    activation = next((o for o in origins if o is not None and o.activation), None)
-    if activation is not None:
-        wider = math.prod(out_shape) > math.prod(in_shape)
+        return _elementwise(eqn, origins, out)
+    source, shape = origins[0], _shape(eqn.invars[0])
+    activation = next((o for o in origins if o and o.activation), None)
+    if activation:
+        wider = math.prod(out) > math.prod(shape)
         scale = name == "broadcast_in_dim" and (wider or activation.spread)
         return replace(activation, spread=scale)
-    if axes is None:
-        return source
-    if first and name in ("dynamic_slice", "gather", "dynamic_update_slice"):
-        return source.lost(name)  # The parameter is an index, or what is written.
+    if source is None or source.axes is None:
+        return _lost(origins, name)  # The parameter may be an index, or what is written.
+    axes = source.axes
     if name == "transpose":
-        return _with(source, tuple(axes[d] for d in params["permutation"]))
-    if name == "broadcast_in_dim":
-        spread: list[_Atoms] = [((None, size),) for size in out_shape]
-        for d, to in enumerate(params["broadcast_dimensions"]):
-            if in_shape[d] == out_shape[to]:
-                spread[to] = axes[d]
-        return _with(source, tuple(spread))
+        return replace(source, axes=tuple(axes[d] for d in params["permutation"]))
     if name == "squeeze":
-        return _with(source, tuple(a for d, a in enumerate(axes) if d not in params["dimensions"]))
+        kept = (atoms for d, atoms in enumerate(axes) if d not in params["dimensions"])
+        return replace(source, axes=tuple(kept))
     if name == "reshape":
-        order = params["dimensions"]
-        ordered = axes if order is None else tuple(axes[d] for d in order)
-        return _with(source, _reshaped(ordered, out_shape))
+        order = params["dimensions"] or range(len(axes))
+        return replace(source, axes=_reshaped([axes[d] for d in order], out))
+    if name == "broadcast_in_dim":
+        spread: list[tuple[_Atom, ...]] = [((None, size),) for size in out]
+        for d, to in enumerate(params["broadcast_dimensions"]):
+            if shape[d] == out[to]:
+                spread[to] = axes[d]
+        return replace(source, axes=tuple(spread))
     if name in ("slice", "dynamic_slice"):
-        return _sliced(source, in_shape, out_shape, name)
+        # One index of an axis is a layer of a stack; a part of an axis is no unit.
+        cut = [d for d in range(len(out)) if out[d] != shape[d]]
+        if all(out[d] == 1 for d in cut):
+            rest = tuple(((None, 1),) if d in cut else axes[d] for d in range(len(out)))
+            return _indexed(source, rest, (atom for d in cut for atom in axes[d]), name)
     if name == "gather":
-        return _gathered(eqn, source, in_shape)
-    return source.lost(name)
+        # `w[i]` with a traced index, or a look-up in a table.
+        one = tuple(params["slice_sizes"]) == (1, *shape[1:]) and out == shape[1:]
+        first = tuple(params["dimension_numbers"].start_index_map) == (0,)
+        return (
+            _indexed(source, axes[1:], axes[0], name)
+            if one and first
+            else _activation([source], name)
+        )
+    return _lost(origins, name)
 
 
-def _with(origin: _Origin, axes: tuple[_Atoms, ...]) -> _Origin:
-    return replace(origin, axes=axes)
-
-
-def _sliced(origin: _Origin, old: Sequence[int], new: Sequence[int], name: str) -> _Origin:
-    """After a slice: one index of an axis is a layer of a stack; a part of an axis is no unit."""
-    assert origin.axes is not None
-    for d, (before, after) in enumerate(zip(old, new, strict=True)):
-        if before == after:
-            continue
-        if after != 1:
-            return origin.lost(name)
-        axes = (*origin.axes[:d], ((None, 1),), *origin.axes[d + 1 :])
-        origin = _indexed(origin, axes, origin.axes[d], name)
-        if origin.axes is None:
-            return origin
-    return origin
-
-
-def _gathered(eqn: Any, origin: _Origin, shape: Sequence[int]) -> _Origin:
-    """After `w[i]` with a traced index: a gather of one index of the first axis."""
-    numbers, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
-    out_shape = eqn.outvars[0].aval.shape
-    one = (1, *shape[1:])
-    if sizes == one and tuple(numbers.start_index_map) == (0,) and out_shape == tuple(shape[1:]):
-        assert origin.axes is not None
-        return _indexed(origin, origin.axes[1:], origin.axes[0], "gather")
-    return origin.lost("gather", activation=True)
-
-
-def _elementwise(
-    name: str, origins: list[_Origin | None], shapes: list[tuple[int, ...]], out: tuple[int, ...]
-) -> _Origin:
+def _elementwise(eqn: Any, origins: list[_Origin | None], out: tuple[int, ...]) -> _Origin:
     """The origin of an elementwise result of shape `out`.
 
     Of a weight with its scale, in any order, it is the weight's: the one that runs along every
     axis. A scale is a parameter of its own spread over the weight's shape, or the weight's own
     statistics, to which the link is lost.
     """
-    pairs = [(o, shape) for o, shape in zip(origins, shapes, strict=True) if o is not None]
-    for o, shape in pairs:
-        # A scale is spread over the weight; what has the shape of the result is an activation.
-        if o.activation and not o.spread and tuple(shape) == tuple(out) and math.prod(out) > 1:
-            return o
-    carried = [_spread(o, shape, out) for o, shape in pairs]
-    kept = [o for o in carried if o.axes is not None]
-    full = {o for o in kept if all(_shared(atoms) for atoms in o.axes or ())}
-    if len(full) == 1:
-        return full.pop()
-    if len({o.leaf for o in carried}) == 1 == len(set(kept)):
-        return kept[0]
-    return kept[0].lost(name) if kept else carried[0]
+    carried, mixed = [], False
+    for variable, origin in zip(eqn.invars, origins, strict=True):
+        same = _shape(variable) == out
+        if origin is None:
+            mixed |= same and out != () and not isinstance(variable, Literal)
+        elif origin.activation and not origin.spread and same and math.prod(out) > 1:
+            return origin  # A scale is spread over the weight; this is not.
+        else:
+            carried.append(origin if same else _lost([origin], eqn.primitive.name))
+    # An axis of size 1 runs along anything.
+    kept = {o for o in carried if o.axes is not None}
+    full = {o for o in kept if not any(a is None and n > 1 for axis in o.axes for a, n in axis)}  # type: ignore[union-attr]
+    alone = len(kept) == 1 == len({o.leaves for o in carried if not o.activation})
+    if len(full) != 1 and not alone:
+        return _lost(carried, eqn.primitive.name)
+    (found,) = full if len(full) == 1 else kept
+    return replace(found, mixed=mixed or found.mixed)
 
 
-def _shared(atoms: _Atoms) -> bool:
-    """Whether an axis runs along the parameter; one of size 1 runs along anything."""
-    return all(axis is not None or size == 1 for axis, size in atoms)
-
-
-def _spread(origin: _Origin, shape: Sequence[int], out: Sequence[int]) -> _Origin:
-    """The origin of an operand at the result's shape: axes of size 1 may be spread over it."""
-    if origin.axes is None or len(shape) != len(out):
-        return origin if origin.axes is None else origin.lost("broadcasting")
-    sizes = zip(origin.axes, shape, out, strict=True)
-    return _with(
-        origin, tuple(atoms if old == new else ((None, new),) for atoms, old, new in sizes)
-    )
-
-
-def _reshaped(axes: tuple[_Atoms, ...], new: Sequence[int]) -> tuple[_Atoms, ...]:
+def _reshaped(
+    axes: Sequence[tuple[_Atom, ...]], new: Sequence[int]
+) -> tuple[tuple[_Atom, ...], ...]:
     """Axes after a reshape: the sequence of all sizes, divided anew; lost where one is split."""
     # An axis of the parameter counts even at size 1: a vmapped layer may have one output.
     atoms = [atom for axis in axes for atom in axis if atom != (None, 1)]
-    found: list[_Atoms] = []
+    found: list[tuple[_Atom, ...]] = []
     for number, size in enumerate(new):
-        taken: list[tuple[int | None, int]] = []
+        taken: list[_Atom] = []
         following = new[number + 1] if number + 1 < len(new) else 0
         while atoms and (
             math.prod(s for _, s in taken) < size or (atoms[0][1] == 1 and following != 1)

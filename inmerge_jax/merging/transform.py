@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from inmerge_jax.merging.merge import Implementation, MergeStats, locate, merge_kernels
+from inmerge_jax.merging.merge import Implementation, MergeStats, as_key, merge_kernels
 from inmerge_jax.merging.rule import MergeRule, Quantile, check_rule
-from inmerge_jax.merging.units import Kernel, PyTree, group_units
+from inmerge_jax.merging.units import Kernel, PyTree, group_units, weights_of
 
 Kernels = Sequence[Kernel] | Callable[[PyTree], Sequence[Kernel]]
 Rule = MergeRule | Callable[[jax.Array], MergeRule]
@@ -117,22 +117,22 @@ def in_model_merging(
     References:
       arXiv 2502.20516, section on the merging stage.
     """
-    key = jax.random.key(key) if isinstance(key, int | np.integer) else key
+    key = as_key(key)
     key_implementation = jax.random.key_impl(key)
     if not callable(kernels):
         group_units(kernels)
     if isinstance(rule, MergeRule):
-        check_rule(_at(rule, None))
+        check_rule(_at(rule, lambda schedule: 0.5))
 
     def chosen(params: PyTree) -> Sequence[Kernel]:
         return kernels(params) if callable(kernels) else kernels
 
     def init(params: optax.Params) -> InModelMergingState:
-        members = chosen(params)
-        locate(members, params)
+        layers = group_units(chosen(params))
+        weights_of(chosen(params), params)
         # A copy: states are donated, and the caller's key may be of use again.
         data = jnp.array(jax.random.key_data(key), copy=True)
-        counts = jnp.array([unit[0].count for unit in group_units(members)], jnp.int32)
+        counts = jnp.array([members[0].count for members in layers], jnp.int32)
         none = jnp.zeros_like(counts)
         stats = MergeStats(counts, none, jnp.zeros_like(none), jnp.zeros(len(counts), jnp.float32))
         return InModelMergingState(jnp.zeros([], jnp.int32), data, stats)
@@ -150,9 +150,9 @@ def in_model_merging(
                 "tx.update(grads, state, params)"
             )
         members = chosen(params)
-        old, _, _ = locate(members, params)
-        incoming, places, leaves_tree = locate(members, updates, what="updates")
-        now = _at(rule, state.count) if isinstance(rule, MergeRule) else rule(state.count)
+        old, _ = weights_of(members, params)
+        incoming, put = weights_of(members, updates, what="updates")
+        now = rule(state.count) if callable(rule) else _at(rule, lambda s: s(state.count))
         moved = optax.apply_updates(old, incoming)
         root = jax.random.wrap_key_data(state.key, impl=key_implementation)
         merged, stats = merge_kernels(
@@ -162,33 +162,29 @@ def in_model_merging(
             now,
             implementation=implementation,
         )
-        leaves, tree = leaves_tree
-        for name, place in places.items():
-            u, difference = incoming[name], merged[name] - old[name]
-            leaves[place] = jnp.where(merged[name] == moved[name], u, difference.astype(u.dtype))
+        new = {
+            name: jnp.where(
+                merged[name] == moved[name], u, (merged[name] - old[name]).astype(u.dtype)
+            )
+            for name, u in incoming.items()
+        }
         count = optax.safe_increment(state.count)
-        state = InModelMergingState(count, state.key, _add(state.stats, stats))
-        return jax.tree.unflatten(tree, leaves), state
+        return put(new), InModelMergingState(count, state.key, _add(state.stats, stats))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _at(rule: MergeRule, count: jax.Array | None) -> MergeRule:
-    """The rule at an update: its schedules called; without a count, numbers that are in range."""
+def _at(rule: MergeRule, call: Callable[[Any], Any]) -> MergeRule:
+    """The rule with each schedule called."""
 
-    def number(value: Any, otherwise: float) -> Any:
-        if not callable(value):
-            return value
-        return otherwise if count is None else value(count)
+    def number(value: Any) -> Any:
+        return call(value) if callable(value) else value
 
     threshold = rule.threshold
-    if isinstance(threshold, Quantile):
-        threshold = Quantile(number(threshold.share, 0.5))
-    else:
-        threshold = number(threshold, 0.5)
-    return MergeRule(
-        number(rule.probability, 0.5), threshold, number(rule.alpha, 0.5), rule.partner
+    threshold = (
+        Quantile(number(threshold.share)) if isinstance(threshold, Quantile) else number(threshold)
     )
+    return MergeRule(number(rule.probability), threshold, number(rule.alpha), rule.partner)
 
 
 def _add(total: MergeStats, new: MergeStats) -> MergeStats:
@@ -216,15 +212,10 @@ class MergeReport(tuple[LayerMerges, ...]):
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "units", "selected", "merged", "mean similarity")]
         rows += [(row.name, *map(str, row[1:4]), f"{row.similarity:.3f}") for row in self]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(
-                [row[0].ljust(widths[0])]
-                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            )
-            for row in rows
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows
         )
-        return "\n".join(lines)
 
 
 def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
@@ -233,7 +224,7 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
     Args:
       opt_state: an optimizer's state that holds an `InModelMergingState` somewhere; of a replicated
         or vmapped state, the first is reported.
-      kernels: those of the transformation.
+      kernels: those of the transformation; if it was given a function, `kernels(params)`.
 
     Warns:
       UserWarning: nothing has merged, though units were selected.
@@ -245,22 +236,23 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
     def is_state(node: Any) -> bool:
         return isinstance(node, InModelMergingState)
 
+    if callable(kernels):
+        raise ValueError("kernels is a function; give what it returns, kernels(params)")
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if len(states) != 1:
         raise ValueError(
             f"opt_state holds {len(states)} states of in_model_merging; give one that holds one"
         )
-    names = [members[0].unit for members in group_units(kernels)]
     columns = [np.asarray(column) for column in jax.device_get(states[0].stats)]
-    columns = [column.reshape(-1, column.shape[-1])[0] for column in columns]
-    counts = [members[0].count for members in group_units(kernels)]
-    if columns[0].tolist() != counts:
+    columns = [column.reshape(-1, column.shape[-1])[0].tolist() for column in columns]
+    layers = [members[0] for members in group_units(kernels)]
+    if columns[0] != [layer.count for layer in layers]:
         raise ValueError(
-            f"opt_state is of other kernels: its layers have {columns[0].tolist()} units, those of "
-            f"kernels have {counts}"
+            f"opt_state is of other kernels: its layers have {columns[0]} units, those of "
+            f"kernels have {[layer.count for layer in layers]}"
         )
-    rows = zip(names, *(column.tolist() for column in columns), strict=True)
-    report = MergeReport(LayerMerges(*row) for row in rows)
+    names = [layer.unit for layer in layers]
+    report = MergeReport(LayerMerges(*row) for row in zip(names, *columns, strict=True))
     selected = sum(row.selected for row in report)
     if selected and not any(row.merged for row in report):
         warnings.warn(

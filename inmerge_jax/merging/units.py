@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-_VALUE = jax.tree_util.GetAttrKey("value")
 
 
 @dataclass(frozen=True)
@@ -50,30 +49,31 @@ class Kernel:
     op: str = "conv"
 
     def __post_init__(self) -> None:
-        name = path_name(canonical_path(self.path))
+        def refuse(reason: str) -> None:
+            raise ValueError(f"kernel {self.name!r}: {reason}")
+
         if self.view is not None and math.prod(self.view) != math.prod(self.shape):
-            raise ValueError(
-                f"kernel {name!r}: view {self.view} has {math.prod(self.view)} entries, but shape "
-                f"{self.shape} has {math.prod(self.shape)}"
+            refuse(
+                f"view {self.view} has {math.prod(self.view)} entries, but shape {self.shape} has "
+                f"{math.prod(self.shape)}"
             )
-        dims = self.dims
-        axes = (self.out_axis, *self.batch_axes)
+        dims, axes = self.dims, (self.out_axis, *self.batch_axes)
         for axis in axes:
             if not -len(dims) <= axis < len(dims):
-                raise ValueError(
-                    f"kernel {name!r}: axis {axis} is out of range for shape {dims}; choose one of "
-                    f"{-len(dims)} to {len(dims) - 1}"
+                refuse(
+                    f"axis {axis} is out of range for shape {dims}; choose one of {-len(dims)} to "
+                    f"{len(dims) - 1}"
                 )
         out_axis, *batch_axes = (axis % len(dims) for axis in axes)
         if len({out_axis, *batch_axes}) != len(axes):
-            raise ValueError(
-                f"kernel {name!r}: out_axis {self.out_axis} and batch_axes {self.batch_axes} name "
-                f"an axis of shape {dims} twice"
+            refuse(
+                f"out_axis {self.out_axis} and batch_axes {self.batch_axes} name an axis of shape "
+                f"{dims} twice"
             )
         if self.groups < 1 or dims[out_axis] % self.groups:
-            raise ValueError(
-                f"kernel {name!r}: groups is {self.groups}, which does not divide the "
-                f"{dims[out_axis]} units along axis {out_axis}"
+            refuse(
+                f"groups is {self.groups}, which does not divide the {dims[out_axis]} units along "
+                f"axis {out_axis}"
             )
         object.__setattr__(self, "out_axis", out_axis)
         object.__setattr__(self, "batch_axes", tuple(batch_axes))
@@ -81,7 +81,7 @@ class Kernel:
     @property
     def name(self) -> str:
         """The path as text, `"layer1/conv1/kernel"`; the same for all forms of a Flax NNX state."""
-        return path_name(canonical_path(self.path))
+        return path_name(self.path)
 
     @property
     def unit(self) -> str:
@@ -110,18 +110,15 @@ class Kernel:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path as text with slashes, the form in which paths are shown and matched."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+    """A key path as text with slashes, by which weights are shown and matched.
 
-
-def canonical_path(path: Sequence[Any]) -> tuple[Any, ...]:
-    """A key path without the last key, `value`, of a Flax NNX variable.
-
-    `nnx.split` gives states whose paths have it; `nnx.as_pure`, by which `nnx.Optimizer` calls a
-    transformation, takes it away.
+    Without the last key, `value`, of a Flax NNX variable: `nnx.split` gives it, `nnx.as_pure`, by
+    which `nnx.Optimizer` calls a transformation, takes it away.
     """
     path = tuple(path)
-    return path[:-1] if path[-1:] == (_VALUE,) else path
+    if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def as_rows(weight: jax.Array, kernel: Kernel) -> jax.Array:
@@ -129,22 +126,96 @@ def as_rows(weight: jax.Array, kernel: Kernel) -> jax.Array:
 
     They are not flattened: that would gather a weight which is sharded along one of them.
     """
-    front, rest = _divided(kernel)
+    front = (*kernel.batch_axes, kernel.out_axis)
     moved = jnp.moveaxis(weight.reshape(kernel.dims), front, range(len(front)))
-    return moved.reshape(kernel.problems, kernel.units, *(kernel.dims[axis] for axis in rest))
+    return moved.reshape(kernel.problems, kernel.units, *moved.shape[len(front) :])
 
 
 def from_rows(rows: jax.Array, kernel: Kernel) -> jax.Array:
     """The inverse of `as_rows`."""
-    front, rest = _divided(kernel)
-    moved = rows.reshape(*(kernel.dims[axis] for axis in (*front, *rest)))
+    front = (*kernel.batch_axes, kernel.out_axis)
+    moved = rows.reshape(*(kernel.dims[axis] for axis in front), *rows.shape[2:])
     return jnp.moveaxis(moved, range(len(front)), front).reshape(kernel.shape)
 
 
-def _divided(kernel: Kernel) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of problems and units, and all others."""
-    front = (*kernel.batch_axes, kernel.out_axis)
-    return front, tuple(axis for axis in range(len(kernel.dims)) if axis not in front)
+def weights_of(
+    kernels: Sequence[Kernel], tree: PyTree, what: str = "params"
+) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], PyTree]]:
+    """The leaves of the kernels by name, and a function that puts new ones in their places.
+
+    Args:
+      kernels: of the tree, or of one with the same names, such as a Flax NNX module and its state.
+      tree: params or updates; leaves of other kernels may be anything, None too.
+      what: it is called in errors.
+
+    Raises:
+      ValueError: a kernel that is not there, or whose leaf has another shape or no floating dtype.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    names = [path_name(path) for path, _ in flat]
+    place = {name: number for number, name in enumerate(names)}
+    found = {}
+    for kernel in kernels:
+        name = kernel.name
+        leaf = flat[place[name]][1] if name in place else None
+        if names.count(name) > 1:
+            raise ValueError(
+                f"kernel {name!r} is the name of two leaves of {what}; rename one of them"
+            )
+        if leaf is None:
+            raise ValueError(
+                f"kernel {name!r} is not in {what}, whose {len(flat)} leaves begin with "
+                f"{', '.join(names[:3])}; give the same tree as to find_kernels, and no kernels "
+                "that optax.masked or optax.partition hides"
+            )
+        if tuple(leaf.shape) != kernel.shape:
+            raise ValueError(
+                f"kernel {name!r} was found with shape {kernel.shape} but has {tuple(leaf.shape)} "
+                f"in {what}; find the kernels of this network again"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"kernel {name!r} has dtype {leaf.dtype}; only floating-point weights can be "
+                "mixed, so merge before quantising, or leave it out of kernels"
+            )
+        found[name] = leaf
+
+    def put(new: dict[str, jax.Array]) -> PyTree:
+        leaves = [leaf for _, leaf in flat]
+        for name, leaf in new.items():
+            leaves[place[name]] = leaf
+        return jax.tree.unflatten(structure, leaves)
+
+    return found, put
+
+
+def group_units(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
+    """The kernels by unit: weights of one group together, at the place of the first of them.
+
+    Raises:
+      ValueError: no kernels; weights of one group that have different numbers of units or none
+        that is compared; a weight that is given twice.
+    """
+    if not kernels:
+        raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
+    names = [kernel.name for kernel in kernels]
+    found: dict[tuple[bool, str], list[Kernel]] = {}
+    for kernel in kernels:
+        if names.count(kernel.name) > 1:
+            raise ValueError(f"kernel {kernel.name!r} is given twice; give each weight once")
+        if not math.prod(kernel.shape):
+            raise ValueError(f"kernel {kernel.name!r} has shape {kernel.shape}, which is empty")
+        found.setdefault((kernel.group is None, kernel.unit), []).append(kernel)
+    for (_, name), members in found.items():
+        if len({(kernel.problems, kernel.units) for kernel in members}) > 1:
+            listed = ", ".join(f"{k.name}: {k.problems} x {k.units}" for k in members)
+            raise ValueError(
+                f"the weights of group {name!r} have different numbers of problems x units, "
+                f"{listed}"
+            )
+        if not any(kernel.compared for kernel in members):
+            raise ValueError(f"no weight of group {name!r} is compared; leave compared=True on one")
+    return tuple(map(tuple, found.values()))
 
 
 def tie(
@@ -177,33 +248,20 @@ def tie(
     return tied
 
 
-def group_units(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
-    """The kernels by unit: weights of one group together, at the place of the first of them.
+def experts(params: PyTree, name: str, weights: Sequence[str], axis: int = 0) -> tuple[Kernel, ...]:
+    """The experts of a mixture layer: all named weights of each are compared and mixed.
+
+    Args:
+      params: the tree that holds the weights.
+      name: the label of the group.
+      weights: names of the weights, as `Kernel.name` gives them.
+      axis: the axis that indexes experts.
 
     Raises:
-      ValueError: no kernels; weights of one group that have different numbers of units or none
-        that is compared; a weight that is given twice.
+      ValueError: a name that is not in `params`, or different numbers of experts.
     """
-    if not kernels:
-        raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
-    found: dict[tuple[bool, str], list[Kernel]] = {}
-    names: set[str] = set()
-    for kernel in kernels:
-        if kernel.name in names:
-            raise ValueError(f"kernel {kernel.name!r} is given twice; give each weight once")
-        names.add(kernel.name)
-        found.setdefault((kernel.group is None, kernel.unit), []).append(kernel)
-    for (_, name), members in found.items():
-        sizes = {(kernel.problems, kernel.units) for kernel in members}
-        if len(sizes) > 1:
-            listed = ", ".join(f"{k.name}: {k.problems} x {k.units}" for k in members)
-            raise ValueError(
-                f"the weights of group {name!r} have different numbers of problems x units, "
-                f"{listed}"
-            )
-        if not any(kernel.compared for kernel in members):
-            raise ValueError(f"no weight of group {name!r} is compared; leave compared=True on one")
-    return tuple(map(tuple, found.values()))
+    leaves = [_leaf(params, weight) for weight in weights]
+    return tie([Kernel(path, shape, axis, op="dense") for path, shape in leaves], name)
 
 
 def attention_heads(
@@ -238,86 +296,52 @@ def attention_heads(
     Raises:
       ValueError: a name that is not in `params`, or shapes that do not divide into heads.
     """
-    leaves = {
-        path_name(canonical_path(path)): (path, tuple(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-    def shape_of(weight: str) -> tuple[int, ...]:
-        if weight not in leaves:
-            raise ValueError(
-                f"{weight!r} is not in params; its leaves begin with {', '.join(list(leaves)[:3])}"
-            )
-        return leaves[weight][1]
-
-    whole = len(shape_of(out)) == 3
-    count = shape_of(out)[0] if whole else heads
+    _, shape = _leaf(params, out)
+    split = len(shape) == 3
+    count = shape[0] if split else heads
     if count is None:
-        raise ValueError(f"{out!r} has shape {shape_of(out)}: give heads, the number of heads")
+        raise ValueError(f"{out!r} has shape {shape}: give heads, the number of heads")
     if heads not in (None, count):
-        raise ValueError(f"{out!r} has shape {shape_of(out)}, which is {count} heads, not {heads}")
-    width = shape_of(out)[1] if whole else shape_of(out)[-1 if out_first else 0] // count
+        raise ValueError(f"{out!r} has shape {shape}, which is {count} heads, not {heads}")
+    width = shape[1] if split else shape[-1 if out_first else 0] // count
 
-    def make(weight: str, along: int, compared: bool, parts: Sequence[int]) -> Kernel:
-        """The heads of a weight along one axis, which holds one of `parts` times all heads."""
-        shape = shape_of(weight)
-        if shape[along : along + 2] == (count, width) and 1 in parts:
-            return Kernel(
-                leaves[weight][0], shape, along, group=name, compared=compared, op="dense"
-            )
-        found = [part for part in parts if shape[along] == part * count * width]
-        if not found:
-            raise ValueError(
-                f"{weight!r} has shape {shape}: axis {along} is not "
-                f"{' or '.join(map(str, parts))} x {count} heads x {width}"
-            )
-        before, after = shape[:along], shape[along + 1 :]
-        view = (*before, found[0], count, width, *after)
-        axis = len(before) + 1
-        return Kernel(
-            leaves[weight][0], shape, axis, group=name, compared=compared, view=view, op="dense"
-        )
+    def kernel(weight: str, axis: int, parts: Sequence[int], compared: bool) -> Kernel:
+        """The heads of a weight along an axis, which holds one of `parts` times all heads."""
+        path, shape = _leaf(params, weight)
+        view, out_axis = None, axis
+        if shape[axis : axis + 2] != (count, width) or 1 not in parts:
+            part = next((p for p in parts if shape[axis] == p * count * width), None)
+            if part is None:
+                raise ValueError(
+                    f"{weight!r} has shape {shape}: axis {axis} is not "
+                    f"{' or '.join(map(str, parts))} x {count} heads x {width}"
+                )
+            view, out_axis = (*shape[:axis], part, count, width, *shape[axis + 1 :]), axis + 1
+        return Kernel(path, shape, out_axis, group=name, compared=compared, view=view, op="dense")
 
-    inputs = [query, key, value]
+    inputs = (query, key, value)
     found = []
     for weight in dict.fromkeys(inputs):
-        flat = len(shape_of(weight)) == 2
-        along = 0 if flat and out_first else 1
-        found.append(make(weight, along, True, [inputs.count(weight)]))
-    found.append(make(out, 1 if out_first and not whole else 0, False, [1]))
-    found += [make(bias, 0, False, [1, 2, 3]) for bias in biases]
+        first = out_first and len(_leaf(params, weight)[1]) == 2
+        found.append(kernel(weight, 0 if first else 1, [inputs.count(weight)], True))
+    found.append(kernel(out, 1 if out_first and not split else 0, [1], False))
+    found += [kernel(bias, 0, [1, 2, 3], False) for bias in biases]
     group_units(found)
     return tuple(found)
 
 
-def experts(params: PyTree, name: str, weights: Sequence[str], axis: int = 0) -> tuple[Kernel, ...]:
-    """The experts of a mixture layer: all named weights of each are compared and mixed.
-
-    Args:
-      params: the tree that holds the weights.
-      name: the label of the group.
-      weights: names of the weights, as `Kernel.name` gives them.
-      axis: the axis that indexes experts.
-
-    Raises:
-      ValueError: a name that is not in `params`, or different numbers of experts.
-    """
-    leaves = {
-        path_name(canonical_path(path)): (path, tuple(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    missing = [weight for weight in weights if weight not in leaves]
-    if missing:
-        raise ValueError(
-            f"{missing[0]!r} is not in params; its leaves begin with {', '.join(list(leaves)[:3])}"
-        )
-    return tie([Kernel(*leaves[weight], out_axis=axis, op="dense") for weight in weights], name)
+def _leaf(params: PyTree, name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The path and the shape of the leaf of this name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if path_name(path) == name:
+            return path, tuple(leaf.shape)
+    names = ", ".join(path_name(path) for path, _ in leaves[:3])
+    raise ValueError(f"{name!r} is not in params; its leaves begin with {names}")
 
 
 def deep_kernels(
-    kernels: Sequence[Kernel],
-    skip: int = 10,
-    where: Callable[[Kernel], bool] | None = None,
+    kernels: Sequence[Kernel], skip: int = 10, where: Callable[[Kernel], bool] | None = None
 ) -> tuple[Kernel, ...]:
     """Selects the deep layers: all but the first `skip` in forward order.
 
@@ -340,19 +364,13 @@ def deep_kernels(
     deep = tuple(kernel for kernel in kernels[skip:] if where is None or where(kernel))
     if not deep:
         names = ", ".join(kernel.name for kernel in kernels[-3:])
-        rest = "" if where is None else " and the predicate"
         few = (
-            ""
-            if len(kernels) > 3
-            else (
-                ". A network that consists of other layers has its units in "
-                'find_kernels(..., ops=("conv", "dense")) or attention_heads'
-            )
+            ". A network that consists of other layers has its units in find_kernels(..., "
+            'ops=("conv", "dense")) or attention_heads'
         )
         raise ValueError(
-            f"skip={skip}{rest} selects none of the {len(kernels)} weights"
-            + (f" (the last: {names})" if names else "")
-            + "; choose a smaller skip or another predicate"
-            + few
+            f"skip={skip}{'' if where is None else ' and the predicate'} selects none of the "
+            f"{len(kernels)} weights{f' (the last: {names})' if names else ''}; choose a smaller "
+            f"skip or another predicate{few if len(kernels) <= 3 else ''}"
         )
     return deep

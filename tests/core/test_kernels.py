@@ -414,6 +414,49 @@ def test_a_weight_used_in_part_and_whole_is_not_listed(order, image):
         assert names(forward, params, image) == ["z"]
 
 
+@pytest.mark.parametrize("swap", ["with each other", "axes"])
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_weights_that_change_places_in_a_loop_are_not_listed(swap, loop, image):
+    """What a loop carries is followed until it stays what it is, not through its first turn."""
+    params = {name: jnp.ones((3, 3, 4, 4)) for name in "abz"}
+
+    def turn(carry):
+        x, a, b = carry
+        x = conv(x, a)
+        return (x, b, a) if swap == "with each other" else (x, a.swapaxes(2, 3), b)
+
+    def forward(p, x):
+        carry = (x, p["a"], p["b"])
+        if loop == "scan":
+            carry, _ = lax.scan(lambda carry, _: (turn(carry), None), carry, None, length=3)
+        else:
+            carry = lax.while_loop(lambda carry: carry[0].sum() < 9, turn, carry)
+        return conv(carry[0], p["z"])
+
+    found = trace_kernels(forward, params, image)
+    assert [kernel.name for kernel in found.kernels] == ["z"]
+    expected = {"a", "b"} if swap == "with each other" else {"a"}
+    assert {one.name for one in found.passed_over} == expected
+    assert all("by" in one.reason and loop in one.reason for one in found.passed_over)
+
+
+def test_weights_that_a_loop_carries_unchanged_are_listed(image):
+    def forward(p, x):
+        turn = lambda i, carry: (conv(carry[0], carry[1]), carry[1])  # noqa: E731
+        return lax.fori_loop(0, 3, turn, (x, p["w"]))[0]
+
+    assert names(forward, {"w": jnp.ones((3, 3, 4, 4))}, image) == ["w"]
+
+
+def test_all_parameters_of_a_computed_weight_are_passed_over():
+    params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 5)), "w": jnp.ones((5, 3))}
+    found = trace_kernels(lambda p, x: x @ (p["a"] @ p["b"]) @ p["w"], params, jnp.ones((2, 4)))
+    assert [kernel.name for kernel in found.kernels] == ["w"]
+    assert {(one.name, one.reason) for one in found.passed_over} == {
+        (name, "is computed from it by 'dot_general'") for name in "ab"
+    }
+
+
 def test_a_warning_points_at_the_caller(image):
     params = {"w": jnp.ones((3, 3, 4, 4)), "z": jnp.ones((3, 3, 4, 4))}
     with pytest.warns(UserWarning) as caught:

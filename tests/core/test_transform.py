@@ -176,6 +176,15 @@ def test_hyperparameters_can_be_injected():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("key", [11, KEY])
+def test_the_transformation_itself_can_be_injected(key):
+    """A seed then becomes an array, a key stays one."""
+    injected = optax.inject_hyperparams(in_model_merging)(KERNELS, RULE, key)
+    found, _ = train(optax.chain(optax.sgd(0.1), injected), initial(), steps=2)
+    expected, _ = train(with_merging(optax.sgd(0.1), KERNELS, RULE, key), initial(), steps=2)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_schedule_of_rules():
     def rule_at(step):
         return MergeRule(jnp.where(step < 2, 0.0, 1.0), -1.0, 0.5)
@@ -455,6 +464,8 @@ def test_a_report_shows_what_merged_and_warns_where_nothing_did():
         ValueError, match=r"its layers have \[8, 8\] units, those of kernels have \[8\]"
     ):
         merge_report(state, KERNELS[:1])
+    with pytest.raises(ValueError, match=r"kernels is a function; give .* kernels\(params\)"):
+        merge_report(state, lambda params: KERNELS)
 
 
 def test_how_far_bfloat16_updates_are_from_explicit_merging():

@@ -217,6 +217,8 @@ def test_groups_are_checked():
         group_units([a, a])
     with pytest.raises(ValueError, match="kernels is empty"):
         tie([], "g")
+    with pytest.raises(ValueError, match=r"kernel 'a' has shape \(0, 6\), which is empty"):
+        tie([Kernel(at("a"), (0, 6), 1)], "g")
 
 
 def test_what_is_not_in_params_is_named():

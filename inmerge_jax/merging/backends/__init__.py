@@ -24,12 +24,43 @@ def choose(
 ) -> Form:
     """The form for one layer: that of the platform which the program is compiled for.
 
+    Weights whose shardings are explicit keep them. Inside, XLA propagates shardings as it does over
+    automatic axes: a transposition or a gather of explicitly sharded arrays would have to say how
+    its result is sharded.
+
     Args:
       weights: of the layer.
       members: where its units are.
       implementation: of `merge_kernels`.
       reference: `merge_unit`.
     """
+    form = _of_platform(weights, members, implementation, reference)
+    shardings = [jax.typeof(weight).sharding for weight in weights]
+    explicit = jax.sharding.AxisType.Explicit
+    meshes = [s.mesh for s in shardings if not s.mesh.empty and explicit in s.mesh.axis_types]
+    if not meshes:
+        return form
+
+    def merge(
+        weights: Sequence[jax.Array],
+        members: Sequence[Kernel],
+        selected: jax.Array,
+        partner: jax.Array | None,
+        rule: MergeRule,
+    ) -> Any:
+        whole = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+        call = jax.sharding.auto_axes(
+            lambda weights, *drawn: form(weights, members, *drawn),
+            out_sharding=(shardings, whole, whole),
+        )
+        return call(list(weights), selected, partner, rule)
+
+    return merge
+
+
+def _of_platform(
+    weights: Sequence[jax.Array], members: Sequence[Kernel], implementation: str, reference: Form
+) -> Form:
     kernel = members[0]
     plain = len(members) == 1 and kernel.problems == 1 and kernel.view is None
     if implementation == "reference" or not plain or _needs_reference(weights[0]):

@@ -4,7 +4,7 @@ A weight (..., inputs, kernels) is read as rows by kernels. Only the selected co
 in loops whose length follows how many there are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from jax import lax
 from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, effective_threshold
 from inmerge_jax.merging.units import Kernel
 
-_LEAST = 1e-30
 _ROWS = 64
 _UNROLL = 4
 _FEW = 8
@@ -38,9 +37,9 @@ def merge(
     # Which kernels merge is a decision: no gradient goes through it.
     compared = lax.stop_gradient(weight)
     if partner is None:
-        partner, similarity = _in_range(compared, lambda w: nearest_partner(w, selected))
+        partner, similarity = nearest_partner(compared, selected)
     else:
-        similarity = _in_range(compared, lambda w: pair_similarity(w, partner, selected))
+        similarity = pair_similarity(compared, partner, selected)
     threshold = effective_threshold(rule.threshold, similarity)
     merged = (similarity > threshold) & (similarity > NOT_COMPARED)
     total = jnp.sum(jnp.where(merged, similarity, 0))
@@ -48,23 +47,16 @@ def merge(
     return [mix_pairs(weight, partner, merged, alpha)], jnp.sum(merged, dtype=jnp.int32), total
 
 
-def _in_range(weight: jax.Array, compare: Callable[[jax.Array], tuple[Any, jax.Array]]) -> Any:
-    """`compare(weight)` without its squared norms; of a scaled copy where one is out of range.
+def scales(weight: jax.Array) -> jax.Array:
+    """A power of two for each kernel, float32 (kernels,), by which its entries come near 1.
 
-    The scale is a power of two for each kernel, which changes no similarity.
+    So that squares neither under- nor overflow. The first rows alone are read: a pass over the
+    whole weight would take as long as comparing few kernels does.
     """
-    found, squares = compare(weight)
-    safe = jnp.all((squares > _LEAST) & (squares < 1 / _LEAST))
-
-    def scaled(turn: Any, found: Any) -> Any:
-        # The barrier keeps this in the loop, which the compiler would otherwise do it before.
-        w, _ = lax.optimization_barrier((weight, turn))
-        w = w.astype(jnp.float32)
-        _, exponent = jnp.frexp(jnp.max(jnp.abs(w), tuple(range(w.ndim - 1)), keepdims=True))
-        return compare(jnp.ldexp(w, -exponent))[0]
-
-    # A loop of no or one turn, since a conditional would copy the weight.
-    return lax.fori_loop(0, jnp.where(safe, 0, 1), scaled, found)
+    first = weight.reshape(-1, weight.shape[-1])[:_ROWS].astype(jnp.float32)
+    largest = jnp.max(jnp.abs(first), 0)
+    _, exponent = jnp.frexp(jnp.where(largest > 0, largest, jnp.max(largest)))
+    return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -120, 120))
 
 
 def inverse_norm(square: jax.Array) -> jax.Array:
@@ -99,9 +91,7 @@ def most_similar(
     return nearest, jnp.minimum(jnp.max(similarity, axis=1), 1)
 
 
-def pair_similarity(
-    weight: jax.Array, partner: jax.Array, selected: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) -> jax.Array:
     """Cosine similarity of each selected kernel with its partner.
 
     Args:
@@ -111,13 +101,13 @@ def pair_similarity(
 
     Returns:
       float32 (kernels,): at most 1; 0 where either kernel is zero; `NOT_COMPARED` where either
-      holds a NaN or an infinity, and for kernels that aren't selected. And squared norms, float32
-      (kernels,); ones where no kernel is selected.
+      holds a NaN or an infinity, and for kernels that aren't selected.
     """
     flat, matrix = weight.reshape(-1), weight.reshape(-1, weight.shape[-1])
     rows, count = matrix.shape
+    scale = scales(weight)
 
-    def group(place: Any, kernels: jax.Array, found: tuple[jax.Array, ...]) -> Any:
+    def group(place: Any, kernels: jax.Array, found: jax.Array) -> Any:
         size = len(kernels)
         others = partner[kernels]
         pairs = jnp.concatenate([kernels, others])
@@ -126,9 +116,9 @@ def pair_similarity(
             # Summed over the rows only at the end: a gather that is fused into a reduction runs
             # many times slower. Squares of all columns cost less than of those gathered.
             squares, products = sums
-            w = lax.dynamic_slice_in_dim(matrix, start, height).astype(jnp.float32)
+            w = lax.dynamic_slice_in_dim(matrix, start, height).astype(jnp.float32) * scale[None]
             x = _take_columns(flat, start, height, count, pairs).astype(jnp.float32)
-            return squares + w * w, products + x[:, :size] * x[:, size:]
+            return squares + w * w, products + x[:, :size] * scale[kernels][None] * x[:, size:]
 
         def add_unrolled(b: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             for u in range(_UNROLL):
@@ -145,18 +135,14 @@ def pair_similarity(
             tail = add(jnp.int32(rows - rest), rest, zeros(rest))
             square, product = square + jnp.sum(tail[0], 0), product + jnp.sum(tail[1], 0)
         inverse = inverse_norm(square)
-        similarity = jnp.minimum(product * inverse[kernels] * inverse[others], 1)
+        similarity = jnp.minimum(product * inverse[kernels] * (inverse * scale)[others], 1)
         similarity = jnp.where(jnp.isnan(similarity), NOT_COMPARED, similarity)
-        return found[0].at[place].set(similarity, mode="drop"), square
+        return found.at[place].set(similarity, mode="drop")
 
-    nothing = jnp.full(count, NOT_COMPARED, jnp.float32), jnp.ones(count, jnp.float32)
-    similarity, squares = _for_selected(selected, group, nothing)
-    return similarity, squares
+    return _for_selected(selected, group, jnp.full(count, NOT_COMPARED, jnp.float32))
 
 
-def nearest_partner(
-    weight: jax.Array, selected: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each selected kernel's most similar other kernel, and their cosine similarity.
 
     Args:
@@ -166,19 +152,20 @@ def nearest_partner(
     Returns:
       int32 (kernels,) and float32 (kernels,). A kernel that holds a NaN or an infinity is nobody's
       partner and has similarity `NOT_COMPARED` itself, and so have kernels that aren't selected.
-      And squared norms, float32 (kernels,).
     """
     blocks = _blocks(weight)
     taps, height, count = blocks.shape
     flat, everyone = weight.reshape(-1), jnp.arange(count, dtype=jnp.int32)
-    squares = jnp.sum(jnp.square(blocks.astype(jnp.float32)), (0, 1))
-    inverse = inverse_norm(squares)
+    scale = scales(weight)
+    inverse = inverse_norm(
+        jnp.sum(jnp.square(blocks.astype(jnp.float32) * scale[None, None]), (0, 1))
+    )
 
     def group(place: Any, kernels: jax.Array, found: tuple[jax.Array, ...]) -> Any:
         def add(tap: Any, product: jax.Array) -> jax.Array:
             mine = _take_columns(flat, tap * height, height, count, kernels).astype(jnp.float32)
             return product + lax.dot_general(
-                lax.optimization_barrier(mine),
+                lax.optimization_barrier(mine * scale[kernels][None]),
                 blocks[tap].astype(jnp.float32),
                 (((0,), (0,)), ((), ())),
                 precision=lax.Precision.HIGHEST,
@@ -186,14 +173,14 @@ def nearest_partner(
 
         product = lax.fori_loop(0, taps, add, jnp.zeros((len(kernels), count), jnp.float32))
         itself = kernels[:, None] == everyone[None]
-        nearest, similarity = most_similar(product, inverse[kernels], inverse, itself)
+        nearest, similarity = most_similar(product, inverse[kernels], inverse * scale, itself)
         return (
             found[0].at[place].set(nearest, mode="drop"),
             found[1].at[place].set(similarity, mode="drop"),
         )
 
     nothing = jnp.zeros(count, jnp.int32), jnp.full(count, NOT_COMPARED, jnp.float32)
-    return _for_selected(selected, group, nothing), squares
+    return _for_selected(selected, group, nothing)
 
 
 @jax.custom_jvp
