@@ -20,7 +20,7 @@ Implementation = Literal["auto", "reference", "cpu", "tpu"]
 
 
 class MergeStats(NamedTuple):
-    """What one merge did, by layer in the order given; a group is one layer. Shapes are (layers,).
+    """What one merge did: arrays of shape (layers,), in the order given; a group is one layer.
 
     Attributes:
       kernels: int32, how many units the layer has.
@@ -90,9 +90,8 @@ def merge_kernels(
       ValueError: no kernels, or one whose path or shape is not that of a leaf of `params`, or whose
         weight is not of a floating dtype; a number of the rule out of range.
     """
-    if implementation not in get_args(Implementation):
-        choices = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation is {implementation!r}; choose one of {choices}")
+    if implementation not in (forms := get_args(Implementation)):
+        raise ValueError(f"implementation is {implementation!r}; choose one of {', '.join(forms)}")
     check_rule(rule)
     key, layers = as_key(key), group_units(kernels)
     weights, put = weights_of(kernels, params)
@@ -108,8 +107,9 @@ def merge_kernels(
         form = backends.choose(given, members, implementation, reference=merge_unit)
         previous, merged, total = form(given, members, selected, partner, rule)
         weights |= {kernel.name: w for kernel, w in zip(members, previous, strict=True)}
+        drawn = jnp.sum(selected, dtype=jnp.int32)
         mean = total / jnp.maximum(merged, 1).astype(jnp.float32)
-        counts.append((members[0].count, jnp.sum(selected, dtype=jnp.int32), merged, mean))
+        counts.append((members[0].count, drawn, merged, mean))
     units, *columns = zip(*counts, strict=True)
     return put(weights), MergeStats(jnp.array(units, jnp.int32), *map(jnp.stack, columns))
 
@@ -231,7 +231,6 @@ def nearest(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _total(arrays: Iterable[jax.Array]) -> jax.Array:
-    """The sum over the weights of a group."""
     return functools.reduce(jnp.add, arrays)
 
 
