@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_table
+from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_forms, tpu_table
 from experiments import chestxray14_input as chestxray14_rates
 from experiments.accelerator import page as accelerator
 from experiments.study import pages
@@ -95,6 +95,7 @@ SOURCES = {
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
     ),
+    "tpu_forms": tpu_forms.markdown,
     "accelerator": accelerator.markdown,
     "main": pages.main_table,
     "total": pages.total,
@@ -107,7 +108,7 @@ PAGES = {
     "docs/interruptions.md": ("kills", "soak", "soak_shards"),
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
-    "docs/tpu.md": ("tpu_check",),
+    "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator",),
     "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
     "docs/cells.md": ("again", "cells"),

@@ -20,7 +20,7 @@ import tyro
 from experiments.tpu_listing import collectives, main_memory_bytes
 from inmerge_jax.files import write_json
 
-_WITHOUT_TPU = {
+WITHOUT_TPU = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -233,9 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables that keep libtpu from looking for a TPU, over `inherited`."""
-    return {**inherited, **_WITHOUT_TPU}
+    return {**inherited, **WITHOUT_TPU}
 
 
 if __name__ == "__main__":
-    os.environ.update(_WITHOUT_TPU)
+    os.environ.update(WITHOUT_TPU)
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 The weight goes to the chip's fast memory as it lies in main memory, as rows (taps * inputs) by
 kernels, is compared and mixed there in tiles of 128 rows by 128 kernels, and goes back. XLA's own
-operations (`tpu.py`) make eleven passes or more.
+operations (`tpu.py`) make eleven passes or more. Against these it saves 12 % of the bytes that a
+ResNet-18's step at 28 px moves and 1.5 % of a VGG19's at 224 px (docs/tpu.md, counted by the
+compiler, not timed).
 """
 
 import functools

@@ -4,7 +4,11 @@ Counted by XLA's TPU compiler for one 1x1x2048x512 weight (v5e; a pass reads or 
 once, in the chip's own memory too): gathering columns moves 23.5 passes, gathering rows 11.5, both
 without a product. Products with a one-hot matrix move 6 to 9 and cost as many operations as
 comparing all pairs, twice: 5 % of a ResNet-50's step at 224 px, where gathering costs none. A
-gather also leaves a NaN in its own kernel. docs/tpu.md has whole steps.
+gather also leaves a NaN in its own kernel.
+
+Against the reference form it saves 6.4 % of the bytes that a ResNet-18's step at 28 px moves and
+0.9 % of a VGG19's at 224 px (docs/tpu.md, counted by the compiler, not timed). Squared norms are of
+the weights as they are, so kernels whose norms lie outside 1e-19 to 1e19 are not compared rightly.
 """
 
 from collections.abc import Sequence
