@@ -89,24 +89,46 @@ def test_a_quantile_and_the_transformation_over_an_explicit_mesh():
         assert found[name].sharding.spec == shardings[name].spec
 
 
-def collectives(partner, spec):
-    """Kinds of collectives in the compiled merge of one layer, with the size of the largest."""
-    mesh = mesh_of(AxisType.Auto)
+def collectives(partner, spec, kind, implementation):
+    """Kinds of collectives in the compiled merge of one layer, each with its number of entries."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     rule = MergeRule(0.6, 0.2, 0.8, partner)
-    merge = jax.jit(
-        lambda w: merge_kernels({"w": w}, KEY, [kernel("w")], rule, implementation="reference"),
-        in_shardings=sharding,
-        out_shardings=({"w": sharding}, None),
-    )
-    text = merge.lower(jax.ShapeDtypeStruct(SHAPE, jnp.float32)).compile().as_text()
-    found = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? (all-\w+|collective-permute)\(", text)
-    return {(kind, tuple(map(int, filter(None, shape.split(","))))) for _, shape, kind in found}
+    shape = (3, 3, 64, 64)
+
+    @jax.jit
+    def merge(w):
+        params = {"w": w}
+        layers = [kernel("w", shape)]
+        return merge_kernels(params, KEY, layers, rule, implementation=implementation)[0]
+
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    merge = jax.jit(merge, out_shardings={"w": sharding})
+    text = merge.lower(weight).compile().as_text()
+    found = re.findall(r" = (.*?) (all-[\w-]+|collective-permute)\(", text)
+    shapes = [(name, re.findall(r"\w+\[([\d,]*)\]", result)) for result, name in found]
+    return [
+        (name, sum(np.prod([int(n) for n in one.split(",") if n]) for one in several))
+        for name, several in shapes
+    ]
 
 
-def test_weights_that_are_sharded_by_their_inputs_are_not_gathered():
-    """FSDP along another axis than the units': only similarities are reduced."""
-    for partner in ("random", "nearest"):
-        found = collectives(partner, (None, None, "a", None))
-        assert found, partner
-        assert all(np.prod(shape) <= 32 * 32 for _, shape in found), found
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize(
+    ("spec", "kind", "implementation"),
+    [
+        ((None, None, "a", None), AxisType.Auto, "reference"),
+        ((None, None, "a", None), AxisType.Explicit, "auto"),
+        ((None, None, None, "a"), AxisType.Explicit, "auto"),
+    ],
+)
+def test_no_weight_is_gathered(partner, spec, kind, implementation):
+    """Similarities are reduced; units of several devices are exchanged, an eighth by each."""
+    found = collectives(partner, spec, kind, implementation)
+    assert found
+    for name, entries in found:
+        if name == "all-to-all":
+            assert entries <= 3 * 3 * 64 * 64 / 8 and spec[3] == "a", found
+        else:
+            assert entries <= {"all-reduce": 64 * 64, "all-gather": 64}[name], found
+    assert ("all-to-all" in dict(found)) == (spec[3] == "a")

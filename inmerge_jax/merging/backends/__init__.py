@@ -24,9 +24,9 @@ def choose(
 ) -> Form:
     """The form for one layer: that of the platform which the program is compiled for.
 
-    Weights whose shardings are explicit keep them. Inside, XLA propagates shardings as it does over
-    automatic axes: a transposition or a gather of explicitly sharded arrays would have to say how
-    its result is sharded.
+    Weights whose shardings are explicit keep them. They take the reference form, which reduces
+    similarities where the others would gather a weight, and inside, XLA propagates shardings as it
+    does over automatic axes.
 
     Args:
       weights: of the layer.
@@ -34,12 +34,13 @@ def choose(
       implementation: of `merge_kernels`.
       reference: `merge_unit`.
     """
-    form = _of_platform(weights, members, implementation, reference)
     shardings = [jax.typeof(weight).sharding for weight in weights]
     explicit = jax.sharding.AxisType.Explicit
     meshes = [s.mesh for s in shardings if not s.mesh.empty and explicit in s.mesh.axis_types]
     if not meshes:
-        return form
+        return _of_platform(weights, members, implementation, reference)
+    sharded = any(names is not None for sharding in shardings for names in sharding.spec)
+    form = reference if sharded else _of_platform(weights, members, implementation, reference)
 
     def merge(
         weights: Sequence[jax.Array],
@@ -53,9 +54,36 @@ def choose(
             lambda weights, *drawn: form(weights, members, *drawn),
             out_sharding=(shardings, whole, whole),
         )
-        return call(list(weights), selected, partner, rule)
+        weights = [_by_entries(w, kernel) for w, kernel in zip(weights, members, strict=True)]
+        return call(weights, selected, partner, rule)
 
     return merge
+
+
+def _by_entries(weight: jax.Array, kernel: Kernel) -> jax.Array:
+    """An explicitly sharded weight, divided along the entries of its units instead of its units.
+
+    Devices then exchange parts of it, where comparing units of several devices would gather it.
+    """
+    sharding = jax.typeof(weight).sharding
+    spec = list(sharding.spec)
+    names, size = spec[kernel.out_axis], kernel.shape[kernel.out_axis]
+    if kernel.view is not None or names is None:
+        return weight
+    devices = size // sharding.shard_shape(kernel.shape)[kernel.out_axis]
+    free = [
+        (kernel.shape[axis], axis)
+        for axis in range(weight.ndim)
+        if axis not in (kernel.out_axis, *kernel.batch_axes)
+        and spec[axis] is None
+        and kernel.shape[axis] % devices == 0
+    ]
+    if not free:
+        return weight
+    _, axis = max(free)
+    spec[axis], spec[kernel.out_axis] = names, None
+    moved = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.reshard(weight, moved)
 
 
 def _of_platform(
