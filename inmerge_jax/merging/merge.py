@@ -1,22 +1,20 @@
 """In-model merging: interpolates the similar units of one network (arXiv 2502.20516).
 
-`merge_unit` is the reference form: plain operations, for every kind of unit, on every platform.
+`merge_layer` is the reference form: plain operations, for every kind of unit, on every platform.
 `backends` has faster forms of this one function, held to it by tests.
 """
 
 import functools
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from inmerge_jax.merging import backends
 from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, check_rule, effective_threshold
-from inmerge_jax.merging.units import Kernel, PyTree, as_rows, from_rows, group_units, weights_of
-
-Implementation = Literal["auto", "reference", "cpu", "tpu"]
+from inmerge_jax.merging.units import Kernel, PyTree, as_rows, from_rows, group_weights, weights_of
 
 
 class MergeStats(NamedTuple):
@@ -41,7 +39,7 @@ def merge_kernels(
     kernels: Sequence[Kernel],
     rule: MergeRule,
     *,
-    implementation: Implementation = "auto",
+    implementation: backends.Implementation = "auto",
 ) -> tuple[PyTree, MergeStats]:
     r"""Mixes each selected unit with a similar one of its layer.
 
@@ -90,10 +88,9 @@ def merge_kernels(
       ValueError: no kernels, or one whose path or shape is not that of a leaf of `params`, or whose
         weight is not of a floating dtype; a number of the rule out of range.
     """
-    if implementation not in (forms := get_args(Implementation)):
-        raise ValueError(f"implementation is {implementation!r}; choose one of {', '.join(forms)}")
+    backends.check_implementation(implementation)
     check_rule(rule)
-    key, layers = as_key(key), group_units(kernels)
+    key, layers = as_key(key), group_weights(kernels)
     weights, put = weights_of(kernels, params)
     counts: list[tuple[Any, ...]] = []
     previous = None
@@ -104,7 +101,7 @@ def merge_kernels(
         selected, partner = draw_pairs(key, members[0], rule)
         given = [jnp.asarray(weights[kernel.name]) for kernel in members]
         given = backends.sequence_after(given, previous, kernels)
-        form = backends.choose(given, members, implementation, reference=merge_unit)
+        form = backends.choose(given, members, implementation, reference=merge_layer)
         previous, merged, total = form(given, members, selected, partner, rule)
         weights |= {kernel.name: w for kernel, w in zip(members, previous, strict=True)}
         drawn = jnp.sum(selected, dtype=jnp.int32)
@@ -136,7 +133,7 @@ def draw_pairs(
       nearest, which is no draw.
     """
     # crc32, since Python's hash of a string differs from one process to the next.
-    layer_key = jax.random.fold_in(key, zlib.crc32(kernel.unit.encode()))
+    layer_key = jax.random.fold_in(key, zlib.crc32(kernel.label.encode()))
     select_key, partner_key = jax.random.split(layer_key)
     selected = jax.random.uniform(select_key, (kernel.count,), jnp.float32) < rule.probability
     if rule.partner == "nearest":
@@ -148,7 +145,7 @@ def draw_pairs(
     return selected, jnp.where(other >= itself, other + 1, other)
 
 
-def merge_unit(
+def merge_layer(
     weights: Sequence[jax.Array],
     members: Sequence[Kernel],
     selected: jax.Array,

@@ -86,8 +86,10 @@ def check_rule(rule: MergeRule) -> None:
     """Checks the numbers of a rule; traced ones are not known yet.
 
     Raises:
-      ValueError: a number out of range or of another type, or an unknown partner.
+      ValueError: no rule, a number out of range or of another type, or an unknown partner.
     """
+    if not isinstance(rule, MergeRule):
+        raise ValueError(f"rule is {rule!r}; give a MergeRule")
     check_range("probability", rule.probability, 0, 1)
     if isinstance(rule.threshold, Quantile):
         check_range("quantile", rule.threshold.share, 0, 1)
@@ -131,7 +133,8 @@ def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:
     if not isinstance(threshold, Quantile):
         return threshold
     compared = jnp.sum(similarity > NOT_COMPARED, dtype=jnp.int32)
-    # Less a little: 0.6 times 25 is above 15 in float32.
-    stay = jnp.ceil(threshold.share * compared.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+    # Less a tolerance: 0.6 * 25 > 15 in float32.
+    exact = threshold.share * compared.astype(jnp.float32)
+    stay = jnp.ceil(exact - 1e-4 - 2e-7 * exact).astype(jnp.int32)
     place = jnp.maximum(len(similarity) - compared + stay - 1, 0)
     return jnp.where(stay > 0, jnp.sort(similarity)[place], NOT_COMPARED)

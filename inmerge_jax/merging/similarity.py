@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inmerge_jax.merging import backends
 from inmerge_jax.merging.merge import cosines, unit_vectors
 from inmerge_jax.merging.rule import NOT_COMPARED
-from inmerge_jax.merging.units import Kernel, as_rows, group_units, weights_of
+from inmerge_jax.merging.units import Kernel, as_rows, group_weights, weights_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -89,15 +90,21 @@ def kernel_similarity(
     quantiles, thresholds = tuple(quantiles), tuple(thresholds)
     weights, _ = weights_of(kernels, params)
     found = []
-    for members in group_units(kernels):
-        rows = [as_rows(jnp.asarray(weights[k.name]), k) for k in members if k.compared]
+    for members in group_weights(kernels):
+        compared = [kernel for kernel in members if kernel.compared]
+        given = [jnp.asarray(weights[kernel.name]) for kernel in compared]
+
+        def measure(given: list[jax.Array], compared: list[Kernel] = compared) -> jax.Array:
+            rows = [as_rows(weight, kernel) for weight, kernel in zip(given, compared, strict=True)]
+            return _statistics(rows, quantiles, thresholds)
+
         numbers = np.full(4 + len(quantiles) + len(thresholds), np.nan)
         if members[0].units > 1:
-            numbers = jax.device_get(_statistics(rows, quantiles, thresholds))
+            numbers = jax.device_get(backends.over_automatic_axes(measure, given)(given))
         mean, minimum, maximum, nearest, *rest = numbers.tolist()
         found.append(
             LayerSimilarity(
-                members[0].unit,
+                members[0].label,
                 members[0].count,
                 mean,
                 minimum,
@@ -115,8 +122,8 @@ def _statistics(
     rows: list[jax.Array], quantiles: tuple[float, ...], thresholds: tuple[float, ...]
 ) -> jax.Array:
     cosine = jax.vmap(lambda rows: cosines(unit_vectors(rows)))(rows)
-    above, below = np.triu_indices(cosine.shape[-1], k=1)
-    pairs = cosine[:, above, below].ravel()
+    first, second = np.triu_indices(cosine.shape[-1], k=1)
+    pairs = cosine[:, first, second].ravel()
     itself = jnp.eye(cosine.shape[-1], dtype=bool)[None]
     nearest = jnp.max(jnp.where(itself, NOT_COMPARED, cosine), axis=-1)
     extremes = [jnp.mean(pairs), jnp.min(pairs), jnp.max(pairs), jnp.mean(nearest)]

@@ -100,7 +100,7 @@ def find_kernels(
     """
     found = trace_kernels(forward, params, *args, ops=ops, **kwargs)
     for one in found.passed_over:
-        if one.op in ops:
+        if one.op.removesuffix("_transpose") in ops:
             warnings.warn(
                 f"{one.name!r} is the weight of a {one.op} operation but {one.reason}; it is not "
                 "listed and will not be merged",
@@ -150,10 +150,10 @@ def trace_kernels(
     for number, uses in walk.uses.items():
         path, weight = leaves[number]
         # A convolution's weight may be in products too, by which its norm is estimated, say.
-        uses = [use for use in uses if use.op == "conv"] or uses
+        uses = [use for use in uses if use.op != "dense"] or uses
         use = next((use for use in uses if use.reason), uses[0])
         reason = use.reason
-        if use.op not in ops:
+        if use.op.removesuffix("_transpose") not in ops:
             reason = f"ops is {tuple(ops)!r}"
         elif not reason and len(set(uses)) > 1:
             reason = "is used with different output axes or groups"
@@ -161,16 +161,19 @@ def trace_kernels(
             passed_over.append(PassedOver(path_name(path), use.op, reason))
         else:
             kernels.append(Kernel(path, tuple(weight.shape), *use.place, op=use.op))
+    for number in walk.multiplied.difference(walk.uses):
+        name = path_name(leaves[number][0])
+        passed_over.append(PassedOver(name, "dense", "is multiplied by another parameter"))
     return Trace(tuple(kernels), tuple(passed_over))
 
 
 _Atom = tuple[int | None, int]
-"""An axis of the parameter and its size; None for one that a value does not share with it."""
+"""An axis and its size; the axis is None if it is not one of the parameter."""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a value is of the parameters that it comes from.
+    """How a value derives from parameters.
 
     Attributes:
       leaves: numbers of the parameters; one, unless the link is lost.
@@ -214,9 +217,15 @@ _SAME_AXES = frozenset(
 
 @dataclass
 class _Walk:
-    """Follows parameters through a jaxpr and its inner ones; collects their uses as weights."""
+    """Follows parameters through a jaxpr and its inner ones.
+
+    Attributes:
+      uses: of each parameter as a weight.
+      multiplied: parameters that are multiplied by another one, as LoRA's factors are.
+    """
 
     uses: dict[int, list[_Use]] = field(default_factory=dict)
+    multiplied: set[int] = field(default_factory=set)
 
     def jaxpr(self, jaxpr: Any, origins: _Origins) -> list[_Origin | None]:
         known = dict(zip(jaxpr.invars, origins, strict=True))
@@ -237,7 +246,12 @@ class _Walk:
             self.convolution(eqn, origins[1])
             return [_activation(origins[::-1], name)]
         if name == "dot_general":
-            return [self.product(eqn, origins)]
+            return [self.product(origins, *eqn.params["dimension_numbers"])]
+        if name.startswith("ragged_dot"):
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            contracted, batched = numbers.dot_dimension_numbers
+            experts = (*batched[1], *numbers.rhs_group_dimensions)
+            return [self.product(origins[:2], contracted, (batched[0], experts))]
         if name in ("scan", "while"):
             return self.loop(eqn, origins)
         if name == "optimization_barrier":
@@ -275,11 +289,12 @@ class _Walk:
     def convolution(self, eqn: Any, weight: _Origin | None) -> None:
         """Records the weight of a convolution."""
         out = eqn.params["dimension_numbers"].rhs_spec[0]
+        op = "conv_transpose" if max(eqn.params["lhs_dilation"], default=1) > 1 else "conv"
         groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
         if weight is not None:
-            self.record("conv", weight, [weight.axes[out]] if weight.axes else [], groups)
+            self.record(op, weight, [weight.axes[out]] if weight.axes else [], groups)
 
-    def product(self, eqn: Any, origins: list[_Origin | None]) -> _Origin:
+    def product(self, origins: _Origins, contracted: Any, batched: Any) -> _Origin:
         """Records the weight of a matrix product, one of whose operands is a parameter."""
         sides = [side for side, o in enumerate(origins) if o and o.axes is not None]
         if len(sides) == 2:
@@ -287,11 +302,10 @@ class _Walk:
             sides = [side for side in sides if not origins[side].mixed] or sides  # type: ignore[union-attr]
         if len(sides) == 1:
             (side,) = sides
-            contracted, batched = (dims[side] for dims in eqn.params["dimension_numbers"])
-            weight = origins[side]
+            weight, gone = origins[side], {*contracted[side], *batched[side]}
             assert weight and weight.axes is not None
-            kept = [a for d, a in enumerate(weight.axes) if d not in {*contracted, *batched}]
-            together = [atom for d in batched for atom in weight.axes[d]]
+            kept = [atoms for d, atoms in enumerate(weight.axes) if d not in gone]
+            together = [atom for d in batched[side] for atom in weight.axes[d]]
             indexed = (axis for axis, size in together if axis is not None and size > 1)
             self.record("dense", replace(weight, indexed=(*weight.indexed, *indexed)), kept, 1)
             return _activation([weight], "dot_general")
@@ -301,7 +315,10 @@ class _Walk:
             elif sides and origin and origin.mixed:
                 reason = "is combined with another value before a product with a parameter"
                 self.record("dense", replace(origin, reason=reason), [], 1)
-        # Of two parameters: a product such as LoRA's, which may be a weight itself.
+        if sides and not any(origin and origin.mixed for origin in origins):
+            # A product such as LoRA's, which may be a weight itself.
+            leaves = {origin.leaves for origin in origins if origin}
+            self.multiplied |= {leaf for (leaf,) in leaves} if len(leaves) == 2 else set()
         return (_lost if sides else _activation)(origins, "dot_general")
 
     def record(
@@ -322,7 +339,7 @@ class _Walk:
             *outer, last = outputs
             atoms = [atom for axis in outer for atom in axis if atom[1] > 1]
             # A convolution's weight has one output axis, which vmap merges with that of the batch.
-            atoms += last if op == "conv" else [a for a in last if a[1] > 1] or last[:1]
+            atoms += last if op != "dense" else [a for a in last if a[1] > 1] or last[:1]
         axes = [axis for axis, _ in atoms if axis is not None]
         if axes and len(axes) == len(atoms):
             *batch, (_, units) = atoms
@@ -347,7 +364,7 @@ def _jaxprs(value: Any) -> list[Any]:
 
 
 def _lost(origins: Iterable[_Origin | None], name: str) -> _Origin:
-    """What an operation makes of parameters to which it loses the link."""
+    """The origin after an operation that cannot be followed."""
     given = [o for o in origins if o is not None]
     known = [o for o in given if not o.activation]
     if not known:
@@ -361,7 +378,7 @@ def _activation(origins: Iterable[_Origin | None], name: str) -> _Origin:
 
 
 def _agreed(origins: _Origins, name: str) -> _Origin | None:
-    """What the branches of a conditional, or the turns of a loop, say alike; else it is lost."""
+    """What all branches of a conditional, or iterations of a loop, agree on; else it is lost."""
     return origins[0] if all(o == origins[0] for o in origins) else _lost(origins, name)
 
 

@@ -78,13 +78,22 @@ class Kernel:
         object.__setattr__(self, "out_axis", out_axis)
         object.__setattr__(self, "batch_axes", tuple(batch_axes))
 
+    @classmethod
+    def named(cls, params: PyTree, name: str, out_axis: int, **fields: Any) -> "Kernel":
+        """The leaf of `params` with this name, such as the bias that goes along in `tie`.
+
+        Raises:
+          ValueError: no leaf has this name, or a field does not suit its shape.
+        """
+        return cls(*_leaf(params, name), out_axis, **fields)
+
     @property
     def name(self) -> str:
         """The path as text, `"layer1/conv1/kernel"`; the same for all forms of a Flax NNX state."""
         return path_name(self.path)
 
     @property
-    def unit(self) -> str:
+    def label(self) -> str:
         """The label of the group, or the name of a weight that is in none; draws depend on it."""
         return self.name if self.group is None else self.group
 
@@ -146,7 +155,7 @@ def weights_of(
     Args:
       kernels: of the tree, or of one with the same names, such as a Flax NNX module and its state.
       tree: params or updates; leaves of other kernels may be anything, None too.
-      what: it is called in errors.
+      what: the tree's name in error messages.
 
     Raises:
       ValueError: a kernel that is not there, or whose leaf has another shape or no floating dtype.
@@ -161,6 +170,10 @@ def weights_of(
         if names.count(name) > 1:
             raise ValueError(
                 f"kernel {name!r} is the name of two leaves of {what}; rename one of them"
+            )
+        if leaf is None and name in place:
+            raise ValueError(
+                f"kernel {name!r} is None in {what}; differentiate by it or leave it out of kernels"
             )
         if leaf is None:
             raise ValueError(
@@ -189,13 +202,18 @@ def weights_of(
     return found, put
 
 
-def group_units(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
+def group_weights(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
     """The kernels by unit: weights of one group together, at the place of the first of them.
 
     Raises:
-      ValueError: no kernels; weights of one group that have different numbers of units or none
-        that is compared; a weight that is given twice.
+      ValueError: no kernels, or no sequence of them; weights of one group that have different
+        numbers of units or none that is compared; a weight that is empty or given twice.
     """
+    if isinstance(kernels, Kernel) or not all(isinstance(one, Kernel) for one in kernels):
+        raise ValueError(
+            f"kernels must be a sequence of Kernel, such as find_kernels(...) or "
+            f"trace_kernels(...).kernels; it is {kernels!r:.80}"
+        )
     if not kernels:
         raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
     names = [kernel.name for kernel in kernels]
@@ -205,7 +223,7 @@ def group_units(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
             raise ValueError(f"kernel {kernel.name!r} is given twice; give each weight once")
         if not math.prod(kernel.shape):
             raise ValueError(f"kernel {kernel.name!r} has shape {kernel.shape}, which is empty")
-        found.setdefault((kernel.group is None, kernel.unit), []).append(kernel)
+        found.setdefault((kernel.group is None, kernel.label), []).append(kernel)
     for (_, name), members in found.items():
         if len({(kernel.problems, kernel.units) for kernel in members}) > 1:
             listed = ", ".join(f"{k.name}: {k.problems} x {k.units}" for k in members)
@@ -224,10 +242,10 @@ def tie(
     """Weights whose units belong together: unit i of one merges with unit i of the others.
 
     Example, a neuron with its bias:
-      >>> import jax
-      >>> path = lambda *keys: tuple(map(jax.tree_util.DictKey, keys))
-      >>> weight = Kernel(path("fc", "kernel"), (16, 32), out_axis=1, op="dense")
-      >>> bias = Kernel(path("fc", "bias"), (32,), out_axis=0, op="dense")
+      >>> import jax.numpy as jnp
+      >>> params = {"fc": {"kernel": jnp.ones((16, 32)), "bias": jnp.zeros(32)}}
+      >>> weight = Kernel.named(params, "fc/kernel", out_axis=1, op="dense")
+      >>> bias = Kernel.named(params, "fc/bias", out_axis=0, op="dense")
       >>> tied = tie([weight, bias], "fc", compared=lambda kernel: kernel is weight)
       >>> [(kernel.name, kernel.group, kernel.compared) for kernel in tied]
       [('fc/kernel', 'fc', True), ('fc/bias', 'fc', False)]
@@ -244,7 +262,7 @@ def tie(
         replace(kernel, group=name, compared=compared is None or compared(kernel))
         for kernel in kernels
     )
-    group_units(tied)
+    group_weights(tied)
     return tied
 
 
@@ -260,8 +278,7 @@ def experts(params: PyTree, name: str, weights: Sequence[str], axis: int = 0) ->
     Raises:
       ValueError: a name that is not in `params`, or different numbers of experts.
     """
-    leaves = [_leaf(params, weight) for weight in weights]
-    return tie([Kernel(path, shape, axis, op="dense") for path, shape in leaves], name)
+    return tie([Kernel.named(params, weight, axis, op="dense") for weight in weights], name)
 
 
 def attention_heads(
@@ -326,7 +343,7 @@ def attention_heads(
         found.append(kernel(weight, 0 if first else 1, [inputs.count(weight)], True))
     found.append(kernel(out, 1 if out_first and not split else 0, [1], False))
     found += [kernel(bias, 0, [1, 2, 3], False) for bias in biases]
-    group_units(found)
+    group_weights(found)
     return tuple(found)
 
 

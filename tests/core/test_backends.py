@@ -7,7 +7,7 @@ import pytest
 
 from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile
 from inmerge_jax.merging.backends import cpu, tpu
-from inmerge_jax.merging.merge import draw_pairs, merge_unit
+from inmerge_jax.merging.merge import draw_pairs, merge_layer
 
 # The sixth has several blocks of rows with some left over, several groups of selected kernels, and
 # more chosen ones than are written singly; the last two are whole tiles of a TPU's memory.
@@ -54,7 +54,7 @@ def run(form, weight, layer, rule, key=3):
 def test_a_form_merges_as_the_reference_does(form, shape, dtype, partner, threshold):
     weight, layer = example(shape, dtype), kernel(shape)
     rule = MergeRule(0.6, THRESHOLDS[threshold], 0.8, partner)
-    expected, count, total = run(merge_unit, weight, layer, rule)
+    expected, count, total = run(merge_layer, weight, layer, rule)
     found, found_count, found_total = run(FORMS[form], weight, layer, rule)
     assert found.dtype == expected.dtype and found_count == count
     assert found_total == pytest.approx(total, rel=1e-5)
@@ -68,14 +68,14 @@ def test_a_form_merges_as_the_reference_does(form, shape, dtype, partner, thresh
 
 def test_something_merges_in_these_cases():
     rule = MergeRule(0.6, 0.1, 0.8, "nearest")
-    assert all(run(merge_unit, example(s, "float32"), kernel(s), rule)[1] for s in SHAPES)
+    assert all(run(merge_layer, example(s, "float32"), kernel(s), rule)[1] for s in SHAPES)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_any_axis_on_tpu(axis):
     weight, layer = example((6, 8, 5, 9), "float32"), kernel((6, 8, 5, 9), axis)
     rule = MergeRule(1.0, -1.0, 0.5, "random")
-    expected, found = (run(form, weight, layer, rule)[0] for form in (merge_unit, tpu.merge))
+    expected, found = (run(form, weight, layer, rule)[0] for form in (merge_layer, tpu.merge))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_a_nan_stays_in_its_own_kernel(form, shape, partner):
 
 @pytest.mark.parametrize("scale", [1e-22, 1e21, 1e30])
 @pytest.mark.parametrize("partner", ["random", "nearest"])
-@pytest.mark.parametrize("form", [merge_unit, cpu.merge], ids=["reference", "cpu"])
+@pytest.mark.parametrize("form", [merge_layer, cpu.merge], ids=["reference", "cpu"])
 def test_similarities_do_not_depend_on_the_scale(scale, partner, form):
     shape = (3, 3, 64, 40)
     weight, layer = example(shape, "float32"), kernel(shape)
@@ -106,7 +106,7 @@ def test_similarities_do_not_depend_on_the_scale(scale, partner, form):
     np.testing.assert_allclose(found / np.float32(scale), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), merge_unit], ids=[*FORMS, "reference"])
+@pytest.mark.parametrize("form", [*FORMS.values(), merge_layer], ids=[*FORMS, "reference"])
 @pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
 def test_gradients_are_those_of_the_formula(form, probability):
     shape = (3, 3, 64, 40)

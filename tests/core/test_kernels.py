@@ -457,6 +457,31 @@ def test_all_parameters_of_a_computed_weight_are_passed_over():
     }
 
 
+def test_low_rank_factors_beside_a_weight_are_passed_over():
+    params = {"w": jnp.ones((4, 5)), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 5))}
+    found = trace_kernels(lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), params, jnp.ones((2, 4)))
+    assert [kernel.name for kernel in found.kernels] == ["w"]
+    assert {(one.name, one.reason) for one in found.passed_over} == {
+        (name, "is multiplied by another parameter") for name in "ab"
+    }
+
+
+def test_experts_of_a_ragged_product_are_problems_of_their_own():
+    params = {"moe": jnp.ones((3, 4, 5))}
+    sizes = jnp.array([2, 3, 1], jnp.int32)
+    found = places(
+        lambda p, x: lax.ragged_dot(x, p["moe"], sizes), params, jnp.ones((6, 4)), ops=("dense",)
+    )
+    assert found == {"moe": (2, (0,), 1, "dense")}
+
+
+def test_a_transposed_convolution_is_told_from_others(image, weight):
+    def forward(p, x):
+        return lax.conv_transpose(x, p["w"], (2, 2), "SAME")
+
+    assert places(forward, weight, image) == {"w": (3, (), 1, "conv_transpose")}
+
+
 def test_a_warning_points_at_the_caller(image):
     params = {"w": jnp.ones((3, 3, 4, 4)), "z": jnp.ones((3, 3, 4, 4))}
     with pytest.warns(UserWarning) as caught:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from inmerge_jax import MergeRule, merge_kernels, quantile
 from inmerge_jax.merging import draw_pairs
+from inmerge_jax.merging.rule import effective_threshold
 from tests.core.test_merging import kernel, merge, similar_weight
 from tests.oracles import merging_numpy
 
@@ -101,3 +102,12 @@ def test_a_traced_share_is_one_compilation_and_vmaps():
 def test_a_share_out_of_range(share):
     with pytest.raises(ValueError, match=rf"quantile is {share}; it must lie between 0 and 1"):
         quantile(share)
+
+
+@pytest.mark.parametrize("count", [25, 1000, 4096, 16000])
+def test_shares_of_wide_layers_are_exact(count):
+    """float32 has no exact 0.6; what stays is nevertheless the whole number that is meant."""
+    ranks = jnp.arange(count, dtype=jnp.float32) / count
+    for twentieths in range(21):
+        limit = effective_threshold(quantile(twentieths / 20), ranks)
+        assert int((ranks > limit).sum()) == (20 - twentieths) * count // 20

@@ -9,7 +9,15 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile, tie, with_merging
+from inmerge_jax import (
+    Kernel,
+    MergeRule,
+    kernel_similarity,
+    merge_kernels,
+    quantile,
+    tie,
+    with_merging,
+)
 
 SHAPE = (3, 3, 16, 32)
 KEY = jax.random.key(3)
@@ -132,3 +140,39 @@ def test_no_weight_is_gathered(partner, spec, kind, implementation):
         else:
             assert entries <= {"all-reduce": 64 * 64, "all-gather": 64}[name], found
     assert ("all-to-all" in dict(found)) == (spec[3] == "a")
+
+
+def test_similarities_of_explicitly_sharded_weights():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+    params = {"w": params_of()["conv"]}
+    (expected,) = kernel_similarity(params, [kernel("w")])
+    for spec in ((None, None, "a"), (None, None, None, "a")):
+        sharded = jax.device_put(params, NamedSharding(mesh, PartitionSpec(*spec)))
+        (found,) = kernel_similarity(sharded, [kernel("w")])
+        assert found.mean == pytest.approx(expected.mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+def test_unsharded_weights_under_an_explicit_mesh(implementation, partner):
+    params, rule = {"w": np.asarray(params_of()["conv"])}, MergeRule(0.6, 0.2, 0.8, partner)
+
+    def merge(params):
+        return merge_kernels(params, KEY, [kernel("w")], rule, implementation=implementation)[0]
+
+    expected = jax.jit(merge)(params)
+    with jax.set_mesh(jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))):
+        found = jax.jit(merge)(params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_of_sharded_and_unsharded_weights():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+    params, rule = params_of(), MergeRule(0.6, 0.2)
+    merge = jax.jit(lambda params: merge_kernels(params, KEY, KERNELS[1:], rule)[0])
+    expected = merge(params)
+    sharding = NamedSharding(mesh, PartitionSpec("a", None))
+    found = merge(params | {"dense": jax.device_put(params["dense"], sharding)})
+    assert found["dense"].sharding.spec == sharding.spec
+    for name in ("dense", "bias"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)

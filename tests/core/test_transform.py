@@ -14,6 +14,7 @@ from inmerge_jax import (
     merge_kernels,
     merge_report,
     quantile,
+    trace_kernels,
     with_merging,
 )
 from tests.core import networks
@@ -413,6 +414,55 @@ def test_bad_input_is_refused_before_the_first_update():
         optax.masked(tx, {"bias": True, "conv_1": False, "conv_2": True}).init(initial())
     with pytest.raises(ValueError, match="'conv_1' was found with shape"):
         tx.init(initial() | {"conv_1": jnp.ones((3, 3, 3, 4))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(implementation="gpu"), "implementation is 'gpu'; choose one of auto"),
+        (dict(rule=0.3), "rule is 0.3; give a MergeRule"),
+        (dict(rule=None), "rule is None; give a MergeRule"),
+        (dict(kernels=KERNELS[0]), "kernels must be a sequence of Kernel, .* it is Kernel"),
+        (dict(kernels=trace_kernels(forward, initial(), IMAGES)), r"trace_kernels\(...\).kernels"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        in_model_merging(**{"kernels": KERNELS, "rule": RULE, "key": KEY} | change)
+
+
+def test_what_a_rule_function_returns_is_checked():
+    tx = in_model_merging(KERNELS, lambda count: 0.3, KEY)
+    with pytest.raises(ValueError, match=r"rule is 0\.3; give a MergeRule"):
+        tx.update(initial(), tx.init(initial()), initial())
+
+
+def test_a_missing_gradient_is_named():
+    tx = in_model_merging(KERNELS, RULE, KEY)
+    with pytest.raises(ValueError, match="kernel 'conv_2' is None in updates; differentiate by it"):
+        tx.update(initial() | {"conv_2": None}, tx.init(initial()), initial())
+
+
+def test_specifications_of_the_state_can_be_derived():
+    """`optax.tree_map_params` initializes the state for a placeholder of the parameters."""
+    tx = with_merging(optax.adam(1e-2), KERNELS, RULE, KEY)
+    state = tx.init(initial())
+    doubled = optax.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    np.testing.assert_array_equal(doubled[0][0].mu["conv_1"], 1)
+    jax.tree.map(np.testing.assert_array_equal, doubled[1].stats, state[1].stats)
+
+
+def test_float32_updates_merge_bfloat16_parameters_exactly():
+    params = initial(jnp.bfloat16)
+    rule = MergeRule(1.0, -1.0, 0.5)
+    grads = jax.tree.map(lambda p: 0.05 * jnp.cos(p.astype(jnp.float32)), params)
+    tx = in_model_merging(KERNELS, rule, KEY)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = optax.apply_updates(params, grads)
+    expected, _ = merge_kernels(moved, jax.random.fold_in(KEY, 0), KERNELS, rule)
+    found = optax.apply_updates(params, updates)
+    for name in ("conv_1", "conv_2"):
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_other_leaves_may_be_none_or_integers():

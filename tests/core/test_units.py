@@ -19,7 +19,7 @@ from inmerge_jax import (
     tie,
 )
 from inmerge_jax.merging.merge import draw_pairs
-from inmerge_jax.merging.units import as_rows, from_rows, group_units
+from inmerge_jax.merging.units import as_rows, from_rows, group_weights
 from tests.oracles import merging_numpy
 
 
@@ -157,7 +157,7 @@ def test_similarities_are_those_of_the_pairs_of_each_problem(case):
             merging_numpy.cosine(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :]
         ]
     (layer,) = kernel_similarity(params, kernels)
-    assert layer.name == kernels[0].unit and layer.kernels == kernels[0].count
+    assert layer.name == kernels[0].label and layer.kernels == kernels[0].count
     assert layer.mean == pytest.approx(np.mean(found), abs=1e-6)
     assert layer.maximum == pytest.approx(np.max(found), abs=1e-6)
 
@@ -201,6 +201,23 @@ def test_fields_are_checked(fields, message):
         Kernel(at("w"), (3, 3, 2, 8), **fields)
 
 
+def test_a_leaf_is_taken_by_its_name():
+    params = {"fc": {"bias": jnp.ones(6)}}
+    kernel = Kernel.named(params, "fc/bias", -1, op="dense")
+    assert (kernel.name, kernel.shape, kernel.out_axis, kernel.op) == ("fc/bias", (6,), 0, "dense")
+    with pytest.raises(ValueError, match="'bias' is not in params; its leaves begin with fc/bias"):
+        Kernel.named(params, "bias", 0)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), jnp.int32(3)])
+def test_any_integer_is_a_seed(seed):
+    weight = Kernel(at("w"), (5, 8), 1)
+    params, rule = weights_of([weight], 0), MergeRule(0.5, -1.0)
+    found, _ = merge_kernels(params, seed, [weight], rule)
+    expected, _ = merge_kernels(params, 3, [weight], rule)
+    np.testing.assert_array_equal(found["w"], expected["w"])
+
+
 def test_negative_axes_are_normalised():
     kernel = Kernel(at("w"), (2, 3, 8), -1, batch_axes=(-3,))
     assert (kernel.out_axis, kernel.batch_axes) == (2, (0,))
@@ -214,7 +231,7 @@ def test_groups_are_checked():
     with pytest.raises(ValueError, match="no weight of group 'g' is compared"):
         tie([a], "g", compared=lambda kernel: False)
     with pytest.raises(ValueError, match="kernel 'a' is given twice"):
-        group_units([a, a])
+        group_weights([a, a])
     with pytest.raises(ValueError, match="kernels is empty"):
         tie([], "g")
     with pytest.raises(ValueError, match=r"kernel 'a' has shape \(0, 6\), which is empty"):

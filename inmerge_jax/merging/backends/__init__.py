@@ -1,44 +1,53 @@
-"""Faster forms of `merge.merge_unit` for single weights on CPU and TPU, chosen here.
+"""Faster implementations of `merge.merge_layer` for single weights on CPU and TPU, chosen here.
 
-A form takes and returns what `merge_unit` does. Units that have several weights, batch axes, groups
-or a view are merged by the reference on every platform.
+Each takes and returns what `merge_layer` does. Layers of several weights, and weights with batch
+axes, groups or a view, take the reference on every platform.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
 
 from inmerge_jax.merging.backends import cpu, tpu
 from inmerge_jax.merging.rule import MergeRule
 from inmerge_jax.merging.units import Kernel
 
 Form = Callable[..., tuple[list[jax.Array], jax.Array, jax.Array]]
+Implementation = Literal["auto", "reference", "cpu", "tpu"]
 _LARGE = 2**20
 
 
+def check_implementation(name: str) -> None:
+    """Raises a ValueError where there is no such implementation."""
+    if name not in (choices := get_args(Implementation)):
+        raise ValueError(f"implementation is {name!r}; choose one of {', '.join(choices)}")
+
+
 def choose(
-    weights: Sequence[jax.Array], members: Sequence[Kernel], implementation: str, reference: Form
+    weights: Sequence[jax.Array],
+    members: Sequence[Kernel],
+    implementation: Implementation,
+    reference: Form,
 ) -> Form:
     """The form for one layer: that of the platform which the program is compiled for.
 
-    Weights whose shardings are explicit keep them. They take the reference form, which reduces
-    similarities where the others would gather a weight, and inside, XLA propagates shardings as it
-    does over automatic axes.
+    Weights that are sharded over explicit axes take the reference form, which reduces similarities
+    where the others would gather a weight, and keep their shardings.
 
     Args:
       weights: of the layer.
       members: where its units are.
       implementation: of `merge_kernels`.
-      reference: `merge_unit`.
+      reference: `merge_layer`.
     """
-    shardings = [jax.typeof(weight).sharding for weight in weights]
-    explicit = jax.sharding.AxisType.Explicit
-    meshes = [s.mesh for s in shardings if not s.mesh.empty and explicit in s.mesh.axis_types]
-    if not meshes:
+    mesh = _explicit_mesh(weights)
+    if mesh is None:
         return _of_platform(weights, members, implementation, reference)
+    shardings = [_sharding(weight, mesh) for weight in weights]
     sharded = any(names is not None for sharding in shardings for names in sharding.spec)
     form = reference if sharded else _of_platform(weights, members, implementation, reference)
 
@@ -49,24 +58,49 @@ def choose(
         partner: jax.Array | None,
         rule: MergeRule,
     ) -> Any:
-        whole = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
-        call = jax.sharding.auto_axes(
-            lambda weights, *drawn: form(weights, members, *drawn),
-            out_sharding=(shardings, whole, whole),
-        )
-        weights = [_by_entries(w, kernel) for w, kernel in zip(weights, members, strict=True)]
-        return call(weights, selected, partner, rule)
+        def call(weights: Sequence[jax.Array], *drawn: Any) -> Any:
+            return form(weights, members, *drawn)
+
+        whole = NamedSharding(mesh, PartitionSpec())
+        given = [_by_entries(w, kernel, mesh) for w, kernel in zip(weights, members, strict=True)]
+        automatic = auto_axes(call, out_sharding=(shardings, whole, whole))
+        return automatic(given, selected, partner, rule)
 
     return merge
 
 
-def _by_entries(weight: jax.Array, kernel: Kernel) -> jax.Array:
+def over_automatic_axes(function: Callable[..., Any], arrays: Sequence[jax.Array]) -> Any:
+    """`function` for arrays that may be sharded over explicit axes; its result is replicated.
+
+    Over automatic axes XLA propagates shardings, where every operation on explicitly sharded arrays
+    would have to say how its result is sharded.
+    """
+    mesh = _explicit_mesh(arrays)
+    if mesh is None:
+        return function
+    return auto_axes(function, out_sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh of the arrays, or else the current one, if it has explicit axes."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    explicit = AxisType.Explicit
+    return next((m for m in meshes if not m.empty and explicit in m.axis_types), None)
+
+
+def _sharding(array: jax.Array, mesh: Any) -> NamedSharding:
+    sharding = jax.typeof(array).sharding
+    return sharding if not sharding.mesh.empty else NamedSharding(mesh, PartitionSpec())
+
+
+def _by_entries(weight: jax.Array, kernel: Kernel, mesh: Any) -> jax.Array:
     """An explicitly sharded weight, divided along the entries of its units instead of its units.
 
     Devices then exchange parts of it, where comparing units of several devices would gather it.
     """
-    sharding = jax.typeof(weight).sharding
-    spec = list(sharding.spec)
+    sharding = _sharding(weight, mesh)
+    spec = [*sharding.spec, *[None] * (weight.ndim - len(sharding.spec))]
     names, size = spec[kernel.out_axis], kernel.shape[kernel.out_axis]
     if kernel.view is not None or names is None:
         return weight
@@ -82,8 +116,7 @@ def _by_entries(weight: jax.Array, kernel: Kernel) -> jax.Array:
         return weight
     _, axis = max(free)
     spec[axis], spec[kernel.out_axis] = names, None
-    moved = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.sharding.reshard(weight, moved)
+    return reshard(weight, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _of_platform(

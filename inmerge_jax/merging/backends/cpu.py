@@ -31,7 +31,7 @@ def merge(
     partner: jax.Array | None,
     rule: MergeRule,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """As `merge.merge_unit`, for one weight that `fits`; differentiable in it and in alpha."""
+    """As `merge.merge_layer`, for one weight that `fits`; differentiable in it and in alpha."""
     del members
     (weight,) = weights
     # Which kernels merge is a decision: no gradient goes through it.
@@ -196,8 +196,8 @@ def mix_pairs(
       alpha: float32 (), the fraction that is kept.
 
     Up to a few kernels are written one by one, which leaves the other columns unread; more of them
-    in one pass over the weight. Each is a loop of no length where it isn't wanted: a conditional
-    would copy the weight.
+    in one pass over the weight. Each is a loop that runs no iteration where it is not needed: a
+    conditional would copy the weight.
     """
     count = weight.shape[-1]
     few = min(_FEW, count)

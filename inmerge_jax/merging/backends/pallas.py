@@ -36,8 +36,8 @@ def fits(weight: jax.Array, axis: int) -> bool:
     """Whether `merge` takes it: kernels last, in whole tiles, and in fast memory.
 
     That is, at most 12 MiB with 128 of its rows twice and 13 numbers for each kernel. Fewer than
-    128 kernels would be filled up to 128, at main memory's expense. In JAX's 64-bit mode none does:
-    TPU's kernels have no 64-bit numbers.
+    128 kernels would be filled up to 128, at main memory's expense. With jax_enable_x64 no weight
+    fits: TPU's kernels have no 64-bit numbers.
     """
     count = weight.shape[axis]
     rows = weight.size // count
@@ -61,7 +61,7 @@ def merge(
     partner: jax.Array | None,
     rule: MergeRule,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """As `merge.merge_unit`, for one weight that `fits`, to the rounding of similarities."""
+    """As `merge.merge_layer`, for one weight that `fits`, to the rounding of similarities."""
     del members
     (weight,) = weights
     threshold = rule.threshold
@@ -233,8 +233,8 @@ def _compare_with_all(weight: Any, inverse: Any, partner: Any, similarity: Any) 
 def _decide(similarity: Any, threshold: Any, quantile: bool, chosen: Any) -> None:
     """Writes which kernels merge.
 
-    The upper share of a layer, without a sort: those with as many similarities below theirs as
-    stay, of the finite ones. `rule.py` says why a little is taken off that number.
+    The upper share of a layer, without a sort: those with at least `stay` finite similarities below
+    their own. `rule.py` says why a tolerance is subtracted.
     """
 
     def group(g: Any, lanes: pl.Slice) -> None:
@@ -251,7 +251,8 @@ def _decide(similarity: Any, threshold: Any, quantile: bool, chosen: Any) -> Non
 
         none = jnp.zeros((1, _LANES), jnp.float32)
         below, compared = _over_kernels(similarity, count, (none, none))
-        stay = jnp.ceil(threshold * compared - 1e-4)
+        exact = threshold * compared
+        stay = jnp.ceil(exact - 1e-4 - 2e-7 * exact)
         chosen[:, lanes] = ((below >= stay) & (jnp.abs(mine) < jnp.inf)).astype(jnp.int32)
 
     _over_kernels(similarity, group)

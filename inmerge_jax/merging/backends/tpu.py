@@ -31,7 +31,7 @@ def merge(
     partner: jax.Array | None,
     rule: MergeRule,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """As `merge.merge_unit`, for one weight."""
+    """As `merge.merge_layer`, for one weight."""
     (weight,), (kernel,) = weights, members
     rows = to_rows(weight, kernel.out_axis)
     # Which kernels merge is a decision: no gradient goes through it.
@@ -52,7 +52,7 @@ def sequence_after(weight: jax.Array, before: jax.Array) -> jax.Array:
 
     Args:
       weight: any dtype and shape.
-      before: what the layer merged before it became.
+      before: the previous layer's merged weight.
     """
     return lax.platform_dependent(
         weight,
@@ -141,8 +141,9 @@ def effective_threshold(threshold: Any, similarity: jax.Array) -> Any:
     compared = jnp.isfinite(similarity)
     count = jnp.sum(compared, dtype=jnp.int32)
     ascending = jnp.sort(jnp.where(compared, similarity, -jnp.inf))
-    # Less a little: 0.6 times 25 is above 15 in float32.
-    stay = jnp.ceil(threshold.share * count.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+    # Less a tolerance: 0.6 * 25 > 15 in float32.
+    exact = threshold.share * count.astype(jnp.float32)
+    stay = jnp.ceil(exact - 1e-4 - 2e-7 * exact).astype(jnp.int32)
     last = ascending[len(ascending) - count + stay - 1]
     return jnp.where(stay > 0, last, -jnp.inf)
 
