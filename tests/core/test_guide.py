@@ -717,14 +717,15 @@ def test_casts_in_the_forward_pass_are_followed():
 
 SHAPE = (3, 3, 16, 32)
 KINDS = ("all-gather", "all-reduce", "collective-permute", "all-to-all")
-HEADER = ("sharded along", "partner", "implementation", *KINDS, "largest, bytes")
+HEADER = ("sharded along", "axes", "partner", "implementation", *KINDS, "largest, bytes")
+AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 SPECS = {"inputs": (None, None, "x", None), "units": (None, None, None, "x"), "nothing": ()}
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
-def collectives(sharded, partner, implementation):
+def collectives(sharded, axes, partner, implementation):
     """A row of the page's table, counted in the compiled program."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AXES[axes],))
     one = NamedSharding(mesh, PartitionSpec(*SPECS[sharded]))
     every = NamedSharding(mesh, PartitionSpec())
     kernel = Kernel((jax.tree_util.DictKey("w"),), SHAPE, 3)
@@ -733,8 +734,8 @@ def collectives(sharded, partner, implementation):
     def merge(w, key):
         return merge_kernels({"w": w}, key, [kernel], rule, implementation=implementation)
 
-    lowered = jax.jit(merge, in_shardings=(one, every), out_shardings=({"w": one}, every)).lower(
-        jax.ShapeDtypeStruct(SHAPE, jnp.float32), jax.random.key(0)
+    lowered = jax.jit(merge, out_shardings=({"w": one}, every)).lower(
+        jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=one), jax.random.key(0)
     )
     text = lowered.compile(compiler_options=QUICK).as_text()
     found = re.findall(rf"= (\S.*?) ({'|'.join(KINDS)}|reduce-scatter)(?:-start)?\(", text)
@@ -748,7 +749,7 @@ def collectives(sharded, partner, implementation):
         for shapes, _ in found
     ]
     counted = [str(number[kind]) for kind in KINDS]
-    return [sharded, partner, implementation, *counted, f"{max(sizes, default=0):,}"]
+    return [sharded, axes, partner, implementation, *counted, f"{max(sizes, default=0):,}"]
 
 
 def table():
@@ -762,10 +763,14 @@ def table():
 
 
 CASES = [
-    (sharded, partner, implementation)
+    (sharded, axes, partner, implementation)
     for sharded in SPECS
     for partner in ("random", "nearest")
-    for implementation in ("auto", "reference")
+    for axes, implementation in [
+        ("automatic", "auto"),
+        ("automatic", "reference"),
+        ("explicit", "auto"),
+    ]
 ]
 
 
@@ -775,7 +780,7 @@ def test_collectives_are_those_of_the_page(case):
     if jax.__version__ != version:
         pytest.skip(f"counted with jax {version}")
     (row,) = (row for row in table() if all(map(applies, row, case)))
-    assert row[3:] == collectives(*case)[3:]
+    assert row[4:] == collectives(*case)[4:]
 
 
 def applies(cell, value):
@@ -784,12 +789,12 @@ def applies(cell, value):
 
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 def test_the_reference_form_gathers_no_weight_that_is_sharded_along_inputs(partner):
-    row = dict(zip(HEADER, collectives("inputs", partner, "reference"), strict=True))
+    row = dict(zip(HEADER, collectives("inputs", "automatic", partner, "reference"), strict=True))
     assert row["all-gather"] == "0" and row["all-reduce"] != "0"
     similarities = 4 * SHAPE[-1] ** (2 if partner == "nearest" else 1)
     assert int(row["largest, bytes"].replace(",", "")) == similarities
 
 
 if __name__ == "__main__":
-    for line in (HEADER, ["---"] * 3 + ["---:"] * 5, *(collectives(*case) for case in CASES)):
+    for line in (HEADER, ["---"] * 4 + ["---:"] * 5, *(collectives(*case) for case in CASES)):
         print("|", " | ".join(line), "|")
