@@ -1,1 +1,1 @@
-"""Complete training programs, one per library: `python -m examples.linen`."""
+"""Complete training programs, run from the repository root: `python -m examples.linen`."""
