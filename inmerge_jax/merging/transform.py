@@ -63,10 +63,7 @@ def with_merging(
 
     Args:
       tx: the optimizer, with everything that changes its updates.
-      kernels: see `in_model_merging`.
-      rule: likewise.
-      key: likewise.
-      implementation: likewise.
+      kernels, rule, key, implementation: see `in_model_merging`.
     """
     return optax.chain(tx, in_model_merging(kernels, rule, key, implementation=implementation))
 
