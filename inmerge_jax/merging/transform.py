@@ -63,7 +63,10 @@ def with_merging(
 
     Args:
       tx: the optimizer, with everything that changes its updates.
-      kernels, rule, key, implementation: see `in_model_merging`.
+      kernels: see `in_model_merging`.
+      rule: see `in_model_merging`.
+      key: see `in_model_merging`.
+      implementation: see `in_model_merging`.
     """
     return optax.chain(tx, in_model_merging(kernels, rule, key, implementation=implementation))
 
