@@ -193,8 +193,9 @@ def test_a_schedule_of_rules():
     tx = optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, rule_at, KEY))
     plain = optax.sgd(0.1)
     before, after = train(tx, initial(), steps=2)[0], train(tx, initial(), steps=3)[0]
-    jax.tree.map(np.testing.assert_array_equal, before, train(plain, initial(), steps=2)[0])
-    assert (after["conv_2"] != train(plain, initial(), steps=3)[0]["conv_2"]).any()
+    # Two programs, whose gradients may differ by rounding.
+    assert_close(before, train(plain, initial(), steps=2)[0], rtol=1e-6, atol=1e-7)
+    assert np.abs(after["conv_2"] - train(plain, initial(), steps=3)[0]["conv_2"]).max() > 0.01
     assert_close(after, train_merging_first(plain, initial(), rule_at, 3), rtol=2e-5, atol=2e-6)
 
 
