@@ -80,9 +80,10 @@ def find_kernels(
     Args:
       forward: a function of `(params, *args, **kwargs)`; it is traced, never run. One that needs a
         mapped axis name (batch normalisation with `axis_name`) is traced inside
-        `jax.vmap(..., axis_name=...)` of the caller's.
+        `jax.vmap(..., axis_name=...)` of the caller's. Give one without `jax.shard_map` if that
+        divides weights among devices.
       params: a tree of arrays or `jax.ShapeDtypeStruct`s.
-      *args: the other arguments, concrete or abstract.
+      *args: the other arguments, concrete or abstract; bools and strings are not traced.
       ops: "conv" for convolutions, "dense" for matrix products whose one operand is a parameter.
       **kwargs: keyword arguments of `forward`; they are not traced, so `train=False` is a bool.
 
@@ -133,13 +134,19 @@ def trace_kernels(
         raise ValueError(f"ops is {tuple(ops)!r}; choose from {', '.join(OPS)}")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if not is_array or hasattr(leaf, "__jax_array__"):
             raise ValueError(
                 f"params leaf {path_name(path)!r} is a {type(leaf).__name__}, not an array; pass "
-                "the arrays alone (Equinox: eqx.partition, Flax NNX: nnx.split) and put the rest "
-                "back inside forward"
+                "the arrays alone (Equinox: eqx.partition, Flax NNX: nnx.split, Keras: "
+                "variable.value) and put the rest back inside forward"
             )
-    closed = jax.make_jaxpr(lambda params, *args: forward(params, *args, **kwargs))(params, *args)
+
+    def call(params: PyTree, *arrays: Any) -> Any:
+        given = iter(arrays)
+        return forward(params, *(a if _is_static(a) else next(given) for a in args), **kwargs)
+
+    closed = jax.make_jaxpr(call)(params, *(a for a in args if not _is_static(a)))
     origins: list[_Origin | None] = [
         _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(leaf.shape)))
         for number, (_, leaf) in enumerate(leaves)
@@ -165,6 +172,10 @@ def trace_kernels(
         name = path_name(leaves[number][0])
         passed_over.append(PassedOver(name, "dense", "is multiplied by another parameter"))
     return Trace(tuple(kernels), tuple(passed_over))
+
+
+def _is_static(argument: Any) -> bool:
+    return isinstance(argument, bool | str)
 
 
 _Atom = tuple[int | None, int]

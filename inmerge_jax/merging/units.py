@@ -184,14 +184,15 @@ def weights_of(
         if tuple(leaf.shape) != kernel.shape:
             raise ValueError(
                 f"kernel {name!r} was found with shape {kernel.shape} but has {tuple(leaf.shape)} "
-                f"in {what}; find the kernels of this network again"
+                f"in {what}; find the kernels of this network again, or merge outside of "
+                "shard_map, in which a device sees its part of a weight"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"kernel {name!r} has dtype {leaf.dtype}; only floating-point weights can be "
                 "mixed, so merge before quantising, or leave it out of kernels"
             )
-        found[name] = leaf
+        found[name] = leaf.__jax_array__() if hasattr(leaf, "__jax_array__") else leaf
 
     def put(new: dict[str, jax.Array]) -> PyTree:
         leaves = [leaf for _, leaf in flat]

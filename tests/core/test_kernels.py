@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from inmerge_jax import Kernel, deep_kernels, find_kernels, trace_kernels
+from inmerge_jax import (
+    Kernel,
+    MergeRule,
+    deep_kernels,
+    find_kernels,
+    in_model_merging,
+    trace_kernels,
+)
 from tests.core import networks
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -528,6 +535,34 @@ def test_keyword_and_static_arguments_reach_forward(image, weight):
 
     (kernel,) = find_kernels(forward, weight, image, train=False, name="other")
     assert kernel.name == "w"
+
+
+def test_positional_bools_and_strings_are_not_traced(image, weight):
+    def forward(p, name, x, train):
+        assert train is True and name == "same"
+        return conv(x, p["w"])
+
+    assert names(forward, weight, "same", image, True) == ["w"]
+
+
+class Variable:
+    """Holds an array, as Keras's and others' do."""
+
+    def __init__(self, value):
+        self.value, self.shape, self.dtype = value, value.shape, str(value.dtype)
+
+    def __jax_array__(self):
+        return self.value
+
+
+def test_variables_are_refused_in_tracing_and_read_in_merging(image, weight):
+    held = {"w": Variable(weight["w"].at[..., 0].set(0.5))}
+    with pytest.raises(ValueError, match=r"'w' is a Variable, not an array.*variable\.value"):
+        find_kernels(lambda p, x: conv(x, p["w"]), held, image)
+    kernels = find_kernels(lambda p, x: conv(x, p["w"]), weight, image)
+    tx = in_model_merging(kernels, MergeRule(1.0, -1.0, 0.5), 0)
+    updates, state = tx.update({"w": jnp.zeros((3, 3, 4, 4))}, tx.init(held), held)
+    assert int(state.stats.merged[0]) == 4 and (updates["w"] != 0).any()
 
 
 def test_a_forward_with_a_mapped_axis_is_traced_inside_vmap(image, weight):
