@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from inmerge_jax.merging.units import Kernel, PyTree, path_name
+from inmerge_jax.merging.units import Kernel, PyTree, holds_array, path_name
 
 OPS = ("conv", "dense")
 
@@ -135,7 +135,7 @@ def trace_kernels(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        if not is_array or hasattr(leaf, "__jax_array__"):
+        if not is_array or holds_array(leaf):
             raise ValueError(
                 f"params leaf {path_name(path)!r} is a {type(leaf).__name__}, not an array; pass "
                 "the arrays alone (Equinox: eqx.partition, Flax NNX: nnx.split, Keras: "

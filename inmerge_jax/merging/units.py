@@ -192,7 +192,7 @@ def weights_of(
                 f"kernel {name!r} has dtype {leaf.dtype}; only floating-point weights can be "
                 "mixed, so merge before quantising, or leave it out of kernels"
             )
-        found[name] = leaf.__jax_array__() if hasattr(leaf, "__jax_array__") else leaf
+        found[name] = leaf.__jax_array__() if holds_array(leaf) else leaf
 
     def put(new: dict[str, jax.Array]) -> PyTree:
         leaves = [leaf for _, leaf in flat]
@@ -201,6 +201,11 @@ def weights_of(
         return jax.tree.unflatten(structure, leaves)
 
     return found, put
+
+
+def holds_array(leaf: Any) -> bool:
+    """Whether a leaf is an object around an array, such as a variable of Keras."""
+    return not isinstance(leaf, jax.Array) and hasattr(leaf, "__jax_array__")
 
 
 def group_weights(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
