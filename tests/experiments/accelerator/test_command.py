@@ -37,8 +37,13 @@ def start(folder, *words, minutes=5):
     return subprocess.Popen(
         [sys.executable, "-c", BLOCKED, *command, *words],
         cwd=ROOT,
-        # PyTorch's compiler, which takes half a minute, does nothing.
-        env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+        # Most of the time would go into compilers: PyTorch's does nothing, XLA's does not optimize.
+        env={
+            **os.environ,
+            "TORCHDYNAMO_DISABLE": "1",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
