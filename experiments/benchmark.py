@@ -27,7 +27,7 @@ from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
-from inmerge_jax.merging.merge import Implementation
+from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
 from inmerge_jax.training.environment import environment
 from inmerge_jax.training.initial import convolutions, random_weights

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -186,6 +187,17 @@ def test_steps_are_compared_in_one_process():
     assert [row["quantity"] for row in rows] == ["PyTorch / plain", "PyTorch channels_last / plain"]
     assert [row["target"] for row in rows] == ["at least 1", None]
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())
+
+
+def test_what_the_cpu_form_saves_is_a_share_of_a_step():
+    case = dataclasses.replace(TINY, width=0.0625)
+    rows = [row.to_dict() for row in benchmark.backend_rows(case, rounds=1)]
+    ratios, shares = rows[::2], rows[1::2]
+    assert [row["quantity"] for row in shares] == ["share of a step saved"] * 3
+    for ratio, share in zip(ratios, shares, strict=True):
+        slow, fast, step = (times["median"] for times in share["seconds"].values())
+        assert ratio["value"] == pytest.approx(slow / fast)
+        assert share["value"] == pytest.approx((slow - fast) / step)
 
 
 def test_conversion_is_timed_both_ways():
