@@ -2,6 +2,11 @@
 
 A weight (..., inputs, kernels) is read as rows by kernels. Only the selected columns are gathered,
 in loops whose length follows how many there are.
+
+Measured on two cores (`backends` in experiments/results/benchmark.json; few merge, all selected
+merge, nearest partner), a merge in the reference form takes 9.2, 4.6 and 3.2 times as long for a
+ResNet-18 at 28 px, batch 128, and 12.6, 5.6 and 3.7 times for a VGG19 at 224 px, batch 8. This form
+saves 2.7, 2.4 and 3.8 % of the first one's training step, and 2.2, 2.0 and 3.4 % of the second's.
 """
 
 from collections.abc import Sequence
