@@ -67,7 +67,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 tpu-check: $(READY) $(TPU)/.ready
-	PYTHONPATH=$(TPU) $(BIN)/python -m experiments.tpu_check $(TPU_CHECK)
+	PYTHONPATH=$(TPU) $(BIN)/python -m experiments.benchmarks.tpu.check $(TPU_CHECK)
 
 # In a folder of its own: with libtpu in .venv, every start of JAX looks for a TPU and says so.
 $(TPU)/.ready: requirements-tpu-check.txt | $(READY)
@@ -79,6 +79,7 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
 
 clean:

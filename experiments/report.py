@@ -49,7 +49,7 @@ def build(output: Path) -> Path:
         if stored is not None
     ]
     if not sections:
-        raise InputError("no question is answered yet: run python -m experiments.medmnist")
+        raise InputError("no question is answered yet: run python -m experiments.study.main_effect")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -6,12 +6,15 @@ import re
 import sys
 from pathlib import Path
 
-from experiments import again, fidelity, kills, scaling, soak, tpu_check, tpu_forms, tpu_table
-from experiments import chestxray14_input as chestxray14_rates
-from experiments.accelerator import page as accelerator
-from experiments.study import pages
+from experiments.benchmarks.accelerator import page as accelerator
+from experiments.benchmarks.timing import measured_on
+from experiments.benchmarks.tpu import check as tpu_check
+from experiments.benchmarks.tpu import forms as tpu_forms
+from experiments.benchmarks.tpu import table as tpu_table
+from experiments.reliability import fault_injection, scaling, soak
+from experiments.study import pages, presets, reproduce
 from experiments.study.all_questions import QUESTIONS
-from experiments.timing import measured_on
+from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting.tables import markdown
@@ -75,7 +78,7 @@ def chestxray14_runs(folder: Path) -> str:
 
 def chestxray14_input(path: Path) -> str:
     """Images per second of ChestX-ray14's input, as Markdown."""
-    rows = [chestxray14_rates.COLUMNS, *chestxray14_rates.rows(json.loads(path.read_bytes()))]
+    rows = [input_speed.COLUMNS, *input_speed.rows(json.loads(path.read_bytes()))]
     rows.insert(1, ("---", *["---:"] * (len(rows[0]) - 1)))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -85,8 +88,8 @@ SOURCES = {
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
-    "fidelity": lambda: fidelity.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
-    "kills": lambda: kills.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
+    "fidelity": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
+    "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
     "soak_shards": lambda: soak.markdown(json.loads((RESULTS / "soak_shards.json").read_bytes())),
     "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
@@ -99,7 +102,7 @@ SOURCES = {
     "accelerator": accelerator.markdown,
     "main": pages.main_table,
     "total": pages.total,
-    "again": lambda: again.markdown(json.loads((RESULTS / "again.json").read_bytes())),
+    "again": lambda: reproduce.markdown(json.loads((RESULTS / "again.json").read_bytes())),
     "cells": pages.cells,
     **{f"study {one.name}": functools.partial(pages.section, one) for one in QUESTIONS},
 }

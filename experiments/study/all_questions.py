@@ -2,14 +2,22 @@
 
 from typing import Any, NamedTuple
 
-from experiments import ablation, adaptive, controls, cost, medmnist, redundancy, robustness
-from experiments.study import store
+from experiments.study import (
+    ablation,
+    adaptive,
+    controls,
+    cost,
+    main_effect,
+    robustness,
+    similarity,
+    store,
+)
 from experiments.study.cells import Cell, with_backbones
 from experiments.study.question import Question
 
 QUESTIONS: tuple[Question, ...] = tuple(
     module.QUESTION
-    for module in (medmnist, ablation, controls, redundancy, adaptive, robustness, cost)
+    for module in (main_effect, ablation, controls, similarity, adaptive, robustness, cost)
 )
 
 
@@ -29,8 +37,6 @@ def cell_rows(question: Question) -> list[Row]:
         record: Any = store.read(cell)
         if record is not None:
             test = record["result"]["test"]
-            command = (
-                f"python -m experiments.{question.name} --only {cell.hash} --output runs/again"
-            )
+            command = f"python -m experiments.study.{question.name} --only {cell.hash}"
             rows.append(Row(cell, test["auc"], test["acc"], command))
     return rows

@@ -62,10 +62,10 @@ _DESCRIPTION = inspect.cleandoc(StudyConfig.__doc__ or "").split("\n\nAttributes
 
 
 def main(question: Question, arguments: Sequence[str] | None = None) -> int:
-    """Runs a question's command line; returns the status, as `experiments.train` has it."""
+    """Runs a question's command line; returns the status, as `inmerge train` has it."""
     config = tyro.cli(
         StudyConfig,
-        prog=f"python -m experiments.{question.name}",
+        prog=f"python -m experiments.study.{question.name}",
         description=f"{question.title} {question.asked}\n\n{_DESCRIPTION}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -218,13 +218,13 @@ def store_answer(
     """
     from rich import print as rich_print
 
+    from experiments.benchmarks.timing import machine
     from experiments.study import telling
-    from experiments.timing import machine
     from inmerge_jax.files import write_json
 
     stored = {
         "question": question.name,
-        "command": shlex.join(["python", "-m", f"experiments.{question.name}", *arguments]),
+        "command": shlex.join(["python", "-m", f"experiments.study.{question.name}", *arguments]),
         "machine": machine(),
         "trained": trained(around),
         "planned": planned,

@@ -97,7 +97,7 @@ def config_of(name: str, folder: Path, built: Path) -> DataConfig:
 
 
 def _build_chestxray14(nih: Path, config: DataConfig) -> None:
-    from experiments.chestxray14 import main as chestxray14
+    from inmerge_jax.cli.data import main as chestxray14
 
     options = {
         "--images": nih / "images_224",

@@ -1,7 +1,6 @@
 """docs/results.md, docs/cells.md and the figures, from what is stored."""
 
-from experiments import medmnist
-from experiments.study import pooling, store, telling
+from experiments.study import main_effect, pooling, store, telling
 from experiments.study.all_questions import QUESTIONS, cell_rows
 from experiments.study.cells import with_backbones
 from experiments.study.question import Question
@@ -15,7 +14,7 @@ def section(question: Question) -> str:
     """One question's answer as Markdown."""
     stored = question.stored()
     if stored is None:
-        return f"Not answered yet: `python -m experiments.{question.name}`.\n"
+        return f"Not answered yet: `python -m experiments.study.{question.name}`.\n"
     return telling.to_markdown(question, stored, FIGURES)
 
 
@@ -28,9 +27,9 @@ def main_table() -> str:
     said, found = dict(telling.lines(question, stored)), stored["analysis"]
     together = pooling.pooled_table(found["pooled"], "finetune")
     groups = found["groups"]
-    notes = (telling.never_merged(groups, medmnist.MERGING), telling.one_answer(groups))
+    notes = (telling.never_merged(groups, main_effect.MERGING), telling.one_answer(groups))
     parts = [said["What came out"]]
-    parts += [markdown_table(each) for each in (medmnist.main_table(found), together)]
+    parts += [markdown_table(each) for each in (main_effect.main_table(found), together)]
     said_last = (*notes, said["How sure"], f"Run: {said['What was run']}")
     parts += ["\n".join(f"- {note}" for note in said_last if note)]
     return "\n\n".join(parts) + "\n"

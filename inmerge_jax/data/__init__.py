@@ -50,7 +50,7 @@ class DataConfig:
 
     Attributes:
       name: "phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files
-        by `python -m experiments.chestxray14 build`) or a 2-D MedMNIST subset: pathmnist,
+        by `inmerge data build`) or a 2-D MedMNIST subset: pathmnist,
         chestmnist, dermamnist, octmnist, pneumoniamnist, retinamnist, breastmnist, bloodmnist,
         tissuemnist, organamnist, organcmnist, organsmnist.
       size: Height and width in pixels: 28, 64, 128 or 224 for MedMNIST, 16 or more for the phantom,
@@ -91,8 +91,8 @@ def load_dataset(config: DataConfig) -> Dataset:
             raise InputError(f"{config.file} (--file) is not read for chestxray14: give --data-dir")
         if config.data_dir == MEDMNIST_DIR:
             raise InputError(
-                "--data chestxray14 needs --data-dir, the folder that `python -m "
-                "experiments.chestxray14 build --output` has made"
+                "--data chestxray14 needs --data-dir, the folder that `inmerge data build "
+                "--output` has made"
             )
         return load_chestxray14(config.data_dir, size=config.size)
     size = DEFAULT_SIZE if config.size is None else config.size

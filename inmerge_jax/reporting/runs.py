@@ -142,7 +142,7 @@ def read_run(folder: Path | str) -> Run:
     if not path.exists():
         raise InputError(
             f"{folder} holds no results.json, so it is not a finished run; finish it with "
-            "`python -m experiments.train --resume` and the same options, or name another folder"
+            "`inmerge train --resume` and the same options, or name another folder"
         )
     results = _read_json(path)
     if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():

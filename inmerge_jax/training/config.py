@@ -42,7 +42,7 @@ class DataOptions(DataConfig):
 
     Attributes:
       name: "phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files
-        by python -m experiments.chestxray14 build) or a 2-D MedMNIST subset, such as breastmnist,
+        by inmerge data build) or a 2-D MedMNIST subset, such as breastmnist,
         chestmnist or bloodmnist.
     """
 
@@ -254,7 +254,7 @@ class TrainConfig:
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The command line of `python -m experiments.train`; None for this process's own.
+    """The command line of `inmerge train`; None for this process's own.
 
     Raises:
       SystemExit: 0 after --help; 2, with a message, for an unknown option or value.
@@ -263,7 +263,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     config = tyro.cli(
         TrainConfig,
-        prog="python -m experiments.train",
+        prog="inmerge train",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

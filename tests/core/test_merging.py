@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.oracles import merging_numpy
 from inmerge_jax import Kernel, MergeRule, MergeStats, merge_kernels
 from inmerge_jax.merging import draw_pairs
-from tests.oracles import merging_numpy
 
 ROUNDING = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 MARGIN = 1e-5  # similarities this close to the threshold may fall on either side of it

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.oracles import merging_numpy
 from inmerge_jax import MergeRule, merge_kernels, quantile
 from inmerge_jax.merging import draw_pairs
 from inmerge_jax.merging.rule import effective_threshold
 from tests.core.test_merging import kernel, merge, similar_weight
-from tests.oracles import merging_numpy
 
 PARTNERS = ("random", "nearest")
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.oracles import merging_numpy
 from inmerge_jax import Kernel, kernel_similarity
 from inmerge_jax.merging import similarity
-from tests.oracles import merging_numpy
 
 
 def layer(name, shape, axis=-1):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.oracles import merging_numpy
 from inmerge_jax import (
     Kernel,
     MergeRule,
@@ -20,7 +21,6 @@ from inmerge_jax import (
 )
 from inmerge_jax.merging.merge import draw_pairs
 from inmerge_jax.merging.units import as_rows, from_rows, group_weights
-from tests.oracles import merging_numpy
 
 
 def at(name):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from experiments.oracles.torch_networks import create_network
 from inmerge_jax.models import create_model
 from inmerge_jax.models.layers import Dropout
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
-from tests.oracles.torch_networks import create_network
 
 CLASSES, BATCH = 5, 4
 # LLVM's optimisations change nothing that is looked at here, and take a minute.

@@ -20,8 +20,8 @@ from inmerge_jax.models.torchvision import (
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from experiments.oracles.torch_networks import create_network  # noqa: E402
 from tests.long import long_unless  # noqa: E402
-from tests.oracles.torch_networks import create_network  # noqa: E402
 
 CLASSES = 3
 # Peak memory of a process that holds a VGG19 as tensors and as arrays, and its time for it: that of

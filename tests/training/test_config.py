@@ -5,8 +5,8 @@ import re
 import jax
 import pytest
 
-from experiments.train import main
 from inmerge_jax import quantile
+from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.arms import plan_run

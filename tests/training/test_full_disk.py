@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.train import main
+from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import checkpoints, loop
 from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole, save_checkpoint

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.train import main
 from inmerge_jax import locking
+from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.arms import plan_run, train_arms
 from inmerge_jax.training.config import parse_config

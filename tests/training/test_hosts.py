@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import kill_jobs
-from experiments.train import main
+from experiments.reliability import jobs
+from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import hosts
 from tests.training import host_worker
@@ -60,7 +60,7 @@ def elsewhere(output):
 
 
 def start_all(output, *options, count=2):
-    """The processes of a run of `experiments.train` with `count` devices in all."""
+    """The processes of a run of `inmerge train` with `count` devices in all."""
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     command = ["experiments.train", "--output", output.name, "--cache", cache, *OPTIONS, *options]
     if count == 1:
@@ -103,7 +103,7 @@ def evidence(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts") / "one"
     (status,), said = finish(start_all(folder, count=1))
     assert status == 0, said
-    return kill_jobs.run_evidence(folder)
+    return jobs.run_evidence(folder)
 
 
 def interrupt(folder, number, kind):
@@ -131,7 +131,7 @@ def assert_resumes(folder, evidence):
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
-    assert kill_jobs.run_evidence(folder) == evidence
+    assert jobs.run_evidence(folder) == evidence
     assert list(elsewhere(folder).iterdir()) == []
 
 
@@ -159,7 +159,7 @@ def enter_environment(folder):
 @pytest.mark.long
 def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
     (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", README, re.M)
-    assert block.count("python -m experiments.train") == 2 and block.count("127.0.0.1:9876") == 1
+    assert block.count("inmerge train") == 2 and block.count("127.0.0.1:9876") == 1
     block = block.replace(":9876", f":{free_port()}")
     ran = subprocess.run(
         ["bash", "-ec", f"{ACTIVATE}command -v python\n{block}"],

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from experiments import train
+from inmerge_jax.cli import train
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import hosts, meeting
 from inmerge_jax.training.meeting import meet

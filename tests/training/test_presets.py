@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.train import main
 from inmerge_jax import find_kernels, merge_kernels
+from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.models import create_model
 from inmerge_jax.training import loop

@@ -1,4 +1,4 @@
-"""Whole runs of `python -m experiments.train` in processes of their own, killed and resumed."""
+"""Whole runs of `inmerge train` in processes of their own, killed and resumed."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import export, kill_jobs, kills
-from experiments.train import main
+from experiments.reliability import fault_injection, jobs
+from inmerge_jax.cli import export
+from inmerge_jax.cli.train import main
 from inmerge_jax.training.runfolder import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 def command(output, *options):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     start = [sys.executable, "-m", "experiments.train", "--output", str(output), "--cache", cache]
-    return [*start, *kill_jobs.TRAINING, *options]
+    return [*start, *jobs.TRAINING, *options]
 
 
 def train(output, *options):
@@ -76,14 +77,16 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 inmerge: goes on from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
-    assert kill_jobs.run_evidence(output) == kill_jobs.run_evidence(whole)
+    assert jobs.run_evidence(output) == jobs.run_evidence(whole)
 
 
 @pytest.mark.long
 def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole, tmp_path):
-    job = kill_jobs.training(tmp_path / "run", Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
-    row = kills.kill_and_resume(job, 0.0, kills.CHECKPOINT, kill_jobs.run_evidence(whole))
-    assert row["doing"] == kills.CHECKPOINT and row["differences"] == []
+    job = jobs.training(tmp_path / "run", Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    row = fault_injection.kill_and_resume(
+        job, 0.0, fault_injection.CHECKPOINT, jobs.run_evidence(whole)
+    )
+    assert row["doing"] == fault_injection.CHECKPOINT and row["differences"] == []
     assert row["resumed_from"] in ("the beginning", "epoch 1 of 3")
 
 
@@ -100,7 +103,7 @@ def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     assert "seed 7 inmerge: stopped" in said
     done = train(output, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert kill_jobs.run_evidence(output) == kill_jobs.run_evidence(whole)
+    assert jobs.run_evidence(output) == jobs.run_evidence(whole)
 
 
 @pytest.mark.long
@@ -119,7 +122,7 @@ def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, caps
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 backbone: goes on from epoch 1" in done.stdout
     assert main(command(tmp_path / "whole", *options)[3:]) == 0
-    assert kill_jobs.run_evidence(parts) == kill_jobs.run_evidence(tmp_path / "whole")
+    assert jobs.run_evidence(parts) == jobs.run_evidence(tmp_path / "whole")
     first = [read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (parts, whole)]
     assert first[0][0]["train_loss"] < first[1][0]["train_loss"], "it starts from the file"
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.train import main
+from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import arms

@@ -43,8 +43,9 @@ from inmerge_jax.training.steps import (
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from experiments.oracles import torch_networks  # noqa: E402
 from tests.long import long_unless  # noqa: E402
-from tests.oracles import torch_networks, torch_training  # noqa: E402
+from tests.oracles import torch_training  # noqa: E402
 
 CLASSES, SIZE, WIDTH, SKIP = 3, 16, 0.125, 10
 EPOCHS, BATCH, TRAIN, VAL = 4, 16, 80, 24

@@ -21,7 +21,7 @@ from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split, names_sha256
 from inmerge_jax.errors import InputError
 
-BUILD = "python -m experiments.chestxray14 build"
+BUILD = "inmerge data build"
 # TFDS imports most of itself at first use, which deadlocks where two threads do so at once.
 _OPENING = threading.Lock()
 

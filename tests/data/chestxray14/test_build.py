@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments.chestxray14 import main
+from inmerge_jax.cli.data import main
 from inmerge_jax.data import DataConfig, load_dataset
 from inmerge_jax.data.chestxray14 import build as building
 from inmerge_jax.data.chestxray14 import reduce
@@ -234,7 +234,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
         place = ["--images", str(nih), "--output", str(output), "--workers", str(workers)]
         return ["build", *place, "--split", "chexnet", "--size", "224"]
 
-    command = [sys.executable, "-m", "experiments.chestxray14", *options(tmp_path / "killed", 2)]
+    command = [sys.executable, "-m", "inmerge_jax.cli.data", *options(tmp_path / "killed", 2)]
     reduced = tmp_path / "killed" / "reduced"
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 200
@@ -269,7 +269,7 @@ def shard(output, split="train"):
 
 
 def test_a_shard_cut_short_is_refused_before_training(copy, tmp_path, capsys):
-    from experiments.train import main as train
+    from inmerge_jax.cli.train import main as train
 
     path = shard(copy)
     path.write_bytes(path.read_bytes()[:-4096])
@@ -368,7 +368,7 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
 
 
 def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
-    from experiments.train import main as train
+    from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.config import parse_config
     from inmerge_jax.training.stopping import Stopped

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cost
+from experiments.study import cost
 
 
 @pytest.mark.long
@@ -65,7 +65,7 @@ def test_a_network_is_stored_as_it_is_done_and_not_measured_again(tmp_path, monk
     assert stored(tmp_path)["analysis"]["models"]["vgg16"]["finetune"]["compile"] == 5.0
     cost.main(["--models", "vgg16", "--rounds", "2"], tmp_path)
     assert list(stored(tmp_path)["analysis"]["models"]) == ["vgg16"]
-    assert stored(tmp_path)["command"] == "python -m experiments.cost --rounds 2"
+    assert stored(tmp_path)["command"] == "python -m experiments.study.cost --rounds 2"
 
 
 def test_a_network_that_there_is_not_is_named_before_anything_runs(tmp_path, capsys):

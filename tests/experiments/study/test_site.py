@@ -110,7 +110,7 @@ def test_its_tables_hold_the_stored_numbers(question, page):
 def test_the_first_questions_numbers_stand_where_they_belong(page):
     """Read off the JSON here, not by the code that makes the tables."""
     rows = rows_of(page)
-    groups = json.loads((RESULTS / "study" / "medmnist.json").read_bytes())["analysis"]["groups"]
+    groups = json.loads((RESULTS / "study" / "main_effect.json").read_bytes())["analysis"]["groups"]
 
     def after(first):
         return rows[next(i for i, row in enumerate(rows) if row[:1] == (first,)) :]

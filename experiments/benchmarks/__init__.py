@@ -1,0 +1,1 @@
+"""Measurements: merge cost, training steps, accelerators, the TPU compiler."""

@@ -1,0 +1,492 @@
+"""Part 4: trials of the study, as many as fit into the time.
+
+A trial is what `experiments.study.main_effect` trains: the same step, batches, keys, recipe and
+choice of the best epoch as in `training.loop.train_stage`. It keeps the best weights in memory and
+writes no checkpoint, since a checkpoint takes longer than an epoch of a small data set. Several
+seeds may train at once; see `choose_together`.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from experiments.benchmarks.accelerator.grids import GRIDS, Grid
+from experiments.benchmarks.accelerator.merge_cost import compile_together
+from experiments.benchmarks.accelerator.session import Session, say, to_json
+from experiments.study import datasets, store
+from experiments.study.cells import Cell, Treatment
+from experiments.study.stages import Places, plan_of
+from experiments.study.treatments import Numbers, make_treatment, numbers, selection
+from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
+from inmerge_jax.data import steps_per_epoch, train_batches
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import read_arrays, write_arrays
+from inmerge_jax.merging import Quantile
+from inmerge_jax.training.arms import Plan, initial_weights, make_setup, step_options
+from inmerge_jax.training.evaluation import evaluate
+from inmerge_jax.training.loop import NonFiniteLossError
+from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
+from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.recipes import best_epoch, next_learning_rate
+from inmerge_jax.training.stage import Setup, batch_seed, root_key
+from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
+from inmerge_jax.training.steps import Totals, make_train_step, zero_totals
+
+PART = "trials"
+TOGETHER, TINY_TOGETHER = (1, 4), (1, 2)
+"""Numbers of seeds that are tried."""
+_COMPILE = 60
+"""Seconds for one data set's step, estimated."""
+
+
+def check_data(grid: Grid, folder: Path) -> None:
+    """Checks that the files of a grid's data sets exist.
+
+    Raises:
+      InputError: one is missing.
+    """
+    for name in grid.data:
+        config = datasets.config_of(name, folder, folder)
+        if name == "phantom":
+            continue
+        path = config.file or config.data_dir / f"{config.name}.npz"
+        if not path.is_file():
+            raise InputError(
+                f"--data-dir {folder}: {path} is missing; give the folder that holds it, choose "
+                "another --grid, or leave the trials out with --parts correctness merge step"
+            )
+
+
+def measure(session: Session, grid: Grid, data_dir: Path) -> None:
+    """Trains the trials of a grid that are not stored yet, until the time is used."""
+    places = Places(data_dir, session.folder, devices=jax.local_device_count())
+    arrays = stored_arrays(session.folder)
+    found = session.found[PART]
+    programs: dict[tuple[str, int], Program] = {}
+
+    def program(data: str, together: int) -> Program:
+        if (data, together) not in programs:
+            programs[data, together] = make_program(grid, data, together, places)
+        return programs[data, together]
+
+    choice = "seeds at a time"
+    # XLA's CPU backend has no fast convolution for several networks at once.
+    cpu = jax.local_devices()[0].platform == "cpu"
+    tries = TINY_TOGETHER if session.tiny else TOGETHER[:1] if cpu else TOGETHER
+    session.attempt(
+        PART,
+        choice,
+        0 if session.tiny else _COMPILE,
+        lambda: choose_together(grid, program, tries),
+    )
+    if choice not in found["cases"]:
+        return
+    chosen = found["cases"][choice]
+    together = chosen["together"]
+    for data, seeds in grid.units(together):
+        cells = [grid.backbone(data, seed) for seed in seeds]
+        cells += [grid.second(data, seed, arm) for seed in seeds for arm in grid.arms]
+        if all(cell.hash in stored_records(found) for cell in cells):
+            continue
+        done = [case["seconds_per_update"] for case in found["cases"].values() if "records" in case]
+        one = done[-1] if done else 2 * chosen["seconds_per_update"][str(together)]
+        seconds = updates_of(grid, data) * len(seeds) * one + (
+            0 if (data, together) in programs else _COMPILE
+        )
+        session.attempt(
+            PART,
+            f"{data}, seeds {seeds[0]} to {seeds[-1]}",
+            0 if session.tiny else seconds,
+            functools.partial(train_unit, session, grid, data, seeds, arrays, program),
+        )
+
+
+def updates_of(grid: Grid, data: str) -> int:
+    """Updates of one seed's trials."""
+    images = datasets.SOURCES[data].images[0]
+    epochs = grid.epochs + grid.more * len(grid.arms)
+    return steps_per_epoch(images, min(128, images // 4)) * epochs
+
+
+def stored_records(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All trials' records among the results of this part, by hash."""
+    records = {}
+    for case in found["cases"].values():
+        records |= case.get("records", {})
+    return records
+
+
+def keep_records(
+    records: Mapping[str, dict[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    commit: str,
+    folder: Path,
+) -> int:
+    """Stores trials where `study.store` reads them; those that are stored already stay.
+
+    Args:
+      records: of `stored_records`.
+      arrays: of the npz beside them.
+      commit: that they were trained at.
+      folder: of `study.store`.
+
+    Returns:
+      How many were new.
+
+    Raises:
+      InputError: a trial is of no grid of this version, or its data set's labels are others.
+    """
+    known = {cell.hash: cell for grid in GRIDS.values() for cell in grid.cells()}
+    unknown = sorted(set(records) - set(known))
+    if unknown:
+        raise InputError(f"the trials {', '.join(unknown)} are of no grid of this version")
+    new = [one for one in records if store.read(known[one], folder) is None]
+    for one in new:
+        data = known[one].backbone.data
+        labels = store.Labels(
+            arrays[f"labels-{data}"], str(arrays[f"task-{data}"]), arrays.get(f"patients-{data}")
+        )
+        trained = records[one]["trained"] | {"git": {"commit": commit, "dirty": False}}
+        record = {**records[one], "trained": trained}
+        store.write(known[one], record, arrays[f"scores-{one}"], labels, folder)
+    return len(new)
+
+
+def stored_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Scores and labels that the folder holds."""
+    path = folder / f"{PART}.npz"
+    return read_arrays(path, "remove it and trials.json") if path.exists() else {}
+
+
+class SharedNumbers(NamedTuple):
+    """What the rules of a grid differ in; the step takes it as an argument.
+
+    Attributes:
+      branch: int32, which of the branches of `shared_treatment`.
+      numbers: of `treatments.Numbers`, with the threshold, or the quantile, as a plain number.
+    """
+
+    branch: Any
+    probability: Any
+    threshold: Any
+    alpha: Any
+    every: Any
+
+
+def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
+    """Partner and whether the threshold is a quantile; None without merging."""
+    if treatment.kind == "none":
+        return None
+    return treatment.partner, treatment.quantile is not None
+
+
+def shared_treatment(
+    kernels: tuple[Kernel, ...], kinds: Sequence[tuple[str, bool]]
+) -> Callable[..., Any]:
+    """A `steps.Treatment` that holds all rules of a grid, so that they share one compilation.
+
+    Branch 0 leaves the weights alone; branch i + 1 merges as `kinds[i]` says.
+    """
+    merge = make_treatment("merge", kernels)
+
+    def treat(params: Any, key: jax.Array, step: jax.Array, given: SharedNumbers) -> Any:
+        def nothing(params: Any) -> Any:
+            counts = jnp.array([kernel.count for kernel in kernels], jnp.int32)
+            none = jnp.zeros_like(counts)
+            return params, MergeStats(counts, none, none, jnp.zeros(len(kernels), jnp.float32))
+
+        def branch(partner: str, adaptive: bool) -> Callable[[Any], Any]:
+            threshold = Quantile(given.threshold) if adaptive else given.threshold
+            rule = MergeRule(given.probability, threshold, given.alpha, partner)
+            return lambda params: merge(params, key, step, Numbers(rule, given.every))
+
+        return lax.switch(given.branch, [nothing, *(branch(*kind) for kind in kinds)], params)
+
+    return treat
+
+
+def shared_numbers(
+    treatment: Treatment, kinds: Sequence[tuple[str, bool]], steps: int
+) -> SharedNumbers:
+    """The numbers of one rule; `steps` are the updates of an epoch."""
+    rule, every = numbers(treatment, steps)
+    kind = kind_of(treatment)
+    threshold = rule.threshold.share if isinstance(rule.threshold, Quantile) else rule.threshold
+    values = (rule.probability, threshold, rule.alpha)
+    branch = 0 if kind is None else 1 + kinds.index(kind)
+    return SharedNumbers(jnp.int32(branch), *map(jnp.float32, values), every)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One data set's training, compiled once for all seeds and rules of a grid.
+
+    Attributes:
+      plan: data, network and recipe.
+      setup: optimizer and evaluation.
+      deep: the kernels that merge.
+      kinds: the rules, see `shared_treatment`.
+      step: of `make_train_step`.
+      together: seeds that it trains at once.
+    """
+
+    plan: Plan
+    setup: Setup
+    deep: tuple[Kernel, ...]
+    kinds: tuple[tuple[str, bool], ...]
+    step: Callable[..., Any]
+    together: int
+
+    @property
+    def updates(self) -> int:
+        """Of an epoch."""
+        return steps_per_epoch(len(self.plan.dataset.train), self.plan.recipe.batch_size)
+
+
+def make_program(grid: Grid, data: str, together: int, places: Places) -> Program:
+    """Loads a data set and makes the step that trains `together` seeds at once."""
+    plan = plan_of(grid.backbone(data, 0), places)
+    setup = make_setup(plan)
+    treatments = list(grid.arms.values())
+    kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
+    merging = next(one for one in treatments if one.kind != "none")
+    deep = selection(merging, plan.kernels)
+    step = make_train_step(
+        plan.model,
+        setup.optimizer,
+        plan.recipe,
+        **step_options(plan),
+        kernels=deep,
+        treatment=shared_treatment(deep, kinds),
+        numbers=shared_numbers(Treatment(), kinds, 1),
+        networks=together,
+    )
+    return Program(plan, setup, deep, kinds, step, together)
+
+
+def choose_together(
+    grid: Grid, program: Callable[[str, int], Program], tries: Sequence[int]
+) -> dict[str, Any]:
+    """Times some updates of one seed and of several at once, and chooses the fastest per seed."""
+    runs = {count: _timed_updates(program(grid.data[0], count)) for count in tries}
+    before = time.perf_counter()
+    # The first call compiles.
+    compile_together([functools.partial(run, 1) for run in runs.values()])
+    compiled = time.perf_counter() - before
+    seconds = {str(count): run(10) / count for count, run in runs.items()}
+    together = int(min(seconds, key=seconds.__getitem__))
+    return {
+        "together": together,
+        "seconds_per_update": seconds,
+        "compile_seconds": compiled,
+        "data": grid.data[0],
+    }
+
+
+def _timed_updates(program: Program) -> Callable[[int], float]:
+    """A function that makes some updates and returns the seconds that each took."""
+    plan, count = program.plan, program.together
+    start = initial_weights(plan, 0)
+    fresh = new_state(*start, program.setup.optimizer, 1e-3)
+    state = replicate(stack([fresh] * count), plan.devices)
+    totals = replicate(stack([zero_totals(len(program.deep))] * count), plan.devices)
+    roots = broadcast(stack([root_key(0, 0)] * count), plan.devices)
+    given = shared_numbers(Treatment(), program.kinds, 1)
+    stream = train_batches(plan.dataset.train, seed=0, batch_size=plan.recipe.batch_size)
+    batch = split(join([next(stream)] * count, len(plan.devices)), plan.devices)
+
+    def run(updates: int) -> float:
+        nonlocal state
+        before = time.perf_counter()
+        for _ in range(updates):
+            state, _ = program.step(state, totals, batch, roots, given)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - before) / updates
+
+    return run
+
+
+def train_unit(
+    session: Session,
+    grid: Grid,
+    data: str,
+    seeds: tuple[int, ...],
+    arrays: dict[str, np.ndarray],
+    program: Callable[[str, int], Program],
+) -> dict[str, Any]:
+    """Trains the backbone and all second stages of some seeds, and stores their test scores.
+
+    Returns:
+      "records": by hash, what `study.store` keeps of each; "seconds_per_update" of one seed.
+    """
+    before = time.monotonic()
+    chosen = program(data, len(seeds))
+    starts = [initial_weights(chosen.plan, seed) for seed in seeds]
+    records = {}
+    best = None
+    for arm in (None, *grid.arms):
+        if arm is None:
+            cells = [grid.backbone(data, seed) for seed in seeds]
+        else:
+            cells = [grid.second(data, seed, arm) for seed in seeds]
+        trained = train_together(chosen, cells, starts if best is None else best)
+        best = best or [one.weights for one in trained]
+        for cell, one in zip(cells, trained, strict=True):
+            around = session.around["environment"] | {
+                name: session.around[name] for name in ("device", "driver")
+            }
+            records[cell.hash] = store.make_record(cell, one.result, one.similarity, around)
+            arrays[f"scores-{cell.hash}"] = one.scores.astype(np.float32)
+        auc = np.mean([one.result["test"]["auc"] for one in trained])
+        say(f"  {cells[0].arm}: mean test AUC {auc:.3f}; {time.monotonic() - before:.0f} s so far")
+    labels = store.labels_of(chosen.plan.dataset)
+    arrays[f"labels-{data}"] = labels.labels
+    arrays[f"task-{data}"] = np.array(labels.task)
+    if labels.patients is not None:
+        arrays[f"patients-{data}"] = labels.patients
+    write_arrays(session.folder / f"{PART}.npz", arrays)
+    seconds = time.monotonic() - before
+    return {
+        "records": to_json(records),
+        "seconds_per_update": seconds / (updates_of(grid, data) * len(seeds)),
+    }
+
+
+class Trained(NamedTuple):
+    """One finished trial: `loop.train_stage`'s result and similarities, test scores, weights."""
+
+    result: dict[str, Any]
+    similarity: dict[str, Any]
+    scores: np.ndarray
+    weights: tuple[Any, Any]
+
+
+def train_together(
+    program: Program, cells: Sequence[Cell], starts: Sequence[tuple[Any, Any]]
+) -> list[Trained]:
+    """Trains cells that differ in their seeds alone, from the given weights.
+
+    Raises:
+      NonFiniteLossError: one of them diverged.
+    """
+    before = time.monotonic()
+    plan, setup, cell, count = program.plan, program.setup, cells[0], len(cells)
+    recipe, data, devices = plan.recipe, plan.dataset, plan.devices
+    seeds, number = [c.backbone.seed for c in cells], int(not cell.is_backbone)
+    epochs = cell.epochs or cell.backbone.epochs
+    first_rate = cell.backbone.rate if cell.is_backbone else cell.learning_rate
+    given = broadcast(shared_numbers(cell.treatment, program.kinds, program.updates), devices)
+    states = [new_state(*start, setup.optimizer, first_rate) for start in starts]
+    state = replicate(stack(states), devices)
+    zeros = replicate(stack([zero_totals(len(program.deep))] * count), devices)
+    roots = broadcast(stack([root_key(seed, number) for seed in seeds]), devices)
+    streams = [
+        train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
+        for seed in seeds
+    ]
+    histories: list[list[dict[str, Any]]] = [[] for _ in cells]
+    best: list[TrainState] = [None] * count
+
+    for epoch in range(1, epochs + 1):
+        # The schedule of this recipe depends on the epoch alone, so the seeds share the rate.
+        rate, _ = next_learning_rate(recipe, first_rate, epochs, histories[0])
+        state, totals = set_learning_rate(state, rate), zeros
+        for _ in range(program.updates):
+            batch = split(join([next(stream) for stream in streams], len(devices)), devices)
+            state, totals = program.step(state, totals, batch, roots, given)
+        sums = unreplicate(totals)
+        for i in range(count):
+            one = pick(state, i, count)
+            total = sums if count == 1 else Totals(*(x[i] for x in sums))
+            scores, loss = evaluate(setup, one, data.val)
+            if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
+                raise NonFiniteLossError(f"{cells[i].name}: diverged in epoch {epoch}")
+            auc = compute_metrics(data.val.labels, scores, data.task).auc
+            line = {"val_loss": loss, "val_auc": json_number(auc), "learning_rate": rate}
+            line |= {"selected": total.selected, "merged": total.merged}
+            histories[i].append(line)
+            if best_epoch(histories[i], recipe.select) == epoch:
+                best[i] = one
+    seconds = (time.monotonic() - before) / count
+    return [
+        finish(program, cells[i], starts[i], histories[i], best[i], seconds) for i in range(count)
+    ]
+
+
+def finish(
+    program: Program,
+    cell: Cell,
+    start: tuple[Any, Any],
+    history: list[dict[str, Any]],
+    state: TrainState,
+    seconds: float,
+) -> Trained:
+    """Evaluates the best epoch's weights on validation images and, once, on the test images."""
+    plan, setup, data = program.plan, program.setup, program.plan.dataset
+    found, scores = {}, {}
+    for name, images in (("val", data.val), ("test", data.test)):
+        scores[name], _ = evaluate(setup, state, images)
+        found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
+    weights = unreplicate((state.params, state.batch_stats))
+    merges = cell.treatment.kind != "none"
+    deep = program.deep if merges else ()
+    result = {
+        "best_epoch": best_epoch(history, plan.recipe.select),
+        "epochs": len(history),
+        "steps": len(history) * program.updates,
+        "seconds": seconds,
+        **found,
+        "layers": [kernel.name for kernel in deep],
+        "kernels": [kernel.count for kernel in deep],
+        "selected": np.sum([line["selected"] for line in history], 0).tolist() if merges else [],
+        "merged": np.sum([line["merged"] for line in history], 0).tolist() if merges else [],
+        "warnings": [],
+    }
+    before, after = (
+        [layer.to_dict() for layer in kernel_similarity(params, plan.kernels)]
+        for params in (start[0], weights[0])
+    )
+    return Trained(result, {"before": before, "after": after}, scores["test"], weights)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """One tree with an axis of networks in front; the tree itself where it is the only one."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+
+
+def join(batches: Sequence[Mapping[str, np.ndarray]], devices: int) -> dict[str, np.ndarray]:
+    """Batches of several networks as one, so that `split` gives each device its rows of each."""
+    if len(batches) == 1:
+        return dict(batches[0])
+    joined = {}
+    for name in batches[0]:
+        rows = np.stack(
+            [batch[name].reshape(devices, -1, *batch[name].shape[1:]) for batch in batches], 1
+        )
+        joined[name] = rows.reshape(-1, *rows.shape[2:])
+    return joined
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def pick(state: TrainState, index: Any, count: int) -> TrainState:
+    """A copy of one network's weights, of `count` that a replicated state holds."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.copy(x) if count == 1 else x[:, index]
+
+    return state._replace(
+        params=jax.tree.map(one, state.params),
+        batch_stats=jax.tree.map(one, state.batch_stats),
+        opt_state=(),
+    )

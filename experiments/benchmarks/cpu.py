@@ -1,0 +1,325 @@
+"""Measures what merging costs, beside the released code's loop, plain training and PyTorch."""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from experiments.benchmarks.conversion import conversion_rows
+from experiments.benchmarks.startup import cache_rows
+from experiments.benchmarks.step_cases import CLASSES, Case, StepProgram, jax_steps, torch_step
+from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns, to_table
+from experiments.benchmarks.trained_weights import train_vgg19
+from experiments.oracles.released_torch import merge_pass
+from inmerge_jax import MergeRule, deep_kernels, merge_kernels
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_json
+from inmerge_jax.merging import Kernel
+from inmerge_jax.merging.backends import Implementation
+from inmerge_jax.models import create_model
+from inmerge_jax.training.environment import environment
+from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.memory import keep_freed_memory
+
+Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
+
+UPDATES = 60
+LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
+REFERENCE: Implementation = "reference"
+CPU: Implementation = "cpu"
+PLAIN, MERGING, TORCH, TORCH_LAST = "plain", "merging", "PyTorch", "PyTorch channels_last"
+
+TINY_RUN = (
+    "--data phantom --phantom.train 64 --phantom.val 32 --phantom.test 32 --model resnet18 "
+    "--width 0.125 --epochs 1 --merging-epochs 1 --batch-size 32 --overwrite"
+).split()
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measures in-model merging's speed on this machine, which should do nothing else meanwhile.
+
+    merge: one merge of VGG19's six deep layers against a PyTorch reading of the released code's
+    loop. backends: one merge of a network's deep layers in the reference form and in the CPU form,
+    and what the second saves of a training step. overhead: the training step with merging against
+    the same step without. pytorch: the training step without merging against PyTorch's.
+    conversion: VGG19's weights from PyTorch's form and back. cache: what a second start of a
+    training command compiles anew. Contenders take turns in one process; a ratio is the median of
+    the ratios of times from the same round.
+
+    Attributes:
+      only: The sections to measure. Of the others, the output file keeps what it holds.
+      output: JSON file for all times, their ratios, and the environment they were taken in.
+      rounds: Factor on every number of rounds, such as 0.1 for a quick look.
+    """
+
+    only: tuple[Section, ...] = get_args(Section)
+    output: Path = Path("experiments/results/benchmark.json")
+    rounds: float = 1.0
+
+
+class Rounds(NamedTuple):
+    """A training step, and how many rounds to time it for."""
+
+    case: Case
+    rounds: int
+
+
+OVERHEAD_CASES = (
+    Rounds(Case("resnet18", "small", 28, 128), 20),
+    Rounds(Case("vgg19", "imagenet", 224, 8), 10),
+)
+PYTORCH_CASES = (
+    Rounds(Case("resnet18", "small", 28, 64), 10),
+    Rounds(Case("vgg16", "small", 28, 64), 12),
+    Rounds(Case("vgg19", "small", 32, 64), 12),
+    Rounds(Case("vgg19", "imagenet", 224, 8), 6),
+    Rounds(Case("resnet50", "imagenet", 64, 16), 10),
+    Rounds(Case("densenet121", "imagenet", 64, 16), 10),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 on bad input. A missed target is no error."""
+    config = tyro.cli(BenchmarkConfig, prog="python -m experiments.benchmarks.cpu", args=arguments)
+    try:
+        run(config, standard_sections(config.rounds))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
+    """What each section measures, with every number of rounds times `factor`.
+
+    Raises:
+      InputError: `factor` is not a positive number.
+    """
+    if not 0 < factor < float("inf"):
+        raise InputError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
+
+    def scaled(cases: Sequence[Rounds]) -> list[Rounds]:
+        return [Rounds(case, max(1, round(rounds * factor))) for case, rounds in cases]
+
+    return {
+        "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
+        "backends": lambda: [row for one in scaled(OVERHEAD_CASES) for row in backend_rows(*one)],
+        "overhead": lambda: [overhead_row(*one) for one in scaled(OVERHEAD_CASES)],
+        "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
+        "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
+        "cache": lambda: cache_rows("experiments.train", TINY_RUN),
+    }
+
+
+def run(
+    config: BenchmarkConfig, sections: dict[str, Callable[[], list[Row]]]
+) -> dict[str, dict[str, Any]]:
+    """Measures the chosen sections, prints each as a table, and returns what the file then holds.
+
+    The file is written after each section, so that an interrupted run keeps those it finished.
+
+    Raises:
+      InputError: the output file can't be read or written.
+    """
+    stored = _read(config.output)
+    _write(config.output, stored)
+    kept = keep_freed_memory()  # as training on CPU does; PyTorch, in the same process, gains too
+    for name in config.only:
+        started = time.perf_counter()
+        around = environment() | {
+            "torch_threads": torch.get_num_threads(),
+            "keeps_freed_memory": kept,
+        }
+        rows = [row.to_dict() for row in sections[name]()]
+        seconds = time.perf_counter() - started
+        stored[name] = {"environment": around, "seconds": seconds, "rows": rows}
+        _write(config.output, stored)
+        Console().print(to_table(name, stored[name]))
+        gc.collect()
+    print(f"written to {config.output}")
+    return stored
+
+
+def merge_rows(*, rounds: int, width: float = 1.0, repeats: int = 5) -> list[Row]:
+    """One merge of a trained VGG19's six deep weights, p 0.3, alpha 0.8, against the loop.
+
+    Ours is jitted and, as in the training step, given its parameters to overwrite (donated).
+    """
+    print(f"merge: training VGG19 for {UPDATES} updates", flush=True)
+    weights, losses = train_vgg19(updates=UPDATES, width=width)
+    rows = []
+    for threshold, target, what in ((0.3, 5, "few qualify"), (-1.0, 3, "all selected merge")):
+        print(f"merge: threshold {threshold:g}, {rounds} rounds", flush=True)
+        random = MergeRule(threshold=threshold)
+        contenders = {
+            LOOP: loop_merger(weights, threshold),
+            OURS: merger(weights, random, donate=True),
+            NEAREST: merger(weights, dataclasses.replace(random, partner="nearest"), donate=True),
+            KEPT: merger(weights, random, donate=False),
+        }
+        merged = ", ".join(f"{name} {int(run())}" for name, run in contenders.items())
+        note = (
+            f"kernels merged by one pass over {sum(w.shape[3] for w in weights)}: {merged}. "
+            f"Jitted; params donated, as in the training step, except in {KEPT!r}. Weights: VGG19 "
+            f"with batch normalisation, {UPDATES} updates of SGD on the phantom at 28 px, mean "
+            f"loss {losses[0]:.2f} to {losses[1]:.2f}."
+        )
+        seconds = take_turns(contenders, rounds=rounds, repeats=repeats)
+        name = f"merge, threshold {threshold:g} ({what})"
+        within = Target("at most", 2.5) if threshold > 0 else None
+        rows += [
+            ratio_row(name, seconds, LOOP, OURS, Target("at least", target), note),
+            ratio_row(name, seconds, NEAREST, LOOP, within, note),
+            ratio_row(name, seconds, LOOP, KEPT, None, note),
+        ]
+    return rows
+
+
+def loop_merger(weights: Sequence[np.ndarray], threshold: float) -> Callable[[], int]:
+    """Runs the released code's pass on weights that it goes on changing."""
+    state = [torch.from_numpy(w.transpose(3, 2, 0, 1).copy()) for w in weights]
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> int:
+        nonlocal state
+        state, merged = merge_pass(state, generator, 0.3, threshold, 0.8)
+        return merged
+
+    return run
+
+
+def merger(
+    weights: Sequence[np.ndarray],
+    rule: MergeRule,
+    *,
+    donate: bool,
+    implementation: Implementation = "auto",
+) -> Callable[[], Any]:
+    """Runs `merge_kernels`, jitted, on weights that it goes on changing."""
+    params = {f"conv{i}": jnp.array(w) for i, w in enumerate(weights)}
+    kernels = [
+        Kernel(path, leaf.shape, out_axis=3)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+    def step(params: Any, root: jax.Array, count: jax.Array) -> Any:
+        key = jax.random.fold_in(root, count)
+        return merge_kernels(params, key, kernels, rule, implementation=implementation)
+
+    step = jax.jit(step, donate_argnums=0 if donate else ())
+    root, count = jax.random.key(0), 0
+
+    def run() -> jax.Array:
+        nonlocal params, count
+        params, stats = jax.block_until_ready(step(params, root, np.int32(count)))
+        count += 1
+        return stats.merged.sum()
+
+    return run
+
+
+def backend_rows(case: Case, rounds: int) -> list[Row]:
+    """Merges of a network's deep layers, in the reference form and in the CPU form."""
+    print(f"backends: {case}, {rounds} rounds", flush=True)
+    model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
+    shape = (case.size, case.size, 3)
+    kernels = deep_kernels(convolutions(model, shape), skip=10)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(random_weights(model, shape, 0)[0]))
+    weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
+    rules = {
+        "few merge": MergeRule(),
+        "all selected merge": MergeRule(threshold=-1.0),
+        "nearest": MergeRule(threshold=-1.0, partner="nearest"),
+    }
+    contenders = {PLAIN: blocking(jax_steps(case, (None,))[0])}
+    for name, rule in rules.items():
+        for form in (REFERENCE, CPU):
+            contenders[f"{name}, {form}"] = merger(weights, rule, donate=True, implementation=form)
+    seconds = take_turns(contenders, rounds=rounds)
+    rows = []
+    for name in rules:
+        slow, fast = f"{name}, {REFERENCE}", f"{name}, {CPU}"
+        ratio = ratio_row(f"{case}, {name}", seconds, slow, fast)
+        times = zip(seconds[slow], seconds[fast], seconds[PLAIN], strict=True)
+        shares = [(a - b) / step for a, b, step in times]
+        saved = dataclasses.replace(
+            ratio,
+            quantity="share of a step saved",
+            value=statistics.median(shares),
+            low=min(shares),
+            high=max(shares),
+            target=Target("at least", 0.01),
+            seconds=ratio.seconds | {PLAIN: seconds[PLAIN]},
+        )
+        rows += [ratio, saved]
+    return rows
+
+
+def overhead_row(case: Case, rounds: int) -> Row:
+    """The training step with merging (the default rule, all but the first ten convolutions)."""
+    print(f"overhead: {case}, {rounds} rounds", flush=True)
+    plain, merging = map(blocking, jax_steps(case, (None, MergeRule())))
+    seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
+    note = "random partner, threshold 0.3; state donated; both steps take turns on one state"
+    return ratio_row(f"step, {case}", seconds, MERGING, PLAIN, Target("at most", 1.02), note)
+
+
+def pytorch_rows(case: Case, rounds: int) -> list[Row]:
+    """The training step without merging against PyTorch's, in its default layout and the other."""
+    print(f"pytorch: {case}, {rounds} rounds", flush=True)
+    contenders = {
+        PLAIN: blocking(jax_steps(case, (None,))[0]),
+        TORCH: torch_step(case, torch.contiguous_format),
+        TORCH_LAST: torch_step(case, torch.channels_last),
+    }
+    seconds = take_turns(contenders, rounds=rounds)
+    note = f"float32, {case.recipe.optimizer}, {CLASSES} classes, RGB images given as uint8"
+    name = f"step, {case}"
+    return [
+        ratio_row(name, seconds, TORCH, PLAIN, Target("at least", 1), note),
+        ratio_row(name, seconds, TORCH_LAST, PLAIN, None, note),
+    ]
+
+
+def blocking(program: StepProgram) -> Callable[[], None]:
+    """One call of a step, finished when it returns."""
+
+    def run() -> None:
+        program.run()
+        program.wait()
+
+    return run
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+
+
+def _write(path: Path, stored: dict[str, dict[str, Any]]) -> None:
+    try:
+        write_json(path, stored)
+    except OSError as error:
+        raise InputError(f"--output {path}: {error}; choose another file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""One training step at a fixed size, in the library's own form and as PyTorch users write it."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inmerge_jax import MergeRule, deep_kernels
+from inmerge_jax.models import create_model
+from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
+from inmerge_jax.training.recipes import RECIPES, Recipe
+from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.steps import make_train_step, zero_totals
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSES = 14
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step on one device.
+
+    Attributes:
+      model: of `create_model`.
+      stem: of the network.
+      size: height and width of the images, RGB, in pixels.
+      batch: images of one update.
+      dtype: what activations are computed in; weights are float32.
+      steps: updates in one call.
+      width: factor on the channels.
+    """
+
+    model: str
+    stem: Literal["small", "imagenet"]
+    size: int
+    batch: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    steps: int = 1
+    width: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.size} px, batch {self.batch}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The MedMNIST benchmark's Adam for ResNets, the released code's SGD for the others.
+
+        Without flips, which the PyTorch step lacks, and at a rate that keeps weights finite.
+        """
+        name = "medmnist" if self.model.startswith("resnet") else "released"
+        return dataclasses.replace(RECIPES[name], learning_rate=1e-3, flip=False)
+
+
+@dataclass
+class StepProgram:
+    """A compiled training step.
+
+    Attributes:
+      run: queues one call on the state that it shares with the case's other programs.
+      wait: returns when all calls are done.
+      compile_seconds: that XLA took, several programs at a time.
+      peak_bytes: of device memory, as the compiler plans it: arguments, results and temporaries.
+    """
+
+    run: Callable[[], None]
+    wait: Callable[[], Any]
+    compile_seconds: float
+    peak_bytes: int
+
+
+def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram]:
+    """The library's training steps on one device, one for each rule, all on one state.
+
+    They are compiled at the same time, each in a thread of its own.
+    """
+    devices = choose_devices(1)
+    model = create_model(
+        case.model,
+        CLASSES,
+        stem=case.stem,
+        width=case.width,
+        dtype=jnp.dtype(case.dtype),
+        axis_name=AXIS,
+    )
+    shape = (case.size, case.size, 3)
+    params, batch_stats = random_weights(model, shape, seed=0)
+    kernels = convolutions(model, shape)
+    optimizer = make_optimizer(case.recipe)
+    state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
+    state = replicate(state, devices)
+    images, labels = example_batch(case)
+    index = np.arange(case.batch, dtype=np.int32)
+    batch = split({"image": images, "label": labels, "index": index}, devices)
+    if case.steps > 1:
+        batch = {name: jnp.stack([x] * case.steps, axis=1) for name, x in batch.items()}
+    root = broadcast(jax.random.key(0), devices)
+
+    def lower(rule: MergeRule | None) -> tuple[Any, Any]:
+        deep = () if rule is None else deep_kernels(kernels, skip=min(10, len(kernels) // 2))
+        totals = replicate(zero_totals(len(deep)), devices)
+        step = make_train_step(
+            model,
+            optimizer,
+            case.recipe,
+            multi_label=False,
+            devices=devices,
+            kernels=deep,
+            rule=rule,
+            steps_per_call=case.steps,
+        )
+        return step.lower(state, totals, batch, root), totals
+
+    def compiled(lowered: Any) -> tuple[Any, float]:
+        before = time.perf_counter()
+        program = lowered.compile()
+        return program, time.perf_counter() - before
+
+    def make(program: Any, seconds: float, totals: Any) -> StepProgram:
+        def run() -> None:
+            nonlocal state, totals
+            state, totals = program(state, totals, batch, root)
+
+        plan = program.memory_analysis()
+        peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+        peak -= plan.alias_size_in_bytes
+        return StepProgram(run, lambda: jax.block_until_ready(state), seconds, peak)
+
+    lowered = [lower(rule) for rule in rules]
+    with ThreadPoolExecutor(len(rules)) as pool:
+        programs = list(pool.map(compiled, [one for one, _ in lowered]))
+    return [
+        make(program, seconds, totals)
+        for (program, seconds), (_, totals) in zip(programs, lowered, strict=True)
+    ]
+
+
+def torch_step(
+    case: Case,
+    layout: "torch.memory_format",
+    *,
+    device: "torch.device | str" = "cpu",
+    autocast: contextlib.AbstractContextManager[Any] | None = None,
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """The same step in PyTorch.
+
+    Args:
+      case: network and sizes; its dtype is left to `autocast`.
+      layout: memory format of weights and images.
+      device: to train on.
+      autocast: context of the forward pass and the loss; None for float32.
+      compiled: whether `torch.compile` compiles the network.
+
+    Returns:
+      A function that queues one step.
+    """
+    import torch
+
+    from experiments.oracles.torch_networks import create_network
+
+    recipe = case.recipe
+    torch.manual_seed(0)
+    network = create_network(case.model, CLASSES, stem=case.stem, size=case.size, width=case.width)
+    network = network.to(device, memory_format=layout)
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+    else:
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+    images, labels = example_batch(case)
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    images = images.to(device, memory_format=layout)
+    labels = torch.from_numpy(labels).long().to(device)
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (recipe.mean, recipe.std))
+    forward = torch.compile(network) if compiled else network
+
+    def run() -> None:
+        optimizer.zero_grad()
+        with autocast or contextlib.nullcontext():
+            logits = forward((images.float() / 255 - mean) / std)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def example_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Random images uint8 (batch, size, size, 3) and labels int32 (batch,)."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (case.batch, case.size, case.size, 3), np.uint8)
+    return images, rng.integers(0, CLASSES, case.batch, np.int32)

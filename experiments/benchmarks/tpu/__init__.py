@@ -1,0 +1,1 @@
+"""What the TPU compiler counts; no TPU is needed."""

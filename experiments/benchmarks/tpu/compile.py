@@ -1,0 +1,243 @@
+"""Compiles one training step with the TPU compiler, which needs no TPU, and says what it counts.
+
+A process of its own for each case: `experiments.benchmarks.tpu.check` starts them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.benchmarks.tpu.listing import collectives, main_memory_bytes
+from inmerge_jax.files import write_json
+
+WITHOUT_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "",
+    # No chip is opened, so several compilers may run, and a lock that a killed one left is nothing.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+CLASSES = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step, and the chips that it is compiled for.
+
+    Attributes:
+      model: network.
+      stem: of it.
+      size: height and width of the images.
+      topology: chip generation and layout, such as v5e:2x2.
+      step: without merging, or with the partner of the merging rule.
+      images: of one step on one chip.
+      steps_per_call: steps in one dispatch.
+    """
+
+    model: str
+    stem: Literal["small", "imagenet"]
+    size: int
+    topology: str
+    step: Literal["plain", "random", "nearest"]
+    images: int = 64
+    steps_per_call: int = 1
+
+    @property
+    def network(self) -> str:
+        """For people."""
+        return f"{self.model} {self.size} px"
+
+    @property
+    def name(self) -> str:
+        """Names the case among all others."""
+        calls = "" if self.steps_per_call == 1 else f", {self.steps_per_call} steps a call"
+        return f"{self.network}, {self.topology}{calls}, {self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """Compiles one training step and writes what the compiler counts.
+
+    Attributes:
+      output: JSON file for the result.
+      known: fingerprint of a program whose result is known: if it is still this one, nothing is
+        compiled or written.
+    """
+
+    case: tyro.conf.OmitArgPrefixes[Case]
+    output: Path
+    known: str = ""
+
+
+def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
+    """Lowers the step and, unless it is the `known` program, compiles it.
+
+    Returns:
+      What the compiler counts, per chip; with "compiles": False and its words where it can't. None
+      where the program is known.
+    """
+    import jax
+
+    lowered, chips, layers = _lower(case)
+    program, versions = _fingerprint(case, lowered)
+    if program == known:
+        return None
+    row = dataclasses.asdict(case) | {
+        "fingerprint": program,
+        "versions": versions,
+        "chips": chips,
+        "merged_layers": len(layers),
+        "largest_merged_layer_bytes": max(layers, default=0),
+        "merged_bytes": sum(layers),
+    }
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"compiles": False, "reason": str(error).splitlines()[0][:300]}
+    seconds = time.monotonic() - started
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    sizes = {
+        name: getattr(memory, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp", "generated_code")
+    }
+    listing = compiled.as_text()
+    held = sizes["argument"] + sizes["output"] - sizes["alias"]
+    return row | {
+        "compiles": True,
+        "compile_seconds": round(seconds, 1),
+        "flops": cost["flops"],
+        "bytes_moved": cost["bytes accessed"],
+        "memory": sizes
+        | {
+            "total": held + sizes["temp"] + sizes["generated_code"],
+            "peak": memory.peak_memory_in_bytes,
+        },
+        "main_memory_bytes": main_memory_bytes(listing),
+        "collectives": collectives(listing),
+    }
+
+
+def fingerprint(case: Case) -> str:
+    """The hash of the case's program, as this code lowers it, and of the compiler's versions."""
+    return _fingerprint(case, _lower(case)[0])[0]
+
+
+def fingerprints(cases: Sequence[Case]) -> list[str]:
+    """The `fingerprint` of each case, by processes side by side.
+
+    The caller's environment is to be that of `environment`.
+    """
+    processes = min(os.cpu_count() or 1, len(cases))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(fingerprint, cases))
+
+
+def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:
+    import jax
+    import jaxlib
+    import libtpu
+
+    versions = {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "libtpu": libtpu.__version__,
+    }
+    program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
+    program.update(lowered.as_text().encode())
+    return program.hexdigest(), versions
+
+
+def _lower(case: Case) -> tuple[Any, int, list[int]]:
+    """The lowered step, the number of chips, and the bytes of each layer that is merged."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from inmerge_jax import MergeRule, deep_kernels
+    from inmerge_jax.models import create_model
+    from inmerge_jax.training.initial import convolutions
+    from inmerge_jax.training.parallel import AXIS
+    from inmerge_jax.training.recipes import RECIPES
+    from inmerge_jax.training.state import TrainState, make_optimizer
+    from inmerge_jax.training.steps import make_train_step, zero_totals
+
+    topology = topologies.get_topology_desc(case.topology, platform="tpu")
+    devices = tuple(topology.devices)
+    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
+    image = jax.ShapeDtypeStruct((1, case.size, case.size, 3), jnp.float32)
+    variables = jax.eval_shape(
+        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
+    )
+    params, rest = variables["params"], variables.get("batch_stats", {})
+
+    deep = deep_kernels(convolutions(model, image.shape[1:]), skip=10)
+    merging = case.step != "plain"
+    recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
+    optimizer = make_optimizer(recipe)
+    state = jax.eval_shape(
+        lambda p, b: TrainState(jnp.int32(0), p, b, optimizer.init(p)), params, rest
+    )
+    totals = jax.eval_shape(lambda: zero_totals(len(deep) if merging else 0))
+    steps = () if case.steps_per_call == 1 else (case.steps_per_call,)
+
+    def on_devices(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype), tree)
+
+    number = jax.ShapeDtypeStruct((*steps, case.images), jnp.int32)
+    images = jax.ShapeDtypeStruct((*number.shape, case.size, case.size, 3), jnp.uint8)
+    batch = {"image": images, "label": number, "index": number}
+    step = make_train_step(
+        model,
+        optimizer,
+        recipe,
+        multi_label=False,
+        devices=devices,
+        kernels=deep if merging else (),
+        rule=MergeRule(partner=case.step) if merging else None,
+        steps_per_call=case.steps_per_call,
+    )
+    root = jax.eval_shape(lambda: jax.random.key(0))
+    # A Pallas kernel is in the program as bytes, with the files and lines that it was written in:
+    # without them the fingerprint is the same in every checkout.
+    frames = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", frames)
+    layers = [4 * int(np.prod(kernel.shape)) for kernel in deep] if merging else []
+    return lowered, len(devices), layers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles the case of the command line; returns 0."""
+    config = tyro.cli(
+        CompileConfig, prog="python -m experiments.benchmarks.tpu.compile", args=arguments
+    )
+    row = compile_case(config.case, config.known)
+    if row is not None:
+        write_json(config.output, row)
+    return 0
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables that keep libtpu from looking for a TPU, over `inherited`."""
+    return {**inherited, **WITHOUT_TPU}
+
+
+if __name__ == "__main__":
+    os.environ.update(WITHOUT_TPU)
+    sys.exit(main())

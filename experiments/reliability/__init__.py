@@ -1,0 +1,1 @@
+"""Fault injection, long runs, and scaling over devices and processes."""

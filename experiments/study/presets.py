@@ -1,0 +1,171 @@
+"""Trains the presets `paper` and `released` on BreastMNIST with VGG16 and prints both side by side.
+
+Both are trained twice: at the given threshold, and at one that kernels of this network do pass,
+which is read off the first run's backbone. Each is a run of `inmerge train` in its own folder;
+the same command goes on where it stopped. What is printed is stored as JSON.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from inmerge_jax.errors import InputError
+from inmerge_jax.files import write_json
+
+PRESETS = ("paper", "released")
+_QUANTILE = "0.99"
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    """Trains the presets paper and released, and compares merges and test AUC.
+
+    Then both again at the threshold that one in a hundred pairs of deep kernels passes: the median
+    over the layers that merge of the 99% quantile of their kernels' cosine similarities, in the
+    backbone of the first run.
+
+    Attributes:
+      data: breastmnist, or phantom.
+      data_dir: Folder that holds breastmnist.npz.
+      epochs: Epochs of the backbone.
+      merging_epochs: Epochs of the merging stage.
+      batch_size: Examples of one update. The recipe's 324 would leave two updates an epoch.
+      learning_rate: Rate of the backbone's first epoch. At the recipe's 0.1 a VGG without batch
+        normalisation need not train from random weights.
+      threshold: Cosine similarity above which a selected kernel merges, in the first run.
+      width: Factor on the channels.
+      size: Height and width of the images.
+      seeds: One run of each preset per seed.
+      output: Folder of the runs, which are given/paper, given/released, quantile/paper and
+        quantile/released in it.
+      result: The JSON file to write.
+      train_options: More options of experiments.train, in one string after an equals sign.
+    """
+
+    data: str = "breastmnist"
+    data_dir: Path = Path("~/.medmnist")
+    epochs: int = 8
+    merging_epochs: int = 4
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    threshold: float = 0.3
+    width: float = 1.0
+    size: int = 28
+    seeds: tuple[int, ...] = (0,)
+    output: Path = Path("runs/fidelity")
+    result: Path = Path("experiments/results/fidelity.json")
+    train_options: str = ""
+
+
+def arguments(config: FidelityConfig, preset: str, threshold: float, folder: Path) -> list[str]:
+    """The options of `inmerge train` for one preset, but for --resume."""
+    return [
+        *("--preset", preset, "--model", "vgg16", "--arms", "inmerge"),
+        *("--data", config.data, "--data-dir", str(config.data_dir), "--size", str(config.size)),
+        *("--epochs", str(config.epochs), "--merging-epochs", str(config.merging_epochs)),
+        *("--batch-size", str(config.batch_size), "--learning-rate", str(config.learning_rate)),
+        *("--threshold", str(threshold), "--width", str(config.width)),
+        *("--seeds", *map(str, config.seeds), "--output", str(folder)),
+        *config.train_options.split(),
+    ]
+
+
+def summarise(results: dict[str, Any]) -> dict[str, Any]:
+    """Merges in training and in validation, and test AUC, one value per seed."""
+    arm = results["arms"]["inmerge"]
+    return {
+        "rule": results["rule"],
+        "recipe": results["recipe"],
+        "seeds": results["seeds"],
+        "dataset": results["dataset"]["title"],
+        "training_passes": [result["steps"] for result in arm],
+        "training_merges": [sum(result["merged"]) for result in arm],
+        "validation_passes": [result["val_passes"] for result in arm],
+        "validation_merges": [sum(result["val_merged"]) for result in arm],
+        "test_auc": [result["test"]["auc"] for result in arm],
+        "seconds": results["seconds"],
+    }
+
+
+def passed_by_one_in_a_hundred(run: Path) -> float:
+    """The threshold of the second run, from a first one's folder; never from validation or test.
+
+    Every seed has a backbone; its similarities after training are those that merging starts from.
+    """
+    quantiles = []
+    for stage in sorted(run.glob("seed*")):
+        merging = json.loads((stage / "inmerge" / "result.json").read_bytes())["layers"]
+        layers = json.loads((stage / "backbone" / "similarity.json").read_bytes())["after"]
+        quantiles += [x["quantiles"][_QUANTILE] for x in layers if x["name"] in merging]
+    return round(statistics.median(quantiles), 4)
+
+
+def table(stored: dict[str, Any]) -> str:
+    """The stored results as Markdown; values of several seeds stand side by side."""
+    names = ("training_passes", "training_merges", "validation_passes", "validation_merges")
+    lines = [
+        "| threshold | preset | merge passes in training | kernels merged there "
+        "| merge passes in validation | kernels merged there | test AUC |",
+        "| ---: | --- " + "| ---: " * 5 + "|",
+    ]
+    for run in stored["runs"]:
+        for preset in PRESETS:
+            row = run[preset]
+            cells = [" / ".join(f"{value:,}" for value in row[name]) for name in names]
+            aucs = ("undefined" if auc is None else f"{auc:.3f}" for auc in row["test_auc"])
+            threshold = f"{row['rule']['threshold']:g}"
+            lines.append(f"| {threshold} | {preset} | {' | '.join(cells)} | {' / '.join(aucs)} |")
+    return "\n".join(lines) + "\n"
+
+
+def train_preset(given: list[str], folder: Path) -> int:
+    """Trains one preset, or the rest of it, unless it is finished; returns a status, 0 for done."""
+    from inmerge_jax.cli.train import main as train
+    from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
+    from inmerge_jax.training.parallel import choose_devices
+    from inmerge_jax.training.runfolder import differences
+
+    try:
+        wanted = parse_config(given)
+        recipe = resolve_recipe(wanted.recipe)
+        wanted = config_dict(wanted, recipe, len(choose_devices(wanted.devices)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    begun = (folder / "config.json").exists()
+    if begun and differences(json.loads((folder / "config.json").read_bytes()), wanted):
+        message = f"{folder} holds a run of other options; choose another --output"
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    if (folder / "results.json").exists():
+        return 0
+    return train([*given, *(["--resume"] if begun else [])])
+
+
+def main(options: list[str] | None = None) -> int:
+    """Trains what is not yet trained; returns the exit status of `inmerge train`, or 0."""
+    config = tyro.cli(FidelityConfig, prog="python -m experiments.study.presets", args=options)
+    first, runs = config.output / "given", []
+    for place in (first, config.output / "quantile"):
+        threshold = passed_by_one_in_a_hundred(first / PRESETS[0]) if runs else config.threshold
+        run = {}
+        for preset in PRESETS:
+            folder = place / preset
+            status = train_preset(arguments(config, preset, threshold, folder), folder)
+            if status:
+                return status
+            run[preset] = summarise(json.loads((folder / "results.json").read_bytes()))
+        runs.append(run)
+    stored = {"runs": runs}
+    write_json(config.result, stored)
+    print(table(stored), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

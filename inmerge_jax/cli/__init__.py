@@ -1,0 +1,1 @@
+"""The command line: `inmerge train`, `inmerge export`, `inmerge data` and `inmerge quickstart`."""

@@ -1,0 +1,113 @@
+"""Writes a trained network's weights to a file for PyTorch: `--help` tells the rest."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from inmerge_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes the best checkpoint of one arm of a run, as torchvision's network loads it.
+
+    In PyTorch: model.load_state_dict(torch.load(FILE), strict=True), or for .safetensors
+    model.load_state_dict(safetensors.torch.load_file(FILE), strict=True). With the small stem the
+    names are those of torchvision's network whose stem was changed (3x3, stride 1, no max-pool; a
+    VGG's classifier is one pooled linear layer).
+
+    Attributes:
+      run: Folder of the run, as its --output was.
+      to: File to write, whose ending decides its kind: .safetensors, .pth or .pt.
+      arm: Arm of the run.
+      seed: Which of the run's seeds; the first one by default.
+      names: What entries are called: torchvision, or medmnist as in the MedMNIST benchmark's own
+        ResNets (stem small), whose checkpoint a .pth file then is ({"net": ...}).
+      overwrite: Replace the file where there is one.
+    """
+
+    run: tyro.conf.Positional[Path]
+    to: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    arm: Literal["backbone", "finetune", "inmerge"] = "inmerge"
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    names: Literal["torchvision", "medmnist"] = "torchvision"
+    overwrite: bool = False
+
+
+def export(config: ExportConfig) -> str:
+    """Writes the file and returns a line that says what is in it.
+
+    Raises:
+      InputError: no such run, arm or seed, one that is not finished, a damaged checkpoint, or a
+        file that can't be written.
+    """
+    from inmerge_jax.models.torchvision import to_state_dict
+    from inmerge_jax.models.weight_files import check_target, write_state_dict
+    from inmerge_jax.training.checkpoints import read_arrays
+    from inmerge_jax.training.loop import read_result
+
+    check_target(config.to, overwrite=config.overwrite)
+    path = config.run / "config.json"
+    if not path.is_file():
+        raise InputError(f"{config.run} holds no run: there is no {path.name} in it")
+    settings = json.loads(path.read_bytes())
+    seed = settings["seeds"][0] if config.seed is None else config.seed
+    if seed not in settings["seeds"]:
+        there = " ".join(map(str, settings["seeds"]))
+        raise InputError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
+    if config.arm not in settings["arms"]:
+        there = ", ".join(settings["arms"])
+        raise InputError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
+    stage = config.run / f"seed{seed}" / config.arm
+    result = read_result(stage)
+    if result is None:
+        raise InputError(
+            f"{stage} is not finished: train it to its end, with --resume and the run's own options"
+        )
+    epoch = result["best_epoch"]
+    name, stem = settings["model"]["name"], settings["model"]["stem"]
+    arrays = read_arrays(stage / "checkpoints" / str(epoch))
+    state_dict: dict[str, Any] = to_state_dict(name, _variables(arrays), names=config.names)
+    try:
+        net = config.names == "medmnist" and config.to.suffix != ".safetensors"
+        write_state_dict(
+            config.to, state_dict, overwrite=config.overwrite, wrapped="net" if net else None
+        )
+    except OSError as error:
+        raise InputError(f"cannot write {config.to}: {error.strerror or error}") from error
+    return (
+        f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
+        f"seed {seed} {config.arm} epoch {epoch}"
+    )
+
+
+def _variables(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The network's part of a checkpoint, whose names are paths with dots."""
+    from flax.traverse_util import unflatten_dict
+
+    ours = ("params.", "batch_stats.")
+    return unflatten_dict({k: v for k, v in arrays.items() if k.startswith(ours)}, sep=".")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the status: 0, or 2 (bad input)."""
+    config = tyro.cli(
+        ExportConfig,
+        prog="inmerge export",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        print(export(config))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Trains a backbone, then goes on with and without in-model merging: `--help` tells the rest."""
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inmerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from inmerge_jax.training.config import TrainConfig
+
+_NO_RIGHTS = (errno.EACCES, errno.EPERM)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *_NO_RIGHTS)
+
+
+def only_unreported(folder: Path, resume: bool) -> bool:
+    """Whether to resume a run that was stopped between its results and the last of its report."""
+    from inmerge_jax.cli.report import TABLE
+
+    return resume and (folder / "results.json").exists() and not (folder / TABLE).exists()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the status.
+
+    That is 0; 1 where training diverged, or one of several processes broke; 2 on bad input, a full
+    disk too; 3 where another process of the run was lost; 143 where SIGTERM stopped it (preemption)
+    and 130 where Ctrl-C did, after either of which `--resume` goes on with the update after the
+    last.
+    """
+    from inmerge_jax.training.config import parse_config
+
+    status = _run(parse_config(arguments))
+
+    from inmerge_jax.training.hosts import leave
+
+    return leave(status)
+
+
+def _run(config: "TrainConfig") -> int:
+    from inmerge_jax.training.programs import keep_programs
+
+    if config.cache is not None:
+        keep_programs(config.cache)
+
+    from inmerge_jax.cli.report import write_and_print
+    from inmerge_jax.training.arms import plan_run, train_arms
+    from inmerge_jax.training.hosts import StopTogether, by_first, connect, together
+    from inmerge_jax.training.loop import NonFiniteLossError
+    from inmerge_jax.training.runfolder import cannot_write
+    from inmerge_jax.training.stopping import Stopped, StopSignals
+
+    stop = StopSignals()
+    try:
+        connect(config.coordinator, config.num_processes, config.process_id)
+        if not by_first(only_unreported, config.output, config.resume):
+            plan = together(plan_run, config)
+            with stop:
+                train_arms(plan, StopTogether(stop))
+        by_first(write_and_print, config.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            return _unforeseen(error)
+        if error.errno in _NO_RIGHTS:  # Perhaps of a file that was to be read.
+            print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
+        else:
+            print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}; the same command with --resume goes on", file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("stopped at once; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _unforeseen(error)
+    return 0
+
+
+def _unforeseen(error: Exception) -> int:
+    """Raises the error, or tells of it and gives the status where other processes wait."""
+    import jax
+
+    from inmerge_jax.training.hosts import LOST, is_loss
+
+    # In this order: to count the processes starts the devices, which may be what has failed.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        raise error
+    # Not raised: the interpreter's end would wait for processes that wait for this one.
+    if not is_loss(error):
+        traceback.print_exc()
+        return 1
+    print(
+        f"error: process {jax.process_index()} lost another process of the run "
+        f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
+        file=sys.stderr,
+    )
+    return LOST
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Cases are measured one by one, each stored when it is there, within the time."""
+
+import json
+
+import pytest
+
+from experiments.benchmarks.accelerator import session as sessions
+from experiments.benchmarks.accelerator.session import PARTS, Session, check_folder, read_part
+from inmerge_jax.errors import InputError
+
+AROUND = {
+    "tiny": False,
+    "device": "chip",
+    "platform": "gpu",
+    "devices": 1,
+    "driver": "1.2",
+    "commit": "a" * 40,
+    "source": "b" * 64,
+    "environment": {},
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(sessions.time, "monotonic", lambda: now[0])
+    return now
+
+
+def begin(folder, seconds=100.0):
+    session = Session(folder, seconds, started=0.0, around=AROUND)
+    for part in PARTS:
+        session.enters(part)
+    return session
+
+
+def test_a_case_is_stored_as_soon_as_it_is_measured(tmp_path, clock):
+    session = begin(tmp_path)
+    seen = []
+
+    def second():
+        seen.append(read_part(tmp_path, "merge")["cases"]["first"]["value"])
+        return {"value": 2}
+
+    session.attempt("merge", "first", 1, lambda: {"value": 1})
+    session.attempt("merge", "second", 1, second)
+    assert seen == [1]
+    assert read_part(tmp_path, "merge")["cases"]["second"]["commit"] == AROUND["commit"]
+
+
+def test_a_case_that_the_time_does_not_suffice_for_is_skipped(tmp_path, clock):
+    session = begin(tmp_path)
+    clock[0] = 35.0
+    session.attempt("merge", "fits", 5.0, lambda: {"value": 1})
+    session.attempt("merge", "too long", 5.1, lambda: pytest.fail("was measured"))
+    stored = read_part(tmp_path, "merge")
+    assert list(stored["cases"]) == ["fits"]
+    assert stored["skipped"] == {"too long": "needs about 5 s; 5 s were left"}
+    # What earlier parts left is added to the later ones.
+    assert session.left("step") == 100 * PARTS["step"] - 35
+
+
+def test_a_case_that_fails_is_reported_and_the_next_one_follows(tmp_path, clock, capsys):
+    session = begin(tmp_path)
+
+    def broken():
+        raise ZeroDivisionError("no such chip")
+
+    session.attempt("merge", "broken", 1, broken)
+    session.attempt("merge", "next", 1, lambda: {"value": 1})
+    stored = read_part(tmp_path, "merge")
+    assert stored["failed"]["broken"].endswith("ZeroDivisionError: no such chip\n")
+    assert list(stored["cases"]) == ["next"]
+    assert "no such chip" in capsys.readouterr().out
+
+
+def test_a_second_run_measures_what_is_missing(tmp_path, clock):
+    session = begin(tmp_path)
+    session.attempt("merge", "done", 1, lambda: {"value": 1})
+    session.attempt("merge", "failed", 1, lambda: 1 / 0)
+    session.attempt("merge", "long", 1000, dict)
+    again = begin(tmp_path, seconds=10_000)
+    assert again.found["merge"]["failed"] == {} and again.found["merge"]["skipped"] == {}
+    again.attempt("merge", "done", 1, lambda: pytest.fail("was measured twice"))
+    for name in ("failed", "long"):
+        again.attempt("merge", name, 1, lambda: {"value": 2})
+    assert list(read_part(tmp_path, "merge")["cases"]) == ["done", "failed", "long"]
+
+
+@pytest.mark.parametrize("name", ["source", "device", "tiny"])
+def test_a_folder_of_other_results_is_refused(name, tmp_path, clock):
+    begin(tmp_path)
+    check_folder(tmp_path, AROUND)
+    with pytest.raises(InputError, match=rf"correctness.json has {name} .*choose another folder"):
+        check_folder(tmp_path, {**AROUND, name: "other"})
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path, clock):
+    (tmp_path / "step.json").write_text("{")
+    with pytest.raises(InputError, match=r"step.json is damaged"):
+        read_part(tmp_path, "step")
+    (tmp_path / "step.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(InputError, match="step.json has no .*cases"):
+        read_part(tmp_path, "step")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .*file.*cannot be written"):
+        check_folder(tmp_path / "file" / "folder", AROUND)

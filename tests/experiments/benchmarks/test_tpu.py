@@ -1,0 +1,296 @@
+"""The stored counts of the TPU compiler keep their limits, and a violation is noticed."""
+
+import copy
+import json
+import threading
+
+import pytest
+
+from experiments.benchmarks.tpu import check, limits, table
+from experiments.benchmarks.tpu.listing import collectives, main_memory_bytes
+from experiments.tables import RESULTS
+from inmerge_jax.errors import InputError
+
+PATH = RESULTS / "tpu_check.json"
+ROWS = check.read(PATH)
+
+
+def compared():
+    return [pair for pair in limits.comparisons(ROWS)]
+
+
+def changed(**changes):
+    """The stored rows with one merging row of VGG-19 changed."""
+    rows = copy.deepcopy(ROWS)
+    name = next(pair.row for pair in compared() if pair.row["model"] == "vgg19")
+    row = next(row for row in rows.values() if row["fingerprint"] == name["fingerprint"])
+    row |= {key: change(row[key]) for key, change in changes.items()}
+    return rows
+
+
+def test_the_stored_rows_keep_their_limits():
+    assert compared() and limits.failures(ROWS) == []
+
+
+def test_merging_adds_no_collective():
+    for pair in compared():
+        assert pair.row["collectives"] == pair.plain["collectives"]
+        assert pair.plain["collectives"]["all-reduce"]["count"] > 0
+
+
+def test_known_limits_are_larger_than_the_usual_and_said_in_the_table():
+    page = table.markdown(ROWS)
+    for (network, step, quantity), known in limits.KNOWN.items():
+        for pair in compared():
+            if pair.known(quantity) != (network, known) or pair.row["step"] != step:
+                continue
+            added = {name: (more, limit) for name, more, limit in pair.added()}
+            more, usual = added[quantity]
+            assert known.limit > usual
+            assert more <= usual or f"{network}, {step}, {quantity}: {known.why}" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flops": lambda x: 1.011 * x}, "more FLOPs, above 1 %"),
+        ({"bytes_moved": lambda x: 1.021 * x}, "more bytes moved, above 2 %"),
+        ({"memory": lambda x: x | {"temp": x["temp"] + 2**26}}, "more temporary memory"),
+        ({"memory": lambda x: x | {"total": 17 * 2**30}}, "of a chip's 17,179,869,184"),
+        ({"collectives": lambda x: x | {"all-gather": {"count": 1, "bytes": 4}}}, "collectives"),
+    ],
+)
+def test_a_violation_is_an_error(change, message, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(changed(**change)))
+    assert check.main(["--dry-run", "--output", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_compile_is_a_failure():
+    name = "resnet18 28 px, v6e:2x2, random"
+    rows = copy.deepcopy(ROWS)
+    rows[name] |= {"compiles": False, "reason": "the compiler crashed, signal 11"}
+    assert limits.failures(rows) == [f"{name}: does not compile: the compiler crashed, signal 11"]
+
+
+def test_a_step_without_one_to_compare_it_with_is_a_failure():
+    plain, merging = "vgg19 224 px, v5e:2x2, plain", "vgg19 224 px, v5e:2x2, random"
+    assert limits.failures({merging: ROWS[merging]}) == [
+        f"{merging}: no step without merging to compare it with; compile that too"
+    ]
+    rows = copy.deepcopy({name: ROWS[name] for name in (plain, merging)})
+    assert limits.failures(rows) == []
+    rows[plain]["images"] += 1
+    assert len(limits.failures(rows)) == 1
+
+
+def test_a_limit_of_one_chip_is_not_that_of_another(monkeypatch):
+    for network, limit in (("resnet18 28 px", 0.09), ("resnet18 28 px, v6e", 0.13)):
+        key = (network, "random", "bytes moved")
+        monkeypatch.setitem(limits.KNOWN, key, limits.Known(limit, "of a test"))
+    rows = copy.deepcopy(ROWS)
+    name = "resnet18 28 px, {}:2x2, random"
+    for chip in ("v5e", "v6e"):
+        rows[name.format(chip)]["bytes_moved"] = (
+            1.12 * rows[f"resnet18 28 px, {chip}:2x2, plain"]["bytes_moved"]
+        )
+    assert limits.failures(rows) == [
+        "resnet18 28 px, v5e:2x2, random: 12 % more bytes moved, above 9 %"
+    ]
+
+
+def test_what_is_alive_at_the_fullest_moment_has_the_limit_of_a_layer():
+    rows = copy.deepcopy(ROWS)
+    plain, row = (rows[f"resnet50 224 px, v5e:2x2, {step}"] for step in ("plain", "random"))
+    row["memory"]["peak"] = plain["memory"]["peak"] + 2 * row["largest_merged_layer_bytes"]
+    assert limits.failures(rows) == [
+        "resnet50 224 px, v5e:2x2, random: 2 layers' weights more memory at its fullest, "
+        "above 1 layers' weights"
+    ]
+    assert "+18.87 MB*" in table.markdown(rows)
+
+
+def test_without_a_violation_the_status_is_zero(capsys):
+    assert check.main(["--dry-run"]) == 0
+
+
+def test_a_terminal_of_80_columns_shows_the_chosen_networks_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert check.main(["--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for line in table.cells(ROWS):
+        assert all(word in shown for value in line[1:] for word in value.split())
+    assert check.main(["--dry-run", "--only", "densenet121 224 px, v5e:2x2, random"]) == 0
+    shown = capsys.readouterr().out
+    assert "densenet121" in shown and "nearest" in shown and "resnet18" not in shown
+
+
+def test_the_page_says_which_cases_are_missing():
+    first, *rest = (case.name for case in check.CASES)
+    page = table.markdown({name: ROWS[name] for name in rest}, [first, *rest])
+    assert f"Not compiled yet: {first}." in page
+    assert "Not compiled yet" not in table.markdown(ROWS, [first, *rest])
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    text = """
+  %a = f32[2,64]{1,0:T(2,128)S(1)} all-reduce(%x), channel_id=1
+  %b = (f32[8]{0}, /*index=1*/bf16[4,2]{1,0}) all-reduce(%y, %z), channel_id=2
+  %c = (f32[4]{0:T(256)}, f32[16]{0:T(256)}, u32[]{:S(2)}, u32[]{:S(2)}) all-gather-start(%x)
+  %d = f32[16]{0} all-gather-done(%c)
+  %e = f32[3]{0} add(%p, %all-reduce.3)
+  %f = pred[5]{0} collective-permute(%q)
+"""
+    assert collectives(text) == {
+        "all-reduce": {"count": 2, "bytes": 512 + 32 + 16},
+        "all-gather": {"count": 1, "bytes": 64},
+        "collective-permute": {"count": 1, "bytes": 5},
+    }
+
+
+def test_the_small_cases_and_an_unknown_name():
+    small = check.chosen_cases(check.TpuCheckConfig(small=True))
+    assert [case.step for case in small] == ["plain", "random", "nearest"]
+    assert {(case.model, case.size, case.topology) for case in small} == {
+        ("resnet18", 28, "v5e:2x2")
+    }
+    with pytest.raises(InputError, match="--only lenet"):
+        check.chosen_cases(check.TpuCheckConfig(only=("lenet",)))
+    with pytest.raises(InputError, match="--only densenet121: none of the --small cases"):
+        check.chosen_cases(check.TpuCheckConfig(small=True, only=("densenet121",)))
+
+
+def test_a_file_without_the_chosen_rows_is_no_pass(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert check.main(["--dry-run", "--output", str(path)]) == 2
+    assert "has no row of resnet18 28 px, v5e:2x2, plain" in capsys.readouterr().err
+    path.write_text("[]")
+    assert check.main(["--dry-run", "--output", str(path)]) == 2
+    assert "holds no JSON object): remove it" in capsys.readouterr().err
+
+
+def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    assert check.main(["--output", str(tmp_path / "rows.json")]) == 2
+    assert "make tpu-check" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands for the compiler: gives the stored rows, of `nearest` an error."""
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(check, "_deep_stack", lambda: None)
+    both, started = threading.Barrier(2, timeout=60), {}
+
+    def compiled(case, config, known):
+        started[case.name] = known
+        if case.step == "nearest":
+            raise RuntimeError("of nearest")
+        if config.jobs > 1 and case.name in list(ROWS)[:2]:
+            both.wait()
+        row = ROWS[case.name]
+        return None if known == row["fingerprint"] else row
+
+    monkeypatch.setattr(check, "_compiled", compiled)
+    return started
+
+
+def test_cases_are_compiled_side_by_side(compiled, tmp_path, capsys):
+    path, (plain, random) = tmp_path / "rows.json", list(ROWS)[:2]
+    arguments = ["--output", str(path), "--only", plain, random]
+    assert check.main([*arguments, "--jobs", "2"]) == 0
+    assert compiled == {plain: "", random: ""}
+    assert list(check.read(path)) == [plain, random]
+    assert check.main(arguments) == 0
+    assert compiled == {name: ROWS[name]["fingerprint"] for name in (plain, random)}
+    assert capsys.readouterr().out.count(": unchanged") == 2
+    assert check.main([*arguments, "--overwrite"]) == 0
+    assert compiled == {plain: "", random: ""}
+    assert check.main([*arguments, "--jobs", "0"]) == 2
+
+
+def test_a_failed_case_ends_those_that_wait_and_keeps_those_under_way(compiled, tmp_path):
+    path, names = tmp_path / "rows.json", list(ROWS)[:8]
+    for jobs in ("1", "2"):
+        path.unlink(missing_ok=True)
+        compiled.clear()
+        with pytest.raises(RuntimeError, match="of nearest"):
+            check.main(["--output", str(path), "--jobs", jobs, "--only", *names])
+        kept = list(check.read(path))
+        assert kept[:2] == names[:2]
+        assert set(kept) == {name for name in compiled if not name.endswith("nearest")}
+
+
+def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    stored = {case.name: {"fingerprint": case.step} for case in check.CASES}
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(check.os, "environ", dict(check.os.environ))
+    monkeypatch.setattr(check, "fingerprints", lambda cases: [case.step for case in cases])
+    arguments = ["--output", str(path), "--stale"]
+    assert check.main(arguments) == 0
+    first, second, third = [case.name for case in check.CASES[:3]]
+    del stored[second]
+    stored[third]["fingerprint"] = "of yesterday"
+    path.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert check.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert f"STALE: {second}:" in told and f"STALE: {third}:" in told and first not in told
+    assert check.main([*arguments, "--only", "densenet121"]) == 0
+
+
+LISTING = """HloModule jit_step
+
+%fused_computation (param_0: f32[4,8]) -> f32[4,8] {
+  %param_0 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  ROOT %negate.1 = f32[4,8]{1,0:T(8,128)} negate(%param_0)
+}
+
+%body (state: (f32[16], f32[16])) -> (f32[16], f32[16]) {
+  %state = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) parameter(0)
+  %first = f32[16]{0:T(128)} get-tuple-element(%state), index=0
+  %second = f32[16]{0:T(128)S(1)} get-tuple-element(%state), index=1
+  %sum = f32[16]{0:T(128)} add(%first, %second)
+  ROOT %next = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) tuple(%sum, %second)
+}
+
+%more (state: (f32[16], f32[16])) -> pred[] {
+  %state.1 = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) parameter(0)
+  ROOT %true = pred[]{:T(256)} constant(true)
+}
+
+ENTRY %main (a: f32[4,8], b: bf16[16]) -> f32[4,8] {
+  %a = f32[4,8]{1,0:T(8,128)} parameter(0), sharding={replicated}
+  %b = bf16[16]{0:T(128)(2,1)} parameter(1)
+  %copy-start.1 = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = f32[4,8]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((f32[4,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={}
+  %slice-done.1 = f32[1,8]{1,0:S(1)} slice-done(%slice-start.1)
+  %fusion.1 = f32[4,8]{1,0:T(8,128)S(1)} fusion(%copy-done.1), kind=kLoop, calls=%fused_computation
+  %reduce.1 = f32[16]{0:T(128)} convert(%b)
+  %fast = f32[16]{0:T(128)S(1)} copy(%reduce.1)
+  %pair = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) tuple(%reduce.1, %fast)
+  %while.1 = (f32[16]{0:T(128)}, f32[16]{0:T(128)S(1)}) while(%pair), condition=%more, body=%body
+  ROOT %psum.1 = f32[4,8]{1,0:T(8,128)} all-reduce(%fusion.1), channel_id=1, to_apply=%add
+}
+"""
+
+
+def test_main_memory_is_what_is_not_in_fast_memory():
+    copied, sliced, converted, fast, summed, result = 4 * 32, 4 * 8, 2 * 16 + 4 * 16, 64, 128, 128
+    assert main_memory_bytes(LISTING) == copied + sliced + converted + fast + summed + result
+
+
+def test_main_memory_has_the_limit_of_bytes():
+    rows = copy.deepcopy(ROWS)
+    names = [f"vgg19 224 px, v6e:2x2, {step}" for step in check.STEPS]
+    for name, count in zip(names, (100, 103, 101), strict=True):
+        rows[name]["main_memory_bytes"] = count
+    assert limits.failures(rows) == [
+        "vgg19 224 px, v6e:2x2, random: 3 % more bytes of main memory, above 2 %"
+    ]
+    assert "+3.00 %*, 0.0 passes" in table.markdown(rows)
