@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.study.cells import Treatment
+from experiments.study.trials import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
 from inmerge_jax.training.state import TrainState
 
