@@ -58,7 +58,8 @@ def overview() -> str:
     for question in QUESTIONS.values():
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
-    return markdown_table(("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict"), rows)
+    columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
+    return markdown_table(columns, rows, left=len(columns))
 
 
 def totals() -> str:
