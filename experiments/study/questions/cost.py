@@ -161,8 +161,11 @@ def analyse(archive: Archive) -> Found:
     ):
         values = [of(row) for row in found["models"].values()]
         found[f"range of {name}"] = [min(values), max(values)]
-    seconds = [one["seconds"] for row in rows.values() for one in (row, row["time"])]
-    return found | {"hours": sum(seconds) / 3600}
+    parts = [one for row in rows.values() for one in (row, row["time"])]
+    around = [one["environment"] for one in parts]
+    found["hours"] = sum(one["seconds"] for one in parts) / 3600
+    found["cores"] = sorted({one["cpus"] for one in around})
+    return found | {"dates": sorted(one["started"][:10] for one in around)}
 
 
 def table(found: Found) -> str:
@@ -181,7 +184,11 @@ def table(found: Found) -> str:
         *("Network", "Fine-tuning, s per update", "Merging", "Ratio [95 % interval]"),
         *("Peak memory, MiB, without / with", "Compilation, s, without / with"),
     )
-    return markdown(columns, rows)
+    origin = (
+        f"*{found['hours']:.1f} h of measurements on {' or '.join(map(str, found['cores']))} CPU "
+        f"cores, {found['dates'][0]} to {found['dates'][-1]}.*"
+    )
+    return f"{markdown(columns, rows)}\n{origin}\n"
 
 
 def figure(found: Found) -> Plot:
