@@ -30,9 +30,8 @@ from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import environment, keep_freed_memory
+from inmerge_jax.training.init import convolutions, random_weights
 
 Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
 

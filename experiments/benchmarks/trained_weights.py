@@ -8,7 +8,7 @@ import numpy as np
 from inmerge_jax import deep_kernels
 from inmerge_jax.data import make_phantom, train_batches
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.init import convolutions, random_weights
 from inmerge_jax.training.parallel import (
     AXIS,
     ahead,
@@ -18,8 +18,7 @@ from inmerge_jax.training.parallel import (
     unreplicate,
 )
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 RATE = 0.02
 """With SGD a network of this depth learns from random weights at a fifth of the recipe's 0.1."""

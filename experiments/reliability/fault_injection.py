@@ -37,7 +37,7 @@ from experiments.reliability.jobs import (
 )
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_object, write_json
-from inmerge_jax.training.checkpoints import TEMPORARY
+from inmerge_jax.training.checkpointing import TEMPORARY
 
 _ROOT = Path(__file__).parents[2]
 STEP, EVALUATION, CHECKPOINT = "step", "evaluation", "checkpoint write"

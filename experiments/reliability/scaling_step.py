@@ -49,7 +49,7 @@ def run(steps: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.data import make_phantom, train_batches
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.initial import convolutions, random_weights
+    from inmerge_jax.training.init import convolutions, random_weights
     from inmerge_jax.training.parallel import (
         AXIS,
         broadcast,
@@ -59,8 +59,12 @@ def run(steps: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
         unreplicate,
     )
     from inmerge_jax.training.recipes import RECIPES
-    from inmerge_jax.training.state import make_optimizer, new_state
-    from inmerge_jax.training.steps import make_train_step, zero_totals
+    from inmerge_jax.training.train_step import (
+        make_optimizer,
+        make_train_step,
+        new_state,
+        zero_totals,
+    )
 
     # SGD, since Adam divides by a gradient's size and so blows rounding up where that is tiny; and
     # every selected kernel merges, since one at the threshold would merge or not by rounding.
@@ -139,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     import jax
 
-    from inmerge_jax.training.hosts import connect, is_first
+    from inmerge_jax.training.multihost import connect, is_first
 
     jax.config.update("jax_enable_x64", config.dtype == "float64")
     connect(config.coordinator, config.num_processes, config.process_id)

@@ -25,15 +25,13 @@ from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.loop import train_stage
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import keep_freed_memory
+from inmerge_jax.training.init import convolutions, random_weights
 from inmerge_jax.training.parallel import AXIS
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer
-from inmerge_jax.training.steps import make_eval_step, make_train_step
+from inmerge_jax.training.train import Setup, Stage, train_stage
+from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
 
 WARM_UP = 5
 """Evaluations until everything has happened, and the allocator and the pools have settled."""

@@ -29,11 +29,10 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.recipes import Recipe
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 
 FILE = "batch_statistics.json"
 """Beside the answers."""
@@ -87,7 +86,7 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
     found = {}
     for name, batch_stats in (("running", state.batch_stats), ("renewed", renewed)):
         copies = replicate(state._replace(batch_stats=batch_stats), setup.devices)
-        scores, loss = evaluate(setup, copies, val)
+        scores, loss = setup.evaluate(copies, val)
         metrics = compute_metrics(val.labels, scores, task)
         found[name] = {"auc": metrics.auc, "acc": metrics.acc, "loss": loss}
     return found

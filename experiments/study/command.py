@@ -81,8 +81,8 @@ def _run(question: Question, config: StudyConfig) -> int:
     import jax
 
     from experiments.study import estimate, runner, stages, store
-    from inmerge_jax.training.programs import keep_programs
-    from inmerge_jax.training.stopping import Stopped, StopSignals
+    from inmerge_jax.training.environment import keep_programs
+    from inmerge_jax.training.preemption import Stopped, StopSignals
 
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
     devices = jax.local_device_count() if shared else 1
@@ -254,7 +254,7 @@ def trained(around: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def differs(cell: Cell, places: Any) -> bool:
     """Whether a finished cell's test AUC or ACC is not what is kept of it, or it diverged."""
     from experiments.study import store
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.train import read_result
 
     result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
     if result is None or record is None:
@@ -265,7 +265,7 @@ def differs(cell: Cell, places: Any) -> bool:
 def compare(cells: Sequence[Cell], places: Any) -> int:
     """Prints the figures of cells that were trained anew beside those kept; 1 where they differ."""
     from experiments.study import store
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.train import read_result
 
     for cell in cells:
         result, record = read_result(places.cell(cell)), store.read(cell, places.kept)

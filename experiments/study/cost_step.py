@@ -19,12 +19,11 @@ from experiments.study.treatments import selection
 from inmerge_jax import MergeRule
 from inmerge_jax.data import FINDINGS, make_phantom, train_batches
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import keep_freed_memory
+from inmerge_jax.training.init import convolutions, random_weights
 from inmerge_jax.training.parallel import AXIS, ahead, broadcast, replicate
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 SHAPE = (28, 28, 1)
 FEWEST = 16

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inmerge_jax.training.parallel import AXIS
-from inmerge_jax.training.stopping import never
+from inmerge_jax.training.preemption import never
 
 Step = Callable[..., Any]
 

@@ -128,7 +128,7 @@ def train_preset(given: list[str], folder: Path) -> int:
     from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.runfolder import differences
+    from inmerge_jax.training.workdir import differences
 
     try:
         wanted = parse_config(given)

@@ -25,8 +25,8 @@ from experiments.study.runner import run_cells
 from experiments.study.stages import Places
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train import read_result
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,12 @@ from experiments.study.stages import (
 )
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.arms import best_weights, initial_weights, make_setup
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import environment, keep_freed_memory
+from inmerge_jax.training.experiment import best_weights, initial_weights, make_setup
+from inmerge_jax.training.preemption import never
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.stopping import never
+from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.workdir import hold
 
 
 def run_cells(

@@ -14,7 +14,7 @@ from inmerge_jax.models import create_model
 from inmerge_jax.reporting import plots
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import convolutions
 
 DATA, WIDTH, EPOCHS, MORE = "breastmnist", 0.25, 8, 3
 MODELS = (

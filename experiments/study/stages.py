@@ -22,15 +22,18 @@ from experiments.study.treatments import (
     selection,
 )
 from inmerge_jax.data import Split, steps_per_epoch
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, plan_run, step_options
-from inmerge_jax.training.checkpoints import restore_checkpoint
+from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import read_result
+from inmerge_jax.training.experiment import (
+    Plan,
+    initial_weights,
+    make_setup,
+    plan_run,
+    step_options,
+)
 from inmerge_jax.training.parallel import replicate
-from inmerge_jax.training.stage import Setup, Stage, same
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step
+from inmerge_jax.training.train import Setup, Stage, read_result, same
+from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
@@ -199,6 +202,6 @@ def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:
-        return evaluate(setup, state, Split(images, labels))[0]
+        return setup.evaluate(state, Split(images, labels))[0]
 
     return predict

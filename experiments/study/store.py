@@ -18,8 +18,8 @@ from experiments.study.stages import Places, plan_of
 from inmerge_jax.data import Dataset
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_text
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train import read_result
 
 CELLS = Path(__file__).parents[1] / "results" / "cells"
 _FIGURES = "best_epoch epochs steps seconds val test layers kernels selected merged warnings"

@@ -20,7 +20,7 @@ import optax
 
 from experiments.study.cells import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
-from inmerge_jax.training.state import TrainState
+from inmerge_jax.training.train_step import TrainState
 
 _CONTROL = 1
 

@@ -47,8 +47,8 @@ def export(config: ExportConfig) -> str:
     """
     from inmerge_jax.models.torchvision import to_state_dict
     from inmerge_jax.models.weight_files import check_target, write_state_dict
-    from inmerge_jax.training.checkpoints import read_arrays
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.checkpointing import read_arrays
+    from inmerge_jax.training.train import read_result
 
     check_target(config.to, overwrite=config.overwrite)
     path = config.run / "config.json"

@@ -33,7 +33,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     """
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.runfolder import differences
+    from inmerge_jax.training.workdir import differences
 
     stored = output / "config.json"
     if not stored.exists():

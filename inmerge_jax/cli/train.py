@@ -34,23 +34,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     status = _run(parse_config(arguments))
 
-    from inmerge_jax.training.hosts import leave
+    from inmerge_jax.training.multihost import leave
 
     return leave(status)
 
 
 def _run(config: "TrainConfig") -> int:
-    from inmerge_jax.training.programs import keep_programs
+    from inmerge_jax.training.environment import keep_programs
 
     if config.cache is not None:
         keep_programs(config.cache)
 
     from inmerge_jax.cli.report import write_and_print
-    from inmerge_jax.training.arms import plan_run, train_arms
-    from inmerge_jax.training.hosts import StopTogether, by_first, connect, together
-    from inmerge_jax.training.loop import NonFiniteLossError
-    from inmerge_jax.training.runfolder import cannot_write
-    from inmerge_jax.training.stopping import Stopped, StopSignals
+    from inmerge_jax.training.experiment import plan_run, train_arms
+    from inmerge_jax.training.multihost import StopTogether, by_first, connect, together
+    from inmerge_jax.training.preemption import Stopped, StopSignals
+    from inmerge_jax.training.train import NonFiniteLossError
+    from inmerge_jax.training.workdir import cannot_write
 
     stop = StopSignals()
     try:
@@ -89,7 +89,7 @@ def _unforeseen(error: Exception) -> int:
     """Raises the error, or tells of it and gives the status where other processes wait."""
     import jax
 
-    from inmerge_jax.training.hosts import LOST, is_loss
+    from inmerge_jax.training.multihost import LOST, is_loss
 
     # In this order: to count the processes starts the devices, which may be what has failed.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_arrays
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli import export, train
-from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.scores import read_scores
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.experiment import plan_run
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train_step import normalise
 
 torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")

@@ -6,7 +6,7 @@ from PIL import Image
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 from tests.oracles.images import load_image
 from tests.paths import SHARED, needs
 

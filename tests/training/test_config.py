@@ -9,7 +9,6 @@ from inmerge_jax import quantile
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import (
     ModelConfig,
     RecipeConfig,
@@ -20,6 +19,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
+from inmerge_jax.training.experiment import plan_run
 from inmerge_jax.training.recipes import RECIPES
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]

@@ -11,12 +11,12 @@ import pytest
 
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import checkpoints, loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole, save_checkpoint
+from inmerge_jax.training import checkpointing, train
+from inmerge_jax.training.checkpointing import checkpoint_epochs, newest_whole, save_checkpoint
 from tests.training import tiny
 from tests.training.disk import small_disk
-from tests.training.test_loop import evidence, run
-from tests.training.test_stopping import after
+from tests.training.test_train import evidence, run
+from tests.training.test_preemption import after
 
 COMMAND = (
     "--size 16 --phantom.train 32 --phantom.val 8 --phantom.test 8 --model vgg11 --width 0.1 "
@@ -26,7 +26,7 @@ COMMAND = (
 
 def full_at(monkeypatch, save):
     """Lets the disk be full at the end of that write of arrays, counted from 1."""
-    write, calls = checkpoints._write_arrays, []
+    write, calls = checkpointing._write_arrays, []
 
     def failing(path, arrays):
         write(path, arrays)
@@ -34,7 +34,7 @@ def full_at(monkeypatch, save):
         if len(calls) == save:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "_write_arrays", failing)
+    monkeypatch.setattr(checkpointing, "_write_arrays", failing)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "mid-epoch"])
@@ -56,7 +56,7 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once: one that finds no room must not end the wait for the others.
-    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+    monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
     sizes = (10, 1_000, 20_000, 50_000) * 8
     tree = {f"a{i}": np.arange(size, dtype=np.float32) for i, size in enumerate(sizes)}
     with small_disk(tmp_path / "disk", megabytes=6) as disk:
@@ -77,8 +77,8 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
 
 def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys):
     # Nobody looks for room first, so the disk is full in the middle of the write.
-    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
-    append = loop.append_metrics
+    monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
+    append = train.append_metrics
 
     def fill_up(path, line):
         append(path, line)
@@ -90,7 +90,7 @@ def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsy
         ballast, output = disk / "ballast", disk / "run"
         command = [*COMMAND, "--output", str(output)]
         with monkeypatch.context() as patched:
-            patched.setattr(loop, "append_metrics", fill_up)
+            patched.setattr(train, "append_metrics", fill_up)
             assert main(command) == 2
         said = capsys.readouterr().err
         place = output / "seed0" / "backbone" / "checkpoints"

@@ -12,24 +12,24 @@ from inmerge_jax import find_kernels, merge_kernels
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.models import create_model
-from inmerge_jax.training import loop
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training import train as loop
 from inmerge_jax.training.config import parse_config, resolve_recipe, resolve_rule
 from inmerge_jax.training.evaluation import evaluate_merging
+from inmerge_jax.training.experiment import plan_run
 from inmerge_jax.training.parallel import broadcast, replicate, unreplicate
 from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import new_state
-from inmerge_jax.training.steps import (
+from inmerge_jax.training.train_step import (
     VALIDATION,
     example_losses,
     make_merging_eval_step,
+    new_state,
     normalise,
     zero_totals,
 )
 from tests.long import long_unless
 from tests.training import tiny
-from tests.training.test_loop import evidence, interrupt_at, run
+from tests.training.test_train import evidence, interrupt_at, run
 
 TINY = (
     "--phantom.train 32 --phantom.val 6 --phantom.test 8 --size 16 --width 0.05 --batch-size 8 "

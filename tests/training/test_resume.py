@@ -15,7 +15,7 @@ import pytest
 from experiments.reliability import fault_injection, jobs
 from inmerge_jax.cli import export
 from inmerge_jax.cli.train import main
-from inmerge_jax.training.runfolder import read_metrics
+from inmerge_jax.training.workdir import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 

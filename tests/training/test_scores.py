@@ -5,8 +5,7 @@ import pytest
 from medmnist.info import INFO
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.metrics import Metrics, compute_metrics
-from inmerge_jax.training.scores import read_scores, write_scores
+from inmerge_jax.training.metrics import Metrics, compute_metrics, read_scores, write_scores
 from tests.paths import MEDMNIST, needs
 
 SOME = Metrics(0.75, 0.5, (0.75,), 0)

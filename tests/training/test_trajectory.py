@@ -23,22 +23,22 @@ from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
-from inmerge_jax.training.checkpoints import restore_checkpoint
-from inmerge_jax.training.loop import train_stage
+from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.parallel import AXIS, unreplicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import (
+from inmerge_jax.training.train import Setup, Stage, train_stage
+from inmerge_jax.training.train_step import (
     FLIPPING,
     MERGING,
     flip,
     make_eval_step,
+    make_optimizer,
     make_train_step,
+    new_state,
     normalise,
 )
+from inmerge_jax.training.workdir import read_metrics
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")

@@ -12,9 +12,8 @@ from inmerge_jax import MergeRule, find_kernels
 from inmerge_jax.data import Dataset, Split
 from inmerge_jax.training.parallel import AXIS
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer
-from inmerge_jax.training.steps import make_eval_step, make_train_step
+from inmerge_jax.training.train import Setup, Stage
+from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
 
 CLASSES = 3
 RECIPE = dataclasses.replace(

@@ -23,8 +23,7 @@ from experiments.benchmarks.accelerator.session import (
     say,
 )
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.programs import keep_programs
+from inmerge_jax.training.environment import keep_freed_memory, keep_programs
 
 _DESCRIPTION = """
 Checks and measures the project on this machine's accelerator within a given time.

@@ -23,11 +23,10 @@ from inmerge_jax import (
 from inmerge_jax.data import make_phantom
 from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.init import convolutions, random_weights
 from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split, unreplicate
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 PART = "correctness"
 MODEL, TINY_MODEL = "resnet18", "vgg11"

@@ -22,7 +22,7 @@ from experiments.benchmarks.accelerator.timing import (
 )
 from inmerge_jax import Kernel, MergeRule, merge_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import convolutions
 
 PART = "merge"
 THRESHOLDS = (0.3, -1.0)

@@ -31,15 +31,19 @@ from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, step_options
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import NonFiniteLossError
+from inmerge_jax.training.experiment import Plan, initial_weights, make_setup, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
-from inmerge_jax.training.stage import Setup, batch_seed, root_key
-from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
-from inmerge_jax.training.steps import Totals, make_train_step, zero_totals
+from inmerge_jax.training.train import NonFiniteLossError, Setup, batch_seed, root_key
+from inmerge_jax.training.train_step import (
+    Totals,
+    TrainState,
+    make_train_step,
+    new_state,
+    set_learning_rate,
+    zero_totals,
+)
 
 PART = "trials"
 TOGETHER, TINY_TOGETHER = (1, 4), (1, 2)
@@ -407,7 +411,7 @@ def train_together(
         for i in range(count):
             one = pick(state, i, count)
             total = sums if count == 1 else Totals(*(x[i] for x in sums))
-            scores, loss = evaluate(setup, one, data.val)
+            scores, loss = setup.evaluate(one, data.val)
             if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
                 raise NonFiniteLossError(f"{cells[i].name}: diverged in epoch {epoch}")
             auc = compute_metrics(data.val.labels, scores, data.task).auc
@@ -434,7 +438,7 @@ def finish(
     plan, setup, data = program.plan, program.setup, program.plan.dataset
     found, scores = {}, {}
     for name, images in (("val", data.val), ("test", data.test)):
-        scores[name], _ = evaluate(setup, state, images)
+        scores[name], _ = setup.evaluate(state, images)
         found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
     weights = unreplicate((state.params, state.batch_stats))
     merges = cell.treatment.kind != "none"

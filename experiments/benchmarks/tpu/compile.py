@@ -168,11 +168,15 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
 
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.initial import convolutions
+    from inmerge_jax.training.init import convolutions
     from inmerge_jax.training.parallel import AXIS
     from inmerge_jax.training.recipes import RECIPES
-    from inmerge_jax.training.state import TrainState, make_optimizer
-    from inmerge_jax.training.steps import make_train_step, zero_totals
+    from inmerge_jax.training.train_step import (
+        TrainState,
+        make_optimizer,
+        make_train_step,
+        zero_totals,
+    )
 
     topology = topologies.get_topology_desc(case.topology, platform="tpu")
     devices = tuple(topology.devices)

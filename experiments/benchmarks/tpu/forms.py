@@ -18,7 +18,7 @@ from experiments.benchmarks.tpu.compile import CLASSES, WITHOUT_TPU
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import convolutions
 
 RESULTS = Path(__file__).parents[2] / "results"
 OUTPUT = RESULTS / "tpu_forms.json"

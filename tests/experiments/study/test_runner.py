@@ -13,9 +13,9 @@ from experiments.study import command, runner, stages, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Kept, Question, add_holm
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.loop import NonFiniteLossError
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.training.preemption import Stopped
+from inmerge_jax.training.train import NonFiniteLossError
+from inmerge_jax.training.workdir import hold
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
 MERGE = Treatment("merge", threshold=-1.0, skip=4)

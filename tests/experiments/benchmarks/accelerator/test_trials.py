@@ -17,7 +17,7 @@ from experiments.study.cells import Treatment
 from experiments.study.stages import Places, weights_of
 from experiments.study.treatments import make_treatment, numbers
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import initial_weights
+from inmerge_jax.training.experiment import initial_weights
 from tests.training import tiny
 
 GRID = GRIDS["phantom"]

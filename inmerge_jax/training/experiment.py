@@ -18,7 +18,7 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.models import create_model
-from inmerge_jax.training.checkpoints import DamagedError, restore_checkpoint
+from inmerge_jax.training.checkpointing import DamagedError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
     apply_preset,
@@ -28,26 +28,28 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
-from inmerge_jax.training.environment import deciding, environment
-from inmerge_jax.training.holding import hold_run
-from inmerge_jax.training.hosts import by_first, is_first, require_same
-from inmerge_jax.training.initial import (
+from inmerge_jax.training.environment import deciding, environment, keep_freed_memory
+from inmerge_jax.training.init import (
     convolutions,
     file_sha256,
     random_weights,
     weights_from_file,
 )
-from inmerge_jax.training.loop import read_result, train_stage
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.multihost import by_first, is_first, require_same
 from inmerge_jax.training.parallel import AXIS, choose_devices
+from inmerge_jax.training.preemption import never
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, positive_weights
-from inmerge_jax.training.runfolder import cannot_write, changes_since_start
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_eval_step, make_merging_eval_step, make_train_step
-from inmerge_jax.training.stopping import never
+from inmerge_jax.training.train import Setup, Stage, read_result, train_stage
+from inmerge_jax.training.train_step import (
+    make_eval_step,
+    make_merging_eval_step,
+    make_optimizer,
+    make_train_step,
+    new_state,
+)
+from inmerge_jax.training.workdir import cannot_write, changes_since_start, hold_run
 
 _SAMPLES_PER_CLASS = 4
 _MOVED = "resumed under other conditions, which may give other bits than the first would have"
@@ -162,7 +164,7 @@ def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str,
       InputError: the folder does not fit the options, cannot be written to, holds a damaged file,
         or is in use.
       NonFiniteLossError: training diverged.
-      Stopped: `should_stop` said so, see `loop.Setup`; the run can be resumed.
+      Stopped: `should_stop` said so, see `train.Setup`; the run can be resumed.
     """
     config = plan.config
     if plan.devices[0].platform == "cpu":

@@ -19,8 +19,8 @@ import pytest
 
 from inmerge_jax import files
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import checkpoints
-from inmerge_jax.training.checkpoints import (
+from inmerge_jax.training import checkpointing
+from inmerge_jax.training.checkpointing import (
     DamagedError,
     checkpoint_epochs,
     newest_whole,
@@ -270,19 +270,19 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from inmerge_jax.training import checkpoints
+from inmerge_jax.training import checkpointing
 
 folder, point = Path(sys.argv[1]), sys.argv[2]
-checkpoints.save_checkpoint(folder, 1, {"w": np.arange(10_000)}, {})
-before = getattr(checkpoints, point)
+checkpointing.save_checkpoint(folder, 1, {"w": np.arange(10_000)}, {})
+before = getattr(checkpointing, point)
 
 def die(*args):
     if point == "_write_arrays":
         before(*args)
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(checkpoints, point, die)
-checkpoints.save_checkpoint(folder, 2, {"w": np.arange(10_000)}, {})
+setattr(checkpointing, point, die)
+checkpointing.save_checkpoint(folder, 2, {"w": np.arange(10_000)}, {})
 """
 
 
@@ -307,7 +307,7 @@ def full(*_):
 def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
     first = save_checkpoint(tmp_path, 1, make_state(), META)
     before = bits(first)
-    monkeypatch.setattr(checkpoints, point, full)
+    monkeypatch.setattr(checkpointing, point, full)
     for epoch in (1, 2):
         with pytest.raises(InputError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
             save_checkpoint(tmp_path, epoch, make_state(), META)
@@ -358,7 +358,7 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
 @pytest.mark.parametrize("looks_first", [True, False])
 def test_really_full_disk(tmp_path, monkeypatch, looks_first):
     if not looks_first:
-        monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+        monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         first = save_checkpoint(disk, 1, {"w": np.ones(10_000)}, {})
         before = bits(first)

@@ -8,11 +8,10 @@ import pytest
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
+from inmerge_jax.training.init import convolutions, random_weights
 from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.long import long_unless
 
 RECIPE = dataclasses.replace(

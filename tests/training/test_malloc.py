@@ -9,7 +9,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import keep_freed_memory
 
 print(keep_freed_memory() if sys.argv[1] == "keep" else "left")
 def faults():

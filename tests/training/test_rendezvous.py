@@ -11,9 +11,10 @@ import pytest
 
 from inmerge_jax.cli import train
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import hosts, meeting
-from inmerge_jax.training.meeting import meet
-from tests.training.test_hosts import free_port
+from inmerge_jax.training import multihost
+from inmerge_jax.training import multihost as meeting
+from inmerge_jax.training.multihost import meet
+from tests.training.test_multihost import free_port
 
 SOON = 20.0
 
@@ -189,7 +190,7 @@ def test_a_tpu_pod_whose_processes_do_not_meet_is_bad_input(fails, monkeypatch):
     try:
         jax.config.update("jax_platforms", "tpu,cpu")
         with pytest.raises(InputError, match="coordinator address t1v-0; start the same command"):
-            hosts.connect(None, None, None)
+            multihost.connect(None, None, None)
     finally:
         jax.config.update("jax_platforms", before)
 
@@ -198,7 +199,7 @@ def test_an_error_of_a_process_alone_is_raised_without_counting_processes(monkey
     def fail(*_):
         raise RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE")
 
-    monkeypatch.setattr(hosts, "connect", fail)
+    monkeypatch.setattr(multihost, "connect", fail)
     monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("started the devices"))
     with pytest.raises(RuntimeError, match="Unable to initialize"):
         train.main(["--output", str(tmp_path / "run"), "--cache", "None"])

@@ -6,10 +6,10 @@ import torch
 
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig, resolve_recipe
+from inmerge_jax.training.experiment import plan_run
 from inmerge_jax.training.recipes import positive_weights
-from inmerge_jax.training.steps import example_losses
+from inmerge_jax.training.train_step import example_losses
 from tests.training import tiny
 
 LABELS = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]], np.uint8)

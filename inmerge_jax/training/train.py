@@ -1,11 +1,13 @@
-"""The loop: one stage of training from its first epoch to its scores, readable top to bottom."""
+"""The training loop: one stage, from its first epoch to its test scores, readable top to bottom."""
 
 import functools
+import hashlib
 import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,142 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.data import steps_per_epoch, train_batches
+from inmerge_jax.data import Dataset, Split, steps_per_epoch, train_batches
 from inmerge_jax.files import json_sha256, read_sealed, write_json, write_sealed
 from inmerge_jax.merging import Kernel, kernel_similarity
-from inmerge_jax.training.checkpoints import prune, restore_checkpoint, save_checkpoint
+from inmerge_jax.training.checkpointing import (
+    drop_updates,
+    find_start,
+    keep_updates,
+    prune,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
-from inmerge_jax.training.hosts import by_first
-from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
+from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
+from inmerge_jax.training.multihost import by_first
 from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
+from inmerge_jax.training.preemption import Stopped, never
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.recipes import best_epoch, next_learning_rate
-from inmerge_jax.training.resuming import drop_updates, find_start, keep_updates
-from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
-from inmerge_jax.training.scores import write_scores
-from inmerge_jax.training.stage import Setup, Stage, batch_seed, root_key
-from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
-from inmerge_jax.training.steps import Totals, zero_totals
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
+from inmerge_jax.training.train_step import (
+    Totals,
+    TrainState,
+    new_state,
+    set_learning_rate,
+    zero_totals,
+)
+from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics
 
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged; the message says where, and which checkpoint is the last good one."""
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a stage's batches: the same for all arms of a second stage.
+
+    Args:
+      seed: of the run.
+      number: of the stage, see `Stage`.
+    """
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def root_key(seed: int, number: int) -> jax.Array:
+    """The key that every random draw of a stage is folded from; arguments as in `batch_seed`."""
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
+def same(state: TrainState) -> TrainState:
+    """The state itself."""
+    return state
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one arm: what `train.train_stage` needs beside the state to start from.
+
+    Attributes:
+      arm: "backbone", "finetune" or "inmerge".
+      seed: of the run; decides the order of the batches and every random draw of the stage.
+      number: 0 for the backbone, 1 for the second stage. Arms of the same seed and number see the
+        same batches, flips and dropout masks.
+      folder: the stage's own part of the run folder.
+      epochs: how many to train.
+      learning_rate: of the first epoch.
+      train_step: of `train_step.make_train_step`, with merging or without.
+      deep: the kernels that it merges; () without merging.
+      merging_eval_step: of `train_step.make_merging_eval_step`, where validation merges too.
+      notices: warnings that go into the stage's result, each once.
+      several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
+      steps_per_call: updates in one dispatch.
+      evaluated: the state whose weights are evaluated, from that of training: the same one, or one
+        with the averages of the weights that an optimizer keeps.
+    """
+
+    arm: str
+    seed: int
+    number: int
+    folder: Path
+    epochs: int
+    learning_rate: float
+    train_step: Callable[..., tuple[TrainState, Totals]]
+    deep: tuple[Kernel, ...] = ()
+    merging_eval_step: Callable[..., Any] | None = None
+    notices: tuple[str, ...] = ()
+    several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
+    steps_per_call: int = 1
+    evaluated: Callable[[TrainState], TrainState] = same
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed} {self.arm}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of a run share.
+
+    Attributes:
+      dataset: all three splits.
+      recipe: how to train.
+      devices: what the steps run on.
+      optimizer: of `train_step.make_optimizer`.
+      eval_step: of `train_step.make_eval_step`.
+      kernels: every convolution of the network, in the order of the forward pass.
+      workers: processes that read images; 0 for none.
+      should_stop: whether to keep what is done and stop: asked before each call of a step and each
+        batch of an evaluation. Of several processes, all have to get the same answers.
+    """
+
+    dataset: Dataset
+    recipe: Recipe
+    devices: tuple[jax.Device, ...]
+    optimizer: Any
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+    kernels: tuple[Kernel, ...]
+    workers: int = 0
+    should_stop: Callable[[], bool] = never
+
+    def evaluate(self, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
+        """Scores of a split and its mean loss, see `evaluation.evaluate`."""
+        return evaluate(
+            self.eval_step,
+            state,
+            images,
+            batch_size=self.recipe.batch_size,
+            devices=self.devices,
+            workers=self.workers,
+            should_stop=self.should_stop,
+        )
 
 
 def train_stage(
@@ -64,8 +181,13 @@ def train_stage(
 
     # ---- start, or go on from the newest whole checkpoint
     fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
-    start = by_first(find_start, stage, fresh, no_totals, progress)
-    done, warnings = start.epochs, start.warnings
+    start = by_first(find_start, stage.folder, fresh, no_totals)
+    for message in start.damaged:
+        progress.say(f"WARNING: {message}", style="bold yellow")
+    if start.damaged or start.epochs or start.totals.steps:
+        updates = f", update {start.totals.steps} of the next" if start.totals.steps else ""
+        progress.say(f"{stage.name}: goes on from epoch {start.epochs} of {stage.epochs}{updates}")
+    done, warnings = start.epochs, [*start.warnings, *start.damaged]
     warnings += [notice for notice in stage.notices if notice not in warnings]
     by_first(truncate_metrics, metrics_file, done, start.history_sha256)
     history = by_first(read_metrics, metrics_file)
@@ -110,7 +232,7 @@ def train_stage(
                     progress.show(*_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
-        keep = functools.partial(by_first, keep_updates, stage, epoch, sums, started, warnings)
+        keep = functools.partial(_interrupted, stage, epoch, sums, started, warnings)
         if setup.should_stop():
             raise keep(unreplicate(state))
         figures = _figures(stage, sums, recipe.batch_size, started)
@@ -123,7 +245,7 @@ def train_stage(
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:
-                scores, val_loss = evaluate(setup, stage.evaluated(state), setup.dataset.val)
+                scores, val_loss = setup.evaluate(stage.evaluated(state), setup.dataset.val)
             else:
                 copy = jax.tree.map(np.array, unreplicate(state))
                 state, val_sums, scores, val_loss = evaluate_merging(
@@ -177,7 +299,7 @@ def train_stage(
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
         meta["history_sha256"] = json_sha256(history)
         by_first(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
-        by_first(drop_updates, stage)
+        by_first(drop_updates, stage.folder)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
         by_first(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
 
@@ -190,7 +312,7 @@ def train_stage(
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
     for name, images in (("val", setup.dataset.val), ("test", setup.dataset.test)):
-        scores, _ = evaluate(setup, state, images)
+        scores, _ = setup.evaluate(state, images)
         metrics = compute_metrics(images.labels, scores, setup.dataset.task)
         result[name] = json_metrics(metrics)
         path = by_first(
@@ -243,6 +365,21 @@ def _calls(
             yield len(group), stage.several_steps, together
         else:
             yield from ((1, stage.train_step, batch) for batch in group)
+
+
+def _interrupted(
+    stage: Stage,
+    epoch: int,
+    totals: Totals,
+    started: float,
+    warnings: list[str],
+    state: TrainState,
+) -> Stopped:
+    """Saves the state within an epoch and returns the exception that ends the stage."""
+    seconds = time.monotonic() - started
+    path = by_first(keep_updates, stage.folder, epoch, totals, seconds, warnings, state)
+    saved = "" if path is None else f", kept in {path}"
+    return Stopped(f"{stage.name}: stopped after update {totals.steps} of epoch {epoch}{saved}")
 
 
 def _figures(

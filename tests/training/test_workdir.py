@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import runfolder
+from inmerge_jax.training import workdir
 from inmerge_jax.training.environment import environment
-from inmerge_jax.training.runfolder import append_metrics, differences, open_run
+from inmerge_jax.training.workdir import append_metrics, differences, open_run
 
 CONFIG = {
     "model": {"name": "resnet18", "width": 1.0},
@@ -130,13 +130,13 @@ def test_resume_keeps_everything_and_notes_where(run):
 
 
 def test_what_changed_since_the_start_is_told(run):
-    assert runfolder.changes_since_start(run) == ()
+    assert workdir.changes_since_start(run) == ()
     open_run(run, CONFIG, resume=True)
-    assert runfolder.changes_since_start(run) == ()
+    assert workdir.changes_since_start(run) == ()
     noted = json.loads((run / "environment.json").read_text())
     noted["resumed"] += [{**noted["resumed"][0], "cpus": 96}]
     (run / "environment.json").write_text(json.dumps(noted))
-    assert runfolder.changes_since_start(run) == (f"cores: {noted['cpus']} there, 96 now",)
+    assert workdir.changes_since_start(run) == (f"cores: {noted['cpus']} there, 96 now",)
 
 
 def test_resume_names_the_fields_that_differ(run):
@@ -198,7 +198,7 @@ def test_overwrite_cut_short_leaves_an_unfinished_run(run, monkeypatch):
     def die(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runfolder.shutil, "rmtree", die)
+    monkeypatch.setattr(workdir.shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         open_run(run, CONFIG, overwrite=True)
     with pytest.raises(InputError, match="unfinished run"):
@@ -233,7 +233,7 @@ def test_full_disk_at_the_start_leaves_no_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runfolder, "write_json", full)
+    monkeypatch.setattr(workdir, "write_json", full)
     with pytest.raises(InputError, match="No space left"):
         open_run(tmp_path / "a", CONFIG)
     monkeypatch.undo()

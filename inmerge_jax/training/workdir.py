@@ -1,5 +1,6 @@
-"""The folder that one run writes: who may open it, what it was run with, its metrics."""
+"""The folder of one run: who may open it, its configuration, and its metrics."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from inmerge_jax import locking
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import json_sha256, write_bytes, write_json
 from inmerge_jax.locking import LOCK
@@ -307,3 +309,31 @@ def _anew(path: Path) -> str:
         f"put the file back as it was written, or delete the folder {path.parent}, and --resume "
         "trains that stage anew"
     )
+
+
+@contextlib.contextmanager
+def hold_run(
+    folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Iterator[Path]:
+    """`open_run` of a folder that is this process's alone until the block ends.
+
+    Raises:
+      InputError: another process holds it; else see `open_run`.
+    """
+    folder = Path(folder)
+    # Asked first, because a refused start leaves the folder as it is, without a lock in it.
+    locking.require_free(folder)
+    check_open(folder, config, resume=resume, overwrite=overwrite)
+    with hold(folder):
+        yield open_run(folder, config, resume=resume, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """`locking.hold`, of which a folder that cannot be written is bad input."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locking.hold(folder))
+        except OSError as error:
+            raise cannot_write(folder, error, begun=(folder / CONFIG).exists()) from error
+        yield

@@ -14,12 +14,17 @@ from inmerge_jax.data import train_batch
 from inmerge_jax.errors import InputError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
-from inmerge_jax.training import arms, steps
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training import experiment, train_step
 from inmerge_jax.training.config import parse_config
+from inmerge_jax.training.experiment import plan_run
 from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split, unreplicate
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import (
+    TrainState,
+    make_optimizer,
+    make_train_step,
+    new_state,
+    zero_totals,
+)
 from tests.training import tiny
 
 DEVICES = tuple(jax.local_devices()[:2])
@@ -151,7 +156,7 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
         merged.update(leaf.dtype.name for leaf in jax.tree.leaves(params))
         return merge_kernels(params, *rest, **form)
 
-    monkeypatch.setattr(steps, "merge_kernels", watch)
+    monkeypatch.setattr(train_step, "merge_kernels", watch)
     model = create_model(name, tiny.CLASSES, width=1 / 16, dtype=jnp.bfloat16)
     optimizer, float32, index = make_optimizer(tiny.RECIPE), jnp.float32, jnp.int32
     image = jax.ShapeDtypeStruct((1, 16, 16, 1), float32)
@@ -195,8 +200,8 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
 def test_the_options_reach_the_step_and_the_network(monkeypatch):
     plan = plan_run(parse_config([*SMALL, *"--batch-size 16 --accumulate 2 --devices 2".split()]))
     given = []
-    monkeypatch.setattr(arms, "make_train_step", lambda *args, **rest: given.append(rest))
-    arms._steps(plan, tiny.make_setup())
+    monkeypatch.setattr(experiment, "make_train_step", lambda *args, **rest: given.append(rest))
+    experiment._steps(plan, tiny.make_setup())
     assert [rest["accumulate"] for rest in given] == [2, 2]
     options = "--batch-size 16 --model densenet121 --width 0.1 --remat".split()
     assert plan_run(parse_config([*SMALL, *options])).model.remat

@@ -14,17 +14,17 @@ import pytest
 from inmerge_jax import locking
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run, train_arms
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.holding import hold, hold_run
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.training.experiment import plan_run, train_arms
+from inmerge_jax.training.preemption import Stopped
+from inmerge_jax.training.workdir import hold, hold_run
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = {"seeds": [0]}
 HOLDER = """
 import sys
 from pathlib import Path
-from inmerge_jax.training.holding import hold_run
+from inmerge_jax.training.workdir import hold_run
 
 with hold_run(Path(sys.argv[1]), {"seeds": [0]}):
     print("held", flush=True)

@@ -12,14 +12,13 @@ from rich.console import Console
 from inmerge_jax import kernel_similarity
 from inmerge_jax.data import Split
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta, restore_checkpoint
-from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.metrics import compute_metrics
+from inmerge_jax.training import train
+from inmerge_jax.training.checkpointing import checkpoint_epochs, read_meta, restore_checkpoint
+from inmerge_jax.training.metrics import compute_metrics, read_scores
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.scores import read_scores
-from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.train_step import make_optimizer, new_state
+from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 
 MERGING = [tiny.ALWAYS, None]
@@ -56,14 +55,14 @@ def restore(folder, epoch):
 
 def interrupt_at(monkeypatch, step):
     """Stops training from its start as Ctrl-C would, before that step."""
-    ahead = loop.ahead
+    ahead = train.ahead
 
     def interrupted(*args):
         yield from itertools.islice(ahead(*args), step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "ahead", interrupted)
-    return lambda: monkeypatch.setattr(loop, "ahead", ahead)
+    monkeypatch.setattr(train, "ahead", interrupted)
+    return lambda: monkeypatch.setattr(train, "ahead", ahead)
 
 
 def test_a_stage_leaves_its_evidence(tmp_path):
@@ -97,13 +96,13 @@ def test_a_stage_leaves_its_evidence(tmp_path):
 
 def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypatch):
     setup = tiny.make_setup()
-    read, evaluate = [], loop.evaluate
+    read, evaluate = [], train.Setup.evaluate
 
     def watched(setup, state, images):
         read.append("test" if images is setup.dataset.test else "val")
         return evaluate(setup, state, images)
 
-    monkeypatch.setattr(loop, "evaluate", watched)
+    monkeypatch.setattr(train.Setup, "evaluate", watched)
     run(tmp_path, setup=setup)
     assert read == ["val"] * 4 + ["test"]
 
@@ -154,7 +153,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, lost):
     recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
-    monkeypatch.setattr(loop, "best_epoch", lambda history, select: 1)
+    monkeypatch.setattr(train, "best_epoch", lambda history, select: 1)
     setup = tiny.make_setup(recipe)
     run(tmp_path / "whole", setup=setup)
     resume = interrupt_at(monkeypatch, 10)
@@ -211,14 +210,14 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
 
 
 def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeypatch):
-    save = loop.save_checkpoint
+    save = train.save_checkpoint
 
     def earlier(folder, epoch, tree, meta):
         return save(folder, epoch, tree, {k: v for k, v in meta.items() if k != "history_sha256"})
 
-    monkeypatch.setattr(loop, "save_checkpoint", earlier)
+    monkeypatch.setattr(train, "save_checkpoint", earlier)
     cut_short(monkeypatch, tmp_path / "parts")
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(train, "save_checkpoint", save)
     assert "history_sha256" not in read_meta(tmp_path / "parts" / "checkpoints" / "2")
     _, text = run(tmp_path / "parts")
     assert "goes on from epoch 2" in text
@@ -302,7 +301,7 @@ def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
 
 
 def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
-    seen, train_batches = {}, loop.train_batches
+    seen, train_batches = {}, train.train_batches
     setup = tiny.make_setup()
     for arm, number, seed in (("finetune", 1, 0), ("inmerge", 1, 0), ("x", 0, 0), ("y", 1, 1)):
         order = []
@@ -312,7 +311,7 @@ def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
                 order.append(batch["index"].tolist())
                 yield batch
 
-        monkeypatch.setattr(loop, "train_batches", watched)
+        monkeypatch.setattr(train, "train_batches", watched)
         rule = tiny.ALWAYS if arm == "inmerge" else None
         run(tmp_path / arm, setup=setup, rule=rule, arm=arm, number=number, seed=seed, epochs=1)
         seen[arm] = order

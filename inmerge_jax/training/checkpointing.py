@@ -1,10 +1,13 @@
-"""Checkpoints that are whole or absent, and say so when they were damaged later.
+"""Checkpoints that are complete or absent, and that are verified when they are read.
 
-A folder of checkpoints holds one folder per epoch:
+A checkpoint folder holds one folder per epoch:
 
     <epoch>/tree/          the arrays, written by Orbax
-    <epoch>/meta.json      what the caller gave beside them
+    <epoch>/meta.json      values that the caller stores with them
     <epoch>/manifest.json  size and SHA-256 of every file; name, shape and dtype of every array
+
+`<stage>/mid_epoch/<updates>` holds the checkpoint of a run that was interrupted within an epoch:
+the train state and the totals of that epoch. It is deleted once the epoch has its own checkpoint.
 """
 
 import asyncio
@@ -19,7 +22,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +30,12 @@ import numpy as np
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import sync, sync_all, write_bytes, write_json
-from inmerge_jax.training.runfolder import cannot_write
+from inmerge_jax.training.train_step import Totals, TrainState
+from inmerge_jax.training.workdir import cannot_write
 
 _TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
 TEMPORARY = ".writing-"
+MID_EPOCH = "mid_epoch"
 _SHOWN = 5
 
 
@@ -385,3 +390,95 @@ def _remove_temporaries(folder: Path) -> None:
         return
     for left in list(folder.glob(f"{TEMPORARY}*")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+class Start(NamedTuple):
+    """The point from which a stage trains.
+
+    Attributes:
+      state: train state, in NumPy arrays.
+      epochs: number of finished epochs.
+      totals: sums over the finished updates of the next epoch; `totals.steps` is their number.
+      seconds: duration of these updates.
+      warnings: the stage's warnings so far.
+      history_sha256: hash of the records of metrics.jsonl at the last finished epoch; None at epoch
+        0, or if the checkpoint was written by a version that did not store it.
+      damaged: one message for each damaged checkpoint that was passed over.
+    """
+
+    state: TrainState
+    epochs: int
+    totals: Totals
+    seconds: float
+    warnings: list[str]
+    history_sha256: str | None = None
+    damaged: tuple[str, ...] = ()
+
+
+def find_start(folder: Path, fresh: TrainState, zeros: Totals) -> Start:
+    """Restores the newest undamaged checkpoint of a stage, or its initial state.
+
+    Args:
+      folder: the stage's folder.
+      fresh: the state before the stage's first update, in NumPy arrays.
+      zeros: the totals of no step.
+
+    Raises:
+      InputError: the checkpoint belongs to another model or optimizer.
+    """
+    checkpoints = folder / "checkpoints"
+    path, damaged = newest_whole(checkpoints)
+    found, start = list(damaged), Start(fresh, 0, zeros, 0.0, [])
+    if path is not None:
+        state, meta = restore_checkpoint(path, fresh)
+        try:
+            restore_checkpoint(checkpoints / str(meta["best_epoch"]), fresh)
+            noted = meta.get("history_sha256")
+            start = Start(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
+        except DamagedError as error:
+            found.append(str(error))
+
+    path, damaged = newest_whole(folder / MID_EPOCH)
+    found += damaged
+    if path is not None and read_meta(path)["epoch"] == start.epochs + 1:
+        (state, totals), meta = restore_checkpoint(path, (fresh, zeros))
+        start = start._replace(
+            state=state, totals=totals, seconds=meta["seconds"], warnings=meta["warnings"]
+        )
+    return start._replace(damaged=tuple(found))
+
+
+def keep_updates(
+    folder: Path,
+    epoch: int,
+    totals: Totals,
+    seconds: float,
+    warnings: list[str],
+    state: TrainState,
+) -> Path | None:
+    """Saves the state within an epoch; returns the checkpoint's path, None if it was there.
+
+    Args:
+      folder: the stage's folder.
+      epoch: 1-based number of the epoch.
+      totals: sums over the updates of the epoch so far, in NumPy arrays.
+      seconds: duration of these updates.
+      warnings: the stage's warnings so far.
+      state: after the last of these updates, in NumPy arrays.
+
+    Raises:
+      InputError: the files cannot be written.
+    """
+    mid_epoch, updates = folder / MID_EPOCH, int(state.step)
+    # A stage that is interrupted again before its next update has this very state saved already.
+    if not totals.steps or newest_whole(mid_epoch)[0] == mid_epoch / str(updates):
+        return None
+    meta = {"epoch": epoch, "seconds": seconds, "warnings": warnings}
+    path = save_checkpoint(mid_epoch, updates, (state, totals), meta)
+    prune(mid_epoch, {updates})
+    return path
+
+
+def drop_updates(folder: Path) -> None:
+    """Deletes the checkpoints within an epoch, once the epoch's own checkpoint is saved."""
+    prune(folder / MID_EPOCH, ())

@@ -9,12 +9,12 @@ import signal
 import jax
 import pytest
 
-from inmerge_jax.training.checkpoints import checkpoint_epochs
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.steps import make_merging_eval_step
-from inmerge_jax.training.stopping import Stopped, StopSignals
+from inmerge_jax.training.checkpointing import checkpoint_epochs
+from inmerge_jax.training.preemption import Stopped, StopSignals
+from inmerge_jax.training.train_step import make_merging_eval_step
+from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
-from tests.training.test_loop import evidence, run
+from tests.training.test_train import evidence, run
 
 
 class Counted:

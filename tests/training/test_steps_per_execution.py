@@ -11,13 +11,12 @@ import pytest
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import InputError
-from inmerge_jax.training import arms
+from inmerge_jax.training import experiment
 from inmerge_jax.training.config import check_steps_per_call, parse_config
-from inmerge_jax.training.loop import train_stage
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train import train_stage
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
 
 
@@ -105,11 +104,11 @@ def test_cpu_refuses_with_the_reason(tmp_path, capsys):
 def test_more_than_an_epoch_has_is_refused(monkeypatch):
     """2 updates an epoch; one TPU, which is asked nothing before the number is checked."""
     tpu = (types.SimpleNamespace(platform="tpu"),)
-    monkeypatch.setattr(arms, "choose_devices", lambda _: tpu)
+    monkeypatch.setattr(experiment, "choose_devices", lambda _: tpu)
     options = "--phantom.train 64 --batch-size 32 --steps-per-call".split()
     with pytest.raises(InputError, match="--steps-per-call 3: an epoch has 2 updates.*2 or fewer"):
-        arms.plan_run(parse_config([*options, "3"]))
-    assert arms.plan_run(parse_config([*options, "2"])).config.steps_per_call == 2
+        experiment.plan_run(parse_config([*options, "3"]))
+    assert experiment.plan_run(parse_config([*options, "2"])).config.steps_per_call == 2
 
 
 def test_the_number_is_checked():

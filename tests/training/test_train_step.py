@@ -7,13 +7,19 @@ import pytest
 
 from inmerge_jax import in_model_merging, merge_kernels
 from inmerge_jax.data import Split, eval_batches, train_batch
-from inmerge_jax.training import steps
-from inmerge_jax.training.checkpoints import restore_checkpoint, save_checkpoint
-from inmerge_jax.training.evaluation import evaluate
+from inmerge_jax.training import train_step as steps
+from inmerge_jax.training.checkpointing import restore_checkpoint, save_checkpoint
 from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import MERGING, example_losses, flip, normalise, zero_totals
+from inmerge_jax.training.train_step import (
+    MERGING,
+    example_losses,
+    flip,
+    make_optimizer,
+    new_state,
+    normalise,
+    zero_totals,
+)
 from tests.long import long_unless
 from tests.training import tiny
 
@@ -178,7 +184,7 @@ def test_padded_evaluation_equals_one_batch_without_padding():
     params, batch_stats = tiny.init()
     state = replicate(new_state(params, batch_stats, setup.optimizer, 0.1), setup.devices)
     assert len(list(eval_batches(images, 16))) == 2 and len(images) % 16
-    scores, loss = evaluate(setup, state, images)
+    scores, loss = setup.evaluate(state, images)
 
     logits = tiny.Net().apply(
         {"params": params, "batch_stats": batch_stats},
@@ -196,8 +202,8 @@ def test_evaluation_of_fewer_examples_than_devices():
     state = replicate(new_state(*tiny.init(), setup.optimizer, 0.1), devices)
     images = setup.dataset.val
     few = Split(images.images[:3], images.labels[:3])
-    scores, loss = evaluate(setup, state, few)
-    everything, _ = evaluate(setup, state, images)
+    scores, loss = setup.evaluate(state, few)
+    everything, _ = setup.evaluate(state, images)
     np.testing.assert_allclose(scores, everything[:3], rtol=1e-6)
     picked = scores[np.arange(3), few.labels]
     assert loss == pytest.approx(float(-np.log(picked).mean()), rel=1e-5)
