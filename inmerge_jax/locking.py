@@ -18,7 +18,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
+def lock(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
     """Keeps other processes, and other calls, from holding `folder` until the block ends.
 
     Args:

@@ -30,8 +30,8 @@ from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
-from inmerge_jax.training.environment import environment, keep_freed_memory
-from inmerge_jax.training.init import convolutions, random_weights
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.init import conv_kernels, init_variables
 
 Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
 
@@ -136,7 +136,7 @@ def run(
     """
     stored = _read(config.output)
     _write(config.output, stored)
-    kept = keep_freed_memory()  # as training on CPU does; PyTorch, in the same process, gains too
+    kept = configure_malloc()  # as training on CPU does; PyTorch, in the same process, gains too
     for name in config.only:
         started = time.perf_counter()
         around = environment() | {
@@ -236,8 +236,8 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
     print(f"backends: {case}, {rounds} rounds", flush=True)
     model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
     shape = (case.size, case.size, 3)
-    kernels = deep_kernels(convolutions(model, shape), skip=10)
-    leaves = dict(jax.tree_util.tree_leaves_with_path(random_weights(model, shape, 0)[0]))
+    kernels = deep_kernels(conv_kernels(model, shape), skip=10)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(init_variables(model, shape, 0)[0]))
     weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
     rules = {
         "few merge": MergeRule(),

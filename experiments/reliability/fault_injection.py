@@ -36,7 +36,7 @@ from experiments.reliability.jobs import (
     write_radiographs,
 )
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.files import read_json_object, write_json
 from inmerge_jax.training.checkpointing import TEMPORARY
 
 _ROOT = Path(__file__).parents[2]
@@ -54,12 +54,18 @@ _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
     EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
-    "reading a checkpoint": {"restore_checkpoint", "newest_whole"},
+    "reading a checkpoint": {"restore_checkpoint", "latest_valid_checkpoint"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
-    "between epochs": {"by_first", "replicate", "unreplicate", "new_state", "set_learning_rate"},
+    "between epochs": {
+        "run_on_primary",
+        "replicate",
+        "unreplicate",
+        "new_state",
+        "set_learning_rate",
+    },
     STEP: {"train_stage"},
-    "data and network": {"plan_run", "train_arms"},
+    "data and network": {"make_run_spec", "run_experiment"},
     VERIFYING: {"_verify"},
     SHARDS: {"_write_records"},
     REDUCING: {"reduce_parts"},
@@ -300,7 +306,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
       InputError: the file is damaged.
     """
-    return read_object(path, "delete it, or choose another --output")
+    return read_json_object(path, "delete it, or choose another --output")
 
 
 def markdown(stored: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Job:
 
 def training(output: Path, cache: Path, *more: str) -> Job:
     """A training command of two arms on the phantom, a few seconds without its start."""
-    options = (*TRAINING, *more, "--output", str(output), "--cache", str(cache))
+    options = (*TRAINING, *more, "--output", str(output), "--compilation-cache-dir", str(cache))
     return Job("experiments.train", options, output, ("--resume",), "table.md", run_evidence)
 
 

@@ -25,12 +25,12 @@ from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.environment import keep_freed_memory
-from inmerge_jax.training.init import convolutions, random_weights
-from inmerge_jax.training.parallel import AXIS
+from inmerge_jax.training.environment import configure_malloc
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.train import Setup, Stage, train_stage
+from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
 from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
 
 WARM_UP = 5
@@ -188,10 +188,10 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     )
     data = make_data(config)
     devices = tuple(jax.local_devices()[:1])
-    model = create_model(config.model, data.num_classes, width=config.width, axis_name=AXIS)
+    model = create_model(config.model, data.num_classes, width=config.width, axis_name=DATA_AXIS)
     shape = (config.size, config.size, len(recipe.mean))
-    params, batch_stats = random_weights(model, shape, seed=0)
-    kernels = convolutions(model, shape)
+    params, batch_stats = init_variables(model, shape, seed=0)
+    kernels = conv_kernels(model, shape)
     if not 0 <= config.skip < len(kernels):
         raise InputError(
             f"--skip {config.skip}: {config.model} has {len(kernels)} convolutions; choose 0 to "
@@ -200,7 +200,7 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     deep, optimizer = deep_kernels(kernels, skip=config.skip), make_optimizer(recipe)
     common = {"multi_label": data.multi_label, "devices": devices}
     rule = MergeRule(threshold=0.1)
-    setup = Setup(
+    setup = TrainContext(
         dataset=data,
         recipe=recipe,
         devices=devices,
@@ -209,7 +209,7 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
         kernels=kernels,
         workers=config.workers,
     )
-    stage = Stage(
+    stage = StageConfig(
         arm="inmerge",
         seed=0,
         number=1,
@@ -287,7 +287,7 @@ def markdown(stored: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the soak; 0 where nothing grew, 1 where something did, 2 on bad input."""
     config = tyro.cli(SoakConfig, prog="python -m experiments.reliability.soak", args=arguments)
-    keep_freed_memory()
+    configure_malloc()
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = soak(config, Path(folder))

@@ -79,7 +79,7 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
       InputError: see `stages.best_state`.
     """
     setup, stage, state = best_state(cell, places)
-    state = stage.evaluated(state)
+    state = stage.eval_state_fn(state)
     model = plan_of(cell, places).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)

@@ -81,8 +81,8 @@ def _run(question: Question, config: StudyConfig) -> int:
     import jax
 
     from experiments.study import estimate, runner, stages, store
-    from inmerge_jax.training.environment import keep_programs
-    from inmerge_jax.training.preemption import Stopped, StopSignals
+    from inmerge_jax.training.environment import enable_compilation_cache
+    from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
     devices = jax.local_device_count() if shared else 1
@@ -112,9 +112,9 @@ def _run(question: Question, config: StudyConfig) -> int:
     if config.analyse:
         answer(question, config.results)
         return 0
-    keep_programs()
+    enable_compilation_cache()
     until = time.monotonic() + 60 * (float("inf") if config.minutes is None else config.minutes)
-    stop = StopSignals()
+    stop = PreemptionHandler()
     try:
         with stop:
             diverged = runner.run_cells(
@@ -126,7 +126,7 @@ def _run(question: Question, config: StudyConfig) -> int:
                 until=until,
                 parallel=config.parallel == "seeds",
             )
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         print(f"{stopped}; the same command goes on", file=sys.stderr)
         assert stop.signal is not None
         return 128 + stop.signal

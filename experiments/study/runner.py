@@ -31,12 +31,11 @@ from experiments.study.stages import (
 )
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.environment import environment, keep_freed_memory
-from inmerge_jax.training.experiment import best_weights, initial_weights, make_setup
-from inmerge_jax.training.preemption import never
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.workdir import hold
+from inmerge_jax.training.workdir import lock
 
 
 def run_cells(
@@ -45,7 +44,7 @@ def run_cells(
     *,
     kept: Callable[[Cell], bool] = lambda cell: False,
     keep: Callable[[Cell], Any] = lambda cell: None,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
     until: float = float("inf"),
     parallel: bool = False,
 ) -> list[str]:
@@ -70,7 +69,7 @@ def run_cells(
       Stopped: `should_stop` said so; the same call goes on.
     """
     if jax.default_backend() == "cpu":
-        keep_freed_memory()
+        configure_malloc()
     wanted = [cell for cell in with_backbones(cells) if not kept(cell)]
     for cell in wanted:
         if finished(cell, places):
@@ -109,7 +108,7 @@ def run_cell(
     cell: Cell,
     places: Places,
     progress: ProgressLine,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
     seat: Seat | None = None,
 ) -> dict[str, Any]:
     """Trains one cell, or the rest of it, from its finished backbone; returns its result.
@@ -125,11 +124,11 @@ def run_cell(
     if seat is not None:
         plan = dataclasses.replace(plan, devices=(seat.device,))
         should_stop = seat.should_stop
-    setup = make_setup(plan, should_stop)
-    params, batch_stats = initial_weights(plan, cell.backbone.seed)
+    setup = make_context(plan, should_stop)
+    params, batch_stats = initial_variables(plan, cell.backbone.seed)
     stage = first = first_stage(cell, plan, setup, places)
     if not cell.is_backbone:
-        best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
+        best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
             raise InputError(
                 f"{first.folder} holds no finished backbone for {cell.name}; delete that folder "
@@ -140,7 +139,7 @@ def run_cell(
     if seat is not None:
         setup = dataclasses.replace(setup, eval_step=seat.step("eval", setup.eval_step))
         stage = dataclasses.replace(stage, train_step=seat.step("train", stage.train_step))
-    with hold(stage.folder):
+    with lock(stage.folder):
         _begin(cell, stage.folder)
         return train_stage(setup, stage, params, batch_stats, progress)
 
@@ -163,7 +162,7 @@ def run_together(
     cells: Sequence[Cell],
     places: Places,
     progress: ProgressLine,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[tuple[Cell, NonFiniteLossError]]:
     """Trains several cells at the same time, each on a device of its own.
 

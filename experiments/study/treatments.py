@@ -132,5 +132,5 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `Stage.evaluated`."""
+    """The state with the weights' averages for weights; for `StageConfig.eval_state_fn`."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

@@ -33,7 +33,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     """
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.workdir import differences
+    from inmerge_jax.training.workdir import diff_configs
 
     stored = output / "config.json"
     if not stored.exists():
@@ -44,7 +44,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     devices = len(choose_devices(config.devices))
     new = config_dict(config, resolve_recipe(config.recipe), devices)
     old = json.loads(stored.read_bytes())
-    return "--overwrite" if differences(old, new) else "--resume"
+    return "--overwrite" if diff_configs(old, new) else "--resume"
 
 
 def run(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:

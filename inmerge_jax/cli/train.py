@@ -34,32 +34,32 @@ def main(arguments: list[str] | None = None) -> int:
 
     status = _run(parse_config(arguments))
 
-    from inmerge_jax.training.multihost import leave
+    from inmerge_jax.training.multihost import exit_process
 
-    return leave(status)
+    return exit_process(status)
 
 
 def _run(config: "TrainConfig") -> int:
-    from inmerge_jax.training.environment import keep_programs
+    from inmerge_jax.training.environment import enable_compilation_cache
 
-    if config.cache is not None:
-        keep_programs(config.cache)
+    if config.compilation_cache_dir is not None:
+        enable_compilation_cache(config.compilation_cache_dir)
 
     from inmerge_jax.cli.report import write_and_print
-    from inmerge_jax.training.experiment import plan_run, train_arms
-    from inmerge_jax.training.multihost import StopTogether, by_first, connect, together
-    from inmerge_jax.training.preemption import Stopped, StopSignals
+    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.multihost import SyncedPreemption, connect, run_on_primary, run_synced
+    from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.train import NonFiniteLossError
-    from inmerge_jax.training.workdir import cannot_write
+    from inmerge_jax.training.workdir import write_error
 
-    stop = StopSignals()
+    stop = PreemptionHandler()
     try:
         connect(config.coordinator, config.num_processes, config.process_id)
-        if not by_first(only_unreported, config.output, config.resume):
-            plan = together(plan_run, config)
+        if not run_on_primary(only_unreported, config.output, config.resume):
+            plan = run_synced(make_run_spec, config)
             with stop:
-                train_arms(plan, StopTogether(stop))
-        by_first(write_and_print, config.output)
+                run_experiment(plan, SyncedPreemption(stop))
+        run_on_primary(write_and_print, config.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,12 +69,12 @@ def _run(config: "TrainConfig") -> int:
         if error.errno in _NO_RIGHTS:  # Perhaps of a file that was to be read.
             print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
         else:
-            print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
+            print(f"error: {write_error(error.filename or config.output, error)}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         print(f"{stopped}; the same command with --resume goes on", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
@@ -89,13 +89,13 @@ def _unforeseen(error: Exception) -> int:
     """Raises the error, or tells of it and gives the status where other processes wait."""
     import jax
 
-    from inmerge_jax.training.multihost import LOST, is_loss
+    from inmerge_jax.training.multihost import PEER_FAILURE, is_peer_failure
 
     # In this order: to count the processes starts the devices, which may be what has failed.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         raise error
     # Not raised: the interpreter's end would wait for processes that wait for this one.
-    if not is_loss(error):
+    if not is_peer_failure(error):
         traceback.print_exc()
         return 1
     print(
@@ -103,7 +103,7 @@ def _unforeseen(error: Exception) -> int:
         f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
         file=sys.stderr,
     )
-    return LOST
+    return PEER_FAILURE
 
 
 if __name__ == "__main__":

@@ -29,17 +29,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import sync, sync_all, write_bytes, write_json
+from inmerge_jax.files import (
+    read_json_with_checksum,
+    sync,
+    sync_all,
+    write_json,
+    write_json_with_checksum,
+)
 from inmerge_jax.training.train_step import Totals, TrainState
-from inmerge_jax.training.workdir import cannot_write
+from inmerge_jax.training.workdir import write_error
 
 _TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
 TEMPORARY = ".writing-"
 MID_EPOCH = "mid_epoch"
+_SEAL = "seal"
 _SHOWN = 5
+_REMEDY = "restore an earlier checkpoint, or rerun this stage"
 
 
-class DamagedError(InputError):
+class DamagedCheckpointError(InputError):
     """A checkpoint's files are not what was written, or all gone."""
 
 
@@ -72,12 +80,12 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
         temporary.mkdir()
         _write_arrays(temporary / _TREE, arrays)
         write_json(temporary / _META, meta)
-        write_bytes(temporary / _MANIFEST, _manifest(temporary, arrays))
+        write_json_with_checksum(temporary / _MANIFEST, _manifest(temporary, arrays), _SEAL)
         sync_all(temporary)
         _put(temporary, path)
         sync(folder)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
         _remove_temporaries(folder)
     return path
@@ -130,7 +138,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     return json.loads((path / _META).read_bytes())
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The undamaged checkpoint of the highest epoch, or None; and a message per damaged newer one.
 
     Every byte of those looked at is checked.
@@ -139,7 +147,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     for epoch in reversed(checkpoint_epochs(folder)):
         try:
             _verify(Path(folder) / str(epoch))
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             damaged.append(str(error))
         else:
             return Path(folder) / str(epoch), tuple(damaged)
@@ -281,18 +289,12 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> bytes:
+def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    content = {
+    return {
         "files": {file.relative_to(path).as_posix(): _fingerprint(file) for file in files},
         "arrays": {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()},
     }
-    return _sealed(content)
-
-
-def _sealed(content: dict[str, Any]) -> bytes:
-    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({**content, "seal": seal}).encode()
 
 
 def _fingerprint(file: Path) -> tuple[int, str]:
@@ -303,19 +305,14 @@ def _fingerprint(file: Path) -> tuple[int, str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise DamagedError(f"there is no checkpoint at {path}; choose another one")
+        raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
+    file = path / _MANIFEST
+    if not file.is_file():
+        raise _damaged(path, f"{_MANIFEST} is missing")
     try:
-        data = (path / _MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise _damaged(path, f"{_MANIFEST} is missing") from error
-    try:
-        content = json.loads(data)
-        content.pop("seal")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"{_MANIFEST} can't be read") from error
-    if _sealed(content) != data:
-        raise _damaged(path, f"{_MANIFEST} was changed")
-    return content
+        return read_json_with_checksum(file, _REMEDY, key=_SEAL, required=True)
+    except InputError as error:
+        raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -336,11 +333,8 @@ def _check_file(path: Path, name: str, size: int, digest: str) -> None:
         raise _damaged(path, f"the content of {name} was changed")
 
 
-def _damaged(path: Path, reason: str) -> DamagedError:
-    return DamagedError(
-        f"the checkpoint {path} is damaged: {reason}; another one can be used, or the stage be "
-        f"trained anew"
-    )
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"the checkpoint {path} is damaged: {reason}; {_REMEDY}")
 
 
 def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
@@ -349,7 +343,8 @@ def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any])
         *(f"{name}: in the checkpoint only" for name in stored if name not in wanted),
         *(f"{name}: not in the checkpoint" for name in wanted if name not in stored),
         *(
-            f"{name}: {_words(stored[name])} in the checkpoint, {_words(wanted[name])} expected"
+            f"{name}: {_describe(stored[name])} in the checkpoint, "
+            f"{_describe(wanted[name])} expected"
             for name in wanted
             if name in stored and stored[name] != wanted[name]
         ),
@@ -369,7 +364,7 @@ def _shape_dtype(leaf: Any) -> list[Any]:
     return [list(leaf.shape), leaf.dtype.name]
 
 
-def _words(shape_dtype: list[Any]) -> str:
+def _describe(shape_dtype: list[Any]) -> str:
     shape, dtype = shape_dtype
     return f"{dtype}[{','.join(map(str, shape))}]"
 
@@ -392,7 +387,7 @@ def _remove_temporaries(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-class Start(NamedTuple):
+class RestorePoint(NamedTuple):
     """The point from which a stage trains.
 
     Attributes:
@@ -415,7 +410,7 @@ class Start(NamedTuple):
     damaged: tuple[str, ...] = ()
 
 
-def find_start(folder: Path, fresh: TrainState, zeros: Totals) -> Start:
+def restore_latest(folder: Path, fresh: TrainState, zeros: Totals) -> RestorePoint:
     """Restores the newest undamaged checkpoint of a stage, or its initial state.
 
     Args:
@@ -427,18 +422,18 @@ def find_start(folder: Path, fresh: TrainState, zeros: Totals) -> Start:
       InputError: the checkpoint belongs to another model or optimizer.
     """
     checkpoints = folder / "checkpoints"
-    path, damaged = newest_whole(checkpoints)
-    found, start = list(damaged), Start(fresh, 0, zeros, 0.0, [])
+    path, damaged = latest_valid_checkpoint(checkpoints)
+    found, start = list(damaged), RestorePoint(fresh, 0, zeros, 0.0, [])
     if path is not None:
         state, meta = restore_checkpoint(path, fresh)
         try:
             restore_checkpoint(checkpoints / str(meta["best_epoch"]), fresh)
             noted = meta.get("history_sha256")
-            start = Start(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
-        except DamagedError as error:
+            start = RestorePoint(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
+        except DamagedCheckpointError as error:
             found.append(str(error))
 
-    path, damaged = newest_whole(folder / MID_EPOCH)
+    path, damaged = latest_valid_checkpoint(folder / MID_EPOCH)
     found += damaged
     if path is not None and read_meta(path)["epoch"] == start.epochs + 1:
         (state, totals), meta = restore_checkpoint(path, (fresh, zeros))
@@ -448,7 +443,7 @@ def find_start(folder: Path, fresh: TrainState, zeros: Totals) -> Start:
     return start._replace(damaged=tuple(found))
 
 
-def keep_updates(
+def save_preemption_checkpoint(
     folder: Path,
     epoch: int,
     totals: Totals,
@@ -471,7 +466,7 @@ def keep_updates(
     """
     mid_epoch, updates = folder / MID_EPOCH, int(state.step)
     # A stage that is interrupted again before its next update has this very state saved already.
-    if not totals.steps or newest_whole(mid_epoch)[0] == mid_epoch / str(updates):
+    if not totals.steps or latest_valid_checkpoint(mid_epoch)[0] == mid_epoch / str(updates):
         return None
     meta = {"epoch": epoch, "seconds": seconds, "warnings": warnings}
     path = save_checkpoint(mid_epoch, updates, (state, totals), meta)
@@ -479,6 +474,6 @@ def keep_updates(
     return path
 
 
-def drop_updates(folder: Path) -> None:
+def delete_preemption_checkpoint(folder: Path) -> None:
     """Deletes the checkpoints within an epoch, once the epoch's own checkpoint is saved."""
     prune(folder / MID_EPOCH, ())

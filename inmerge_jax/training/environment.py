@@ -80,13 +80,17 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return ", ".join([found["model name"], *family, *vectors[:1]])
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """What differs between two results of `environment` and may change a training's bits.
+def diff_environments(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """Differences between two environments that may change a training bit for bit.
 
-    `deciding`, and the processor, the number of cores and the number of processes, which only
-    change how sums are rounded; not the number of devices, which a run's configuration holds.
+    Compares `numerics_fingerprint`, the processor, and the numbers of cores and processes, which
+    affect rounding only. The number of devices is part of a run's configuration.
+
+    Args:
+      before: an earlier result of `environment`.
+      now: a later one.
     """
-    old, new = ({**_rounding(one), **deciding(one)} for one in (before, now))
+    old, new = ({**_rounding(one), **numerics_fingerprint(one)} for one in (before, now))
     return tuple(
         f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
         for name in dict.fromkeys([*old, *new])
@@ -94,28 +98,28 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _rounding(around: dict[str, Any]) -> dict[str, Any]:
+def _rounding(env: dict[str, Any]) -> dict[str, Any]:
     found = {
-        "processor": around.get("processor"),
-        "cores": around["cpus"],
-        "processes": around["devices"]["processes"],
+        "processor": env.get("processor"),
+        "cores": env["cpus"],
+        "processes": env["devices"]["processes"],
     }
     return {name: value for name, value in found.items() if value}
 
 
-def deciding(around: dict[str, Any]) -> dict[str, Any]:
+def numerics_fingerprint(env: dict[str, Any]) -> dict[str, Any]:
     """What of an `environment` decides the numbers that all processes of a run must share.
 
     Kind of device, versions of what computes and decodes, the variables and the checkout's commit,
     "with changes" where files differ from it. What is absent has no entry.
     """
-    variables = dict(around["variables"])
+    variables = dict(env["variables"])
     variables.pop("JAX_PLATFORMS", None)  # The kind of device says it.
     flags = variables.pop("XLA_FLAGS", "").split()
-    commit, dirty = around["git"]["commit"], around["git"]["dirty"]
+    commit, dirty = env["git"]["commit"], env["git"]["dirty"]
     found = {
-        "devices": ", ".join(around["devices"]["kinds"]),
-        **{name: around["packages"].get(name) for name in _NUMERIC},
+        "devices": ", ".join(env["devices"]["kinds"]),
+        **{name: env["packages"].get(name) for name in _NUMERIC},
         "commit": f"{commit} with changes" if commit and dirty else commit,
         "XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith(_SIMULATED)),
         **variables,
@@ -161,7 +165,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # glibc's mal
 _STEP = 64 * 2**20
 
 
-def keep_freed_memory() -> bool:
+def configure_malloc() -> bool:
     """Tells glibc's allocator to reuse freed memory rather than give it back to the system.
 
     XLA's CPU backend allocates a step's buffers anew for each step. glibc returns such large ones
@@ -180,11 +184,11 @@ def keep_freed_memory() -> bool:
     return all([mallopt(what, value) == 1 for what, value in wishes.items()])
 
 
-PROGRAMS = Path("~/.cache/inmerge_jax/xla")
+COMPILATION_CACHE = Path("~/.cache/inmerge_jax/xla")
 """Where they are kept, unless another folder is named."""
 
 
-def keep_programs(folder: Path = PROGRAMS) -> None:
+def enable_compilation_cache(folder: Path = COMPILATION_CACHE) -> None:
     """Makes JAX keep all programs that it compiles in `folder`, and look for them there."""
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -9,8 +9,8 @@ import numpy as np
 
 from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.training.multihost import gather_rows
-from inmerge_jax.training.parallel import replicate, split, unreplicate
-from inmerge_jax.training.preemption import Stopped, never
+from inmerge_jax.training.parallel import replicate, shard_batch, unreplicate
+from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.train_step import Totals, TrainState
 
 
@@ -22,7 +22,7 @@ def evaluate(
     batch_size: int,
     devices: tuple[jax.Device, ...],
     workers: int = 0,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, float]:
     """Scores of a whole split, float32 (n, classes), and its mean loss.
 
@@ -56,8 +56,8 @@ def evaluate(
     )
     for batch in batches:
         if should_stop():
-            raise Stopped("stopped in an evaluation")
-        batch = split(batch, devices)
+            raise TrainingInterrupted("stopped in an evaluation")
+        batch = shard_batch(batch, devices)
         in_flight.append(eval_step(state.params, state.batch_stats, batch))
         if len(in_flight) > 2:
             fetch()
@@ -75,7 +75,7 @@ def evaluate_merging(
     images: Split,
     root: jax.Array,
     devices: tuple[jax.Device, ...],
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, Totals, np.ndarray, float]:
     """Merges before every image and evaluates it: image k sees weights after k merges.
 
@@ -98,7 +98,7 @@ def evaluate_merging(
     kept: list[tuple[jax.Array, jax.Array]] = []
     for batch in eval_batches(images, 1):
         if should_stop():
-            raise Stopped("stopped in an evaluation")
+            raise TrainingInterrupted("stopped in an evaluation")
         state, totals, scored = step(state, totals, replicate(batch, devices), root)
         kept.append(scored)
         if len(kept) > 2:  # No device waits for the host, and no queue grows without bound.

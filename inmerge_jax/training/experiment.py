@@ -18,30 +18,29 @@ from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.models import create_model
-from inmerge_jax.training.checkpointing import DamagedError, restore_checkpoint
+from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
     apply_preset,
     check_run,
-    check_steps_per_call,
+    check_steps_per_execution,
     config_dict,
     resolve_recipe,
     resolve_rule,
 )
-from inmerge_jax.training.environment import deciding, environment, keep_freed_memory
+from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
 from inmerge_jax.training.init import (
-    convolutions,
+    conv_kernels,
     file_sha256,
-    random_weights,
-    weights_from_file,
+    init_variables,
+    pretrained_variables,
 )
-from inmerge_jax.training.multihost import by_first, is_first, require_same
-from inmerge_jax.training.parallel import AXIS, choose_devices
-from inmerge_jax.training.preemption import never
+from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
+from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.recipes import Recipe, positive_weights
-from inmerge_jax.training.train import Setup, Stage, read_result, train_stage
+from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
     make_eval_step,
     make_merging_eval_step,
@@ -49,14 +48,14 @@ from inmerge_jax.training.train_step import (
     make_train_step,
     new_state,
 )
-from inmerge_jax.training.workdir import cannot_write, changes_since_start, hold_run
+from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
 
 _SAMPLES_PER_CLASS = 4
 _MOVED = "resumed under other conditions, which may give other bits than the first would have"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """A checked configuration, ready to run.
 
     Attributes:
@@ -90,7 +89,7 @@ class Plan:
     init_sha256: str | None = None
 
 
-def plan_run(config: TrainConfig) -> Plan:
+def make_run_spec(config: TrainConfig) -> RunSpec:
     """Checks the whole configuration and loads the data; writes nothing.
 
     Raises:
@@ -100,14 +99,16 @@ def plan_run(config: TrainConfig) -> Plan:
     config = apply_preset(config)
     recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
     devices = choose_devices(config.devices)
-    check_steps_per_call(config.steps_per_call, devices[0].platform)
-    _check_shares(recipe.batch_size, len(devices), config.accumulate)
+    check_steps_per_execution(config.steps_per_execution, devices[0].platform)
+    _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
     dataset = load_dataset(config.data)
-    _check_updates(config.steps_per_call, steps_per_epoch(len(dataset.train), recipe.batch_size))
+    _check_updates(
+        config.steps_per_execution, steps_per_epoch(len(dataset.train), recipe.batch_size)
+    )
     workers = _workers(config, dataset)
-    if recipe.positive_weights is not None and not dataset.multi_label:
+    if recipe.pos_weight is not None and not dataset.multi_label:
         raise InputError(
-            f"--positive-weights is for data of several labels per image; {dataset.name} is "
+            f"--pos-weight is for data of several labels per image; {dataset.name} is "
             f"{dataset.task}: leave it out"
         )
     model = create_model(
@@ -116,29 +117,29 @@ def plan_run(config: TrainConfig) -> Plan:
         stem=config.model.stem,
         width=config.model.width,
         dtype=jnp.dtype(config.model.dtype),
-        axis_name=AXIS,
+        axis_name=DATA_AXIS,
         remat=config.model.remat,
     )
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (dataset.size, dataset.size, channels)
-    kernels = convolutions(model, shape)
+    kernels = conv_kernels(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
-    plan = Plan(
+    spec = RunSpec(
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
     if config.model.init_from is None:
-        return plan
-    plan = dataclasses.replace(plan, init_sha256=file_sha256(config.model.init_from))
-    initial_weights(plan, config.seeds[0])
-    return plan
+        return spec
+    spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
+    initial_variables(spec, config.seeds[0])
+    return spec
 
 
-def _check_updates(steps_per_call: int, updates: int) -> None:
-    if steps_per_call > updates:
+def _check_updates(steps_per_execution: int, updates: int) -> None:
+    if steps_per_execution > updates:
         raise InputError(
-            f"--steps-per-call {steps_per_call}: an epoch has {updates} updates, so that no call "
-            f"would hold as many; choose {updates} or fewer"
+            f"--steps-per-execution {steps_per_execution}: an epoch has {updates} updates; choose "
+            f"{updates} or fewer"
         )
 
 
@@ -150,151 +151,162 @@ def _check_shares(batch_size: int, devices: int, parts: int) -> None:
         )
     if batch_size % (devices * parts):
         raise InputError(
-            f"--accumulate {parts}: {batch_size // devices} images a device cannot be cut into "
-            f"{parts} parts; choose a --batch-size that is a multiple of {devices * parts}"
+            f"--grad-accum-steps {parts}: {batch_size // devices} images per device cannot be "
+            f"split into {parts} equal parts; choose a --batch-size that is a multiple of "
+            f"{devices * parts}"
         )
 
 
-def train_arms(plan: Plan, should_stop: Callable[[], bool] = never) -> dict[str, Any]:
-    """Runs what `plan_run` has checked and returns what results.json holds.
+def run_experiment(
+    spec: RunSpec, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Runs what `make_run_spec` has checked and returns what results.json holds.
 
-    The run's folder is `plan.config.output`. Arms that it already holds are not trained again.
+    The run's folder is `spec.config.output`. Arms that it already holds are not trained again.
 
     Raises:
       InputError: the folder does not fit the options, cannot be written to, holds a damaged file,
         or is in use.
       NonFiniteLossError: training diverged.
-      Stopped: `should_stop` said so, see `train.Setup`; the run can be resumed.
+      Stopped: `should_stop` said so, see `train.TrainContext`; the run can be resumed.
     """
-    config = plan.config
-    if plan.devices[0].platform == "cpu":
-        keep_freed_memory()
-    own = {"steps_per_call": config.steps_per_call, "environment": deciding(environment())}
-    require_same({**_config_dict(plan), **own})
+    config = spec.config
+    if spec.devices[0].platform == "cpu":
+        configure_malloc()
+    own = {
+        "steps_per_execution": config.steps_per_execution,
+        "environment": numerics_fingerprint(environment()),
+    }
+    require_same_config({**_config_dict(spec), **own})
     with contextlib.ExitStack() as held:
-        run = hold_run(
-            config.output, _config_dict(plan), resume=config.resume, overwrite=config.overwrite
+        run = open_workdir(
+            config.output, _config_dict(spec), resume=config.resume, overwrite=config.overwrite
         )
         # Process 0 enters it, and it alone leaves it at the end.
-        folder = by_first(held.enter_context, run)
-        moved = "; ".join(by_first(changes_since_start, folder))
+        folder = run_on_primary(held.enter_context, run)
+        moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
-        return _train_arms(plan, folder, should_stop, notices)
+        return _run_experiment(spec, folder, should_stop, notices)
 
 
-def _train_arms(
-    plan: Plan, folder: Path, should_stop: Callable[[], bool], notices: tuple[str, ...]
+def _run_experiment(
+    spec: RunSpec, folder: Path, should_stop: Callable[[], bool], notices: tuple[str, ...]
 ) -> dict[str, Any]:
     """Goes on with the run in `folder`; `notices` go into what is trained from here on."""
-    config = plan.config
-    setup = make_setup(plan, should_stop)
-    plain, merging, merging_eval = _steps(plan, setup)
-    several, several_merging, _ = _steps(plan, setup, config.steps_per_call)
-    if config.steps_per_call == 1:
+    config = spec.config
+    context = make_context(spec, should_stop)
+    plain, merging, merging_eval = _steps(spec, context)
+    several, several_merging, _ = _steps(spec, context, config.steps_per_execution)
+    if config.steps_per_execution == 1:
         several = several_merging = None
-    labels = {"val": plan.dataset.val.labels, "test": plan.dataset.test.labels}
-    if plan.dataset.test.patients is not None:
-        labels["test_patients"] = plan.dataset.test.patients
-    by_first(_write_arrays, folder / "labels.npz", labels)
-    by_first(_write_arrays, folder / "samples.npz", _samples(plan.dataset))
+    labels = {"val": spec.dataset.val.labels, "test": spec.dataset.test.labels}
+    if spec.dataset.test.patients is not None:
+        labels["test_patients"] = spec.dataset.test.patients
+    run_on_primary(_write_arrays, folder / "labels.npz", labels)
+    run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
-    batch_size = plan.recipe.batch_size
-    images = batch_size * steps_per_epoch(len(plan.dataset.train), batch_size)
-    epochs = plan.recipe.epochs + plan.recipe.merging_epochs * (len(arms) - 1)
-    console = None if is_first() else Console(quiet=True)
+    batch_size = spec.recipe.batch_size
+    images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
+    epochs = spec.recipe.epochs + spec.recipe.merging_epochs * (len(arms) - 1)
+    console = None if is_primary() else Console(quiet=True)
     with ProgressLine(images * epochs * len(config.seeds), console) as progress:
-        progress.say(_headline(plan))
-        inmerge_notices = (*notices, plan.notice) if plan.notice else notices
+        progress.say(_headline(spec))
+        inmerge_notices = (*notices, spec.notice) if spec.notice else notices
         for notice in inmerge_notices if "inmerge" in arms else notices:
             progress.say(f"WARNING: {notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
-            params, batch_stats = by_first(initial_weights, plan, seed)
-            backbone = Stage(
+            params, batch_stats = run_on_primary(initial_variables, spec, seed)
+            backbone = StageConfig(
                 arm="backbone",
                 seed=seed,
                 number=0,
                 folder=place / "backbone",
-                epochs=plan.recipe.epochs,
-                learning_rate=plan.recipe.learning_rate,
+                epochs=spec.recipe.epochs,
+                learning_rate=spec.recipe.learning_rate,
                 train_step=plain,
-                several_steps=several,
-                steps_per_call=config.steps_per_call,
+                multi_step_fn=several,
+                steps_per_execution=config.steps_per_execution,
                 notices=notices,
             )
-            result = by_first(read_result, backbone.folder)
-            best = by_first(best_weights, setup, backbone, result, params, batch_stats)
+            result = run_on_primary(read_result, backbone.folder)
+            best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             if best is None:
-                result = train_stage(setup, backbone, params, batch_stats, progress)
-                best = by_first(best_weights, setup, backbone, result, params, batch_stats)
+                result = train_stage(context, backbone, params, batch_stats, progress)
+                best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             else:
                 progress.skip(images * backbone.epochs)
             arms["backbone"].append(result)
             params, batch_stats, rate = best
 
             for arm in list(arms)[1:]:
-                stage = Stage(
+                stage = StageConfig(
                     arm=arm,
                     seed=seed,
                     number=1,
                     folder=place / arm,
-                    epochs=plan.recipe.merging_epochs,
-                    learning_rate=plan.recipe.merging_learning_rate or rate,
+                    epochs=spec.recipe.merging_epochs,
+                    learning_rate=spec.recipe.merging_learning_rate or rate,
                     train_step=merging if arm == "inmerge" else plain,
-                    deep=plan.deep if arm == "inmerge" else (),
+                    deep=spec.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
                     notices=inmerge_notices if arm == "inmerge" else notices,
-                    several_steps=several_merging if arm == "inmerge" else several,
-                    steps_per_call=config.steps_per_call,
+                    multi_step_fn=several_merging if arm == "inmerge" else several,
+                    steps_per_execution=config.steps_per_execution,
                 )
-                result = by_first(read_result, stage.folder)
+                result = run_on_primary(read_result, stage.folder)
                 if result is None:
-                    result = train_stage(setup, stage, params, batch_stats, progress)
+                    result = train_stage(context, stage, params, batch_stats, progress)
                 else:
                     progress.skip(images * stage.epochs)
                 arms[arm].append(result)
 
-    results = _results(plan, arms)
-    by_first(write_json, folder / "results.json", results)
+    results = _results(spec, arms)
+    run_on_primary(write_json, folder / "results.json", results)
     return results
 
 
-def make_setup(plan: Plan, should_stop: Callable[[], bool] = never) -> Setup:
+def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
     """What all stages of a run share."""
-    return Setup(
-        dataset=plan.dataset,
-        recipe=plan.recipe,
-        devices=plan.devices,
-        optimizer=make_optimizer(plan.recipe),
-        eval_step=make_eval_step(plan.model, plan.recipe, **step_options(plan)),
-        kernels=plan.kernels,
-        workers=plan.workers,
+    return TrainContext(
+        dataset=spec.dataset,
+        recipe=spec.recipe,
+        devices=spec.devices,
+        optimizer=make_optimizer(spec.recipe),
+        eval_step=make_eval_step(spec.model, spec.recipe, **step_options(spec)),
+        kernels=spec.kernels,
+        workers=spec.workers,
         should_stop=should_stop,
     )
 
 
-def _steps(plan: Plan, setup: Setup, steps_per_call: int = 1) -> tuple[Any, Any, Any]:
+def _steps(
+    spec: RunSpec, context: TrainContext, steps_per_execution: int = 1
+) -> tuple[Any, Any, Any]:
     """The steps without and with merging, and that of merging in validation, None without it."""
-    per_call = {"steps_per_call": steps_per_call, "accumulate": plan.config.accumulate}
-    common = step_options(plan)
-    plain = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
-    if not plan.deep:
+    per_call = {
+        "steps_per_execution": steps_per_execution,
+        "grad_accum_steps": spec.config.grad_accum_steps,
+    }
+    common = step_options(spec)
+    plain = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
+    if not spec.deep:
         return plain, plain, None
-    common |= {"kernels": plan.deep, "rule": plan.rule, "fused": plan.config.fused}
-    merging = make_train_step(plan.model, setup.optimizer, plan.recipe, **common, **per_call)
-    if not plan.preset.merge_in_validation:
+    common |= {"kernels": spec.deep, "rule": spec.rule, "fused": spec.config.fused}
+    merging = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
+    if not spec.preset.merge_in_validation:
         return plain, merging, None
-    return plain, merging, make_merging_eval_step(plan.model, plan.recipe, **common)
+    return plain, merging, make_merging_eval_step(spec.model, spec.recipe, **common)
 
 
-def step_options(plan: Plan) -> dict[str, Any]:
+def step_options(spec: RunSpec) -> dict[str, Any]:
     """What every step of the run is made with, beside its network, optimizer and recipe."""
     return {
-        "multi_label": plan.dataset.multi_label,
-        "devices": plan.devices,
-        "positive_weights": positive_weights(plan.recipe, plan.dataset.train.labels),
+        "multi_label": spec.dataset.multi_label,
+        "devices": spec.devices,
+        "pos_weight": label_pos_weights(spec.recipe, spec.dataset.train.labels),
     }
 
 
@@ -310,27 +322,31 @@ def _workers(config: TrainConfig, dataset: Dataset) -> int:
     return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
 
 
-def _config_dict(plan: Plan) -> dict[str, Any]:
+def _config_dict(spec: RunSpec) -> dict[str, Any]:
     return config_dict(
-        plan.config,
-        plan.recipe,
-        len(plan.devices),
-        plan.init_sha256,
-        plan.dataset.fingerprint or None,
+        spec.config,
+        spec.recipe,
+        len(spec.devices),
+        spec.init_sha256,
+        spec.dataset.fingerprint or None,
     )
 
 
-def initial_weights(plan: Plan, seed: int) -> tuple[Any, Any]:
+def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
     """Parameters and batch statistics, random or those of --init-from."""
-    if plan.init_sha256 is None:
-        return random_weights(plan.model, plan.shape, seed)
-    return weights_from_file(
-        plan.config.model, plan.init_sha256, plan.dataset.num_classes, plan.shape[-1], seed
+    if spec.init_sha256 is None:
+        return init_variables(spec.model, spec.shape, seed)
+    return pretrained_variables(
+        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
     )
 
 
-def best_weights(
-    setup: Setup, stage: Stage, result: dict[str, Any] | None, params: Any, batch_stats: Any
+def restore_best(
+    context: TrainContext,
+    stage: StageConfig,
+    result: dict[str, Any] | None,
+    params: Any,
+    batch_stats: Any,
 ) -> tuple[Any, Any, float] | None:
     """Parameters, batch statistics and learning rate of a finished stage's best checkpoint.
 
@@ -338,11 +354,11 @@ def best_weights(
     """
     if result is None:
         return None
-    template = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
+    template = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
     path = stage.checkpoints / str(result["best_epoch"])
     try:
         state, meta = restore_checkpoint(path, template)
-    except DamagedError:
+    except DamagedCheckpointError:
         return None
     return state.params, state.batch_stats, meta["learning_rate"]
 
@@ -363,23 +379,23 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         write_arrays(path, arrays)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
 
 
-def _headline(plan: Plan) -> str:
-    data, recipe = plan.dataset, plan.recipe
-    kinds = ", ".join(sorted({device.device_kind for device in plan.devices}))
+def _headline(spec: RunSpec) -> str:
+    data, recipe = spec.dataset, spec.recipe
+    kinds = ", ".join(sorted({device.device_kind for device in spec.devices}))
     return (
         f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
-        f"{plan.config.model.name}, recipe {plan.config.recipe.name}, "
+        f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
         f"{recipe.epochs}+{recipe.merging_epochs} epochs, batch {recipe.batch_size}; "
-        f"{len(plan.devices)} x {kinds}"
+        f"{len(spec.devices)} x {kinds}"
     )
 
 
-def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    data = plan.dataset
-    values = _config_dict(plan)
+def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    data = spec.dataset
+    values = _config_dict(spec)
     counts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     return {
         "dataset": {
@@ -397,7 +413,7 @@ def _results(plan: Plan, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         "model": values["model"],
         "recipe": values["recipe"],
         "rule": values["rule"],
-        "seeds": list(plan.config.seeds),
+        "seeds": list(spec.config.seeds),
         "arms": arms,
         "environment": environment(),
         "seconds": sum(result["seconds"] for stages in arms.values() for result in stages),

@@ -14,7 +14,7 @@ from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
 
 
-def convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
+def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
     """The network's convolutions in the order of the forward pass, from an abstract trace.
 
     Args:
@@ -32,7 +32,7 @@ def convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
-def random_weights(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
+def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
     """Parameters and batch statistics ({} where there are none), as trees of NumPy arrays.
 
     Args:
@@ -48,7 +48,7 @@ def random_weights(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
     return variables["params"], variables.get("batch_stats", {})
 
 
-def weights_from_file(
+def pretrained_variables(
     chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
 ) -> tuple[Any, Any]:
     """The same from the file --init-from.

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_text
-from inmerge_jax.training.workdir import cannot_write
+from inmerge_jax.training.workdir import write_error
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 
@@ -156,7 +156,7 @@ def write_scores(
     try:
         write_text(path, "\n".join(lines) + "\n")
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     return path
 
 

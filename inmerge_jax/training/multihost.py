@@ -21,25 +21,27 @@ import jax
 import numpy as np
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.preemption import StopSignals
-from inmerge_jax.training.workdir import differences
+from inmerge_jax.training.preemption import PreemptionHandler
+from inmerge_jax.training.workdir import diff_configs
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOST = 3
+PEER_FAILURE = 3
 """Exit status of a process whose run ended because another process was lost."""
 
-MEETING_SECONDS = 300.0
+RENDEZVOUS_SECONDS = 300.0
 """How long a process waits for the others."""
 
 _CHUNK = 2**24
 _SHUTDOWN_SECONDS = 60
-_PATIENCE_SECONDS = 2.0
-_ASK_EVERY = 8
+_EXIT_DELAY_SECONDS = 2.0
+_SYNC_EVERY = 8
 
 
-def check_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def check_process_options(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
     """Checks --coordinator, --num-processes and --process-id.
 
     Raises:
@@ -77,7 +79,7 @@ def connect(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
-    seconds: float = MEETING_SECONDS,
+    seconds: float = RENDEZVOUS_SECONDS,
 ) -> None:
     """Makes this process one of a run's; call it before anything else is asked of JAX.
 
@@ -91,9 +93,9 @@ def connect(
       seconds: how long to wait for the others; JAX says that for a TPU pod.
 
     Raises:
-      InputError: see `check_hosts` and `meet`; or the processes do not find each other.
+      InputError: see `check_process_options` and `rendezvous`; or JAX cannot start.
     """
-    check_hosts(coordinator, num_processes, process_id)
+    check_process_options(coordinator, num_processes, process_id)
     # JAX would take SIGTERM for itself, and processes would not end by it.
     jax.config.update("jax_enable_preemption_service", False)
     options = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
@@ -107,7 +109,7 @@ def connect(
         f"waits up to {seconds:g} s",
         flush=True,
     )
-    meet(coordinator, num_processes, process_id, seconds)
+    rendezvous(coordinator, num_processes, process_id, seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
@@ -136,12 +138,12 @@ def _connect_pod(options: dict[str, Any]) -> None:
         ) from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this is process 0, which writes the run's folder and talks to people."""
     return jax.process_index() == 0
 
 
-def by_first(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_on_primary(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls `function` in process 0; every process gets its result, or its error.
 
     No process goes on before it has ended. The result has to be picklable.
@@ -152,7 +154,7 @@ def by_first(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     if jax.process_count() == 1:
         return function(*args, **kwargs)
     answer: Any = None
-    if is_first():
+    if is_primary():
         try:
             answer = function(*args, **kwargs), None
         except (InputError, OSError) as error:
@@ -163,7 +165,7 @@ def by_first(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return result
 
 
-def together(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_synced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls `function` in every process; if it fails in one, it fails in all.
 
     Raises:
@@ -186,7 +188,7 @@ def together(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return result
 
 
-def require_same(config: dict[str, Any]) -> None:
+def require_same_config(config: dict[str, Any]) -> None:
     """Checks that every process has the configuration of process 0.
 
     Args:
@@ -195,19 +197,19 @@ def require_same(config: dict[str, Any]) -> None:
     Raises:
       InputError: in every process, with the differing fields.
     """
-    first = json.loads(by_first(json.dumps, config))
+    first = json.loads(run_on_primary(json.dumps, config))
 
     def compare() -> None:
         if lines := "".join(
             f"\n  {name}: {there} there, {here} here"
-            for name, there, here in differences(first, config)
+            for name, there, here in diff_configs(first, config)
         ):
             raise InputError(
                 f"process {jax.process_index()} was started with other options, or elsewhere, than "
                 f"process 0:{lines}\ngive every process the same, but for --process-id"
             )
 
-    together(compare)
+    run_synced(compare)
 
 
 def gather_rows(values: np.ndarray) -> np.ndarray:
@@ -227,7 +229,7 @@ def gather_rows(values: np.ndarray) -> np.ndarray:
     return stacked.reshape(len(values), -1, *values.shape[2:])
 
 
-class StopTogether:
+class SyncedPreemption:
     """`stop`, answered alike in every process, once it is true in any of them.
 
     Every process has to call it equally often. They ask each other at every eighth call, which is
@@ -237,7 +239,7 @@ class StopTogether:
       stop: of this process; its `signal` is set where it came to another one.
     """
 
-    def __init__(self, stop: StopSignals) -> None:
+    def __init__(self, stop: PreemptionHandler) -> None:
         self.stop = stop
         self._calls = 0
         self._agreed = False
@@ -246,7 +248,7 @@ class StopTogether:
         """Whether all are to stop."""
         if jax.process_count() == 1:
             return self.stop()
-        if not self._agreed and self._calls % _ASK_EVERY == 0:
+        if not self._agreed and self._calls % _SYNC_EVERY == 0:
             from jax.experimental.multihost_utils import process_allgather
 
             numbers = process_allgather(np.array(self.stop.signal or 0, np.int32))
@@ -263,12 +265,12 @@ class StopTogether:
         return self._agreed
 
 
-def is_loss(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether `error` is JAX's word for a process that does not answer, of whatever type it is."""
     return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination"))
 
 
-def leave(status: int) -> int:
+def exit_process(status: int) -> int:
     """The status to exit with; a failed process of several ends here, without waiting for others.
 
     JAX's own end waits for all processes, so those that wait for the failed one in a collective
@@ -279,7 +281,7 @@ def leave(status: int) -> int:
     # How many there are is not asked: that would start the devices, where it is they that failed.
     if status and jax.distributed.is_initialized():
         # Where all failed alike, each has the time to say so before process 0 takes the rest down.
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(_EXIT_DELAY_SECONDS)
         os._exit(status)
     return status
 
@@ -295,7 +297,7 @@ def _broadcast(data: bytes) -> bytes:
     for number, length in enumerate([_CHUNK] * chunks + [rest]):
         # Lengths are rounded up to a power of 2: JAX compiles anew for each that it meets.
         part = np.zeros(2 ** max(10, (length - 1).bit_length()), np.uint8)
-        if is_first():
+        if is_primary():
             start = number * _CHUNK
             part[:length] = np.frombuffer(data, np.uint8, length, start)
         parts.append(broadcast_one_to_all(part)[:length].tobytes())
@@ -318,11 +320,11 @@ _HELLO_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
 _LINE = 2**16
 
-_Guest = tuple[int, int, socket.socket]
+_Peer = tuple[int, int, socket.socket]
 
 
-def meet(
-    coordinator: str, num_processes: int, process_id: int, seconds: float = MEETING_SECONDS
+def rendezvous(
+    coordinator: str, num_processes: int, process_id: int, seconds: float = RENDEZVOUS_SECONDS
 ) -> None:
     """Returns once all processes of a run are there, as many as each of them was told.
 
@@ -337,29 +339,29 @@ def meet(
         disagree on how many they are. In this one: process 0 cannot be reached.
     """
     if process_id == 0:
-        _receive(coordinator, num_processes, seconds)
+        _coordinate(coordinator, num_processes, seconds)
         return
-    with _introduce(coordinator, num_processes, process_id, seconds) as connection:
+    with _join(coordinator, num_processes, process_id, seconds) as connection:
         # Process 0 may have come last, and then waits as long itself.
         connection.settimeout(seconds + _HELLO_SECONDS)
-        _obey(connection, coordinator, process_id)
+        _await_answer(connection, coordinator, process_id)
 
 
-def _receive(coordinator: str, num_processes: int, seconds: float) -> None:
+def _coordinate(coordinator: str, num_processes: int, seconds: float) -> None:
     """Process 0's part of the meeting."""
     deadline = time.monotonic() + seconds
-    guests: list[_Guest] = []
+    guests: list[_Peer] = []
     problem = ""
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(_listen(coordinator, num_processes))
         patience = min(seconds, _NAME_SECONDS)
-        own = opened.enter_context(_introduce(coordinator, num_processes, 0, patience))
+        own = opened.enter_context(_join(coordinator, num_processes, 0, patience))
         own.settimeout(_HELLO_SECONDS)
         while not problem and len(guests) < num_processes:
             left = max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([listener, own], [], [], left)
             if own in ready:  # So it is another process 0, on another machine, that listens there.
-                _obey(own, coordinator, 0)
+                _await_answer(own, coordinator, 0)
             if not ready:
                 problem = _missing(coordinator, num_processes, guests, seconds)
                 break
@@ -400,9 +402,7 @@ def _listen(coordinator: str, num_processes: int) -> socket.socket:
         ) from error
 
 
-def _introduce(
-    coordinator: str, num_processes: int, process_id: int, seconds: float
-) -> socket.socket:
+def _join(coordinator: str, num_processes: int, process_id: int, seconds: float) -> socket.socket:
     """A connection to process 0, which has been told who this one is."""
     start = time.monotonic()
     while True:
@@ -430,7 +430,7 @@ def _introduce(
         time.sleep(_RETRY_SECONDS)
 
 
-def _obey(connection: socket.socket, coordinator: str, process_id: int) -> None:
+def _await_answer(connection: socket.socket, coordinator: str, process_id: int) -> None:
     """Returns where process 0 answers that the run begins."""
     try:
         problem = json.loads(connection.makefile("rb").readline(_LINE))["problem"]
@@ -463,7 +463,7 @@ def _has_left(connection: socket.socket) -> bool:
     return bool(select.select([connection], [], [], 0)[0])
 
 
-def _disagreement(num_processes: int, guests: list[_Guest]) -> str:
+def _disagreement(num_processes: int, guests: list[_Peer]) -> str:
     """What is wrong with those who are there; "" for nothing."""
     for number, count, _ in guests:
         if count != num_processes:
@@ -480,7 +480,7 @@ def _disagreement(num_processes: int, guests: list[_Guest]) -> str:
     return ""
 
 
-def _missing(coordinator: str, num_processes: int, guests: list[_Guest], seconds: float) -> str:
+def _missing(coordinator: str, num_processes: int, guests: list[_Peer], seconds: float) -> str:
     """Who of those that were to come did not."""
     there = {number for number, _, _ in guests}
     numbers = ", ".join(str(n) for n in range(num_processes) if n not in there)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inmerge_jax.errors import InputError
 
-AXIS = "devices"
+DATA_AXIS = "devices"
 """The axis name that every per-device step averages over."""
 
 
@@ -60,7 +60,7 @@ def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
     As `jax.pmap` has it, what a process holds is the part of its own devices: here and in the
     other functions, an axis of devices is as long as this process has of them.
     """
-    spread = _sharding(devices, PartitionSpec(AXIS))
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def copy(x: Any) -> jax.Array:
@@ -76,14 +76,16 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], jax.device_get(first))
 
 
-def broadcast(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
+def broadcast_to_devices(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
     """Arrays that every device holds whole, for arguments that `jax.pmap` maps with axis None."""
     return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
-def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict[str, jax.Array]:
+def shard_batch(
+    batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]
+) -> dict[str, jax.Array]:
     """This process's rows of a batch, (n, ...), as (devices, n / devices, ...), one block each."""
-    spread = _sharding(devices, PartitionSpec(AXIS))
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def divide(x: np.ndarray) -> jax.Array:
@@ -92,16 +94,16 @@ def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict
     return {name: divide(x) for name, x in batch.items()}
 
 
-def ahead(
+def prefetch_to_device(
     batches: Iterator[dict[str, np.ndarray]], devices: tuple[jax.Device, ...], count: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches on the devices, see `split`, each put there up to `count` batches in advance.
+    """Yields batches on the devices, see `shard_batch`, each copied `count` batches in advance.
 
-    So the copy to the devices, and the reading before it, go on while a step runs.
+    The copy to the devices, and the reading before it, overlap with the running step.
     """
     waiting: deque[dict[str, jax.Array]] = deque()
     for batch in batches:
-        waiting.append(split(batch, devices))
+        waiting.append(shard_batch(batch, devices))
         if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
@@ -110,4 +112,4 @@ def ahead(
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
     """Over those of `devices` that this process has."""
     local = [device for device in devices if device.process_index == jax.process_index()]
-    return NamedSharding(Mesh(np.array(local), (AXIS,)), spec)
+    return NamedSharding(Mesh(np.array(local), (DATA_AXIS,)), spec)

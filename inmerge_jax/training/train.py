@@ -16,21 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from inmerge_jax.data import Dataset, Split, steps_per_epoch, train_batches
-from inmerge_jax.files import json_sha256, read_sealed, write_json, write_sealed
+from inmerge_jax.files import (
+    json_sha256,
+    read_json_with_checksum,
+    write_json,
+    write_json_with_checksum,
+)
 from inmerge_jax.merging import Kernel, kernel_similarity
 from inmerge_jax.training.checkpointing import (
-    drop_updates,
-    find_start,
-    keep_updates,
+    delete_preemption_checkpoint,
     prune,
     restore_checkpoint,
+    restore_latest,
     save_checkpoint,
+    save_preemption_checkpoint,
 )
 from inmerge_jax.training.evaluation import evaluate, evaluate_merging
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
-from inmerge_jax.training.multihost import by_first
-from inmerge_jax.training.parallel import ahead, broadcast, replicate, unreplicate
-from inmerge_jax.training.preemption import Stopped, never
+from inmerge_jax.training.multihost import run_on_primary
+from inmerge_jax.training.parallel import (
+    broadcast_to_devices,
+    prefetch_to_device,
+    replicate,
+    unreplicate,
+)
+from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
 from inmerge_jax.training.train_step import (
@@ -48,11 +58,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """The seed of a stage's batches: the same for all arms of a second stage.
+    """The seed of a stage's batch order, the same for all arms of a second stage.
 
     Args:
-      seed: of the run.
-      number: of the stage, see `Stage`.
+      seed: seed of the run.
+      number: 0 for the backbone stage, 1 for the second stage.
     """
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
@@ -63,31 +73,31 @@ def root_key(seed: int, number: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def same(state: TrainState) -> TrainState:
-    """The state itself."""
+def identity(state: TrainState) -> TrainState:
+    """Returns `state`."""
     return state
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of one arm: what `train.train_stage` needs beside the state to start from.
+class StageConfig:
+    """One stage of one arm.
 
     Attributes:
       arm: "backbone", "finetune" or "inmerge".
-      seed: of the run; decides the order of the batches and every random draw of the stage.
-      number: 0 for the backbone, 1 for the second stage. Arms of the same seed and number see the
-        same batches, flips and dropout masks.
-      folder: the stage's own part of the run folder.
-      epochs: how many to train.
-      learning_rate: of the first epoch.
-      train_step: of `train_step.make_train_step`, with merging or without.
-      deep: the kernels that it merges; () without merging.
-      merging_eval_step: of `train_step.make_merging_eval_step`, where validation merges too.
-      notices: warnings that go into the stage's result, each once.
-      several_steps: `steps_per_call` updates in one dispatch; None where that is 1.
-      steps_per_call: updates in one dispatch.
-      evaluated: the state whose weights are evaluated, from that of training: the same one, or one
-        with the averages of the weights that an optimizer keeps.
+      seed: seed of the run; determines the batch order and every random draw of the stage.
+      number: 0 for the backbone stage, 1 for the second stage. Arms of the same seed and number
+        see the same batches, flips and dropout masks.
+      folder: the stage's folder within the run folder.
+      epochs: number of epochs to train.
+      learning_rate: learning rate of the first epoch.
+      train_step: the result of `train_step.make_train_step`.
+      deep: the kernels that `train_step` merges; () without merging.
+      merging_eval_step: the result of `train_step.make_merging_eval_step`, if validation merges.
+      notices: warnings to store in the stage's result.
+      multi_step_fn: runs `steps_per_execution` updates in one dispatch; None if that is 1.
+      steps_per_execution: updates per dispatch.
+      eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
+        averaged parameters).
     """
 
     arm: str
@@ -100,13 +110,13 @@ class Stage:
     deep: tuple[Kernel, ...] = ()
     merging_eval_step: Callable[..., Any] | None = None
     notices: tuple[str, ...] = ()
-    several_steps: Callable[..., tuple[TrainState, Totals]] | None = None
-    steps_per_call: int = 1
-    evaluated: Callable[[TrainState], TrainState] = same
+    multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
+    steps_per_execution: int = 1
+    eval_state_fn: Callable[[TrainState], TrainState] = identity
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Seed and arm, for messages."""
         return f"seed {self.seed} {self.arm}"
 
     @property
@@ -116,19 +126,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What all stages of a run share.
+class TrainContext:
+    """Everything that the stages of a run share.
 
     Attributes:
-      dataset: all three splits.
-      recipe: how to train.
-      devices: what the steps run on.
-      optimizer: of `train_step.make_optimizer`.
-      eval_step: of `train_step.make_eval_step`.
-      kernels: every convolution of the network, in the order of the forward pass.
-      workers: processes that read images; 0 for none.
-      should_stop: whether to keep what is done and stop: asked before each call of a step and each
-        batch of an evaluation. Of several processes, all have to get the same answers.
+      dataset: the training, validation and test splits.
+      recipe: the training recipe.
+      devices: the devices that the steps run on.
+      optimizer: the result of `train_step.make_optimizer`.
+      eval_step: the result of `train_step.make_eval_step`.
+      kernels: every convolution kernel of the network, in execution order.
+      workers: number of processes that read images; 0 for none.
+      should_stop: returns True once the run is to stop. It is called before each dispatch of a
+        training step and each batch of an evaluation. All processes must get the same answers.
     """
 
     dataset: Dataset
@@ -138,7 +148,7 @@ class Setup:
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
     workers: int = 0
-    should_stop: Callable[[], bool] = never
+    should_stop: Callable[[], bool] = lambda: False
 
     def evaluate(self, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
         """Scores of a split and its mean loss, see `evaluation.evaluate`."""
@@ -154,12 +164,12 @@ class Setup:
 
 
 def train_stage(
-    setup: Setup, stage: Stage, params: Any, batch_stats: Any, progress: ProgressLine
+    context: TrainContext, stage: StageConfig, params: Any, batch_stats: Any, progress: ProgressLine
 ) -> dict[str, Any]:
     """Trains one stage, or the rest of it, and returns what its result.json holds.
 
     Args:
-      setup: what all stages share.
+      context: what all stages share.
       stage: which one, where and how long.
       params: float32 tree of NumPy arrays to start from.
       batch_stats: likewise.
@@ -168,20 +178,20 @@ def train_stage(
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
       InputError: a file cannot be written, or metrics.jsonl was changed since it was.
-      Stopped: `setup.should_stop` said so; every update that was done is kept.
+      Stopped: `context.should_stop` said so; every update that was done is kept.
     """
-    recipe, devices, train = setup.recipe, setup.devices, setup.dataset.train
+    recipe, devices, train = context.recipe, context.devices, context.dataset.train
     metrics_file = stage.folder / "metrics.jsonl"
     steps = steps_per_epoch(len(train), recipe.batch_size)
     order = batch_seed(stage.seed, stage.number)
-    root = broadcast(root_key(stage.seed, stage.number), devices)
+    root = broadcast_to_devices(root_key(stage.seed, stage.number), devices)
     no_totals = zero_totals(len(stage.deep))
     zeros = replicate(no_totals, devices)
-    before = _similarity(params, setup.kernels)
+    before = _similarity(params, context.kernels)
 
     # ---- start, or go on from the newest whole checkpoint
-    fresh = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
-    start = by_first(find_start, stage.folder, fresh, no_totals)
+    fresh = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
+    start = run_on_primary(restore_latest, stage.folder, fresh, no_totals)
     for message in start.damaged:
         progress.say(f"WARNING: {message}", style="bold yellow")
     if start.damaged or start.epochs or start.totals.steps:
@@ -189,8 +199,8 @@ def train_stage(
         progress.say(f"{stage.name}: goes on from epoch {start.epochs} of {stage.epochs}{updates}")
     done, warnings = start.epochs, [*start.warnings, *start.damaged]
     warnings += [notice for notice in stage.notices if notice not in warnings]
-    by_first(truncate_metrics, metrics_file, done, start.history_sha256)
-    history = by_first(read_metrics, metrics_file)
+    run_on_primary(truncate_metrics, metrics_file, done, start.history_sha256)
+    history = run_on_primary(read_metrics, metrics_file)
     state, totals = replicate(start.state, devices), replicate(start.totals, devices)
     taken, seconds = int(start.totals.steps), start.seconds
     progress.skip((done * steps + taken) * recipe.batch_size)
@@ -202,9 +212,9 @@ def train_stage(
         stop=stage.epochs * steps,
         host=jax.process_index(),
         hosts=jax.process_count(),
-        workers=setup.workers,
+        workers=context.workers,
     )
-    batches = ahead(batches, devices)
+    batches = prefetch_to_device(batches, devices)
     del params, batch_stats, fresh, start
 
     for epoch in range(done + 1, stage.epochs + 1):
@@ -212,7 +222,7 @@ def train_stage(
         rate, restart = next_learning_rate(recipe, stage.learning_rate, stage.epochs, history)
         if restart and not taken:
             host = unreplicate(state)
-            host = new_state(host.params, host.batch_stats, setup.optimizer, rate)
+            host = new_state(host.params, host.batch_stats, context.optimizer, rate)
             state = replicate(host._replace(step=np.int32((epoch - 1) * steps)), devices)
             del host
         state = set_learning_rate(state, rate)
@@ -221,7 +231,7 @@ def train_stage(
         progress.start_epoch(stage.name, epoch, stage.epochs)
         started, in_flight = time.monotonic() - seconds, deque()
         rest = itertools.islice(batches, steps - taken)
-        for count, train_step, batch in _calls(stage, rest, setup.should_stop):
+        for count, train_step, batch in _executions(stage, rest, context.should_stop):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
             if len(in_flight) > 2:
@@ -229,13 +239,13 @@ def train_stage(
                 progress.advance(count * recipe.batch_size)
                 if progress.due():
                     sums = unreplicate(finished)
-                    progress.show(*_figures(stage, sums, recipe.batch_size, started))
+                    progress.show(*_epoch_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
         keep = functools.partial(_interrupted, stage, epoch, sums, started, warnings)
-        if setup.should_stop():
+        if context.should_stop():
             raise keep(unreplicate(state))
-        figures = _figures(stage, sums, recipe.batch_size, started)
+        figures = _epoch_figures(stage, sums, recipe.batch_size, started)
         totals, taken, seconds = zeros, 0, 0.0
         del in_flight
 
@@ -245,23 +255,23 @@ def train_stage(
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:
-                scores, val_loss = setup.evaluate(stage.evaluated(state), setup.dataset.val)
+                scores, val_loss = context.evaluate(stage.eval_state_fn(state), context.dataset.val)
             else:
                 copy = jax.tree.map(np.array, unreplicate(state))
                 state, val_sums, scores, val_loss = evaluate_merging(
                     stage.merging_eval_step,
                     state,
                     zeros,
-                    setup.dataset.val,
+                    context.dataset.val,
                     root,
                     devices,
-                    setup.should_stop,
+                    context.should_stop,
                 )
-        except Stopped as stopped:
+        except TrainingInterrupted as stopped:
             raise keep(unreplicate(state) if copy is None else copy) from stopped
         del copy
         _require_finite("validation", val_loss, stage, epoch, rate, history)
-        val = compute_metrics(setup.dataset.val.labels, scores, setup.dataset.task)
+        val = compute_metrics(context.dataset.val.labels, scores, context.dataset.task)
 
         # ---- metrics, one line per epoch
         line = {
@@ -284,7 +294,7 @@ def train_stage(
             line["val_passes"] = int(val_sums.steps)
             line["val_selected"] = val_sums.selected.tolist()
             line["val_merged"] = val_sums.merged.tolist()
-        by_first(append_metrics, metrics_file, line)
+        run_on_primary(append_metrics, metrics_file, line)
         history.append(line)
         progress.end_epoch(*figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
@@ -298,28 +308,28 @@ def train_stage(
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
         meta["history_sha256"] = json_sha256(history)
-        by_first(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
-        by_first(drop_updates, stage.folder)
+        run_on_primary(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
+        run_on_primary(delete_preemption_checkpoint, stage.folder)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
-        by_first(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
+        run_on_primary(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
 
     # ---- the best checkpoint meets the test images, once
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-    host_state, _ = by_first(restore_checkpoint, stage.checkpoints / str(best), template)
-    host_state = stage.evaluated(host_state)
+    host_state, _ = run_on_primary(restore_checkpoint, stage.checkpoints / str(best), template)
+    host_state = stage.eval_state_fn(host_state)
     state = replicate(host_state, devices)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
-    for name, images in (("val", setup.dataset.val), ("test", setup.dataset.test)):
-        scores, _ = setup.evaluate(state, images)
-        metrics = compute_metrics(images.labels, scores, setup.dataset.task)
+    for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
+        scores, _ = context.evaluate(state, images)
+        metrics = compute_metrics(images.labels, scores, context.dataset.task)
         result[name] = json_metrics(metrics)
-        path = by_first(
+        path = run_on_primary(
             write_scores,
             stage.folder / "scores",
-            setup.dataset.name,
-            setup.dataset.size,
+            context.dataset.name,
+            context.dataset.size,
             name,
             scores,
             metrics,
@@ -328,8 +338,8 @@ def train_stage(
         files[name] = str(path.relative_to(stage.folder))
 
     # ---- result.json, written last, marks the stage finished
-    after = _similarity(host_state.params, setup.kernels)
-    by_first(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
+    after = _similarity(host_state.params, context.kernels)
+    run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
     result |= {
         "best_epoch": best,
         "epochs": stage.epochs,
@@ -345,45 +355,51 @@ def train_stage(
         "warnings": warnings,
         "scores": files,
     }
-    by_first(write_sealed, stage.folder / "result.json", result)
-    by_first(prune, stage.checkpoints, {best, stage.epochs})
+    run_on_primary(write_json_with_checksum, stage.folder / "result.json", result)
+    run_on_primary(prune, stage.checkpoints, {best, stage.epochs})
     progress.say(_summary(stage, result))
     return result
 
 
-def _calls(
-    stage: Stage, batches: Iterator[Any], should_stop: Callable[[], bool]
+def _executions(
+    stage: StageConfig, batches: Iterator[Any], should_stop: Callable[[], bool]
 ) -> Iterator[tuple[int, Callable[..., Any], Any]]:
     """An epoch's batches as calls: the number of updates, the step that does them, its batch.
 
     What is left of the epoch when no full call is goes by single steps.
     """
     # Asked before batches are, because the signal may have ended the processes that read them.
-    while not should_stop() and (group := list(itertools.islice(batches, stage.steps_per_call))):
-        if stage.several_steps is not None and len(group) == stage.steps_per_call:
+    while not should_stop() and (
+        group := list(itertools.islice(batches, stage.steps_per_execution))
+    ):
+        if stage.multi_step_fn is not None and len(group) == stage.steps_per_execution:
             together = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *group)
-            yield len(group), stage.several_steps, together
+            yield len(group), stage.multi_step_fn, together
         else:
             yield from ((1, stage.train_step, batch) for batch in group)
 
 
 def _interrupted(
-    stage: Stage,
+    stage: StageConfig,
     epoch: int,
     totals: Totals,
     started: float,
     warnings: list[str],
     state: TrainState,
-) -> Stopped:
+) -> TrainingInterrupted:
     """Saves the state within an epoch and returns the exception that ends the stage."""
     seconds = time.monotonic() - started
-    path = by_first(keep_updates, stage.folder, epoch, totals, seconds, warnings, state)
+    path = run_on_primary(
+        save_preemption_checkpoint, stage.folder, epoch, totals, seconds, warnings, state
+    )
     saved = "" if path is None else f", kept in {path}"
-    return Stopped(f"{stage.name}: stopped after update {totals.steps} of epoch {epoch}{saved}")
+    return TrainingInterrupted(
+        f"{stage.name}: stopped after update {totals.steps} of epoch {epoch}{saved}"
+    )
 
 
-def _figures(
-    stage: Stage, sums: Totals, batch_size: int, started: float
+def _epoch_figures(
+    stage: StageConfig, sums: Totals, batch_size: int, started: float
 ) -> tuple[float, int | None, float]:
     """Mean loss, kernels merged and images per second of the epoch so far."""
     steps = int(sums.steps)
@@ -394,7 +410,7 @@ def _figures(
 def _require_finite(
     kind: str,
     loss: float,
-    stage: Stage,
+    stage: StageConfig,
     epoch: int,
     rate: float,
     history: list[dict[str, Any]],
@@ -410,7 +426,7 @@ def _require_finite(
     )
 
 
-def _merged_nothing(stage: Stage, state: TrainState, selected: int) -> str:
+def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str:
     """Names the layers' similarity quantiles, which tell what threshold would have merged."""
     lines = []
     for layer in kernel_similarity(unreplicate(state.params), stage.deep, quantiles=(0.5, 0.99)):
@@ -432,7 +448,7 @@ def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:
     return [sum(column) for column in zip(*(line.get(name, []) for line in history), strict=True)]
 
 
-def _summary(stage: Stage, result: dict[str, Any]) -> str:
+def _summary(stage: StageConfig, result: dict[str, Any]) -> str:
     merged = f", {sum(result['merged']):,} kernels merged" if stage.deep else ""
     if stage.merging_eval_step is not None:
         merged += f" in training, {sum(result['val_merged']):,} in validation"
@@ -455,4 +471,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         "put it back as it was written, or delete it and give the run's command with --resume, "
         "which evaluates the stage's best checkpoint again"
     )
-    return read_sealed(path, remedy) if path.exists() else None
+    return read_json_with_checksum(path, remedy) if path.exists() else None

@@ -25,7 +25,7 @@ def first(output):
 
 
 def run(output):
-    return quickstart.run(output, [*SMALL, "--cache", "None"])
+    return quickstart.run(output, [*SMALL, "--compilation-cache-dir", "None"])
 
 
 def test_its_own_options_promise_two_seeds_of_three_arms_on_the_phantom():

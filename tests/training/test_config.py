@@ -19,7 +19,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
-from inmerge_jax.training.experiment import plan_run
+from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.recipes import RECIPES
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
@@ -80,7 +80,7 @@ def test_a_configuration_made_in_python_needs_no_command_line():
         recipe=RecipeConfig(batch_size=8),
         devices=1,
     )
-    plan = plan_run(config)
+    plan = make_run_spec(config)
     assert len(plan.kernels) == 13 and len(plan.deep) == 3
     assert plan.deep == plan.kernels[10:]
 
@@ -166,7 +166,9 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
 )
 def test_bad_input_is_named_and_nothing_is_written(arguments, pattern, tmp_path, capsys):
     output = tmp_path / "run"
-    assert main([*TINY, "--output", str(output), "--cache", "None", *arguments]) == 2
+    assert (
+        main([*TINY, "--output", str(output), "--compilation-cache-dir", "None", *arguments]) == 2
+    )
     message = capsys.readouterr().err
     assert re.search(pattern, message, re.DOTALL), message
     assert "Traceback" not in message
@@ -175,15 +177,18 @@ def test_bad_input_is_named_and_nothing_is_written(arguments, pattern, tmp_path,
 
 def test_an_output_folder_with_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert main([*TINY, "--output", str(tmp_path), "--cache", "None", "--overwrite"]) == 2
+    assert (
+        main([*TINY, "--output", str(tmp_path), "--compilation-cache-dir", "None", "--overwrite"])
+        == 2
+    )
     assert "holds files but no run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_channels_follow_the_recipes_normalisation():
     config = parse_config([*TINY, "--recipe", "released"])
-    assert plan_run(config).shape == (16, 16, 3)
-    assert plan_run(parse_config(TINY)).shape == (16, 16, 1)
+    assert make_run_spec(config).shape == (16, 16, 3)
+    assert make_run_spec(parse_config(TINY)).shape == (16, 16, 1)
 
 
 def test_a_rule_out_of_range_is_an_input_error_for_python_too():
@@ -192,9 +197,11 @@ def test_a_rule_out_of_range_is_an_input_error_for_python_too():
     assert jax.local_device_count() == 8
 
 
-@pytest.mark.parametrize("option", ["--output", "--cache", "--data-dir", "--init-from"])
+@pytest.mark.parametrize(
+    "option", ["--output", "--compilation-cache-dir", "--data-dir", "--init-from"]
+)
 def test_a_bucket_is_not_taken_for_a_folder(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"{option} gs:/bucket/run: .* mount it"):
-        plan_run(parse_config([*TINY, option, "gs://bucket/run"]))
+        make_run_spec(parse_config([*TINY, option, "gs://bucket/run"]))
     assert not list(tmp_path.iterdir())

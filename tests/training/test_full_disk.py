@@ -12,11 +12,15 @@ import pytest
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import InputError
 from inmerge_jax.training import checkpointing, train
-from inmerge_jax.training.checkpointing import checkpoint_epochs, newest_whole, save_checkpoint
+from inmerge_jax.training.checkpointing import (
+    checkpoint_epochs,
+    latest_valid_checkpoint,
+    save_checkpoint,
+)
 from tests.training import tiny
 from tests.training.disk import small_disk
-from tests.training.test_train import evidence, run
 from tests.training.test_preemption import after
+from tests.training.test_train import evidence, run
 
 COMMAND = (
     "--size 16 --phantom.train 32 --phantom.val 8 --phantom.test 8 --model vgg11 --width 0.1 "
@@ -46,7 +50,7 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     place = folder / "mid_epoch" / "4" if stopped else folder / "checkpoints" / "2"
     with pytest.raises(InputError, match=f"cannot write {place}: No space left.*make room"):
         run(folder, setup=setup)
-    assert newest_whole(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
+    assert latest_valid_checkpoint(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
     assert os.listdir(place.parent) == ([] if stopped else ["1"])
     _, text = run(folder)
     assert "goes on from epoch 1 of 3\n" in text and "damaged" not in text
@@ -70,7 +74,7 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
             assert os.listdir(folder) == []
         ballast.unlink()
         save_checkpoint(folder, 1, tree, {})
-        assert newest_whole(folder) == (folder / "1", ())
+        assert latest_valid_checkpoint(folder) == (folder / "1", ())
     gc.collect()  # Of tasks that ended in an error nobody saw, asyncio speaks when they are freed.
     assert not caplog.records
 
@@ -96,7 +100,7 @@ def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsy
         place = output / "seed0" / "backbone" / "checkpoints"
         assert f"error: cannot write {place / '2'}: No space left" in said
         assert "make room" in said and "--resume goes on" in said
-        assert os.listdir(place) == ["1"] and newest_whole(place) == (place / "1", ())
+        assert os.listdir(place) == ["1"] and latest_valid_checkpoint(place) == (place / "1", ())
         ballast.unlink()
         assert main([*command, "--resume"]) == 0
         assert "goes on from epoch 1 of 3" in capsys.readouterr().out

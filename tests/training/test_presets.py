@@ -15,8 +15,8 @@ from inmerge_jax.models import create_model
 from inmerge_jax.training import train as loop
 from inmerge_jax.training.config import parse_config, resolve_recipe, resolve_rule
 from inmerge_jax.training.evaluation import evaluate_merging
-from inmerge_jax.training.experiment import plan_run
-from inmerge_jax.training.parallel import broadcast, replicate, unreplicate
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, unreplicate
 from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train_step import (
@@ -33,7 +33,7 @@ from tests.training.test_train import evidence, interrupt_at, run
 
 TINY = (
     "--phantom.train 32 --phantom.val 6 --phantom.test 8 --size 16 --width 0.05 --batch-size 8 "
-    "--epochs 1 --merging-epochs 1 --learning-rate 0.001 --devices 1 --cache None"
+    "--epochs 1 --merging-epochs 1 --learning-rate 0.001 --devices 1 --compilation-cache-dir None"
 ).split()
 
 
@@ -122,7 +122,7 @@ def test_image_k_is_evaluated_after_k_merges(count):
         replicate(fresh, devices),
         replicate(zero_totals(len(tiny.kernels())), devices),
         images,
-        broadcast(root, devices),
+        broadcast_to_devices(root, devices),
         devices,
     )
     key = jax.random.fold_in(jax.random.fold_in(root, 7), VALIDATION)
@@ -208,4 +208,4 @@ def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys)
 
 def test_an_intent_that_leaves_nothing_is_refused():
     with pytest.raises(InputError, match=r"--skip 10.*8 residual blocks; choose 0 to 7"):
-        plan_run(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))
+        make_run_spec(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))

@@ -22,7 +22,15 @@ REPOSITORY = Path(__file__).parents[2]
 
 def command(output, *options):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    start = [sys.executable, "-m", "experiments.train", "--output", str(output), "--cache", cache]
+    start = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "--output",
+        str(output),
+        "--compilation-cache-dir",
+        cache,
+    ]
     return [*start, *jobs.TRAINING, *options]
 
 

@@ -96,13 +96,13 @@ def test_a_stage_leaves_its_evidence(tmp_path):
 
 def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypatch):
     setup = tiny.make_setup()
-    read, evaluate = [], train.Setup.evaluate
+    read, evaluate = [], train.TrainContext.evaluate
 
     def watched(setup, state, images):
         read.append("test" if images is setup.dataset.test else "val")
         return evaluate(setup, state, images)
 
-    monkeypatch.setattr(train.Setup, "evaluate", watched)
+    monkeypatch.setattr(train.TrainContext, "evaluate", watched)
     run(tmp_path, setup=setup)
     assert read == ["val"] * 4 + ["test"]
 

@@ -24,10 +24,10 @@ from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
 from inmerge_jax.training.checkpointing import restore_checkpoint
-from inmerge_jax.training.parallel import AXIS, unreplicate
+from inmerge_jax.training.parallel import DATA_AXIS, unreplicate
 from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.train import Setup, Stage, train_stage
+from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
 from inmerge_jax.training.train_step import (
     FLIPPING,
     MERGING,
@@ -174,7 +174,7 @@ def run_ours(folder, dataset, case, variables):
     devices, recipe = tuple(jax.local_devices()[:1]), case.ours
     params, stats = variables["params"], variables.get("batch_stats", {})
     model = create_model(
-        case.name, CLASSES, width=WIDTH, dtype=jnp.dtype(case.dtype), axis_name=AXIS
+        case.name, CLASSES, width=WIDTH, dtype=jnp.dtype(case.dtype), axis_name=DATA_AXIS
     )
     kernels = find_kernels(
         lambda p, x: model.apply({"params": p, "batch_stats": stats}, x, train=False),
@@ -199,7 +199,7 @@ def run_ours(folder, dataset, case, variables):
         sums.append(float(unreplicate(totals).loss))
         return state, totals
 
-    setup = Setup(
+    setup = TrainContext(
         dataset=dataset,
         recipe=recipe,
         devices=devices,
@@ -207,7 +207,7 @@ def run_ours(folder, dataset, case, variables):
         eval_step=make_eval_step(model, recipe, multi_label=False, devices=devices),
         kernels=kernels[:1],  # whose similarity is told, which takes time and isn't looked at
     )
-    stage = Stage(
+    stage = StageConfig(
         arm="inmerge" if case.rule else "backbone",
         seed=0,
         number=0,

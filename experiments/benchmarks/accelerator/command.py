@@ -23,7 +23,7 @@ from experiments.benchmarks.accelerator.session import (
     say,
 )
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.environment import keep_freed_memory, keep_programs
+from inmerge_jax.training.environment import configure_malloc, enable_compilation_cache
 
 _DESCRIPTION = """
 Checks and measures the project on this machine's accelerator within a given time.
@@ -123,9 +123,9 @@ def run(options: argparse.Namespace) -> int:
     session = Session(options.output, 60 * options.minutes, options.tiny)
     session.around = describe_machine(options.tiny)
     check_folder(session.folder, session.around)
-    keep_programs(options.cache or session.folder / "cache")
+    enable_compilation_cache(options.cache or session.folder / "cache")
     if session.around["platform"] == "cpu":
-        keep_freed_memory()
+        configure_malloc()
     run_part = {
         "correctness": lambda: correctness.measure(session),
         "merge": lambda: merge_cost.measure(session),

@@ -14,7 +14,7 @@ import jax
 
 from experiments.benchmarks.accelerator.source import source_digest
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.files import read_json_object, write_json
 from inmerge_jax.training.environment import environment
 
 PARTS = {"correctness": 0.25, "merge": 0.4, "step": 0.8, "trials": 1.0}
@@ -151,7 +151,7 @@ def read_part(folder: Path, part: str) -> dict[str, Any] | None:
     path = folder / f"{part}.json"
     if not path.exists():
         return None
-    found = read_object(path, "remove it, or choose another folder")
+    found = read_json_object(path, "remove it, or choose another folder")
     missing = {*_MACHINE, "cases", "failed", "skipped"} - set(found)
     if missing:
         raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is not of this command")

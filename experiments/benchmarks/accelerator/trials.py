@@ -31,11 +31,11 @@ from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.experiment import Plan, initial_weights, make_setup, step_options
+from inmerge_jax.training.experiment import RunSpec, initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
-from inmerge_jax.training.train import NonFiniteLossError, Setup, batch_seed, root_key
+from inmerge_jax.training.train import NonFiniteLossError, TrainContext, batch_seed, root_key
 from inmerge_jax.training.train_step import (
     Totals,
     TrainState,
@@ -243,8 +243,8 @@ class Program:
       together: seeds that it trains at once.
     """
 
-    plan: Plan
-    setup: Setup
+    plan: RunSpec
+    setup: TrainContext
     deep: tuple[Kernel, ...]
     kinds: tuple[tuple[str, bool], ...]
     step: Callable[..., Any]
@@ -259,7 +259,7 @@ class Program:
 def make_program(grid: Grid, data: str, together: int, places: Places) -> Program:
     """Loads a data set and makes the step that trains `together` seeds at once."""
     plan = plan_of(grid.backbone(data, 0), places)
-    setup = make_setup(plan)
+    setup = make_context(plan)
     treatments = list(grid.arms.values())
     kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
     merging = next(one for one in treatments if one.kind != "none")
@@ -270,8 +270,8 @@ def make_program(grid: Grid, data: str, together: int, places: Places) -> Progra
         plan.recipe,
         **step_options(plan),
         kernels=deep,
-        treatment=shared_treatment(deep, kinds),
-        numbers=shared_numbers(Treatment(), kinds, 1),
+        param_transform=shared_treatment(deep, kinds),
+        hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
     return Program(plan, setup, deep, kinds, step, together)
@@ -299,14 +299,14 @@ def choose_together(
 def _timed_updates(program: Program) -> Callable[[int], float]:
     """A function that makes some updates and returns the seconds that each took."""
     plan, count = program.plan, program.together
-    start = initial_weights(plan, 0)
+    start = initial_variables(plan, 0)
     fresh = new_state(*start, program.setup.optimizer, 1e-3)
     state = replicate(stack([fresh] * count), plan.devices)
     totals = replicate(stack([zero_totals(len(program.deep))] * count), plan.devices)
-    roots = broadcast(stack([root_key(0, 0)] * count), plan.devices)
+    roots = broadcast_to_devices(stack([root_key(0, 0)] * count), plan.devices)
     given = shared_numbers(Treatment(), program.kinds, 1)
     stream = train_batches(plan.dataset.train, seed=0, batch_size=plan.recipe.batch_size)
-    batch = split(join([next(stream)] * count, len(plan.devices)), plan.devices)
+    batch = shard_batch(join([next(stream)] * count, len(plan.devices)), plan.devices)
 
     def run(updates: int) -> float:
         nonlocal state
@@ -334,7 +334,7 @@ def train_unit(
     """
     before = time.monotonic()
     chosen = program(data, len(seeds))
-    starts = [initial_weights(chosen.plan, seed) for seed in seeds]
+    starts = [initial_variables(chosen.plan, seed) for seed in seeds]
     records = {}
     best = None
     for arm in (None, *grid.arms):
@@ -388,11 +388,13 @@ def train_together(
     seeds, number = [c.backbone.seed for c in cells], int(not cell.is_backbone)
     epochs = cell.epochs or cell.backbone.epochs
     first_rate = cell.backbone.rate if cell.is_backbone else cell.learning_rate
-    given = broadcast(shared_numbers(cell.treatment, program.kinds, program.updates), devices)
+    given = broadcast_to_devices(
+        shared_numbers(cell.treatment, program.kinds, program.updates), devices
+    )
     states = [new_state(*start, setup.optimizer, first_rate) for start in starts]
     state = replicate(stack(states), devices)
     zeros = replicate(stack([zero_totals(len(program.deep))] * count), devices)
-    roots = broadcast(stack([root_key(seed, number) for seed in seeds]), devices)
+    roots = broadcast_to_devices(stack([root_key(seed, number) for seed in seeds]), devices)
     streams = [
         train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
         for seed in seeds
@@ -405,7 +407,7 @@ def train_together(
         rate, _ = next_learning_rate(recipe, first_rate, epochs, histories[0])
         state, totals = set_learning_rate(state, rate), zeros
         for _ in range(program.updates):
-            batch = split(join([next(stream) for stream in streams], len(devices)), devices)
+            batch = shard_batch(join([next(stream) for stream in streams], len(devices)), devices)
             state, totals = program.step(state, totals, batch, roots, given)
         sums = unreplicate(totals)
         for i in range(count):
@@ -470,7 +472,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def join(batches: Sequence[Mapping[str, np.ndarray]], devices: int) -> dict[str, np.ndarray]:
-    """Batches of several networks as one, so that `split` gives each device its rows of each."""
+    """Batches of several networks as one: `shard_batch` gives each device its rows of each."""
     if len(batches) == 1:
         return dict(batches[0])
     joined = {}

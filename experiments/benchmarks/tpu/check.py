@@ -23,7 +23,7 @@ from experiments.benchmarks.tpu.compile import Case, environment, fingerprints
 from experiments.benchmarks.tpu.limits import Row, failures
 from experiments.benchmarks.tpu.table import tables
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.files import read_json_object, write_json
 
 STEPS = ("plain", "random", "nearest")
 STACK = 512 * 2**20
@@ -219,7 +219,7 @@ def read(path: Path) -> dict[str, Row]:
       InputError: the file isn't JSON, or can't be read.
     """
     try:
-        return read_object(path, "remove it, or choose another --output")
+        return read_json_object(path, "remove it, or choose another --output")
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -37,14 +37,14 @@ from inmerge_jax.data.chestxray14.manifest import (
     metadata_hashes,
     read_index,
     read_manifest,
-    sealed,
+    write_manifest,
 )
 from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
 from inmerge_jax.errors import InputError
 from inmerge_jax.files import write_bytes, write_json
-from inmerge_jax.locking import hold
+from inmerge_jax.locking import lock
 
 REDUCED, RECORDS, SPEED = "reduced", "records", "speed.json"
 
@@ -147,7 +147,7 @@ def build(request: Request, console: Console) -> Built:
         return Built(manifest, None, 0.0)
     with contextlib.ExitStack() as stack:
         with _writing(output):
-            stack.enter_context(hold(output, functools.partial(_say, console)))
+            stack.enter_context(lock(output, functools.partial(_say, console)))
         return _build(request, output, labels, rows, parts, identity, console)
 
 
@@ -172,9 +172,10 @@ def _build(
     reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
-    manifest = sealed({**identity, **_verify(folder, output, labels, rows, console)})
+    content = {**identity, **_verify(folder, output, labels, rows, console)}
     with _writing(output):
-        write_json(output / MANIFEST, manifest)
+        write_manifest(output, content)
+    manifest = read_manifest(output)
     seconds = time.perf_counter() - started
     shutil.rmtree(output / REDUCED)
     built = Built(manifest, reduced, seconds)

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_jax.errors import InputError
-from inmerge_jax.files import json_sha256, read_object
+from inmerge_jax.files import (
+    read_json_object,
+    read_json_with_checksum,
+    write_json_with_checksum,
+)
 
 MANIFEST, INDEX = "manifest.json", "index.npz"
 FORMAT, _UNSEALED = 2, 1
+_SEAL = "seal"
 # Without its list of shards no record can be read, without its features none can be decoded.
 METADATA = ("dataset_info.json", "features.json")
 _KEYS = {
@@ -22,10 +27,9 @@ _KEYS = {
 }
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest of this content, for `files.write_json`."""
-    manifest = {"format": FORMAT, **content}
-    return {**manifest, "seal": json_sha256(manifest)}
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes the manifest of a finished build, with its format and its checksum."""
+    write_json_with_checksum(folder / MANIFEST, {"format": FORMAT, **content}, _SEAL)
 
 
 def metadata_hashes(records: Path) -> dict[str, str]:
@@ -39,19 +43,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: it was changed since it was written, or is of another version of the program.
     """
-    path = folder / MANIFEST
-    manifest = read_object(path, f"delete {folder} and build the data set anew")
-    content = {key: value for key, value in manifest.items() if key != "seal"}
-    version = manifest.get("format")
-    if "seal" in manifest or version == FORMAT:
-        if manifest.get("seal") != json_sha256(content):
-            raise _damaged(path, "its content is not what was written", folder)
+    path, remedy = folder / MANIFEST, f"delete {folder} and build the data set anew"
+    version = read_json_object(path, remedy).get("format")
+    manifest = read_json_with_checksum(path, remedy, key=_SEAL, required=version == FORMAT)
     if version not in (FORMAT, _UNSEALED):
         raise InputError(
             f"{path} is of another version of this program, its format is {version}; delete "
             f"{folder} and build the data set anew"
         )
-    if missing := sorted(_KEYS - content.keys()):
+    if missing := sorted(_KEYS - manifest.keys()):
         raise _damaged(path, f"{missing[0]} is missing", folder)
     return manifest
 

@@ -205,7 +205,7 @@ def test_a_first_image_of_another_size_is_the_one_that_is_named(nih, tmp_path):
         make(place, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", ["_write_records", "_verify", "write_json"])
+@pytest.mark.parametrize("stage", ["_write_records", "_verify", "write_manifest"])
 def test_a_build_that_stops_late_is_as_if_it_had_not(nih, built, tmp_path, monkeypatch, stage):
     def stop(*_):
         raise KeyboardInterrupt
@@ -370,16 +370,16 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
 def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.config import parse_config
-    from inmerge_jax.training.experiment import plan_run, train_arms
-    from inmerge_jax.training.preemption import Stopped
+    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.preemption import TrainingInterrupted
 
     place = shutil.copytree(nih, tmp_path / "nih")
     data, output = tmp_path / "data", tmp_path / "run"
     make(place, data)
     options = ["--data", "chestxray14", "--data-dir", str(data), "--output", str(output)]
     options += "--model vgg11 --width 0.05 --skip 4 --batch-size 8 --devices 1 --workers 0".split()
-    with pytest.raises(Stopped):
-        train_arms(plan_run(parse_config(options)), lambda: True)
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(make_run_spec(parse_config(options)), lambda: True)
     change(sorted(find_images(place).values())[7])
     shutil.rmtree(data)
     make(place, data)
@@ -388,7 +388,8 @@ def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "module, write", [(reduce, "write_bytes"), (building, "write_bytes"), (building, "write_json")]
+    "module, write",
+    [(reduce, "write_bytes"), (building, "write_bytes"), (building, "write_manifest")],
 )
 def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch, module, write):
     def full(path, data):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from inmerge_jax.data.chestxray14.manifest import sealed
+from inmerge_jax.data.chestxray14.manifest import write_manifest
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.errors import InputError
 from tests.data.chestxray14.nih import make
@@ -68,7 +68,8 @@ def test_what_is_no_manifest_is_refused(copy, data):
 
 
 def test_a_manifest_of_another_version_is_refused(copy):
-    manifest = sealed({})
+    write_manifest(copy, {})
+    manifest = json.loads((copy / "manifest.json").read_bytes())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 3} | {"seal": ""}))
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         load_chestxray14(copy)

@@ -18,7 +18,7 @@ from inmerge_jax.data.chestxray14.labels import read_labels
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.chestxray14.reduce import Part
 from inmerge_jax.errors import InputError
-from inmerge_jax.locking import LOCK, hold
+from inmerge_jax.locking import LOCK, lock
 from tests.data.chestxray14.nih import content, make
 from tests.training.disk import small_disk
 
@@ -104,7 +104,7 @@ def test_what_array_record_says_of_a_disk_is_told(nih, tmp_path, monkeypatch):
 
 def test_a_second_build_is_refused_while_the_first_is_at_work(nih, built, tmp_path):
     output = tmp_path / "out"
-    with hold(output):
+    with lock(output):
         (output / "records").mkdir()
         with pytest.raises(InputError, match=rf"out is in use: process {os.getpid()} on .* writes"):
             make(nih, output)

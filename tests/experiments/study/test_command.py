@@ -45,7 +45,7 @@ QUESTION = Question(
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     # Not the folder of whoever runs the tests.
-    monkeypatch.setattr(environment, "keep_programs", lambda: None)
+    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
     return ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 

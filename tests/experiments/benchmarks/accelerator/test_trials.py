@@ -17,7 +17,7 @@ from experiments.study.cells import Treatment
 from experiments.study.stages import Places, weights_of
 from experiments.study.treatments import make_treatment, numbers
 from inmerge_jax.errors import InputError
-from inmerge_jax.training.experiment import initial_weights
+from inmerge_jax.training.experiment import initial_variables
 from tests.training import tiny
 
 GRID = GRIDS["phantom"]
@@ -32,7 +32,7 @@ def train(places, seeds, arm=None, starts=None):
     program = make_program(GRID, "phantom", len(seeds), places)
     if arm is None:
         cells = [GRID.backbone("phantom", seed) for seed in seeds]
-        starts = [initial_weights(program.plan, seed) for seed in seeds]
+        starts = [initial_variables(program.plan, seed) for seed in seeds]
     else:
         cells = [GRID.second("phantom", seed, arm) for seed in seeds]
     return trials.train_together(program, cells, starts)
