@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 DAMAGED_ARCHIVE = (
     ValueError,
@@ -99,15 +99,15 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
       remedy: what the error message advises.
 
     Raises:
-      InputError: the file holds no JSON object.
+      UsageError: the file holds no JSON object.
       OSError: it cannot be read.
     """
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; {remedy}") from error
+        raise UsageError(f"{path} is damaged: {error}; {remedy}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: it holds no JSON object; {remedy}")
+        raise UsageError(f"{path} is damaged: it holds no JSON object; {remedy}")
     return value
 
 
@@ -126,14 +126,14 @@ def read_json_with_checksum(
       The object without its checksum.
 
     Raises:
-      InputError: the file was cut short or changed.
+      UsageError: the file was cut short or changed.
       OSError: it cannot be read.
     """
     value = read_json_object(path, remedy)
     if key not in value and not required:
         return value
     if value.pop(key, None) != json_sha256(value):
-        raise InputError(f"{path} is damaged: its content is not what was written; {remedy}")
+        raise UsageError(f"{path} is damaged: its content is not what was written; {remedy}")
     return value
 
 
@@ -148,7 +148,7 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """Every array of the npz at `path`, after a check of its checksums.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: it is cut short or was changed; `remedy` says what to do then.
     """
     try:
         # NumPy stops at an array's last byte, short of where zipfile compares checksums.
@@ -159,6 +159,6 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except DAMAGED_ARCHIVE as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged ({type(error).__name__}: {error}): {remedy}"
         ) from error

@@ -25,7 +25,7 @@ from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns, to
 from experiments.benchmarks.trained_weights import train_vgg19
 from experiments.oracles.released_torch import merge_pass
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, prog="python -m experiments.benchmarks.cpu", args=arguments)
     try:
         run(config, standard_sections(config.rounds))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -106,10 +106,10 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
     """What each section measures, with every number of rounds times `factor`.
 
     Raises:
-      InputError: `factor` is not a positive number.
+      UsageError: `factor` is not a positive number.
     """
     if not 0 < factor < float("inf"):
-        raise InputError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
+        raise UsageError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
 
     def scaled(cases: Sequence[Rounds]) -> list[Rounds]:
         return [Rounds(case, max(1, round(rounds * factor))) for case, rounds in cases]
@@ -132,7 +132,7 @@ def run(
     The file is written after each section, so that an interrupted run keeps those it finished.
 
     Raises:
-      InputError: the output file can't be read or written.
+      UsageError: the output file can't be read or written.
     """
     stored = _read(config.output)
     _write(config.output, stored)
@@ -310,14 +310,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+        raise UsageError(f"--output {path}: {error}; remove it or choose another file") from error
 
 
 def _write(path: Path, stored: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, stored)
     except OSError as error:
-        raise InputError(f"--output {path}: {error}; choose another file") from error
+        raise UsageError(f"--output {path}: {error}; choose another file") from error
 
 
 if __name__ == "__main__":

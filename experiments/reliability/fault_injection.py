@@ -35,7 +35,7 @@ from experiments.reliability.jobs import (
     training,
     write_radiographs,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_json_object, write_json
 from inmerge_jax.training.checkpointing import TEMPORARY
 
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
     try:
         stored = read(config.output) if config.output.exists() else own
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, value in own.items():
@@ -304,7 +304,7 @@ def read(path: Path) -> dict[str, Any]:
     """The stored rows.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
     return read_json_object(path, "delete it, or choose another --output")
 

@@ -22,7 +22,7 @@ from experiments.benchmarks.timing import machine, measured_on
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.data import Dataset, Split, make_phantom
 from inmerge_jax.data.chestxray14.records import load_chestxray14
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
 from inmerge_jax.training.environment import configure_malloc
@@ -145,18 +145,18 @@ def make_data(config: SoakConfig) -> Dataset:
     """The phantom, or ChestX-ray14's first images, of which an epoch has `every` batches.
 
     Raises:
-      InputError: there are too few images, or workers for images that are in memory.
+      UsageError: there are too few images, or workers for images that are in memory.
     """
     images = config.every * config.batch_size
     if config.data_dir is None:
         if config.workers:
-            raise InputError(
+            raise UsageError(
                 f"--workers {config.workers}: the phantom is all in memory; add --data-dir"
             )
         return make_phantom(size=config.size, train=images, val=128, test=128)
     data = load_chestxray14(config.data_dir, size=config.size)
     if len(data.train) < images:
-        raise InputError(
+        raise UsageError(
             f"--every {config.every} times --batch-size {config.batch_size}: {config.data_dir} has "
             f"{len(data.train)} training images; choose less"
         )
@@ -169,14 +169,14 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     """Trains in `folder`; one row per evaluation, whose "steps" are the updates before it.
 
     Raises:
-      InputError: too few evaluations to judge, or what `make_data` raises.
+      UsageError: too few evaluations to judge, or what `make_data` raises.
     """
     for name in ("steps", "every", "batch_size", "size"):
         if (value := getattr(config, name)) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
     epochs = config.steps // config.every
     if epochs <= WARM_UP:
-        raise InputError(
+        raise UsageError(
             f"--steps {config.steps} with --every {config.every}: {epochs} evaluations, of which "
             f"the first {WARM_UP} are the warm-up; choose more steps"
         )
@@ -193,7 +193,7 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     params, batch_stats = init_variables(model, shape, seed=0)
     kernels = conv_kernels(model, shape)
     if not 0 <= config.skip < len(kernels):
-        raise InputError(
+        raise UsageError(
             f"--skip {config.skip}: {config.model} has {len(kernels)} convolutions; choose 0 to "
             f"{len(kernels) - 1}"
         )
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = soak(config, Path(folder))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     chosen = {name: value for name, value in vars(config).items() if name != "output"}

@@ -25,7 +25,7 @@ from experiments.study.stages import Places, best_state, plan_of
 from experiments.study.statistics import over_trainings
 from experiments.study.telling import difference
 from inmerge_jax.data import Split, eval_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
 from inmerge_jax.reporting.tables import Table
@@ -55,7 +55,7 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
             continue
         try:
             kept[cell.hash] = compare(cell, places)
-        except InputError as error:
+        except UsageError as error:
             print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
             continue
         print(f"{cell.hash} {cell.name}: batch statistics estimated anew")
@@ -76,7 +76,7 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
     """One cell's entry of `measure`.
 
     Raises:
-      InputError: see `stages.best_state`.
+      UsageError: see `stages.best_state`.
     """
     setup, stage, state = best_state(cell, places)
     state = stage.eval_state_fn(state)

@@ -14,7 +14,7 @@ import tyro
 
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Kept, Question
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return _run(question, config)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -146,19 +146,19 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Cell, ...]:
     """The cells that the options name; the whole grid without any.
 
     Raises:
-      InputError: the question has no cell of such a hash, data set or network.
+      UsageError: the question has no cell of such a hash, data set or network.
     """
     for option, wanted, of in _CHOICES:
         has = dict.fromkeys(of(cell.backbone) for cell in question.cells)
         for name in wanted(config):
             if name not in has:
-                raise InputError(
+                raise UsageError(
                     f"--{option} {name}: {question.name} has none of these; it has {', '.join(has)}"
                 )
     known = {cell.hash: cell for cell in with_backbones(question.cells)}
     for one in config.only:
         if one not in known:
-            raise InputError(
+            raise UsageError(
                 f"--only {one}: {question.name} has no cell of that hash; --dry-run lists them"
             )
     if config.only:
@@ -178,7 +178,7 @@ def answer(question: Question, results: Path) -> dict[str, Any]:
     grid = with_backbones(question.cells)
     kept = Kept.of(grid, results / "cells")
     if not kept.cells:
-        raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
+        raise UsageError(f"{question.name}: no cell is finished yet, so there is no answer")
     assert question.analyse is not None
     records = [kept.record(cell) for cell in kept.cells]
     return store_answer(

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 PRESETS = ("paper", "released")
@@ -134,7 +134,7 @@ def train_preset(given: list[str], folder: Path) -> int:
         wanted = parse_config(given)
         recipe = resolve_recipe(wanted.recipe)
         wanted = config_dict(wanted, recipe, len(choose_devices(wanted.devices)))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     begun = (folder / "config.json").exists()

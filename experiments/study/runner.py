@@ -29,7 +29,7 @@ from experiments.study.stages import (
     plan_of,
     second_stage,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.training.environment import configure_malloc, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
@@ -65,7 +65,7 @@ def run_cells(
       What is to be said of the trainings that diverged.
 
     Raises:
-      InputError: data that are missing, or a file that cannot be written.
+      UsageError: data that are missing, or a file that cannot be written.
       Stopped: `should_stop` said so; the same call goes on.
     """
     if jax.default_backend() == "cpu":
@@ -130,7 +130,7 @@ def run_cell(
     if not cell.is_backbone:
         best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
-            raise InputError(
+            raise UsageError(
                 f"{first.folder} holds no finished backbone for {cell.name}; delete that folder "
                 "and give the same command again"
             )
@@ -174,7 +174,7 @@ def run_together(
       The cells that diverged, each with its error.
 
     Raises:
-      InputError, Stopped: of any of them, after all have ended.
+      UsageError, Stopped: of any of them, after all have ended.
     """
     if len(cells) == 1:
         try:

@@ -178,7 +178,7 @@ def best_state(cell: Cell, places: Places) -> tuple[TrainContext, StageConfig, T
     """The state in a finished cell's best checkpoint, in NumPy arrays, and what it belongs to.
 
     Raises:
-      InputError: the checkpoint is gone or damaged.
+      UsageError: the checkpoint is gone or damaged.
     """
     plan = plan_of(cell, places)
     setup = make_context(plan)
@@ -197,7 +197,7 @@ def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]
     """The network of a finished cell's best checkpoint: from uint8 images to scores.
 
     Raises:
-      InputError: see `best_state`.
+      UsageError: see `best_state`.
     """
     setup, stage, state = best_state(cell, places)
     state = replicate(stage.eval_state_fn(state), setup.devices)

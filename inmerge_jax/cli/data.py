@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             from inmerge_jax.cli.input_speed import run_measure
 
             run_measure(config)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def export(config: ExportConfig) -> str:
     """Writes the file and returns a line that says what is in it.
 
     Raises:
-      InputError: no such run, arm or seed, one that is not finished, a damaged checkpoint, or a
+      UsageError: no such run, arm or seed, one that is not finished, a damaged checkpoint, or a
         file that can't be written.
     """
     from inmerge_jax.models.torchvision import to_state_dict
@@ -53,19 +53,19 @@ def export(config: ExportConfig) -> str:
     check_target(config.to, overwrite=config.overwrite)
     path = config.run / "config.json"
     if not path.is_file():
-        raise InputError(f"{config.run} holds no run: there is no {path.name} in it")
+        raise UsageError(f"{config.run} holds no run: there is no {path.name} in it")
     settings = json.loads(path.read_bytes())
     seed = settings["seeds"][0] if config.seed is None else config.seed
     if seed not in settings["seeds"]:
         there = " ".join(map(str, settings["seeds"]))
-        raise InputError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
+        raise UsageError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
     if config.arm not in settings["arms"]:
         there = ", ".join(settings["arms"])
-        raise InputError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
+        raise UsageError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
     stage = config.run / f"seed{seed}" / config.arm
     result = read_result(stage)
     if result is None:
-        raise InputError(
+        raise UsageError(
             f"{stage} is not finished: train it to its end, with --resume and the run's own options"
         )
     epoch = result["best_epoch"]
@@ -78,7 +78,7 @@ def export(config: ExportConfig) -> str:
             config.to, state_dict, overwrite=config.overwrite, wrapped="net" if net else None
         )
     except OSError as error:
-        raise InputError(f"cannot write {config.to}: {error.strerror or error}") from error
+        raise UsageError(f"cannot write {config.to}: {error.strerror or error}") from error
     return (
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
         f"seed {seed} {config.arm} epoch {epoch}"
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         print(export(config))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -21,7 +21,7 @@ from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.workers import end_with_parent
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def run_measure(config: "Measure") -> None:
     """Measures, prints and stores.
 
     Raises:
-      InputError: the folders or the time are not what they should be, which is found out before
+      UsageError: the folders or the time are not what they should be, which is found out before
         anything is measured; a worker process was killed.
     """
     from inmerge_jax.training.environment import environment
 
     if not 0 < config.seconds < math.inf:
-        raise InputError(f"--seconds {config.seconds}: give a time above 0")
+        raise UsageError(f"--seconds {config.seconds}: give a time above 0")
     data = load_chestxray14(config.data_dir)
     paths = [] if config.images is None else sorted(find_images(config.images).values())
     building = read_speed(config.data_dir.expanduser() / SPEED)
@@ -93,7 +93,7 @@ def read_speed(path: Path) -> dict[str, Any] | None:
     """How fast the data set was built; None for a build that was interrupted.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
     if not path.is_file():
         return None
@@ -101,14 +101,14 @@ def read_speed(path: Path) -> dict[str, Any] | None:
         speed = json.loads(path.read_bytes())
         return {**speed, "images": int(speed["images"]), "writing": float(speed["writing"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}; delete it, or build anew") from error
+        raise UsageError(f"{path} is damaged: {error}; delete it, or build anew") from error
 
 
 def check_output(path: Path) -> None:
     """Makes the folder of a file that is to be written.
 
     Raises:
-      InputError: it cannot be written there.
+      UsageError: it cannot be written there.
     """
     if path.is_dir():
         raise _cannot_write(path, "it is a folder")
@@ -120,8 +120,8 @@ def check_output(path: Path) -> None:
         raise _cannot_write(path, f"no right to write in {path.parent}")
 
 
-def _cannot_write(path: Path, why: str) -> InputError:
-    return InputError(f"--output {path} cannot be written: {why}; choose another file")
+def _cannot_write(path: Path, why: str) -> UsageError:
+    return UsageError(f"--output {path} cannot be written: {why}; choose another file")
 
 
 def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Rate:
@@ -141,7 +141,7 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
     """Reduces the files again and again for about `seconds`, after one round to start up.
 
     Raises:
-      InputError: an image is damaged; a process was killed.
+      UsageError: an image is damaged; a process was killed.
     """
     spawn = multiprocessing.get_context("spawn")
     expected = image_size(paths[0])
@@ -158,7 +158,7 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
                 count += len(list(once()))
             return Rate(workers, count, time.perf_counter() - started)
         except BrokenProcessPool as error:
-            raise InputError(
+            raise UsageError(
                 f"one of the {workers} processes that reduce images was killed, mostly for want of "
                 "memory; measure again with more of it"
             ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 
 TABLE = "table.md"
@@ -27,7 +27,7 @@ def write_and_print(folder: Path) -> None:
     """Writes the report and the table of a finished run, and prints the table.
 
     Raises:
-      InputError: the folder holds no finished run.
+      UsageError: the folder holds no finished run.
     """
     from rich import print as rich_print
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(ReportConfig, prog="inmerge report", args=arguments)
     try:
         write_and_print(config.run)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

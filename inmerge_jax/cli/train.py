@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
@@ -60,7 +60,7 @@ def _run(config: "TrainConfig") -> int:
             with stop:
                 run_experiment(plan, SyncedPreemption(stop))
         run_on_primary(write_and_print, config.output)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import (
     read_json_with_checksum,
     sync,
@@ -47,7 +47,7 @@ _SHOWN = 5
 _REMEDY = "restore an earlier checkpoint, or rerun this stage"
 
 
-class DamagedCheckpointError(InputError):
+class DamagedCheckpointError(UsageError):
     """A checkpoint's files are not what was written, or all gone."""
 
 
@@ -66,7 +66,7 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
       meta: what JSON can hold.
 
     Raises:
-      InputError: the files can't be written (a full disk, say); nothing is left of this
+      UsageError: the files can't be written (a full disk, say); nothing is left of this
         checkpoint, and the earlier ones are untouched.
       ValueError: a leaf is no array (typed keys: use `jax.random.key_data`).
     """
@@ -101,7 +101,7 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         the restored one is a jax array placed likewise; otherwise a NumPy array or number.
 
     Raises:
-      InputError: no checkpoint there, or one of another structure; the entries that differ are
+      UsageError: no checkpoint there, or one of another structure; the entries that differ are
         named.
       DamagedError: a file is missing, cut short or changed.
     """
@@ -119,7 +119,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Every array of the checkpoint at `path`, by its path in the tree with dots between.
 
     Raises:
-      InputError: no checkpoint there.
+      UsageError: no checkpoint there.
       DamagedError: a file is missing, cut short or changed.
     """
     path = Path(path)
@@ -130,7 +130,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The meta of the checkpoint at `path`, without its arrays; checks that file alone.
 
     Raises:
-      InputError: no checkpoint there.
+      UsageError: no checkpoint there.
       DamagedError: meta.json is not what was written.
     """
     path = Path(path)
@@ -311,7 +311,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"{_MANIFEST} is missing")
     try:
         return read_json_with_checksum(file, _REMEDY, key=_SEAL, required=True)
-    except InputError as error:
+    except UsageError as error:
         raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
@@ -352,7 +352,7 @@ def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any])
     if problems:
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        raise InputError(
+        raise UsageError(
             f"the checkpoint {path} is of another model or optimizer:\n  "
             + "\n  ".join(lines)
             + "\nuse the configuration it was written with, or start a new run"
@@ -419,7 +419,7 @@ def restore_latest(folder: Path, fresh: TrainState, zeros: Totals) -> RestorePoi
       zeros: the totals of no step.
 
     Raises:
-      InputError: the checkpoint belongs to another model or optimizer.
+      UsageError: the checkpoint belongs to another model or optimizer.
     """
     checkpoints = folder / "checkpoints"
     path, damaged = latest_valid_checkpoint(checkpoints)
@@ -462,7 +462,7 @@ def save_preemption_checkpoint(
       state: after the last of these updates, in NumPy arrays.
 
     Raises:
-      InputError: the files cannot be written.
+      UsageError: the files cannot be written.
     """
     mid_epoch, updates = folder / MID_EPOCH, int(state.step)
     # A stage that is interrupted again before its next update has this very state saved already.

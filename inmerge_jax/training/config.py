@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from inmerge_jax.data import DEFAULT_SIZE, DataConfig
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
@@ -277,7 +277,7 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     ChestX-ray14 stays None, which stands for the size of its build.
 
     Raises:
-      InputError: on an unknown preset.
+      UsageError: on an unknown preset.
     """
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
@@ -294,10 +294,10 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
     """The named recipe with the options that were given in its place; see `apply_preset` first.
 
     Raises:
-      InputError: on an unknown name, a number out of range, or a momentum for Adam.
+      UsageError: on an unknown name, a number out of range, or a momentum for Adam.
     """
     if config.name is None or config.name not in RECIPES:
-        raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
+        raise UsageError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[config.name], **given)
@@ -309,7 +309,7 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         _require(valid, name, rate, "choose a positive number, such as 0.001")
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
     if config.momentum is not None and recipe.optimizer != "sgd":
-        raise InputError(
+        raise UsageError(
             f"--momentum {config.momentum}: {recipe.optimizer} has none; leave it out, or add "
             "--optimizer sgd"
         )
@@ -325,7 +325,7 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     """The merging rule; see `apply_preset` first.
 
     Raises:
-      InputError: on a number out of range, or a threshold and a quantile.
+      UsageError: on a number out of range, or a threshold and a quantile.
     """
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
@@ -336,7 +336,7 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     if config.quantile is None:
         return MergeRule(config.probability, threshold, config.alpha, partner)
     if config.threshold is not None:
-        raise InputError(
+        raise UsageError(
             f"--threshold {config.threshold} and --quantile {config.quantile} contradict each "
             "other: give one of them"
         )
@@ -347,7 +347,7 @@ def check_run(config: TrainConfig) -> None:
     """Checks the options that are of no other group.
 
     Raises:
-      InputError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
+      UsageError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
     """
     seeds = " ".join(map(str, config.seeds))
     _require(bool(config.seeds), "seeds", seeds, "name at least one, such as --seeds 0 1 2")
@@ -355,7 +355,7 @@ def check_run(config: TrainConfig) -> None:
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
-        raise InputError("--replace-head is for the head of a file: give --init-from too")
+        raise UsageError("--replace-head is for the head of a file: give --init-from too")
     places = {
         "output": config.output,
         "compilation_cache_dir": config.compilation_cache_dir,
@@ -378,18 +378,18 @@ def check_run(config: TrainConfig) -> None:
         "choose 1 or more",
     )
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite contradict each other: give one of them")
+        raise UsageError("--resume and --overwrite contradict each other: give one of them")
 
 
 def check_steps_per_execution(steps: int, platform: str) -> None:
     """Checks --steps-per-execution for the platform that the run is on.
 
     Raises:
-      InputError: below 1, or above 1 on CPU.
+      UsageError: below 1, or above 1 on CPU.
     """
     _require(steps >= 1, "steps_per_execution", steps, "choose 1 or more")
     if steps > 1 and platform == "cpu":
-        raise InputError(
+        raise UsageError(
             f"--steps-per-execution {steps}: leave it out on CPU, where XLA's convolutions are "
             "about 45 times slower inside a loop; it is for GPU and TPU"
         )
@@ -431,4 +431,4 @@ def config_dict(
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise InputError(f"--{name.replace('_', '-')} {value}: {remedy}")
+        raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.models import create_model
@@ -93,7 +93,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     """Checks the whole configuration and loads the data; writes nothing.
 
     Raises:
-      InputError: for anything that would stop the run later.
+      UsageError: for anything that would stop the run later.
     """
     check_run(config)
     config = apply_preset(config)
@@ -107,7 +107,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     )
     workers = _workers(config, dataset)
     if recipe.pos_weight is not None and not dataset.multi_label:
-        raise InputError(
+        raise UsageError(
             f"--pos-weight is for data of several labels per image; {dataset.name} is "
             f"{dataset.task}: leave it out"
         )
@@ -137,7 +137,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
 
 def _check_updates(steps_per_execution: int, updates: int) -> None:
     if steps_per_execution > updates:
-        raise InputError(
+        raise UsageError(
             f"--steps-per-execution {steps_per_execution}: an epoch has {updates} updates; choose "
             f"{updates} or fewer"
         )
@@ -145,12 +145,12 @@ def _check_updates(steps_per_execution: int, updates: int) -> None:
 
 def _check_shares(batch_size: int, devices: int, parts: int) -> None:
     if batch_size % devices:
-        raise InputError(
+        raise UsageError(
             f"--batch-size {batch_size} cannot be shared by {devices} devices: choose a multiple "
             f"of {devices}, or fewer --devices"
         )
     if batch_size % (devices * parts):
-        raise InputError(
+        raise UsageError(
             f"--grad-accum-steps {parts}: {batch_size // devices} images per device cannot be "
             f"split into {parts} equal parts; choose a --batch-size that is a multiple of "
             f"{devices * parts}"
@@ -165,7 +165,7 @@ def run_experiment(
     The run's folder is `spec.config.output`. Arms that it already holds are not trained again.
 
     Raises:
-      InputError: the folder does not fit the options, cannot be written to, holds a damaged file,
+      UsageError: the folder does not fit the options, cannot be written to, holds a damaged file,
         or is in use.
       NonFiniteLossError: training diverged.
       Stopped: `should_stop` said so, see `train.TrainContext`; the run can be resumed.
@@ -314,7 +314,7 @@ def _workers(config: TrainConfig, dataset: Dataset) -> int:
     """How many processes read images: as asked, or by the number of cores."""
     if dataset.train.in_memory:
         if config.workers:
-            raise InputError(
+            raise UsageError(
                 f"--workers {config.workers}: {dataset.name} is all in memory, so there is nothing "
                 "to read; leave it out"
             )

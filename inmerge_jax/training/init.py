@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, find_kernels
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
@@ -61,10 +61,10 @@ def pretrained_variables(
       seed: of a head that is replaced.
 
     Raises:
-      InputError: the file has changed, can't be read, or holds another network.
+      UsageError: the file has changed, can't be read, or holds another network.
     """
     if file_sha256(chosen.init_from) != sha256:
-        raise InputError(f"--init-from {chosen.init_from}: the file changed during the run")
+        raise UsageError(f"--init-from {chosen.init_from}: the file changed during the run")
     try:
         variables = from_state_dict(
             chosen.name,
@@ -75,8 +75,8 @@ def pretrained_variables(
             width=chosen.width,
             head_key=jax.random.key(seed) if chosen.replace_head else None,
         )
-    except InputError as error:
-        raise InputError(f"--init-from {chosen.init_from}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"--init-from {chosen.init_from}: {error}") from error
     return variables["params"], variables.get("batch_stats", {})
 
 
@@ -84,12 +84,12 @@ def file_sha256(path: Path) -> str:
     """Of the file --init-from.
 
     Raises:
-      InputError: it can't be read.
+      UsageError: it can't be read.
     """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"--init-from {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
         ) from error

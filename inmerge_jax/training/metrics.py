@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.training.workdir import write_error
 
@@ -136,7 +136,7 @@ def write_scores(
       run: names the run; without "@", "." and "/".
 
     Raises:
-      InputError: the file can't be written.
+      UsageError: the file can't be written.
       ValueError: a name that medmnist could not take apart again; scores of another shape.
     """
     scores = np.asarray(scores)
@@ -164,15 +164,15 @@ def read_scores(path: Path) -> np.ndarray:
     """The scores of one file as float64 (n, columns), in the order of their indices.
 
     Raises:
-      InputError: the file is absent, or not lines of an index and scores.
+      UsageError: the file is absent, or not lines of an index and scores.
     """
     try:
         lines = Path(path).read_text().splitlines() or ["empty"]
         table = np.loadtxt(lines, delimiter=",", ndmin=2, dtype=np.float64)
     except FileNotFoundError as error:
-        raise InputError(f"there is no score file {path}") from error
+        raise UsageError(f"there is no score file {path}") from error
     except ValueError as error:
-        raise InputError(f"{path} is not a score file: {error}") from error
+        raise UsageError(f"{path} is not a score file: {error}") from error
     if table.shape[1] < 2:
-        raise InputError(f"{path} is not a score file: an index and scores per line are needed")
+        raise UsageError(f"{path} is not a score file: an index and scores per line are needed")
     return table[np.argsort(table[:, 0], kind="stable"), 1:]

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.preemption import PreemptionHandler
 from inmerge_jax.training.workdir import diff_configs
 
@@ -45,7 +45,7 @@ def check_process_options(
     """Checks --coordinator, --num-processes and --process-id.
 
     Raises:
-      InputError: some but not all of them are given, or one is out of range.
+      UsageError: some but not all of them are given, or one is out of range.
     """
     given = {
         "--coordinator": coordinator,
@@ -56,20 +56,20 @@ def check_process_options(
     if len(missing) == len(given):
         return
     if missing:
-        raise InputError(
+        raise UsageError(
             f"{' and '.join(missing)} missing: a run of several processes needs --coordinator "
             "HOST:PORT, --num-processes and --process-id in each of them (a TPU pod needs none)"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise InputError(
+        raise UsageError(
             f"--coordinator {coordinator}: give the address of process 0 and a free port of it, "
             "such as 10.0.0.1:9876"
         )
     if num_processes < 1:
-        raise InputError(f"--num-processes {num_processes}: choose 1 or more")
+        raise UsageError(f"--num-processes {num_processes}: choose 1 or more")
     if not 0 <= process_id < num_processes:
-        raise InputError(
+        raise UsageError(
             f"--process-id {process_id}: choose 0 to {num_processes - 1}, another one in each of "
             f"the {num_processes} processes"
         )
@@ -93,7 +93,7 @@ def connect(
       seconds: how long to wait for the others; JAX says that for a TPU pod.
 
     Raises:
-      InputError: see `check_process_options` and `rendezvous`; or JAX cannot start.
+      UsageError: see `check_process_options` and `rendezvous`; or JAX cannot start.
     """
     check_process_options(coordinator, num_processes, process_id)
     # JAX would take SIGTERM for itself, and processes would not end by it.
@@ -116,7 +116,7 @@ def connect(
         # Starts the devices, so that nobody who asks for the number later, of an error, fails.
         jax.process_count()
     except RuntimeError as error:
-        raise InputError(
+        raise UsageError(
             f"--coordinator {coordinator}: process {process_id} of {num_processes} met the others, "
             f"but could not start with them: {str(error).splitlines()[0]}; mend this, then start "
             "all of them again"
@@ -131,7 +131,7 @@ def _connect_pod(options: dict[str, Any]) -> None:
     except (ValueError, OSError) as error:
         print(f"no TPU pod found ({error}): this process trains alone", file=sys.stderr)
     except RuntimeError as error:
-        raise InputError(
+        raise UsageError(
             f"this process of a TPU pod did not find the others: {str(error).splitlines()[0]}; "
             "start the same command on every host of the pod, with no other process on its TPUs, "
             "or give each --coordinator, --num-processes and --process-id"
@@ -149,7 +149,7 @@ def run_on_primary(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     No process goes on before it has ended. The result has to be picklable.
 
     Raises:
-      InputError, OSError: in every process, where process 0 met one.
+      UsageError, OSError: in every process, where process 0 met one.
     """
     if jax.process_count() == 1:
         return function(*args, **kwargs)
@@ -157,7 +157,7 @@ def run_on_primary(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     if is_primary():
         try:
             answer = function(*args, **kwargs), None
-        except (InputError, OSError) as error:
+        except (UsageError, OSError) as error:
             answer = None, error
     result, error = pickle.loads(_broadcast(pickle.dumps(answer)))
     if error is not None:
@@ -169,7 +169,7 @@ def run_synced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     """Calls `function` in every process; if it fails in one, it fails in all.
 
     Raises:
-      InputError: this process's, or what the first process that met one, or an OSError, said.
+      UsageError: this process's, or what the first process that met one, or an OSError, said.
       OSError: this process's.
     """
     if jax.process_count() == 1:
@@ -177,14 +177,14 @@ def run_synced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     own = result = None
     try:
         result = function(*args, **kwargs)
-    except (InputError, OSError) as error:
+    except (UsageError, OSError) as error:
         own = error
     messages = _gather(b"" if own is None else (str(own) or repr(own)).encode())
     if own is not None:
         raise own
     for number, message in enumerate(messages):
         if message:
-            raise InputError(f"stopped, because process {number} did: {message.decode()}")
+            raise UsageError(f"stopped, because process {number} did: {message.decode()}")
     return result
 
 
@@ -195,7 +195,7 @@ def require_same_config(config: dict[str, Any]) -> None:
       config: nested dicts of what JSON can hold.
 
     Raises:
-      InputError: in every process, with the differing fields.
+      UsageError: in every process, with the differing fields.
     """
     first = json.loads(run_on_primary(json.dumps, config))
 
@@ -204,7 +204,7 @@ def require_same_config(config: dict[str, Any]) -> None:
             f"\n  {name}: {there} there, {here} here"
             for name, there, here in diff_configs(first, config)
         ):
-            raise InputError(
+            raise UsageError(
                 f"process {jax.process_index()} was started with other options, or elsewhere, than "
                 f"process 0:{lines}\ngive every process the same, but for --process-id"
             )
@@ -335,7 +335,7 @@ def rendezvous(
       seconds: how long to wait for the others.
 
     Raises:
-      InputError: in every process that is there: one is missing, two have the same number, or they
+      UsageError: in every process that is there: one is missing, two have the same number, or they
         disagree on how many they are. In this one: process 0 cannot be reached.
     """
     if process_id == 0:
@@ -380,7 +380,7 @@ def _coordinate(coordinator: str, num_processes: int, seconds: float) -> None:
             except OSError as error:
                 problem = problem or f"process {number} ended before the run began ({error})"
     if problem:
-        raise InputError(problem)
+        raise UsageError(problem)
 
 
 def _listen(coordinator: str, num_processes: int) -> socket.socket:
@@ -395,7 +395,7 @@ def _listen(coordinator: str, num_processes: int) -> socket.socket:
             dualstack_ipv6=both,
         )
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"--coordinator {coordinator}: process 0 cannot use port {port} of its machine "
             f"({os.strerror(error.errno)}); choose another one, the same for every process, or end "
             "the process that has it: is it another one with --process-id 0?"
@@ -422,7 +422,7 @@ def _join(coordinator: str, num_processes: int, process_id: int, seconds: float)
             reason, patience = error.strerror or str(error), seconds
         if time.monotonic() - start >= patience:
             where = "on that machine" if process_id else "on this machine, or give its address"
-            raise InputError(
+            raise UsageError(
                 f"--coordinator {coordinator}: process {process_id} of {num_processes} did not "
                 f"find process 0 there in {patience:g} s ({reason}); start it, with --process-id "
                 f"0, {where}, and open the port to the others"
@@ -435,14 +435,14 @@ def _await_answer(connection: socket.socket, coordinator: str, process_id: int) 
     try:
         problem = json.loads(connection.makefile("rb").readline(_LINE))["problem"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
+        raise UsageError(
             f"--coordinator {coordinator}: process {process_id} got no answer there from process 0 "
             f"({error}): it ended, or its run has begun without this process, or the port is "
             "another program's; start all processes again, each with another --process-id, or "
             "choose another port"
         ) from error
     if problem:
-        raise InputError(problem)
+        raise UsageError(problem)
 
 
 def _read_hello(connection: socket.socket) -> tuple[int, int] | None:

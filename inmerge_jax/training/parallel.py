@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 DATA_AXIS = "devices"
 """The axis name that every per-device step averages over."""
@@ -20,7 +20,7 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
     Those of process 0 come first, then those of process 1, and so on.
 
     Raises:
-      InputError: `count` is below 1 or above the number of local devices; with several processes,
+      UsageError: `count` is below 1 or above the number of local devices; with several processes,
         it is not the number of all devices, or they do not have equally many.
     """
     available = jax.local_devices()
@@ -32,7 +32,7 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
         hint = ""
         if available[0].platform == "cpu":
             hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates more"
-        raise InputError(
+        raise UsageError(
             f"--devices {count}: choose 1 to {len(available)}, the number of local "
             f"{available[0].platform} devices{hint}"
         )
@@ -43,11 +43,11 @@ def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
     groups = [jax.local_devices(number) for number in range(jax.process_count())]
     numbers = [len(group) for group in groups]
     if len(set(numbers)) > 1:
-        raise InputError(
+        raise UsageError(
             f"the processes have {', '.join(map(str, numbers))} devices: give each the same number"
         )
     if count not in (None, sum(numbers)):
-        raise InputError(
+        raise UsageError(
             f"--devices {count}: {len(groups)} processes train on all of their {sum(numbers)} "
             "devices; leave it out"
         )

@@ -177,7 +177,7 @@ def train_stage(
 
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
-      InputError: a file cannot be written, or metrics.jsonl was changed since it was.
+      UsageError: a file cannot be written, or metrics.jsonl was changed since it was.
       Stopped: `context.should_stop` said so; every update that was done is kept.
     """
     recipe, devices, train = context.recipe, context.devices, context.dataset.train
@@ -464,7 +464,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """result.json of a finished stage; None where the stage is not finished.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
     path = folder / "result.json"
     remedy = (

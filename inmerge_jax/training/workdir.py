@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax import locking
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import json_sha256, write_bytes, write_json
 from inmerge_jax.locking import LOCK
 from inmerge_jax.training.environment import diff_environments, environment
@@ -39,7 +39,7 @@ def prepare_workdir(
       overwrite: delete the run in `folder` and start anew.
 
     Raises:
-      InputError: both options given; the folder is a file or holds something else than a run; it
+      UsageError: both options given; the folder is a file or holds something else than a run; it
         holds a finished run (results.json) without `overwrite`; an unfinished one with neither
         option; nothing to resume; another config, whose differing fields are listed.
     """
@@ -57,7 +57,7 @@ def environment_changes(folder: Path) -> tuple[str, ...]:
     """Changes since the run began that may affect its bits, see `diff_environments`.
 
     Raises:
-      InputError: environment.json is damaged.
+      UsageError: environment.json is damaged.
     """
     noted = _read_object(folder / ENVIRONMENT)
     return diff_environments(noted, noted["resumed"][-1]) if "resumed" in noted else ()
@@ -72,23 +72,23 @@ def check_workdir(
       "empty", "unfinished" or "finished".
     """
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one of them")
+        raise UsageError("--resume and --overwrite exclude each other: give one of them")
     state = _state(folder)
     if state == "empty":
         if resume:
-            raise InputError(
+            raise UsageError(
                 f"--resume: there is no run in {folder}; leave --resume out to start one there"
             )
         return state
     if overwrite:
         return state
     if state == "finished":
-        raise InputError(
+        raise UsageError(
             f"{folder} holds a finished run ({RESULTS}); choose another folder, or give "
             f"--overwrite to delete it and start anew"
         )
     if not resume:
-        raise InputError(
+        raise UsageError(
             f"{folder} holds an unfinished run; give --resume to go on with it, --overwrite to "
             f"delete it and start anew, or choose another folder"
         )
@@ -123,7 +123,7 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Adds `record` to `path` as one line of JSON; creates the file and its folder.
 
     Raises:
-      InputError: where the line can't be written (a full disk, say); the file is as it was.
+      UsageError: where the line can't be written (a full disk, say); the file is as it was.
     """
     line = json.dumps(_plain(record)).encode() + b"\n"
     try:
@@ -146,7 +146,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file in order; [] where it is absent; a torn last line is left out.
 
     Raises:
-      InputError: a line, not the last, is not a JSON object.
+      UsageError: a line, not the last, is not a JSON object.
     """
     return [record for _, record in _complete_lines(path)]
 
@@ -162,19 +162,19 @@ def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
       sha256: `json_sha256` of the records that stay, as they were written; None where unknown.
 
     Raises:
-      InputError: a line, not the last, is not a JSON object with a number "epoch"; or what stays
+      UsageError: a line, not the last, is not a JSON object with a number "epoch"; or what stays
         is not one record for each epoch from 1 to `epoch`, or not of that hash, so that the best
         epoch and the learning rate would come out wrong.
     """
     kept = [(line, found) for line, found in _complete_lines(path) if _epoch(path, found) <= epoch]
     epochs = [record["epoch"] for _, record in kept]
     if epochs != list(range(1, epoch + 1)):
-        raise InputError(
+        raise UsageError(
             f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; "
             f"{_retrain_remedy(path)}"
         )
     if sha256 is not None and json_sha256([record for _, record in kept]) != sha256:
-        raise InputError(
+        raise UsageError(
             f"{path} was changed since its {epoch} epochs were trained, and they decide the best "
             f"epoch and the learning rate; {_retrain_remedy(path)}"
         )
@@ -186,7 +186,7 @@ def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
             raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: OSError, *, begun: bool = True) -> InputError:
+def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError:
     """The error for a file that the system would not let us write, with reason and remedy.
 
     Args:
@@ -196,7 +196,7 @@ def write_error(path: Path, error: OSError, *, begun: bool = True) -> InputError
     """
     reason = error.strerror or str(error)
     before = "; what was written before is whole, and --resume goes on from it" if begun else ""
-    return InputError(
+    return UsageError(
         f"cannot write {path}: {reason}; make room or give rights there, or choose another "
         f"folder{before}"
     )
@@ -207,14 +207,14 @@ def _state(folder: Path) -> str:
     if not folder.exists():
         return "empty"
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose a folder for the run")
+        raise UsageError(f"{folder} is a file; choose a folder for the run")
     names = {entry.name for entry in folder.iterdir()}
     # What a start that was killed before it wrote config.json leaves behind.
     started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK)
     if all(name.startswith(started) for name in names):
         return "empty"
     if not {CONFIG, ENVIRONMENT} <= names:
-        raise InputError(
+        raise UsageError(
             f"{folder} holds files but no run ({CONFIG} and {ENVIRONMENT}); nothing in it was "
             f"touched: choose another folder, or empty it yourself"
         )
@@ -245,7 +245,7 @@ def _check_same(folder: Path, config: dict[str, Any]) -> None:
     differing = diff_configs(_read_object(folder / CONFIG), config)
     if differing:
         lines = "".join(f"\n  {name}: {old} there, {new} now" for name, old, new in differing)
-        raise InputError(
+        raise UsageError(
             f"--resume: {folder} was started with another configuration:{lines}\n"
             f"give the same values, or choose another folder"
         )
@@ -264,11 +264,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged: {error}; give --overwrite to start anew, or choose another folder"
         ) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not the file of a run: it holds no JSON object")
+        raise UsageError(f"{path} is not the file of a run: it holds no JSON object")
     return value
 
 
@@ -306,13 +306,13 @@ def _complete_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if isinstance(record, dict):
             found.append((line + b"\n", record))
         elif number < len(lines):
-            raise InputError(f"{path}, line {number} is damaged; {_retrain_remedy(path)}")
+            raise UsageError(f"{path}, line {number} is damaged; {_retrain_remedy(path)}")
     return found
 
 
 def _epoch(path: Path, record: dict[str, Any]) -> int:
     if not isinstance(record.get("epoch"), int):
-        raise InputError(f"{path} holds a line without its epoch; {_retrain_remedy(path)}")
+        raise UsageError(f"{path} holds a line without its epoch; {_retrain_remedy(path)}")
     return record["epoch"]
 
 
@@ -330,7 +330,7 @@ def open_workdir(
     """`prepare_workdir` of a folder that is this process's alone until the block ends.
 
     Raises:
-      InputError: another process holds it; else see `prepare_workdir`.
+      UsageError: another process holds it; else see `prepare_workdir`.
     """
     folder = Path(folder)
     # Asked first, because a refused start leaves the folder as it is, without a lock in it.

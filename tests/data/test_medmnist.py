@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from inmerge_jax.data import load_medmnist
 from inmerge_jax.data.medmnist import SIZES, SPLITS, medmnist_info, medmnist_names
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.paths import MEDMNIST, needs
 
 COUNTS = {"train": 9, "val": 4, "test": 5}
@@ -46,7 +46,7 @@ def load(path: Path, name: str, size: int = 28):
 
 def refusal(path: Path, name: str = "breastmnist", **options) -> str:
     """What the loader says of a file that it must refuse, whatever is allowed."""
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_medmnist(name, **{"file": path, "allow_unverified": True, **options})
     return str(caught.value)
 
@@ -141,7 +141,7 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
     np.savez(path, **make_arrays("breastmnist"))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     for place in ({"file": path}, {"data_dir": tmp_path}):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UsageError) as caught:
             load_medmnist("breastmnist", **place)
         message = str(caught.value)
         assert str(path) in message and md5 in message and "--allow-unverified" in message
@@ -165,7 +165,7 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
     ],
 )
 def test_an_unknown_name_is_answered_with_the_closest(name, guess):
-    with pytest.raises(InputError, match=rf"'{name}' \(--data\): did you mean {guess}\?"):
+    with pytest.raises(UsageError, match=rf"'{name}' \(--data\): did you mean {guess}\?"):
         load_medmnist(name)
 
 
@@ -177,14 +177,14 @@ def test_an_unknown_name_is_answered_with_all(tmp_path):
 
 
 def test_an_unknown_size_is_answered_with_the_known():
-    with pytest.raises(InputError, match=r"size 32 \(--size\).*28, 64, 128, 224"):
+    with pytest.raises(UsageError, match=r"size 32 \(--size\).*28, 64, 128, 224"):
         load_medmnist("breastmnist", size=32)
 
 
 def test_a_missing_file_is_named(tmp_path):
     assert f"{tmp_path / 'x.npz'} is missing" in refusal(tmp_path / "x.npz")
     assert "is missing or is no file" in refusal(tmp_path)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_medmnist("breastmnist", size=64, data_dir=tmp_path / "no", download=False)
     message = str(caught.value)
     assert str(tmp_path / "no" / "breastmnist_64.npz") in message
@@ -218,7 +218,7 @@ def test_a_damaged_file_is_never_half_loaded(place, bit, compressed, tmp_path_fa
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = load_medmnist("breastmnist", file=path, allow_unverified=True)
-    except InputError as error:
+    except UsageError as error:
         assert "flip.npz" in str(error)
     else:
         # A few bits mean nothing: times of day, say, or those after the end of compressed data.
@@ -338,7 +338,7 @@ def test_a_download_that_fails_leaves_nothing(failure, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             load_medmnist("breastmnist", data_dir=tmp_path)
     else:
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UsageError) as caught:
             load_medmnist("breastmnist", data_dir=tmp_path)
         message, info = str(caught.value), medmnist_info()["breastmnist"]
         assert "OSError: No route to host" in message
@@ -373,7 +373,7 @@ def test_a_file_is_not_taken_for_another_subset():
 @needs(MEDMNIST / "pneumoniamnist_rebuilt.npz")
 def test_real_rebuilt_pneumoniamnist_is_loaded_only_when_allowed():
     path = MEDMNIST / "pneumoniamnist_rebuilt.npz"
-    with pytest.raises(InputError, match="--allow-unverified"):
+    with pytest.raises(UsageError, match="--allow-unverified"):
         load_medmnist("pneumoniamnist", file=path)
     data = load(path, "pneumoniamnist")
     assert [len(s) for s in (data.train, data.val, data.test)] == [4708, 524, 624]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from inmerge_jax.data import make_phantom
 from inmerge_jax.data.phantom import FINDINGS, NO_FINDING
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:
@@ -169,5 +169,5 @@ def test_neither_trivial_nor_hopeless():
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UsageError, match=message):
         make_phantom(**{"train": 1, "val": 1, "test": 1, **options})

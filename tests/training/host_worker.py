@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from inmerge_jax.data import train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
 from inmerge_jax.training.evaluation import evaluate_merging
 from inmerge_jax.training.multihost import rendezvous
@@ -33,7 +33,7 @@ STEPS = 6
 RECIPE = dataclasses.replace(tiny.RECIPE, flip=False)
 
 
-def message(function, *args, kind=InputError):
+def message(function, *args, kind=UsageError):
     """What the error says that `function` raises."""
     try:
         function(*args)
@@ -56,7 +56,7 @@ def check_agreement():
 
     def refuse(wrong):
         if process == wrong:
-            raise InputError(f"process {process} said no")
+            raise UsageError(f"process {process} said no")
         return process
 
     def full():

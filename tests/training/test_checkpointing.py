@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from inmerge_jax import files
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.checkpointing import (
     DamagedCheckpointError,
@@ -197,7 +197,7 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
 )
 def test_another_structure_is_named(tmp_path, change, words):
     path = save_checkpoint(tmp_path, 0, make_state(), {})
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         restore_checkpoint(path, change(make_state()))
     assert not isinstance(raised.value, DamagedCheckpointError)
     assert str(path) in str(raised.value)
@@ -255,9 +255,9 @@ def test_folders_without_checkpoints(tmp_path):
         == (None, ())
     )
     assert checkpoint_epochs(tmp_path / "absent") == []
-    with pytest.raises(InputError, match="no checkpoint at"):
+    with pytest.raises(UsageError, match="no checkpoint at"):
         restore_checkpoint(tmp_path / "5", {})
-    with pytest.raises(InputError, match="no checkpoint at"):
+    with pytest.raises(UsageError, match="no checkpoint at"):
         read_meta(tmp_path / "5")
 
 
@@ -313,7 +313,7 @@ def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
     before = bits(first)
     monkeypatch.setattr(checkpointing, point, full)
     for epoch in (1, 2):
-        with pytest.raises(InputError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
+        with pytest.raises(UsageError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
             save_checkpoint(tmp_path, epoch, make_state(), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
@@ -326,7 +326,7 @@ def test_failed_exchange_puts_the_old_one_back(tmp_path, monkeypatch):
         full() if str(source).endswith("writing-1") else rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         save_checkpoint(tmp_path, 1, make_state(1), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
@@ -335,7 +335,7 @@ def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     save_checkpoint(tmp_path, 1, {"w": np.zeros(100)}, {})
-    with pytest.raises(InputError, match=r"8\.0 MB needed, 1\.5 MB free"):
+    with pytest.raises(UsageError, match=r"8\.0 MB needed, 1\.5 MB free"):
         save_checkpoint(tmp_path, 2, {"w": np.zeros(10**6)}, {})
     assert os.listdir(tmp_path) == ["1"]
 
@@ -353,7 +353,7 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
     first = save_checkpoint(tmp_path, 1, {"w": np.zeros(10)}, {})
     before = bits(first)
     for epoch in (1, 2):
-        with pytest.raises(InputError, match=f"{tmp_path / str(epoch)}: File too large"):
+        with pytest.raises(UsageError, match=f"{tmp_path / str(epoch)}: File too large"):
             save_checkpoint(tmp_path, epoch, {"w": np.ones(10**6)}, {})
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
     assert not caplog.records
@@ -366,7 +366,7 @@ def test_really_full_disk(tmp_path, monkeypatch, looks_first):
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         first = save_checkpoint(disk, 1, {"w": np.ones(10_000)}, {})
         before = bits(first)
-        with pytest.raises(InputError, match=f"{disk / '2'}: No space left on device"):
+        with pytest.raises(UsageError, match=f"{disk / '2'}: No space left on device"):
             save_checkpoint(disk, 2, {"w": np.ones(200_000)}, {})
         assert os.listdir(disk) == ["1"] and bits(first) == before
         assert latest_valid_checkpoint(disk) == (first, ())

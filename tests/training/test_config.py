@@ -8,7 +8,7 @@ import pytest
 from inmerge_jax import quantile
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import (
     ModelConfig,
     RecipeConfig,
@@ -69,7 +69,7 @@ def test_a_quantile_stands_in_place_of_the_threshold():
     kept = config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
     assert kept["threshold"] == 0.3 and "quantile" not in kept
     both = parse_config("--threshold 0.5 --quantile 0.9".split())
-    with pytest.raises(InputError, match=r"--threshold 0\.5 and --quantile 0\.9 contradict"):
+    with pytest.raises(UsageError, match=r"--threshold 0\.5 and --quantile 0\.9 contradict"):
         resolve_rule(both.rule)
 
 
@@ -192,7 +192,7 @@ def test_channels_follow_the_recipes_normalisation():
 
 
 def test_a_rule_out_of_range_is_an_input_error_for_python_too():
-    with pytest.raises(InputError, match="--alpha 2"):
+    with pytest.raises(UsageError, match="--alpha 2"):
         resolve_rule(RuleConfig(alpha=2))
     assert jax.local_device_count() == 8
 
@@ -202,6 +202,6 @@ def test_a_rule_out_of_range_is_an_input_error_for_python_too():
 )
 def test_a_bucket_is_not_taken_for_a_folder(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=rf"{option} gs:/bucket/run: .* mount it"):
+    with pytest.raises(UsageError, match=rf"{option} gs:/bucket/run: .* mount it"):
         make_run_spec(parse_config([*TINY, option, "gs://bucket/run"]))
     assert not list(tmp_path.iterdir())

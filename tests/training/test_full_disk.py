@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import checkpointing, train
 from inmerge_jax.training.checkpointing import (
     checkpoint_epochs,
@@ -48,7 +48,7 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     full_at(monkeypatch, 2)
     setup = dataclasses.replace(setup, should_stop=after(8)) if stopped else setup
     place = folder / "mid_epoch" / "4" if stopped else folder / "checkpoints" / "2"
-    with pytest.raises(InputError, match=f"cannot write {place}: No space left.*make room"):
+    with pytest.raises(UsageError, match=f"cannot write {place}: No space left.*make room"):
         run(folder, setup=setup)
     assert latest_valid_checkpoint(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
     assert os.listdir(place.parent) == ([] if stopped else ["1"])
@@ -68,7 +68,7 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
         for room in (0, 100_000, 1_000_000, 2_000_000):
             ballast.unlink(missing_ok=True)
             ballast.write_bytes(bytes(os.statvfs(disk).f_bfree * os.statvfs(disk).f_frsize - room))
-            with pytest.raises(InputError, match="No space left"):
+            with pytest.raises(UsageError, match="No space left"):
                 save_checkpoint(folder, 1, tree, {})
             time.sleep(0.1)
             assert os.listdir(folder) == []

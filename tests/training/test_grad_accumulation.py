@@ -11,7 +11,7 @@ import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
 from inmerge_jax.data import train_batch
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.training import experiment, train_step
@@ -226,5 +226,5 @@ def test_the_options_reach_the_step_and_the_network(monkeypatch):
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(UsageError, match=words):
         make_run_spec(parse_config([*SMALL, *options.split()]))

@@ -17,7 +17,7 @@ import pytest
 
 from experiments.reliability import jobs
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
 from tests.training import host_worker
 from tests.training.test_resume import REPOSITORY
@@ -261,7 +261,7 @@ def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     ],
 )
 def test_options_that_do_not_fit_are_refused(given, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(UsageError, match=words):
         multihost.check_process_options(*given)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.training import train as loop
 from inmerge_jax.training.config import parse_config, resolve_recipe, resolve_rule
@@ -91,12 +91,12 @@ def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
     places = [kernel.name.split("/")[0] for kernel in chosen]
     assert places == sorted(places)
     assert places[0] == ("layer4_0" if name == "resnet18" else "layer2_3")
-    with pytest.raises(InputError, match=f"{name} has {blocks} residual blocks"):
+    with pytest.raises(UsageError, match=f"{name} has {blocks} residual blocks"):
         select_kernels(PRESETS["released_intent"], name, kernels_of(name), blocks)
 
 
 def test_what_was_meant_for_a_densenet_is_not_made_up():
-    with pytest.raises(InputError, match="not known"):
+    with pytest.raises(UsageError, match="not known"):
         select_kernels(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)
 
 
@@ -207,5 +207,5 @@ def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys)
 
 
 def test_an_intent_that_leaves_nothing_is_refused():
-    with pytest.raises(InputError, match=r"--skip 10.*8 residual blocks; choose 0 to 7"):
+    with pytest.raises(UsageError, match=r"--skip 10.*8 residual blocks; choose 0 to 7"):
         make_run_spec(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from inmerge_jax.cli import train
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
 from inmerge_jax.training import multihost as meeting
 from inmerge_jax.training.multihost import rendezvous
@@ -27,7 +27,7 @@ def all_meet(*calls, seconds=SOON):
         number, count = call
         try:
             rendezvous(coordinator, count, number, seconds)
-        except InputError as error:
+        except UsageError as error:
             return str(error)
         return ""
 
@@ -90,9 +90,9 @@ def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
         connect(port).close()
         # The other machine's own port is free.
         monkeypatch.setattr(meeting, "_listen", lambda _, n: listen(f"127.0.0.1:{free_port()}", n))
-        with pytest.raises(InputError, match="two processes were started with --process-id 0"):
+        with pytest.raises(UsageError, match="two processes were started with --process-id 0"):
             rendezvous(f"127.0.0.1:{port}", 2, 0, SOON)
-        with pytest.raises(InputError, match="two processes were started with --process-id 0"):
+        with pytest.raises(UsageError, match="two processes were started with --process-id 0"):
             first.result(SOON)
 
 
@@ -131,7 +131,7 @@ def test_strangers_at_the_port_are_passed_over():
 @pytest.mark.parametrize("process", [0, 1])
 def test_an_unknown_host_is_named(process):
     coordinator = f"nowhere.invalid:{free_port()}"
-    with pytest.raises(InputError, match=r"nowhere\.invalid:.* \(unknown host: "):
+    with pytest.raises(UsageError, match=r"nowhere\.invalid:.* \(unknown host: "):
         rendezvous(coordinator, 2, process, 0.1)
 
 
@@ -140,7 +140,7 @@ def test_a_process_0_that_is_not_there_is_named(process, monkeypatch):
     # Process 0 itself has to be on the machine of that address.
     elsewhere = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(meeting, "_listen", lambda *_: elsewhere)
-    with pytest.raises(InputError, match=r"did not find process 0 there in 0\.1 s \(.*refused\)"):
+    with pytest.raises(UsageError, match=r"did not find process 0 there in 0\.1 s \(.*refused\)"):
         rendezvous(f"127.0.0.1:{free_port()}", 2, process, 0.1)
     elsewhere.close()
 
@@ -155,7 +155,7 @@ def test_another_program_at_the_port_is_not_process_0(answer):
                 connection.sendall(answer)
 
         pool.submit(serve)
-        with pytest.raises(InputError, match="process 1 got no answer there from process 0"):
+        with pytest.raises(UsageError, match="process 1 got no answer there from process 0"):
             rendezvous(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, SOON)
 
 
@@ -191,7 +191,7 @@ def test_a_tpu_pod_whose_processes_do_not_meet_is_bad_input(fails, monkeypatch):
     before = jax.config.jax_platforms
     try:
         jax.config.update("jax_platforms", "tpu,cpu")
-        with pytest.raises(InputError, match="coordinator address t1v-0; start the same command"):
+        with pytest.raises(UsageError, match="coordinator address t1v-0; start the same command"):
             multihost.connect(None, None, None)
     finally:
         jax.config.update("jax_platforms", before)

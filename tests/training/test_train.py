@@ -11,7 +11,7 @@ from rich.console import Console
 
 from inmerge_jax import kernel_similarity
 from inmerge_jax.data import Split
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import train
 from inmerge_jax.training.checkpointing import checkpoint_epochs, read_meta, restore_checkpoint
 from inmerge_jax.training.metrics import compute_metrics, read_scores
@@ -187,7 +187,7 @@ def test_a_changed_loss_is_not_trained_on(tmp_path, monkeypatch):
     losses = [line["val_loss"] for line in read_metrics(path)]
     path.write_text(whole.replace(f'"val_loss": {losses[0]}', '"val_loss": 9.9'))
     changed, before = path.read_bytes(), checkpoint_epochs(tmp_path / "parts" / "checkpoints")
-    with pytest.raises(InputError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
         run(tmp_path / "parts")
     assert path.read_bytes() == changed
     assert checkpoint_epochs(tmp_path / "parts" / "checkpoints") == before
@@ -202,7 +202,7 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
     first, second = whole.splitlines(keepends=True)
     path.write_text(first.replace('"val_loss": ', '"val_loss": 1') + second)
-    with pytest.raises(InputError, match="since its 1 epochs"):
+    with pytest.raises(UsageError, match="since its 1 epochs"):
         run(tmp_path)
     path.write_text(first + second.replace('"val_loss": ', '"val_loss": 1'))
     _, text = run(tmp_path)
@@ -233,7 +233,7 @@ def test_a_damaged_result_is_named_and_one_of_an_earlier_version_read(tmp_path):
     digits = f'"auc": {result["test"]["auc"]}'
     for broken in (whole.replace(digits, '"auc": 0.999'), whole[:100], "[]", ""):
         path.write_text(broken)
-        with pytest.raises(InputError, match=r"result\.json (was changed|is damaged).*delete it"):
+        with pytest.raises(UsageError, match=r"result\.json (was changed|is damaged).*delete it"):
             read_result(tmp_path)
     path.unlink()  # The remedy.
     again, _ = run(tmp_path, epochs=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training import workdir
 from inmerge_jax.training.environment import environment
 from inmerge_jax.training.workdir import append_metrics, diff_configs, prepare_workdir
@@ -61,7 +61,7 @@ def test_empty_folder_will_do(tmp_path):
 @pytest.mark.parametrize("left", ["environment.json", ".config.json.0f", ".environment.json.0f"])
 def test_start_that_was_killed_at_once_counts_as_empty(tmp_path, left):
     (tmp_path / left).write_text("{")
-    with pytest.raises(InputError, match="there is no run"):
+    with pytest.raises(UsageError, match="there is no run"):
         prepare_workdir(tmp_path, CONFIG, resume=True)
     prepare_workdir(tmp_path, CONFIG)
     assert json.loads((tmp_path / "environment.json").read_text())["python"]
@@ -79,7 +79,7 @@ def test_refuses_a_folder_in_use(run, finished, resume, words):
     if finished:
         finish(run)
     before = contents(run)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         prepare_workdir(run, CONFIG, resume=resume)
     for word in (str(run), *words):
         assert word in str(raised.value)
@@ -88,13 +88,13 @@ def test_refuses_a_folder_in_use(run, finished, resume, words):
 
 def test_refuses_to_resume_nothing(tmp_path):
     for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(InputError, match=f"--resume: there is no run in {folder}"):
+        with pytest.raises(UsageError, match=f"--resume: there is no run in {folder}"):
             prepare_workdir(folder, CONFIG, resume=True)
     assert os.listdir(tmp_path) == []
 
 
 def test_refuses_both_options(run):
-    with pytest.raises(InputError, match="--resume and --overwrite"):
+    with pytest.raises(UsageError, match="--resume and --overwrite"):
         prepare_workdir(run, CONFIG, resume=True, overwrite=True)
 
 
@@ -105,16 +105,16 @@ def test_never_touches_a_folder_of_something_else(tmp_path, options, names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path} holds files but no run"):
+    with pytest.raises(UsageError, match=f"{tmp_path} holds files but no run"):
         prepare_workdir(tmp_path, CONFIG, **options)
     assert contents(tmp_path) == before
 
 
 def test_refuses_a_file_as_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         prepare_workdir(tmp_path / "file", CONFIG, overwrite=True)
-    with pytest.raises(InputError, match="cannot write .*choose another folder$"):
+    with pytest.raises(UsageError, match="cannot write .*choose another folder$"):
         prepare_workdir(tmp_path / "file" / "inside", CONFIG)
 
 
@@ -143,7 +143,7 @@ def test_resume_names_the_fields_that_differ(run):
     config = {**changed(probability=0.5), "seeds": (0, 1, 2), "new": {"field": True}}
     del config["note"]
     before = contents(run)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         prepare_workdir(run, config, resume=True)
     assert str(raised.value).splitlines()[1:-1] == [
         "  rule.probability: 0.3 there, 0.5 now",
@@ -160,7 +160,7 @@ def test_images_may_lie_elsewhere_but_must_be_the_same(tmp_path):
     prepare_workdir(
         tmp_path, {"data": data | {"data_dir": "/new", "file": "/new/a.npz"}}, resume=True
     )
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         prepare_workdir(
             tmp_path, {"data": data | {"data_dir": "/new", "content_sha256": "c"}}, resume=True
         )
@@ -172,17 +172,17 @@ def test_a_configuration_under_the_names_of_earlier_versions_resumes(tmp_path):
     today = {"grad_accum_steps": 2, "recipe": {"name": "medmnist", "pos_weight": 3.0}}
     prepare_workdir(tmp_path, earlier)
     prepare_workdir(tmp_path, today, resume=True)
-    with pytest.raises(InputError, match=r"recipe\.pos_weight: 3\.0 there, 4\.0 now"):
+    with pytest.raises(UsageError, match=r"recipe\.pos_weight: 3\.0 there, 4\.0 now"):
         changed = {"grad_accum_steps": 2, "recipe": {"name": "medmnist", "pos_weight": 4.0}}
         prepare_workdir(tmp_path, changed, resume=True)
 
 
 def test_resume_with_a_damaged_configuration(run):
     (run / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is damaged"):
+    with pytest.raises(UsageError, match=r"config\.json is damaged"):
         prepare_workdir(run, CONFIG, resume=True)
     (run / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json is not the file of a run"):
+    with pytest.raises(UsageError, match=r"config\.json is not the file of a run"):
         prepare_workdir(run, CONFIG, resume=True)
 
 
@@ -213,7 +213,7 @@ def test_overwrite_cut_short_leaves_an_unfinished_run(run, monkeypatch):
     monkeypatch.setattr(workdir.shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         prepare_workdir(run, CONFIG, overwrite=True)
-    with pytest.raises(InputError, match="unfinished run"):
+    with pytest.raises(UsageError, match="unfinished run"):
         prepare_workdir(run, CONFIG)
 
 
@@ -246,7 +246,7 @@ def test_full_disk_at_the_start_leaves_no_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(workdir, "write_json", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         prepare_workdir(tmp_path / "a", CONFIG)
     monkeypatch.undo()
     assert prepare_workdir(tmp_path / "a", CONFIG)

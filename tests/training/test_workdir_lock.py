@@ -13,7 +13,7 @@ import pytest
 
 from inmerge_jax import locking
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.experiment import make_run_spec, run_experiment
 from inmerge_jax.training.preemption import TrainingInterrupted
@@ -60,7 +60,7 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
         for options in ({}, {"resume": True}, {"overwrite": True}):
             words = re.escape(f"{folder} is in use: process {process.pid} on ")
             with (
-                pytest.raises(InputError, match=words),
+                pytest.raises(UsageError, match=words),
                 open_workdir(folder, CONFIG, **options),
             ):
                 raise AssertionError
@@ -75,7 +75,7 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
 def test_a_folder_is_free_again_after_the_block_and_after_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyError), lock(tmp_path):
-            with pytest.raises(InputError, match=f"process {os.getpid()} on"), lock(tmp_path):
+            with pytest.raises(UsageError, match=f"process {os.getpid()} on"), lock(tmp_path):
                 raise AssertionError
             raise KeyError
     with open_workdir(tmp_path, CONFIG):
@@ -87,7 +87,7 @@ def test_overwriting_keeps_the_lock(tmp_path):
         pass
     with open_workdir(tmp_path, CONFIG, overwrite=True):
         assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "environment.json"]
-        with pytest.raises(InputError, match="in use"), lock(tmp_path):
+        with pytest.raises(UsageError, match="in use"), lock(tmp_path):
             raise AssertionError
 
 
@@ -103,7 +103,7 @@ def test_a_refused_folder_is_left_as_it_is(tmp_path, names, options, words):
     for name in names:
         (tmp_path / name).write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=words), open_workdir(tmp_path, CONFIG, **options):
+    with pytest.raises(UsageError, match=words), open_workdir(tmp_path, CONFIG, **options):
         raise AssertionError
     assert contents(tmp_path) == before
 
@@ -111,7 +111,7 @@ def test_a_refused_folder_is_left_as_it_is(tmp_path, names, options, words):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match="cannot write .*choose another folder$"),
+        pytest.raises(UsageError, match="cannot write .*choose another folder$"),
         lock(tmp_path / "file" / "inside"),
     ):
         raise AssertionError

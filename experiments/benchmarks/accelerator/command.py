@@ -22,7 +22,7 @@ from experiments.benchmarks.accelerator.session import (
     describe_machine,
     say,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.environment import configure_malloc, enable_compilation_cache
 
 _DESCRIPTION = """
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.imported is not None:
             return page.import_folder(options.imported)
         return run(options)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -111,12 +111,12 @@ def run(options: argparse.Namespace) -> int:
     """Checks the options, runs the parts, and prints the summary.
 
     Raises:
-      InputError: bad options, missing data, or a folder that does not fit.
+      UsageError: bad options, missing data, or a folder that does not fit.
     """
     if not (options.minutes > 0 and math.isfinite(options.minutes)):
-        raise InputError(f"--minutes {options.minutes:g}: choose a positive number")
+        raise UsageError(f"--minutes {options.minutes:g}: choose a positive number")
     if options.grid not in GRIDS:
-        raise InputError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
+        raise UsageError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
     grid = GRIDS[options.grid]
     if "trials" in options.parts:
         trials.check_data(grid, options.data_dir)

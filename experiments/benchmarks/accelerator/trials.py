@@ -28,7 +28,7 @@ from experiments.study.stages import Places, plan_of
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
 from inmerge_jax.data import steps_per_epoch, train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
 from inmerge_jax.training.experiment import RunSpec, initial_variables, make_context, step_options
@@ -56,7 +56,7 @@ def check_data(grid: Grid, folder: Path) -> None:
     """Checks that the files of a grid's data sets exist.
 
     Raises:
-      InputError: one is missing.
+      UsageError: one is missing.
     """
     for name in grid.data:
         config = datasets.config_of(name, folder, folder)
@@ -64,7 +64,7 @@ def check_data(grid: Grid, folder: Path) -> None:
             continue
         path = config.file or config.data_dir / f"{config.name}.npz"
         if not path.is_file():
-            raise InputError(
+            raise UsageError(
                 f"--data-dir {folder}: {path} is missing; give the folder that holds it, choose "
                 "another --grid, or leave the trials out with --parts correctness merge step"
             )
@@ -147,12 +147,12 @@ def keep_records(
       How many were new.
 
     Raises:
-      InputError: a trial is of no grid of this version, or its data set's labels are others.
+      UsageError: a trial is of no grid of this version, or its data set's labels are others.
     """
     known = {cell.hash: cell for grid in GRIDS.values() for cell in grid.cells()}
     unknown = sorted(set(records) - set(known))
     if unknown:
-        raise InputError(f"the trials {', '.join(unknown)} are of no grid of this version")
+        raise UsageError(f"the trials {', '.join(unknown)} are of no grid of this version")
     new = [one for one in records if store.read(known[one], folder) is None]
     for one in new:
         data = known[one].backbone.data

@@ -42,7 +42,7 @@ from inmerge_jax.data.chestxray14.manifest import (
 from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_json
 from inmerge_jax.locking import lock
 
@@ -129,11 +129,11 @@ def build(request: Request, console: Console) -> Built:
     """Builds the data set in `request.output`, or what an interrupted build has left to do.
 
     Raises:
-      InputError: anything about labels, lists, images or the folder that the user can mend;
+      UsageError: anything about labels, lists, images or the folder that the user can mend;
         another build at work in it.
     """
     if request.workers < 1 or request.size < 1:
-        raise InputError(
+        raise UsageError(
             f"--workers {request.workers}, --size {request.size}: each must be 1 or more"
         )
     output = Path(request.output).expanduser()
@@ -217,13 +217,13 @@ def _present(
         missing += [labels.names[row] for row in chosen[~there].tolist()]
     total = sum(map(len, wanted.values()))
     if missing and not request.allow_missing:
-        raise InputError(
+        raise UsageError(
             f"--images {request.images}: {some(missing, 'image')} of the {total:,} in the split "
             f"{request.split} are missing; fetch them, or build what there is with --allow-missing"
         )
     empty = [part for part, chosen in rows.items() if not len(chosen)]
     if empty:
-        raise InputError(
+        raise UsageError(
             f"--images {request.images} has no image of {' and '.join(empty)} in the split "
             f"{request.split}; give more images, or choose another --split"
         )
@@ -270,11 +270,11 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if not path.exists():
         known = {REDUCED, RECORDS, INDEX}
         if output.exists() and not output.is_dir():
-            raise InputError(f"--output {output} is a file; choose a folder")
+            raise UsageError(f"--output {output} is a file; choose a folder")
         there = {entry.name for entry in output.iterdir()} if output.exists() else set()
         strange = sorted(name for name in there - known if not name.startswith("."))
         if strange:
-            raise InputError(
+            raise UsageError(
                 f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
             )
         return None
@@ -283,12 +283,12 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if differing:
         name = differing[0]
         if name == "files_sha256":
-            raise InputError(
+            raise UsageError(
                 f"--output {output} was built from other files of these images: since then the "
                 "size or the time of change of one became another; delete it to build it anew, or "
                 "train on it as it is"
             )
-        raise InputError(
+        raise UsageError(
             f"--output {output} holds another data set: its {name} is {manifest[name]}, asked "
             f"for is {identity[name]}; choose another folder, or delete it"
         )
@@ -388,11 +388,11 @@ def _verify(
 
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """A full disk, say, is told as an `InputError`."""
+    """A full disk, say, is told as an `UsageError`."""
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"cannot write to {output}: {error.strerror or error}; make room or give rights "
             "there, then build again: what is done is kept"
         ) from error
@@ -400,4 +400,4 @@ def _writing(output: Path) -> Iterator[None]:
 
 def _require(valid: bool, what: str, output: Path) -> None:
     if not valid:
-        raise InputError(f"{output} was not written as it should be: {what}; delete it, build anew")
+        raise UsageError(f"{output} was not written as it should be: {what}; delete it, build anew")
