@@ -47,7 +47,7 @@ def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel
 
 
 def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
-    """A `steps.Treatment` of this kind, to be given `Numbers`."""
+    """A `train_step.ParamTransform` of this kind, to be given `Numbers`."""
 
     def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
         rule = numbers.rule

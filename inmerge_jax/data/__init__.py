@@ -88,19 +88,19 @@ def load_dataset(config: DataConfig) -> Dataset:
         from inmerge_jax.data.chestxray14.records import load_chestxray14
 
         if config.file is not None:
-            raise UsageError(f"{config.file} (--file) is not read for chestxray14: give --data-dir")
+            raise UsageError(f"`file` {config.file} is not read for chestxray14: give `data_dir`")
         if config.data_dir == MEDMNIST_DIR:
             raise UsageError(
-                "--data chestxray14 needs --data-dir, the folder that `inmerge data build "
-                "--output` has made"
+                "the data set chestxray14 needs `data_dir`, the folder that the command inmerge "
+                "data build has written"
             )
         return load_chestxray14(config.data_dir, size=config.size)
     size = DEFAULT_SIZE if config.size is None else config.size
     if config.name == "phantom":
         if config.file is not None:
             raise UsageError(
-                f"{config.file} (--file) is not read for the phantom: say with --data which "
-                "MedMNIST subset it holds"
+                f"`file` {config.file} is not read for the phantom: name the MedMNIST subset that "
+                "it holds"
             )
         chosen = config.phantom
         return make_phantom(

@@ -31,11 +31,11 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
       UsageError: where `batch_size` is below 1 or exceeds the number of examples.
     """
     if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     if batch_size > examples:
         raise UsageError(
-            f"batch size {batch_size} is larger than the training split of {examples} examples: "
-            f"give a --batch-size of at most {examples}, or more training examples"
+            f"`batch_size` {batch_size} exceeds the training split of {examples} examples: choose "
+            f"{examples} or fewer, or give more training examples"
         )
     return -(-examples // batch_size)
 
@@ -132,7 +132,7 @@ def eval_batches(
         an image cannot be read.
     """
     if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     _check_hosts(batch_size, host, hosts)
 
     def take(start: int) -> Batch:
@@ -174,8 +174,8 @@ def _read(
             yield from elements
     except WorkerLostError as error:
         raise UsageError(
-            f"a process that reads images was lost: {error}. Where memory ran out, give fewer "
-            "--workers or a smaller --batch-size; a run goes on with --resume"
+            f"a process that reads images was lost: {error}; if memory ran out, give fewer "
+            "`workers` or a smaller `batch_size`, and continue the run with `resume`"
         ) from error
 
 
@@ -195,7 +195,7 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
         raise ValueError(f"host {host} of {hosts}: hosts are counted from 0")
     if batch_size % hosts:
         raise UsageError(
-            f"--batch-size {batch_size} cannot be shared by {hosts} hosts: choose a multiple of "
+            f"`batch_size` {batch_size} cannot be split over {hosts} hosts: choose a multiple of "
             f"{hosts}"
         )
 

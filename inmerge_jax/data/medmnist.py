@@ -57,25 +57,25 @@ def load_medmnist(
     info = _subset_info(name)
     if size not in SIZES:
         raise UsageError(
-            f"size {size} (--size): MedMNIST has {', '.join(map(str, SIZES))} px; "
+            f"`size` {size}: MedMNIST has {', '.join(map(str, SIZES))} px; "
             "the phantom comes in any size"
         )
     suffix = "" if size == 28 else f"_{size}"
     if file is None:
         path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
-        remedy = "delete it and it is downloaded again, or name another with --file"
+        remedy = "delete it to download it again, or name another with `file`"
         if not path.exists():
             _download(info, size, path, allowed=download)
     else:
         path = Path(file).expanduser()
-        remedy = "name another with --file"
+        remedy = "name another with `file`"
     md5 = _checked_md5(path, remedy)
     expected = info[f"MD5{suffix}"]
     note = "" if md5 == expected else f"unverified file {path.name}"
     if note and not allow_unverified:
         raise UsageError(
             f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
-            f"{size} px: {remedy}, or load it as it is with --allow-unverified"
+            f"{size} px: {remedy}, or load it as it is with `allow_unverified`"
         )
     arrays = _read_arrays(path, remedy, verified=not note)
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
@@ -83,7 +83,7 @@ def load_medmnist(
     if note:
         warnings.warn(
             f"{path} is not {info['python_class']} at {size} px as published (MD5 {md5} instead "
-            f"of {expected}); loaded because of --allow-unverified, and named in every result",
+            f"of {expected}); loaded because of allow_unverified, and named in every result",
             stacklevel=2,
         )
     return Dataset(
@@ -126,9 +126,7 @@ def _subset_info(name: str) -> dict[str, Any]:
         return medmnist_info()[name]
     close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(
-        f"unknown data set {name!r} (--data): {guess}There are {', '.join((*_OTHERS, *names))}"
-    )
+    raise UsageError(f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}")
 
 
 def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
@@ -137,7 +135,7 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
     url = info[f"url{suffix}"]
     by_hand = (
         f"To place it by hand, download {url} and save it as {path} "
-        f"(MD5 {info[f'MD5{suffix}']}); --data-dir names another folder"
+        f"(MD5 {info[f'MD5{suffix}']}); `data_dir` names another folder"
     )
     if not allowed:
         raise UsageError(f"{path} is missing and downloading is off. {by_hand}")
@@ -217,7 +215,7 @@ def _make_split(
     if len(images) != len(labels):
         raise UsageError(
             f"{path}: {split}_images holds {len(images)} images but {split}_labels "
-            f"{len(labels)} labels; name a whole MedMNIST npz with --file or --data-dir"
+            f"{len(labels)} labels; give a complete MedMNIST npz as `file` or in `data_dir`"
         )
     if len(images) == 0:
         raise UsageError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
@@ -238,8 +236,8 @@ def _checked_images(
         raise UsageError(f"{where}: shape {shape}; {name} has n images of {expected}")
     if images.shape[1:3] != (size, size):
         raise UsageError(
-            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but --size {size} was "
-            "asked for: give the file's own --size, or name a file of that size"
+            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but `size` is {size}: "
+            "give the file's own size, or a file of that size"
         )
     return images
 

@@ -144,22 +144,21 @@ def _check(
     size: int, counts: dict[str, int], findings: tuple[str, ...], difficulty: float, seed: int
 ) -> None:
     if size < SMALLEST:
-        raise UsageError(f"size {size} (--size): the phantom needs at least {SMALLEST} px")
+        raise UsageError(f"`size` {size}: the phantom needs at least {SMALLEST} px")
     for split, count in counts.items():
         if count < 1:
-            raise UsageError(f"{split} {count} (--phantom.{split}): a split needs 1 image or more")
+            raise UsageError(f"`{split}` {count}: a split needs 1 image or more")
     known = ", ".join(FINDINGS)
     if not findings:
-        raise UsageError(f"no findings (--phantom.findings): name at least one of {known}")
+        raise UsageError(f"`findings` is empty: name at least one of {known}")
     for finding in findings:
         if finding not in FINDINGS:
-            raise UsageError(f"unknown finding {finding!r} (--phantom.findings): there are {known}")
+            raise UsageError(f"`findings`: unknown finding {finding!r}; there are {known}")
     if len(set(findings)) < len(findings):
-        raise UsageError(f"findings {', '.join(findings)} (--phantom.findings): name each once")
+        raise UsageError(f"`findings` {', '.join(findings)}: name each once")
     if not EASIEST <= difficulty <= HARDEST:
         raise UsageError(
-            f"difficulty {difficulty} (--phantom.difficulty): give a number from {EASIEST:g} to "
-            f"{HARDEST:g}; 1 is usual"
+            f"`difficulty` {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
         )
     if seed < 0:
-        raise UsageError(f"seed {seed} (--phantom.seed): give a whole number of at least 0")
+        raise UsageError(f"`seed` {seed}: give a whole number of at least 0")

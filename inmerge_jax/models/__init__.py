@@ -82,7 +82,7 @@ def create_model(
     if num_classes < 1:
         raise UsageError(f"num_classes {num_classes} for {name}: choose 1 or more")
     if remat and not name.startswith("densenet"):
-        raise UsageError(f"--remat is for densenet121, whose layers' inputs are large; not {name}")
+        raise UsageError(f"`remat` is for densenet121, whose layers' inputs are large; not {name}")
     return _MODELS[name](
         num_classes=num_classes,
         stem=stem,

@@ -257,7 +257,7 @@ def _check(
     lines += [f"{key}: {found[key]} found, {expected[key]} expected" for key in misshapen]
     text = "\n  ".join(lines)
     if not missing and not surplus and {key.rpartition(".")[0] for key in misshapen} == {head}:
-        text += "\nonly the head differs: give head_key (--replace-head) to have a new one drawn"
+        text += "\nonly the head differs: give `head_key` to initialize a new one"
     else:
         text += "\nname the network, stem and width that it is of"
     raise UsageError(text)

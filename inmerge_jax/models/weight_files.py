@@ -81,7 +81,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     """
     _check_suffix(path)
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another name, or give --overwrite to replace it")
+        raise UsageError(f"{path} exists; choose another name, or give `overwrite` to replace it")
 
 
 def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:

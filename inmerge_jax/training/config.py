@@ -297,7 +297,7 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
       UsageError: on an unknown name, a number out of range, or a momentum for Adam.
     """
     if config.name is None or config.name not in RECIPES:
-        raise UsageError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
+        raise UsageError(f"`recipe` {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[config.name], **given)
@@ -310,8 +310,8 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
     if config.momentum is not None and recipe.optimizer != "sgd":
         raise UsageError(
-            f"--momentum {config.momentum}: {recipe.optimizer} has none; leave it out, or add "
-            "--optimizer sgd"
+            f"`momentum` {config.momentum}: {recipe.optimizer} has none; leave it out, or give "
+            "`optimizer=sgd`"
         )
     cap = recipe.pos_weight
     valid = cap is None or (cap > 0 and math.isfinite(cap))
@@ -337,8 +337,8 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
         return MergeRule(config.probability, threshold, config.alpha, partner)
     if config.threshold is not None:
         raise UsageError(
-            f"--threshold {config.threshold} and --quantile {config.quantile} contradict each "
-            "other: give one of them"
+            f"`threshold` {config.threshold} and `quantile` {config.quantile} exclude each other: "
+            "give one of them"
         )
     return MergeRule(config.probability, quantile(config.quantile), config.alpha, partner)
 
@@ -350,12 +350,12 @@ def check_run(config: TrainConfig) -> None:
       UsageError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
     """
     seeds = " ".join(map(str, config.seeds))
-    _require(bool(config.seeds), "seeds", seeds, "name at least one, such as --seeds 0 1 2")
+    _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
-        raise UsageError("--replace-head is for the head of a file: give --init-from too")
+        raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
     places = {
         "output": config.output,
         "compilation_cache_dir": config.compilation_cache_dir,
@@ -378,11 +378,11 @@ def check_run(config: TrainConfig) -> None:
         "choose 1 or more",
     )
     if config.resume and config.overwrite:
-        raise UsageError("--resume and --overwrite contradict each other: give one of them")
+        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
 
 
 def check_steps_per_execution(steps: int, platform: str) -> None:
-    """Checks --steps-per-execution for the platform that the run is on.
+    """Checks `steps_per_execution` for the platform of the run.
 
     Raises:
       UsageError: below 1, or above 1 on CPU.
@@ -390,7 +390,7 @@ def check_steps_per_execution(steps: int, platform: str) -> None:
     _require(steps >= 1, "steps_per_execution", steps, "choose 1 or more")
     if steps > 1 and platform == "cpu":
         raise UsageError(
-            f"--steps-per-execution {steps}: leave it out on CPU, where XLA's convolutions are "
+            f"`steps_per_execution` {steps}: leave it out on CPU, where XLA's convolutions are "
             "about 45 times slower inside a loop; it is for GPU and TPU"
         )
 
@@ -404,8 +404,8 @@ def config_dict(
 ) -> dict[str, Any]:
     """What config.json holds: the options that decide the results, resolved, JSON-ready.
 
-    `init_sha256` is that of the file --init-from, and `data_sha256` that of images that were built
-    from files: their content decides the results too.
+    `init_sha256` is the hash of the file `init_from`; `data_sha256` is that of a data set that was
+    built from files. The content of both determines the results.
     """
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
@@ -431,4 +431,4 @@ def config_dict(
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
+        raise UsageError(f"`{name}` {value}: {remedy}")

@@ -108,7 +108,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     workers = _workers(config, dataset)
     if recipe.pos_weight is not None and not dataset.multi_label:
         raise UsageError(
-            f"--pos-weight is for data of several labels per image; {dataset.name} is "
+            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
             f"{dataset.task}: leave it out"
         )
     model = create_model(
@@ -138,7 +138,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
 def _check_updates(steps_per_execution: int, updates: int) -> None:
     if steps_per_execution > updates:
         raise UsageError(
-            f"--steps-per-execution {steps_per_execution}: an epoch has {updates} updates; choose "
+            f"`steps_per_execution` {steps_per_execution}: an epoch has {updates} updates; choose "
             f"{updates} or fewer"
         )
 
@@ -146,13 +146,13 @@ def _check_updates(steps_per_execution: int, updates: int) -> None:
 def _check_shares(batch_size: int, devices: int, parts: int) -> None:
     if batch_size % devices:
         raise UsageError(
-            f"--batch-size {batch_size} cannot be shared by {devices} devices: choose a multiple "
-            f"of {devices}, or fewer --devices"
+            f"`batch_size` {batch_size} cannot be split over {devices} devices: choose a multiple "
+            f"of {devices}, or fewer `devices`"
         )
     if batch_size % (devices * parts):
         raise UsageError(
-            f"--grad-accum-steps {parts}: {batch_size // devices} images per device cannot be "
-            f"split into {parts} equal parts; choose a --batch-size that is a multiple of "
+            f"`grad_accum_steps` {parts}: {batch_size // devices} images per device cannot be "
+            f"split into {parts} equal parts; choose a `batch_size` that is a multiple of "
             f"{devices * parts}"
         )
 
@@ -315,8 +315,8 @@ def _workers(config: TrainConfig, dataset: Dataset) -> int:
     if dataset.train.in_memory:
         if config.workers:
             raise UsageError(
-                f"--workers {config.workers}: {dataset.name} is all in memory, so there is nothing "
-                "to read; leave it out"
+                f"`workers` {config.workers}: {dataset.name} is in memory, so there is nothing to "
+                "read; leave it out"
             )
         return 0
     return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
@@ -333,7 +333,7 @@ def _config_dict(spec: RunSpec) -> dict[str, Any]:
 
 
 def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
-    """Parameters and batch statistics, random or those of --init-from."""
+    """Initial parameters and batch statistics: random, or from the file `init_from`."""
     if spec.init_sha256 is None:
         return init_variables(spec.model, spec.shape, seed)
     return pretrained_variables(

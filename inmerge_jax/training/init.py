@@ -51,7 +51,7 @@ def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
 def pretrained_variables(
     chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
 ) -> tuple[Any, Any]:
-    """The same from the file --init-from.
+    """Parameters and batch statistics from the file `init_from`.
 
     Args:
       chosen: the network and the file.
@@ -64,7 +64,7 @@ def pretrained_variables(
       UsageError: the file has changed, can't be read, or holds another network.
     """
     if file_sha256(chosen.init_from) != sha256:
-        raise UsageError(f"--init-from {chosen.init_from}: the file changed during the run")
+        raise UsageError(f"`init_from` {chosen.init_from}: the file changed during the run")
     try:
         variables = from_state_dict(
             chosen.name,
@@ -76,12 +76,12 @@ def pretrained_variables(
             head_key=jax.random.key(seed) if chosen.replace_head else None,
         )
     except UsageError as error:
-        raise UsageError(f"--init-from {chosen.init_from}: {error}") from error
+        raise UsageError(f"`init_from` {chosen.init_from}: {error}") from error
     return variables["params"], variables.get("batch_stats", {})
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file --init-from.
+    """SHA-256 of the file `init_from`.
 
     Raises:
       UsageError: it can't be read.
@@ -91,5 +91,5 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(
-            f"--init-from {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
+            f"`init_from` {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
         ) from error

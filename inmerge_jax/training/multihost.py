@@ -42,36 +42,36 @@ _SYNC_EVERY = 8
 def check_process_options(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Checks --coordinator, --num-processes and --process-id.
+    """Checks the options of a run of several processes.
 
     Raises:
       UsageError: some but not all of them are given, or one is out of range.
     """
     given = {
-        "--coordinator": coordinator,
-        "--num-processes": num_processes,
-        "--process-id": process_id,
+        "`coordinator`": coordinator,
+        "`num_processes`": num_processes,
+        "`process_id`": process_id,
     }
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return
     if missing:
         raise UsageError(
-            f"{' and '.join(missing)} missing: a run of several processes needs --coordinator "
-            "HOST:PORT, --num-processes and --process-id in each of them (a TPU pod needs none)"
+            f"{' and '.join(missing)} missing: each process of a run needs `coordinator` "
+            "(HOST:PORT), `num_processes` and `process_id`, except on a TPU pod"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UsageError(
-            f"--coordinator {coordinator}: give the address of process 0 and a free port of it, "
+            f"`coordinator` {coordinator}: give the address of process 0 and a free port of it, "
             "such as 10.0.0.1:9876"
         )
     if num_processes < 1:
-        raise UsageError(f"--num-processes {num_processes}: choose 1 or more")
+        raise UsageError(f"`num_processes` {num_processes}: choose 1 or more")
     if not 0 <= process_id < num_processes:
         raise UsageError(
-            f"--process-id {process_id}: choose 0 to {num_processes - 1}, another one in each of "
-            f"the {num_processes} processes"
+            f"`process_id` {process_id}: choose 0 to {num_processes - 1}, a different one in each "
+            "process"
         )
 
 
@@ -117,8 +117,8 @@ def connect(
         jax.process_count()
     except RuntimeError as error:
         raise UsageError(
-            f"--coordinator {coordinator}: process {process_id} of {num_processes} met the others, "
-            f"but could not start with them: {str(error).splitlines()[0]}; mend this, then start "
+            f"`coordinator` {coordinator}: process {process_id} of {num_processes} found the "
+            f"others, but JAX could not start: {str(error).splitlines()[0]}; fix this, then start "
             "all of them again"
         ) from error
 
@@ -134,7 +134,7 @@ def _connect_pod(options: dict[str, Any]) -> None:
         raise UsageError(
             f"this process of a TPU pod did not find the others: {str(error).splitlines()[0]}; "
             "start the same command on every host of the pod, with no other process on its TPUs, "
-            "or give each --coordinator, --num-processes and --process-id"
+            "or give each `coordinator`, `num_processes` and `process_id`"
         ) from error
 
 
@@ -201,12 +201,12 @@ def require_same_config(config: dict[str, Any]) -> None:
 
     def compare() -> None:
         if lines := "".join(
-            f"\n  {name}: {there} there, {here} here"
+            f"\n  {name}: {there} in process 0, {here} here"
             for name, there, here in diff_configs(first, config)
         ):
             raise UsageError(
-                f"process {jax.process_index()} was started with other options, or elsewhere, than "
-                f"process 0:{lines}\ngive every process the same, but for --process-id"
+                f"configuration of process {jax.process_index()} differs from process 0:{lines}\n"
+                "give every process the same options, except `process_id`"
             )
 
     run_synced(compare)
@@ -396,9 +396,9 @@ def _listen(coordinator: str, num_processes: int) -> socket.socket:
         )
     except OSError as error:
         raise UsageError(
-            f"--coordinator {coordinator}: process 0 cannot use port {port} of its machine "
-            f"({os.strerror(error.errno)}); choose another one, the same for every process, or end "
-            "the process that has it: is it another one with --process-id 0?"
+            f"`coordinator` {coordinator}: process 0 cannot use port {port} of its machine "
+            f"({os.strerror(error.errno)}); choose another port for all processes, or end the "
+            "process that uses it (perhaps another one with `process_id` 0)"
         ) from error
 
 
@@ -423,9 +423,9 @@ def _join(coordinator: str, num_processes: int, process_id: int, seconds: float)
         if time.monotonic() - start >= patience:
             where = "on that machine" if process_id else "on this machine, or give its address"
             raise UsageError(
-                f"--coordinator {coordinator}: process {process_id} of {num_processes} did not "
-                f"find process 0 there in {patience:g} s ({reason}); start it, with --process-id "
-                f"0, {where}, and open the port to the others"
+                f"`coordinator` {coordinator}: process {process_id} of {num_processes} did not "
+                f"find process 0 there in {patience:g} s ({reason}); start it with `process_id` 0 "
+                f"{where}, and open the port to the others"
             )
         time.sleep(_RETRY_SECONDS)
 
@@ -436,10 +436,10 @@ def _await_answer(connection: socket.socket, coordinator: str, process_id: int) 
         problem = json.loads(connection.makefile("rb").readline(_LINE))["problem"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
-            f"--coordinator {coordinator}: process {process_id} got no answer there from process 0 "
-            f"({error}): it ended, or its run has begun without this process, or the port is "
-            "another program's; start all processes again, each with another --process-id, or "
-            "choose another port"
+            f"`coordinator` {coordinator}: process {process_id} got no answer from process 0 "
+            f"({error}): it ended, its run started without this process, or another program uses "
+            "the port; start all processes again, each with its own `process_id`, or choose "
+            "another port"
         ) from error
     if problem:
         raise UsageError(problem)
@@ -468,14 +468,14 @@ def _disagreement(num_processes: int, guests: list[_Peer]) -> str:
     for number, count, _ in guests:
         if count != num_processes:
             return (
-                f"process {number} was started with --num-processes {count}, process 0 with "
-                f"{num_processes}; give every process the same"
+                f"process {number} was started with `num_processes` {count}, process 0 with "
+                f"{num_processes}; give every process the same number"
             )
     for number, count in Counter(number for number, _, _ in guests).items():
         if count > 1:
             return (
-                f"two processes were started with --process-id {number}; choose 0 to "
-                f"{num_processes - 1}, another one in each of the {num_processes} processes"
+                f"two processes were started with `process_id` {number}; choose 0 to "
+                f"{num_processes - 1}, a different one in each process"
             )
     return ""
 
@@ -485,8 +485,8 @@ def _missing(coordinator: str, num_processes: int, guests: list[_Peer], seconds:
     there = {number for number, _, _ in guests}
     numbers = ", ".join(str(n) for n in range(num_processes) if n not in there)
     return (
-        f"--coordinator {coordinator}: of {num_processes} processes these did not come in "
-        f"{seconds:g} s: {numbers}; start each with its --process-id, and see whether its machine "
+        f"`coordinator` {coordinator}: of {num_processes} processes these did not connect in "
+        f"{seconds:g} s: {numbers}; start each with its `process_id`, and check that its machine "
         "reaches this address and port"
     )
 

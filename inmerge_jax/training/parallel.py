@@ -33,7 +33,7 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
         if available[0].platform == "cpu":
             hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates more"
         raise UsageError(
-            f"--devices {count}: choose 1 to {len(available)}, the number of local "
+            f"`devices` {count}: choose 1 to {len(available)}, the number of local "
             f"{available[0].platform} devices{hint}"
         )
     return tuple(available[:count])
@@ -44,11 +44,11 @@ def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
     numbers = [len(group) for group in groups]
     if len(set(numbers)) > 1:
         raise UsageError(
-            f"the processes have {', '.join(map(str, numbers))} devices: give each the same number"
+            f"the processes have {', '.join(map(str, numbers))} devices: give all the same number"
         )
     if count not in (None, sum(numbers)):
         raise UsageError(
-            f"--devices {count}: {len(groups)} processes train on all of their {sum(numbers)} "
+            f"`devices` {count}: {len(groups)} processes train on all of their {sum(numbers)} "
             "devices; leave it out"
         )
     return tuple(device for group in groups for device in group)

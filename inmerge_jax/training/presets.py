@@ -56,7 +56,7 @@ def find_preset(name: PresetName | None) -> Preset:
     if name is None:
         return NO_PRESET
     if name not in PRESETS:
-        raise UsageError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+        raise UsageError(f"`preset` {name}: unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -81,24 +81,24 @@ def select_kernels(
     if preset.selection == "released" and family == "resnet":
         return (), (
             f"the released code merges nothing in {model}, whatever its options: it looks for "
-            "convolutions in containers nested one level deeper than a ResNet's are. So the arm "
-            "inmerge is plain training here. --preset released_intent merges what it set out to."
+            "convolutions one level deeper than a ResNet nests them. The arm inmerge is plain "
+            "fine-tuning here. The preset released_intent merges the layers that were meant."
         )
     if preset.selection == "released" and family == "densenet":
         if skip == 0:
             return tuple(kernels[:1]), ""
         return (), (
-            f"the released code merges nothing in {model} at --skip {skip}: of a DenseNet it "
-            "reaches the first convolution alone, and any --skip above 0 leaves that out. So the "
-            "arm inmerge is plain training here."
+            f"the released code merges nothing in {model} at skip {skip}: it reaches only a "
+            "DenseNet's first convolution, which any skip above 0 leaves out. The arm inmerge is "
+            "plain fine-tuning here."
         )
     if preset.selection == "intent" and family == "resnet":
         second = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
         return _after(second, skip, f"{model} has {len(second)} residual blocks"), ""
     if preset.selection == "intent" and family == "densenet":
         raise UsageError(
-            f"--preset released_intent: what the released code meant to merge in {model} is not "
-            "known; choose --preset released or paper"
+            f"`preset` released_intent: the layers that the released code meant to merge in "
+            f"{model} are unknown; choose released or paper"
         )
     return _after(kernels, skip, f"{model} has {len(kernels)} convolutions"), ""
 
@@ -106,6 +106,6 @@ def select_kernels(
 def _after(kernels: Sequence[Kernel], skip: int, count: str) -> tuple[Kernel, ...]:
     if skip >= len(kernels):
         raise UsageError(
-            f"--skip {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
+            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
         )
     return deep_kernels(kernels, skip=skip)

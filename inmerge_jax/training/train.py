@@ -419,7 +419,7 @@ def _require_finite(
         return
     last = stage.checkpoints / str(len(history))
     kept = f"the last good checkpoint is {last}" if history else "no epoch was finished before it"
-    option = "--merging-learning-rate" if stage.number else "--learning-rate"
+    option = "`merging_learning_rate`" if stage.number else "`learning_rate`"
     raise NonFiniteLossError(
         f"{stage.name}: the {kind} loss became {loss} in epoch {epoch}, at learning rate {rate:g}; "
         f"{kept}. Choose a lower {option} and start again in another folder."
@@ -436,7 +436,7 @@ def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str
         f"{stage.name}: the first epoch merged none of the {selected:,} kernels that were "
         "selected, so this arm is plain training so far. Median, 99% quantile and maximum of the "
         f"similarity of a layer's kernels:{''.join(lines)}\n"
-        "A lower --threshold or --quantile, --partner nearest or a smaller --skip would merge more."
+        "A lower threshold or quantile, the partner nearest, or a smaller skip would merge more."
     )
 
 
@@ -468,7 +468,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "result.json"
     remedy = (
-        "put it back as it was written, or delete it and give the run's command with --resume, "
-        "which evaluates the stage's best checkpoint again"
+        "restore it, or delete it and give `resume`, which evaluates the stage's best checkpoint "
+        "again"
     )
     return read_json_with_checksum(path, remedy) if path.exists() else None

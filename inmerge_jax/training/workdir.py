@@ -72,12 +72,12 @@ def check_workdir(
       "empty", "unfinished" or "finished".
     """
     if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other: give one of them")
+        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
     state = _state(folder)
     if state == "empty":
         if resume:
             raise UsageError(
-                f"--resume: there is no run in {folder}; leave --resume out to start one there"
+                f"`resume`: there is no run in {folder}; leave it out to start one there"
             )
         return state
     if overwrite:
@@ -85,12 +85,12 @@ def check_workdir(
     if state == "finished":
         raise UsageError(
             f"{folder} holds a finished run ({RESULTS}); choose another folder, or give "
-            f"--overwrite to delete it and start anew"
+            "`overwrite` to replace it"
         )
     if not resume:
         raise UsageError(
-            f"{folder} holds an unfinished run; give --resume to go on with it, --overwrite to "
-            f"delete it and start anew, or choose another folder"
+            f"{folder} holds an unfinished run; give `resume` to continue it, `overwrite` to "
+            "replace it, or choose another folder"
         )
     _check_same(folder, _plain(config))
     return state
@@ -195,7 +195,7 @@ def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError
       begun: whether there is a run that can be resumed.
     """
     reason = error.strerror or str(error)
-    before = "; what was written before is whole, and --resume goes on from it" if begun else ""
+    before = "; earlier files are intact, and `resume` continues the run" if begun else ""
     return UsageError(
         f"cannot write {path}: {reason}; make room or give rights there, or choose another "
         f"folder{before}"
@@ -246,8 +246,8 @@ def _check_same(folder: Path, config: dict[str, Any]) -> None:
     if differing:
         lines = "".join(f"\n  {name}: {old} there, {new} now" for name, old, new in differing)
         raise UsageError(
-            f"--resume: {folder} was started with another configuration:{lines}\n"
-            f"give the same values, or choose another folder"
+            f"`resume`: {folder} was started with another configuration:{lines}\n"
+            "give the same values, or choose another folder"
         )
 
 
@@ -265,7 +265,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except ValueError as error:
         raise UsageError(
-            f"{path} is damaged: {error}; give --overwrite to start anew, or choose another folder"
+            f"{path} is damaged: {error}; give `overwrite` to start again, or choose another folder"
         ) from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not the file of a run: it holds no JSON object")
@@ -318,8 +318,8 @@ def _epoch(path: Path, record: dict[str, Any]) -> int:
 
 def _retrain_remedy(path: Path) -> str:
     return (
-        f"put the file back as it was written, or delete the folder {path.parent}, and --resume "
-        "trains that stage anew"
+        f"restore the file, or delete the folder {path.parent} and give `resume` to retrain that "
+        "stage"
     )
 
 

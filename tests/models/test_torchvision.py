@@ -140,7 +140,7 @@ def test_files_hold_what_was_written(tmp_path, suffix):
     assert_same(read_state_dict(path), state_dict)
     if suffix != ".safetensors":
         assert_same(torch.load(path, weights_only=True), state_dict)
-    with pytest.raises(UsageError, match="exists; .*--overwrite"):
+    with pytest.raises(UsageError, match="exists; .*`overwrite`"):
         write_state_dict(path, {})
     write_state_dict(path, {"a": np.ones(2, np.float32)}, overwrite=True)
     assert_same(read_state_dict(path), {"a": np.ones(2, np.float32)})

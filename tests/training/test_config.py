@@ -69,7 +69,7 @@ def test_a_quantile_stands_in_place_of_the_threshold():
     kept = config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
     assert kept["threshold"] == 0.3 and "quantile" not in kept
     both = parse_config("--threshold 0.5 --quantile 0.9".split())
-    with pytest.raises(UsageError, match=r"--threshold 0\.5 and --quantile 0\.9 contradict"):
+    with pytest.raises(UsageError, match=r"`threshold` 0\.5 and `quantile` 0\.9 exclude"):
         resolve_rule(both.rule)
 
 
@@ -192,7 +192,7 @@ def test_channels_follow_the_recipes_normalisation():
 
 
 def test_a_rule_out_of_range_is_an_input_error_for_python_too():
-    with pytest.raises(UsageError, match="--alpha 2"):
+    with pytest.raises(UsageError, match="`alpha` 2"):
         resolve_rule(RuleConfig(alpha=2))
     assert jax.local_device_count() == 8
 

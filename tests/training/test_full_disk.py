@@ -99,7 +99,7 @@ def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsy
         said = capsys.readouterr().err
         place = output / "seed0" / "backbone" / "checkpoints"
         assert f"error: cannot write {place / '2'}: No space left" in said
-        assert "make room" in said and "--resume goes on" in said
+        assert "make room" in said and "--resume continues" in said
         assert os.listdir(place) == ["1"] and latest_valid_checkpoint(place) == (place / "1", ())
         ballast.unlink()
         assert main([*command, "--resume"]) == 0

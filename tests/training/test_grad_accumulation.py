@@ -221,8 +221,8 @@ def test_the_options_reach_the_step_and_the_network(monkeypatch):
     ("options", "words"),
     [
         ("--batch-size 16 --devices 2 --grad-accum-steps 3", "16 images|multiple of 6"),
-        ("--grad-accum-steps 0", "--grad-accum-steps 0: choose 1 or more"),
-        ("--remat --batch-size 16", "--remat is for densenet121"),
+        ("--grad-accum-steps 0", "`grad_accum_steps` 0: choose 1 or more"),
+        ("--remat --batch-size 16", "`remat` is for densenet121"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words):

@@ -45,15 +45,15 @@ def test_the_option_reaches_the_data_and_is_refused_elsewhere():
     plan = make_run_spec(config(multi_label=True))
     weights = label_pos_weights(plan.recipe, plan.dataset.train.labels)
     assert 1 < weights.max() <= 3
-    with pytest.raises(UsageError, match="--pos-weight is for data of several labels"):
+    with pytest.raises(UsageError, match="`pos_weight` 3.0 is for multi-label data"):
         make_run_spec(config(multi_label=False))
-    with pytest.raises(UsageError, match="--pos-weight 0"):
+    with pytest.raises(UsageError, match="`pos_weight` 0"):
         resolve_recipe(RecipeConfig(name="medmnist", pos_weight=0.0))
 
 
 def test_worker_processes_are_for_files():
-    with pytest.raises(UsageError, match="--workers 2: phantom is all in memory"):
+    with pytest.raises(UsageError, match="`workers` 2: phantom is in memory"):
         make_run_spec(dataclasses.replace(config(multi_label=True), workers=2))
-    with pytest.raises(UsageError, match="--workers -1"):
+    with pytest.raises(UsageError, match="`workers` -1"):
         make_run_spec(dataclasses.replace(config(multi_label=True), workers=-1))
     assert make_run_spec(config(multi_label=True)).workers == 0

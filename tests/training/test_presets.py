@@ -207,5 +207,5 @@ def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys)
 
 
 def test_an_intent_that_leaves_nothing_is_refused():
-    with pytest.raises(UsageError, match=r"--skip 10.*8 residual blocks; choose 0 to 7"):
+    with pytest.raises(UsageError, match=r"`skip` 10.*8 residual blocks; choose 0 to 7"):
         make_run_spec(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))

@@ -90,9 +90,9 @@ def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
         connect(port).close()
         # The other machine's own port is free.
         monkeypatch.setattr(meeting, "_listen", lambda _, n: listen(f"127.0.0.1:{free_port()}", n))
-        with pytest.raises(UsageError, match="two processes were started with --process-id 0"):
+        with pytest.raises(UsageError, match="two processes were started with `process_id` 0"):
             rendezvous(f"127.0.0.1:{port}", 2, 0, SOON)
-        with pytest.raises(UsageError, match="two processes were started with --process-id 0"):
+        with pytest.raises(UsageError, match="two processes were started with `process_id` 0"):
             first.result(SOON)
 
 

@@ -109,14 +109,14 @@ def test_more_than_an_epoch_has_is_refused(monkeypatch):
     monkeypatch.setattr(experiment, "choose_devices", lambda _: tpu)
     options = "--phantom.train 64 --batch-size 32 --steps-per-execution".split()
     with pytest.raises(
-        UsageError, match="--steps-per-execution 3: an epoch has 2 updates.*2 or fewer"
+        UsageError, match="`steps_per_execution` 3: an epoch has 2 updates.*2 or fewer"
     ):
         experiment.make_run_spec(parse_config([*options, "3"]))
     assert experiment.make_run_spec(parse_config([*options, "2"])).config.steps_per_execution == 2
 
 
 def test_the_number_is_checked():
-    with pytest.raises(UsageError, match="--steps-per-execution 0: choose 1 or more"):
+    with pytest.raises(UsageError, match="`steps_per_execution` 0: choose 1 or more"):
         check_steps_per_execution(0, "tpu")
     check_steps_per_execution(8, "tpu")
     check_steps_per_execution(8, "cuda")

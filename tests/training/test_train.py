@@ -55,14 +55,14 @@ def restore(folder, epoch):
 
 def interrupt_at(monkeypatch, step):
     """Stops training from its start as Ctrl-C would, before that step."""
-    ahead = train.ahead
+    ahead = train.prefetch_to_device
 
     def interrupted(*args):
         yield from itertools.islice(ahead(*args), step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "ahead", interrupted)
-    return lambda: monkeypatch.setattr(train, "ahead", ahead)
+    monkeypatch.setattr(train, "prefetch_to_device", interrupted)
+    return lambda: monkeypatch.setattr(train, "prefetch_to_device", ahead)
 
 
 def test_a_stage_leaves_its_evidence(tmp_path):
@@ -255,7 +255,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
             totals = totals._replace(loss=totals.loss * np.nan)
         return state, totals
 
-    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3.*checkpoints/2.*--learning-rate"):
+    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3.*checkpoints/2.*`learning_rate`"):
         run(tmp_path, setup=setup, train_step=poisoning)
     assert checkpoint_epochs(tmp_path / "checkpoints")[-1] == 2
     assert read_meta(tmp_path / "checkpoints" / "2")["epoch"] == 2
@@ -284,7 +284,7 @@ def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch)
         (layer,) = kernel_similarity(params, (kernel,), quantiles=(0.5, 0.99))
         figures = (*layer.quantiles.values(), layer.maximum)
         assert f"{kernel.name}: " + ", ".join(f"{value:.3f}" for value in figures) in warning
-    assert "--threshold" in warning
+    assert "lower threshold" in warning
 
     result, text = run(tmp_path / "merges", rule=tiny.ALWAYS)
     assert result["warnings"] == [] and "WARNING" not in text

@@ -88,13 +88,13 @@ def test_refuses_a_folder_in_use(run, finished, resume, words):
 
 def test_refuses_to_resume_nothing(tmp_path):
     for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(UsageError, match=f"--resume: there is no run in {folder}"):
+        with pytest.raises(UsageError, match=f"`resume`: there is no run in {folder}"):
             prepare_workdir(folder, CONFIG, resume=True)
     assert os.listdir(tmp_path) == []
 
 
 def test_refuses_both_options(run):
-    with pytest.raises(UsageError, match="--resume and --overwrite"):
+    with pytest.raises(UsageError, match="`resume` and `overwrite`"):
         prepare_workdir(run, CONFIG, resume=True, overwrite=True)
 
 

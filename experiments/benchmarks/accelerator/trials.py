@@ -196,7 +196,7 @@ def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
 def shared_treatment(
     kernels: tuple[Kernel, ...], kinds: Sequence[tuple[str, bool]]
 ) -> Callable[..., Any]:
-    """A `steps.Treatment` that holds all rules of a grid, so that they share one compilation.
+    """A `ParamTransform` that holds all rules of a grid, so that they share one compilation.
 
     Branch 0 leaves the weights alone; branch i + 1 merges as `kinds[i]` says.
     """

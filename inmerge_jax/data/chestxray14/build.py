@@ -134,7 +134,7 @@ def build(request: Request, console: Console) -> Built:
     """
     if request.workers < 1 or request.size < 1:
         raise UsageError(
-            f"--workers {request.workers}, --size {request.size}: each must be 1 or more"
+            f"`workers` {request.workers}, `size` {request.size}: each must be 1 or more"
         )
     output = Path(request.output).expanduser()
     labels = read_labels(find_labels(request.labels))
@@ -218,14 +218,14 @@ def _present(
     total = sum(map(len, wanted.values()))
     if missing and not request.allow_missing:
         raise UsageError(
-            f"--images {request.images}: {some(missing, 'image')} of the {total:,} in the split "
-            f"{request.split} are missing; fetch them, or build what there is with --allow-missing"
+            f"`images` {request.images}: {some(missing, 'image')} of the {total:,} in the split "
+            f"{request.split} are missing; fetch them, or build without them (`allow_missing`)"
         )
     empty = [part for part, chosen in rows.items() if not len(chosen)]
     if empty:
         raise UsageError(
-            f"--images {request.images} has no image of {' and '.join(empty)} in the split "
-            f"{request.split}; give more images, or choose another --split"
+            f"`images` {request.images} has no image of {' and '.join(empty)} in the split "
+            f"{request.split}; give more images, or choose another `split`"
         )
     used = sum(map(len, rows.values()))
     unused = f"; {len(found) - used:,} other PNGs are not used" if len(found) > used else ""
@@ -270,12 +270,12 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if not path.exists():
         known = {REDUCED, RECORDS, INDEX}
         if output.exists() and not output.is_dir():
-            raise UsageError(f"--output {output} is a file; choose a folder")
+            raise UsageError(f"`output` {output} is a file; choose a folder")
         there = {entry.name for entry in output.iterdir()} if output.exists() else set()
         strange = sorted(name for name in there - known if not name.startswith("."))
         if strange:
             raise UsageError(
-                f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
+                f"`output` {output} holds {some(strange, 'other file')}; choose an empty folder"
             )
         return None
     manifest = read_manifest(output)
@@ -284,13 +284,12 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
         name = differing[0]
         if name == "files_sha256":
             raise UsageError(
-                f"--output {output} was built from other files of these images: since then the "
-                "size or the time of change of one became another; delete it to build it anew, or "
-                "train on it as it is"
+                f"`output` {output} was built from other versions of these image files (size or "
+                "modification time differ); delete it to build it again, or train on it as it is"
             )
         raise UsageError(
-            f"--output {output} holds another data set: its {name} is {manifest[name]}, asked "
-            f"for is {identity[name]}; choose another folder, or delete it"
+            f"`output` {output} holds another data set: its {name} is {manifest[name]}, not "
+            f"{identity[name]}; choose another folder, or delete it"
         )
     check_metadata(output, manifest)
     check_shards(output, manifest)

@@ -27,7 +27,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"--images {folder}: there is no such folder")
+        raise UsageError(f"`images` {folder}: there is no such folder")
     found: dict[str, Path] = {}
     for path in _files(folder):
         if path.name in found:
@@ -37,7 +37,7 @@ def find_images(folder: Path) -> dict[str, Path]:
         found[path.name] = path
     if not found:
         raise UsageError(
-            f"--images {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
+            f"`images` {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
         )
     return found
 

@@ -72,7 +72,7 @@ def find_labels(place: Path) -> Path:
         there = ", ".join(path.name for path in found) or "none"
         raise UsageError(
             f"{place} should hold one Data_Entry_2017*.csv or .csv.gz; there: {there}. Name the "
-            "label file itself with --labels"
+            "file itself with `labels`"
         )
     return found[0]
 

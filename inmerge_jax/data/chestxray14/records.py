@@ -21,7 +21,6 @@ from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split, names_sha256
 from inmerge_jax.errors import UsageError
 
-BUILD = "inmerge data build"
 # TFDS imports most of itself at first use, which deadlocks where two threads do so at once.
 _OPENING = threading.Lock()
 
@@ -46,8 +45,8 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
     size = manifest["size"] if size is None else size
     if not 1 <= size <= manifest["size"]:
         raise UsageError(
-            f"--size {size}: {folder} was built at {manifest['size']} px; choose 1 to "
-            f"{manifest['size']}, or build another folder with a larger --size"
+            f"`size` {size}: {folder} was built at {manifest['size']} px; choose 1 to "
+            f"{manifest['size']}, or build another folder with a larger size"
         )
     splits = {
         part: Split(
@@ -160,8 +159,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UsageError(
-            f"--data-dir {folder}: there is no finished ChestX-ray14 in it ({MANIFEST} is "
-            f"missing); build it with {BUILD} --output {folder}, which goes on where it stopped"
+            f"`data_dir` {folder} holds no finished ChestX-ray14 ({MANIFEST} is missing); build it "
+            "with the command inmerge data build, which continues an interrupted build"
         )
     manifest = read_manifest(folder)
     check_metadata(folder, manifest)

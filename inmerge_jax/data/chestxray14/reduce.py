@@ -153,8 +153,8 @@ def _results(
                 yield future.result()
         except BrokenProcessPool as error:
             raise UsageError(
-                f"one of the {workers} processes that reduce images was killed, mostly for want of "
-                "memory; build again with fewer --workers: what is done is kept"
+                f"one of the {workers} processes that reduce images was killed, usually for lack "
+                "of memory; build again with fewer `workers`, which keeps what is done"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -34,7 +34,7 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
     """
     if split == "patient_hash":
         if lists is not None:
-            raise UsageError(f"--lists {lists}: the split patient_hash reads no list; leave it out")
+            raise UsageError(f"`lists` {lists}: the split patient_hash reads no list; leave it out")
         place = hash_places(labels.patients)
         bounds = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
         return {
@@ -42,9 +42,9 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
             for part, (low, high) in bounds.items()
         }
     if split not in SPLITS:
-        raise UsageError(f"--split {split}: unknown; choose one of {', '.join(SPLITS)}")
+        raise UsageError(f"`split` {split}: unknown; choose one of {', '.join(SPLITS)}")
     if lists is None:
-        raise UsageError(f"the split {split} needs --lists, the folder of its lists of images")
+        raise UsageError(f"the split {split} needs `lists`, the folder of its lists of images")
     rows = {name: row for row, name in enumerate(labels.names)}
     if split == "chexnet":
         parts = {part: _read_list(Path(lists), f"{part}_list.txt", rows, labels) for part in PARTS}
@@ -82,7 +82,7 @@ def _read_list(folder: Path, name: str, rows: dict[str, int], labels: Labels) ->
     folder = folder.expanduser()
     found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not found:
-        raise UsageError(f"--lists {folder}: there is neither {name} nor {name}.gz in it")
+        raise UsageError(f"`lists` {folder}: there is neither {name} nor {name}.gz in it")
     names = read_text(found[0]).split()
     refuse_duplicates(found[0], names)
     unknown: Sequence[str] = [image for image in names if image not in rows]

@@ -63,7 +63,7 @@ def test_images_may_be_reduced_as_they_are_read(built):
     expected = np.asarray(whole.resize((16, 16), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(data.val.images[2][..., 0], expected)
     assert data.channels == 1 and data.size == 16
-    with pytest.raises(UsageError, match=r"--size 64: .* was built at 32 px; choose 1 to 32"):
+    with pytest.raises(UsageError, match=r"`size` 64: .* was built at 32 px; choose 1 to 32"):
         load_chestxray14(built, size=64)
 
 
@@ -163,7 +163,7 @@ def test_a_finished_build_without_its_index_is_refused(nih, copy):
 
 
 def test_training_needs_the_folder_of_a_build():
-    with pytest.raises(UsageError, match="--data chestxray14 needs --data-dir"):
+    with pytest.raises(UsageError, match="chestxray14 needs `data_dir`"):
         load_dataset(DataConfig(name="chestxray14"))
 
 
@@ -259,7 +259,7 @@ def test_a_folder_with_other_files_is_left_alone(nih, tmp_path):
         make(nih, tmp_path)
     with pytest.raises(UsageError, match="is a file; choose a folder"):
         make(nih, tmp_path / "thesis.txt")
-    with pytest.raises(UsageError, match="--workers 0"):
+    with pytest.raises(UsageError, match="`workers` 0"):
         make(nih, tmp_path / "out", workers=0)
 
 

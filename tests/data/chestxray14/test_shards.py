@@ -142,5 +142,5 @@ def die(*_):
 def test_a_killed_process_is_told_with_a_remedy(nih, tmp_path, monkeypatch):
     monkeypatch.setattr(reduce, "IMAGES_PER_PART", 30)
     monkeypatch.setattr(reduce, "reduce_part", die)
-    with pytest.raises(UsageError, match=r"of the 2 processes .* was killed.* fewer --workers"):
+    with pytest.raises(UsageError, match=r"of the 2 processes .* was killed.* fewer `workers`"):
         make(nih, tmp_path / "out", workers=2)

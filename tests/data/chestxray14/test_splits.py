@@ -62,9 +62,9 @@ def test_lists_that_are_wrong_are_named(tmp_path, labels):
     (tmp_path / "test_list.txt.gz").write_bytes(gzip.compress(test.encode())[:-9])
     refused(r"test_list\.txt\.gz cannot be read")
 
-    refused("--split random: unknown; choose one of chexnet", split="random")
+    refused("`split` random: unknown; choose one of chexnet", split="random")
     refused("patient_hash reads no list", split="patient_hash")
-    refused("chexnet needs --lists", lists=None)
+    refused("chexnet needs `lists`", lists=None)
 
 
 @needs(NIH / "train_list.txt.gz")
