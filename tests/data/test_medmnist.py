@@ -261,7 +261,7 @@ def test_pickled_arrays_are_refused(tmp_path):
         ("breastmnist", "val_images", lambda a: a.repeat(3)[:, None], "shape (9408, 1)"),
         ("breastmnist", "val_images", lambda a: a[:0], "val_images holds 0 images"),
         ("retinamnist", "val_images", lambda a: a[..., 0], "shape (4, 28, 28); retinamnist"),
-        ("breastmnist", "test_images", lambda a: a[:, 4:], "24 x 28 px, but --size 28"),
+        ("breastmnist", "test_images", lambda a: a[:, 4:], "24 x 28 px, but `size` is 28"),
         ("breastmnist", "test_images", lambda a: a[1:], "4 images but test_labels 5 labels"),
         ("breastmnist", "train_labels", lambda a: a + 2, "outside 0 to 1, the first of them"),
         ("breastmnist", "train_labels", lambda a: a.astype(int) - 2, "outside 0 to 1"),
@@ -298,7 +298,7 @@ def test_an_empty_split_is_named(tmp_path):
 
 def test_a_file_of_another_size_is_named(tmp_path):
     np.savez(tmp_path / "big.npz", **make_arrays("breastmnist", 64))
-    assert "64 x 64 px, but --size 28" in refusal(tmp_path / "big.npz")
+    assert "64 x 64 px, but `size` is 28" in refusal(tmp_path / "big.npz")
 
 
 class _FakeSubset:

@@ -70,9 +70,9 @@ def test_start_that_was_killed_at_once_counts_as_empty(tmp_path, left):
 @pytest.mark.parametrize(
     ("finished", "resume", "words"),
     [
-        (False, False, ["unfinished run", "--resume", "--overwrite"]),
-        (True, False, ["finished run", "--overwrite"]),
-        (True, True, ["finished run", "--overwrite"]),
+        (False, False, ["unfinished run", "`resume`", "`overwrite`"]),
+        (True, False, ["finished run", "`overwrite`"]),
+        (True, True, ["finished run", "`overwrite`"]),
     ],
 )
 def test_refuses_a_folder_in_use(run, finished, resume, words):

@@ -24,9 +24,9 @@ CONFIG = {"seeds": [0]}
 HOLDER = """
 import sys
 from pathlib import Path
-from inmerge_jax.training.workdir import hold_run
+from inmerge_jax.training.workdir import open_workdir
 
-with hold_run(Path(sys.argv[1]), {"seeds": [0]}):
+with open_workdir(Path(sys.argv[1]), {"seeds": [0]}):
     print("held", flush=True)
     sys.stdin.read()
 """
