@@ -187,7 +187,7 @@ def kill_and_resume(
     if job.finished not in there:
         said = run(job, *(job.resume if {"config.json", "environment.json"} <= there else ()))
         found = re.findall(
-            "(?:: goes on from|reducing images:) (epoch.*|.* are there already)", said
+            "(?:: resumes from|reducing images:) (epoch.*|.* are there already)", said
         )
         if "results.json" in there:
             found = ["the results"]

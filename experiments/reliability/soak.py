@@ -25,10 +25,10 @@ from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
+from inmerge_jax.progress import Progress
 from inmerge_jax.training.environment import configure_malloc
 from inmerge_jax.training.init import conv_kernels, init_variables
 from inmerge_jax.training.parallel import DATA_AXIS
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
 from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
@@ -80,7 +80,7 @@ class SoakConfig:
     output: Path = Path("experiments/results/soak.json")
 
 
-class Watch(ProgressLine):
+class Watch(Progress):
     """A progress line that also notes what the process holds whenever an epoch has ended."""
 
     def __init__(self, images: int) -> None:
@@ -93,9 +93,9 @@ class Watch(ProgressLine):
     def _count(self, event: str, duration: float, **_: Any) -> None:
         self._programs += event == PROGRAM
 
-    def end_epoch(self, loss: float, merged: int | None, rate: float, validation: str) -> None:
+    def milestone(self, details: str | None = None, result: str = "") -> None:
         """As the line's own."""
-        super().end_epoch(loss, merged, rate, validation)
+        super().milestone(details, result)
         tasks = [_name(task) for task in Path("/proc/self/task").iterdir()]
         workers = _children()
         self.rows.append(

@@ -31,9 +31,9 @@ from experiments.study.stages import (
 )
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
+from inmerge_jax.progress import Progress
 from inmerge_jax.training.environment import configure_malloc, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.workdir import lock
 
@@ -78,7 +78,7 @@ def run_cells(
     wanted = [cell for cell in wanted if not finished(cell, places)]
     left = [cell for cell in in_order(with_backbones(wanted)) if not finished(cell, places)]
     count, diverged = len(left), []
-    with ProgressLine(sum(map(images_of, left))) as progress:
+    with Progress(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             together = abreast(left) if parallel else left[:1]
             names = "; ".join(cell.name for cell in together)
@@ -107,7 +107,7 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 def run_cell(
     cell: Cell,
     places: Places,
-    progress: ProgressLine,
+    progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
     seat: Seat | None = None,
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def abreast(left: Sequence[Cell]) -> list[Cell]:
 def run_together(
     cells: Sequence[Cell],
     places: Places,
-    progress: ProgressLine,
+    progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[tuple[Cell, NonFiniteLossError]]:
     """Trains several cells at the same time, each on a device of its own.

@@ -82,7 +82,8 @@ def run_build(config: Build) -> None:
     from inmerge_jax.data.chestxray14.build import Request, build, summary
     from inmerge_jax.data.chestxray14.labels import find_labels
 
-    console = Console()
+    # Bound to the stream: TFDS's own output is redirected while the progress line is shown.
+    console = Console(file=sys.stdout)
     labels = find_labels(config.images if config.labels is None else config.labels)
     lists = config.lists
     if lists is None and config.split != "patient_hash":

@@ -18,6 +18,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.models import create_model
+from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import (
     TrainConfig,
@@ -38,7 +39,6 @@ from inmerge_jax.training.init import (
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, label_pos_weights
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
@@ -211,13 +211,14 @@ def _run_experiment(
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
     epochs = spec.recipe.epochs + spec.recipe.merging_epochs * (len(arms) - 1)
     console = None if is_primary() else Console(quiet=True)
-    with ProgressLine(images * epochs * len(config.seeds), console) as progress:
+    with Progress(images * epochs * len(config.seeds), console) as progress:
         progress.say(_headline(spec))
         inmerge_notices = (*notices, spec.notice) if spec.notice else notices
         for notice in inmerge_notices if "inmerge" in arms else notices:
             progress.say(f"WARNING: {notice}", style="bold yellow")
         for seed in config.seeds:
             place = folder / f"seed{seed}"
+            progress.describe(f"seed {seed} backbone", "compiling")
             params, batch_stats = run_on_primary(initial_variables, spec, seed)
             backbone = StageConfig(
                 arm="backbone",

@@ -23,6 +23,7 @@ from inmerge_jax.files import (
     write_json_with_checksum,
 )
 from inmerge_jax.merging import Kernel, kernel_similarity
+from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import (
     delete_preemption_checkpoint,
     prune,
@@ -41,7 +42,6 @@ from inmerge_jax.training.parallel import (
     unreplicate,
 )
 from inmerge_jax.training.preemption import TrainingInterrupted
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
 from inmerge_jax.training.train_step import (
     Totals,
@@ -164,7 +164,7 @@ class TrainContext:
 
 
 def train_stage(
-    context: TrainContext, stage: StageConfig, params: Any, batch_stats: Any, progress: ProgressLine
+    context: TrainContext, stage: StageConfig, params: Any, batch_stats: Any, progress: Progress
 ) -> dict[str, Any]:
     """Trains one stage, or the rest of it, and returns what its result.json holds.
 
@@ -196,7 +196,7 @@ def train_stage(
         progress.say(f"WARNING: {message}", style="bold yellow")
     if start.damaged or start.epochs or start.totals.steps:
         updates = f", update {start.totals.steps} of the next" if start.totals.steps else ""
-        progress.say(f"{stage.name}: goes on from epoch {start.epochs} of {stage.epochs}{updates}")
+        progress.say(f"{stage.name}: resumes from epoch {start.epochs} of {stage.epochs}{updates}")
     done, warnings = start.epochs, [*start.warnings, *start.damaged]
     warnings += [notice for notice in stage.notices if notice not in warnings]
     run_on_primary(truncate_metrics, metrics_file, done, start.history_sha256)
@@ -228,7 +228,8 @@ def train_stage(
         state = set_learning_rate(state, rate)
 
         # ---- train; two calls are kept in flight, so that no device waits for the host
-        progress.start_epoch(stage.name, epoch, stage.epochs)
+        details = "compiling" if epoch == done + 1 else None
+        progress.describe(f"{stage.name} {epoch}/{stage.epochs}", details)
         started, in_flight = time.monotonic() - seconds, deque()
         rest = itertools.islice(batches, steps - taken)
         for count, train_step, batch in _executions(stage, rest, context.should_stop):
@@ -237,15 +238,16 @@ def train_stage(
             if len(in_flight) > 2:
                 count, finished = jax.block_until_ready(in_flight.popleft())
                 progress.advance(count * recipe.batch_size)
-                if progress.due():
+                if progress.live and progress.due():
                     sums = unreplicate(finished)
-                    progress.show(*_epoch_figures(stage, sums, recipe.batch_size, started))
+                    progress.update(_figures(stage, sums, recipe.batch_size, started))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
         keep = functools.partial(_interrupted, stage, epoch, sums, started, warnings)
         if context.should_stop():
             raise keep(unreplicate(state))
-        figures = _epoch_figures(stage, sums, recipe.batch_size, started)
+        figures = _figures(stage, sums, recipe.batch_size, started)
+        images_per_second = steps * recipe.batch_size / (time.monotonic() - started)
         totals, taken, seconds = zeros, 0, 0.0
         del in_flight
 
@@ -283,7 +285,7 @@ def train_stage(
             "val_auc": json_number(val.auc),
             "val_acc": val.acc,
             "seconds": time.monotonic() - started,
-            "images_per_second": figures[2],
+            "images_per_second": images_per_second,
         }
         if stage.deep:
             line["kernels"] = [kernel.count for kernel in stage.deep]
@@ -296,7 +298,7 @@ def train_stage(
             line["val_merged"] = val_sums.merged.tolist()
         run_on_primary(append_metrics, metrics_file, line)
         history.append(line)
-        progress.end_epoch(*figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
+        progress.milestone(figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
         # ---- a merging stage that merges nothing says so
         any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
@@ -398,13 +400,12 @@ def _interrupted(
     )
 
 
-def _epoch_figures(
-    stage: StageConfig, sums: Totals, batch_size: int, started: float
-) -> tuple[float, int | None, float]:
-    """Mean loss, kernels merged and images per second of the epoch so far."""
+def _figures(stage: StageConfig, sums: Totals, batch_size: int, started: float) -> str:
+    """Mean loss, kernels merged and images per second of the epoch so far, as text."""
     steps = int(sums.steps)
-    merged = int(sums.merged.sum()) if stage.deep else None
-    return float(sums.loss) / steps, merged, steps * batch_size / (time.monotonic() - started)
+    rate = steps * batch_size / (time.monotonic() - started)
+    merged = f"  merged {int(sums.merged.sum()):,}" if stage.deep else ""
+    return f"loss {float(sums.loss) / steps:.4f}{merged}  {rate:,.0f} img/s"
 
 
 def _require_finite(

@@ -53,7 +53,7 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     assert latest_valid_checkpoint(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
     assert os.listdir(place.parent) == ([] if stopped else ["1"])
     _, text = run(folder)
-    assert "goes on from epoch 1 of 3\n" in text and "damaged" not in text
+    assert "resumes from epoch 1 of 3\n" in text and "damaged" not in text
     assert evidence(folder) == evidence(tmp_path / "whole")
 
 
@@ -103,5 +103,5 @@ def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsy
         assert os.listdir(place) == ["1"] and latest_valid_checkpoint(place) == (place / "1", ())
         ballast.unlink()
         assert main([*command, "--resume"]) == 0
-        assert "goes on from epoch 1 of 3" in capsys.readouterr().out
+        assert "resumes from epoch 1 of 3" in capsys.readouterr().out
         assert 3 in checkpoint_epochs(place)

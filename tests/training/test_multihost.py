@@ -135,7 +135,7 @@ def interrupt(folder, number, kind):
 def assert_resumes(folder, evidence):
     statuses, said = finish(start_all(folder, "--resume"))
     assert statuses == [0, 0], said
-    assert "goes on from epoch" in said[0] and "report: " in said[0]
+    assert "resumes from epoch" in said[0] and "report: " in said[0]
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]

@@ -91,7 +91,7 @@ def test_a_stop_says_what_it_keeps_and_a_resumed_stage_where_it_goes_on(tmp_path
         with pytest.raises(TrainingInterrupted, match=r"after update 1 of epoch 2$"):
             run(tmp_path, setup=dataclasses.replace(stopping, should_stop=after(0)))
     _, text = run(tmp_path)
-    assert "seed 0 backbone: goes on from epoch 1 of 3, update 1 of the next" in text
+    assert "seed 0 backbone: resumes from epoch 1 of 3, update 1 of the next" in text
 
 
 def test_a_notice_is_given_once(tmp_path):
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, broken):
     shutil.rmtree(tmp_path / "parts" / broken / "tree")
     result, text = run(tmp_path / "parts")
     assert f"{broken} is damaged" in text and f"{broken} is damaged" in result["warnings"][0]
-    assert f"goes on from epoch {int(broken == 'mid_epoch/4')} of 3\n" in text
+    assert f"resumes from epoch {int(broken == 'mid_epoch/4')} of 3\n" in text
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 

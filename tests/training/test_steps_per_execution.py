@@ -11,10 +11,10 @@ import pytest
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import UsageError
+from inmerge_jax.progress import Progress
 from inmerge_jax.training import experiment
 from inmerge_jax.training.config import check_steps_per_execution, parse_config
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.train import train_stage
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
@@ -84,7 +84,7 @@ def test_a_stage_loses_and_repeats_no_step(tmp_path):
         },
     }.items():
         stage = tiny.make_stage(tmp_path / name, rule=tiny.ALWAYS, **changes)
-        with ProgressLine(1) as progress:
+        with Progress(1) as progress:
             train_stage(setup, stage, *tiny.init(), progress)
         text = (tmp_path / name / "metrics.jsonl").read_text()
         lines[name] = [json.loads(line) for line in text.splitlines()]

@@ -12,10 +12,10 @@ from rich.console import Console
 from inmerge_jax import kernel_similarity
 from inmerge_jax.data import Split
 from inmerge_jax.errors import UsageError
+from inmerge_jax.progress import Progress
 from inmerge_jax.training import train
 from inmerge_jax.training.checkpointing import checkpoint_epochs, read_meta, restore_checkpoint
 from inmerge_jax.training.metrics import compute_metrics, read_scores
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.train_step import make_optimizer, new_state
 from inmerge_jax.training.workdir import read_metrics
@@ -29,7 +29,7 @@ def run(folder, *, setup=None, rule=None, **changes):
     setup = setup or tiny.make_setup()
     stage = tiny.make_stage(folder, setup.recipe, rule, **changes)
     text = io.StringIO()
-    with ProgressLine(1000, Console(file=text, soft_wrap=True)) as progress:
+    with Progress(1000, Console(file=text, soft_wrap=True)) as progress:
         result = train_stage(setup, stage, *tiny.init(), progress)
     return result, text.getvalue()
 
@@ -117,7 +117,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, s
     assert not (tmp_path / "parts" / "result.json").exists()
     resume()
     _, text = run(tmp_path / "parts", rule=rule)
-    assert ("goes on from epoch" in text) == (step >= 3)
+    assert ("resumes from epoch" in text) == (step >= 3)
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
     assert checkpoint_epochs(folder)[-1] == 2
     shutil.rmtree(folder / "2" / "tree")
     result, text = run(tmp_path / "parts")
-    assert "checkpoints/2 is damaged" in text and "goes on from epoch 1" in text
+    assert "checkpoints/2 is damaged" in text and "resumes from epoch 1" in text
     assert any("is damaged" in warning for warning in result["warnings"])
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
@@ -168,7 +168,7 @@ def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch,
         (folder / "1" / "meta.json").write_text("{}")
     result, text = run(tmp_path / "parts", setup=setup)
     said = "there is no checkpoint at" if lost else "is damaged"
-    assert "goes on from epoch 0" in text and said in result["warnings"][0]
+    assert "resumes from epoch 0" in text and said in result["warnings"][0]
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
@@ -206,7 +206,7 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
         run(tmp_path)
     path.write_text(first + second.replace('"val_loss": ', '"val_loss": 1'))
     _, text = run(tmp_path)
-    assert "goes on from epoch 1" in text
+    assert "resumes from epoch 1" in text
 
 
 def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeyp
     monkeypatch.setattr(train, "save_checkpoint", save)
     assert "history_sha256" not in read_meta(tmp_path / "parts" / "checkpoints" / "2")
     _, text = run(tmp_path / "parts")
-    assert "goes on from epoch 2" in text
+    assert "resumes from epoch 2" in text
     run(tmp_path / "whole")
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 

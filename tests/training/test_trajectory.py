@@ -23,9 +23,9 @@ from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
+from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.parallel import DATA_AXIS, unreplicate
-from inmerge_jax.training.progress import ProgressLine
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
 from inmerge_jax.training.train_step import (
@@ -217,7 +217,7 @@ def run_ours(folder, dataset, case, variables):
         train_step=watched,
         deep=deep,
     )
-    with ProgressLine(0, Console(file=io.StringIO())) as progress:
+    with Progress(0, Console(file=io.StringIO())) as progress:
         train_stage(setup, stage, params, stats, progress)
     fresh = new_state(params, stats, optimizer, 0.1)
     state, _ = restore_checkpoint(folder / "checkpoints" / str(EPOCHS), fresh)

@@ -39,12 +39,12 @@ from inmerge_jax.data.chestxray14.manifest import (
     read_manifest,
     write_manifest,
 )
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_json
 from inmerge_jax.locking import lock
+from inmerge_jax.progress import Progress
 
 REDUCED, RECORDS, SPEED = "reduced", "records", "speed.json"
 
@@ -310,11 +310,12 @@ def _write_records(
     tfds.disable_progress_bar()
     # TFDS announces what it does by plain prints.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with Meter("writing shards", images, 0, console) as meter:
+    with Progress(images, console, description="writing shards") as progress:
 
         def advance(count: int) -> None:
-            meter.advance(count)
-            meter.show()
+            progress.advance(count)
+            if progress.due():
+                progress.milestone()
 
         builder = ChestXray14(
             labels=labels,
@@ -325,6 +326,7 @@ def _write_records(
         )
         with _writing(output), quiet:
             builder.download_and_prepare(file_format="array_record")
+        progress.finish()
     return Path(builder.data_dir)
 
 
@@ -341,7 +343,7 @@ def _verify(
     builder = tfds.builder_from_directory(folder)
     skip = {"image": tfds.decode.SkipDecoding()}
     content, arrays, shards = hashlib.sha256(), {}, {}
-    with Meter("verifying", sum(map(len, rows.values())), 0, console) as meter:
+    with Progress(sum(map(len, rows.values())), console, description="verifying") as progress:
         for part in PARTS:
             source = builder.as_data_source(part, decoders=skip)
             _require(len(source) == len(rows[part]), f"{len(source)} {part} images", output)
@@ -353,8 +355,9 @@ def _verify(
                 _require(same, f"{part} record {index}, {name}", output)
                 content.update(f"{part} {name} ".encode() + example["labels"].tobytes())
                 content.update(example["image"])
-                meter.advance(1)
-                meter.show()
+                progress.advance(1)
+                if progress.due():
+                    progress.milestone()
             arrays[f"{part}_names"] = np.array([labels.names[row] for row in rows[part].tolist()])
             arrays[f"{part}_labels"] = labels.findings[rows[part]]
             arrays[f"{part}_patients"] = labels.patients[rows[part]]
@@ -365,6 +368,7 @@ def _verify(
                     "records": instruction.examples_in_shard,
                     "bytes": path.stat().st_size,
                 }
+        progress.finish()
     check_patients({part: arrays[f"{part}_patients"] for part in PARTS}, str(output))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

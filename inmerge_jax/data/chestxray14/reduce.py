@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data.chestxray14.images import image_size, reduce_image
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE, write_bytes
+from inmerge_jax.progress import Progress
 
 IMAGES_PER_PART = 64
 _FORMAT = 1
@@ -124,11 +124,16 @@ def reduce_parts(
     expected = _usual_size([source for part in every for source in part.sources])
     done = sum(map(len, every)) - sum(map(len, todo))
     workers, busy = min(workers, len(todo)), 0.0
-    with Meter("reducing images", sum(map(len, every)), done, console) as meter:
+    total, what = sum(map(len, every)), "reducing images"
+    with Progress(total, console, description=what, done=done) as progress:
+        if done:
+            progress.say(f"{what}: {done:,} of {total:,} are there already")
         for images, seconds in _results(todo, size, expected, workers):
             busy += seconds
-            meter.advance(images)
-            meter.show()
+            progress.advance(images)
+            if progress.due():
+                progress.milestone()
+        progress.finish()
     return Reduced(parts, sum(map(len, todo)), busy, workers)
 
 
