@@ -34,7 +34,7 @@ def write_report(folder: Path | str) -> Path:
       The path of the report: one self-contained file that requests nothing from anywhere.
 
     Raises:
-      InputError: the folder holds no finished run.
+      UsageError: the folder holds no finished run.
     """
     run = read_run(folder)
     path = run.folder / "report.html"

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.reporting import wording
 from inmerge_jax.reporting.findings import Findings, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         print(markdown(arguments[0]), end="")
-    except InputError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         return 2
     return 0

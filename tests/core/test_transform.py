@@ -268,7 +268,7 @@ def test_the_callers_key_outlives_a_donated_state():
 def test_the_state_is_plain_arrays_that_a_checkpoint_keeps(tmp_path, impl):
     from flax import serialization
 
-    from inmerge_jax.training.checkpoints import restore_checkpoint, save_checkpoint
+    from inmerge_jax.training.checkpointing import restore_checkpoint, save_checkpoint
 
     tx = in_model_merging(KERNELS, RULE, jax.random.key(0, impl=impl))
     params = initial()
