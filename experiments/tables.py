@@ -90,12 +90,11 @@ SOURCES = {
 PAGES = {
     "README.md": ("main",),
     "docs/trainer.md": ("trainer_runs",),
-    "docs/fidelity.md": ("fidelity",),
     "docs/interruptions.md": ("kills", "soak", "soak_shards"),
     "docs/scaling.md": ("scaling",),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
-    accelerator.PAGE: ("benchmark", "accelerator"),
+    accelerator.PAGE: ("accelerator", "benchmark"),
     "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
     "docs/cells.md": ("again", "cells"),
 }
