@@ -1,4 +1,4 @@
-"""Reading a run folder: everything the tables, plots and report are made from, and nothing else."""
+"""Reads the files of a run folder that the tables, figures and report are made from."""
 
 import dataclasses
 import json
@@ -24,10 +24,10 @@ class Run:
 
     Attributes:
       folder: the run folder.
-      results: `results.json`.
-      config: `config.json`, or {} where it is missing.
-      environment: `environment.json`, or the copy in the results.
-      missing: what the folder lacks, in words a reader of the report understands.
+      results: contents of `results.json`.
+      config: contents of `config.json`; {} where it is missing.
+      environment: contents of `environment.json`, or the copy in the results.
+      missing: arms and files that the folder lacks, as phrases for the report.
     """
 
     folder: Path
@@ -43,27 +43,40 @@ class Run:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed any arm was trained with, ascending."""
+        """Seeds of all arms, ascending."""
         return tuple(sorted({r["seed"] for arm in ARMS for r in self.arm(arm).values()}))
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms with at least one result, in their fixed order."""
+        """Arms with at least one result, in the order of `ARMS`."""
         return tuple(arm for arm in ARMS if self.arm(arm))
 
     def arm(self, arm: str) -> dict[int, dict[str, Any]]:
         """The results of one arm by seed; empty if it was not run."""
         return {r["seed"]: r for r in self.results["arms"].get(arm) or ()}
 
+    @property
+    def threshold(self) -> float | None:
+        """The merge rule's threshold; None for a rule with a quantile, or without a rule."""
+        rule = self.results.get("rule") or {}
+        return None if "quantile" in rule else rule.get("threshold")
+
     @cached_property
     def history(self) -> dict[tuple[int, str], list[dict[str, Any]]]:
-        """The lines of `metrics.jsonl` by (seed, arm), where there are any."""
+        """Lines of `metrics.jsonl` by (seed, arm)."""
         return self._gather("metrics.jsonl", _read_lines)
 
     @cached_property
     def similarity(self) -> dict[tuple[int, str], dict[str, list[dict[str, Any]]]]:
-        """`similarity.json` by (seed, arm): every convolution before and after the stage."""
-        return self._gather("similarity.json", _read_json)
+        """`similarity.json` by (seed, arm): "before" and "after" -> one entry per convolution.
+
+        An entry's "quantiles" and "above" have floats as keys.
+        """
+        found = self._gather("similarity.json", _read_json)
+        for layer in (x for stages in found.values() for layers in stages.values() for x in layers):
+            for name in ("quantiles", "above"):
+                layer[name] = {float(key): value for key, value in layer[name].items()}
+        return found
 
     @cached_property
     def test_labels(self) -> np.ndarray | None:
@@ -76,7 +89,7 @@ class Run:
 
     @cached_property
     def test_patients(self) -> np.ndarray | None:
-        """Whose each test image is, int (n,); None where the folder does not say."""
+        """Patient of each test image, int (n,); None where the folder does not name them."""
         return None if self._labels is None else self._labels.get("test_patients")
 
     @cached_property
@@ -85,13 +98,13 @@ class Run:
 
     @cached_property
     def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
-        """Test scores (n, classes) by (seed, arm), read from the score files."""
+        """Test scores, float (n, classes), by (seed, arm)."""
         paths = self._score_files()
         return {key: read_scores(path) for key, path in paths.items() if path.is_file()}
 
     @property
     def scored(self) -> bool:
-        """Whether there are test labels, and finite scores of them by every seed and arm."""
+        """Whether the folder has test labels and finite test scores of every seed and arm."""
         labels, scores = self.test_labels, self.test_scores
         return labels is not None and all(
             key in scores and len(scores[key]) == len(labels) and np.isfinite(scores[key]).all()
@@ -110,14 +123,14 @@ class Run:
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
-        """A few images with labels and names, from `samples.npz`."""
+        """Images, labels and names of `samples.npz`; None where it is missing."""
         return self._arrays("samples.npz")
 
     def _arrays(self, name: str) -> dict[str, np.ndarray] | None:
         path = self.folder / name
         remedy = (
-            f"put it back as it was written, or delete {self.folder / 'results.json'} and give the "
-            "run's command with --resume, which writes both again and trains nothing"
+            f"restore the original file, or delete {self.folder / 'results.json'} and run the "
+            "command with --resume, which writes both again without training"
         )
         return read_arrays(path, remedy) if path.exists() else None
 
@@ -158,13 +171,13 @@ def read_run(folder: Path | str) -> Run:
     run = Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
     lost = [f"{a}, seed {s}" for (s, a), path in run._score_files().items() if not path.is_file()]
     if lost:
-        lacks = f"no test scores of {'; '.join(lost)}, so no interval over test images"
+        lacks = f"no test scores of {'; '.join(lost)}, so no margin over test images"
         run = dataclasses.replace(run, missing=(*missing, lacks))
     return run
 
 
 def number(value: Any) -> float:
-    """A JSON number as float; None (how some writers store NaN) becomes NaN."""
+    """A JSON number as float; null is read as NaN."""
     return math.nan if value is None else float(value)
 
 
@@ -181,6 +194,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise InputError(
-            f"{path} is damaged ({error}): put it back as it was written, or delete it, and the "
-            "report has no curves of it"
+            f"{path} is damaged ({error}): restore the original file, or delete it, and the "
+            "report omits its curves"
         ) from error

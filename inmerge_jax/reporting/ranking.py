@@ -1,4 +1,4 @@
-"""The ranks of ChestX-ray14: 14 AUROCs and their mean, with intervals, beside published ones."""
+"""AUROC of the 14 findings of ChestX-ray14: intervals, and ranks among published results."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.reporting.summary import CONFIDENCE
 
 RESAMPLES = 1000
-_AT_ONCE = 50
-"""Resamples held in memory together."""
+_CHUNK = 50
+"""Number of resamples held in memory at once."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class RankedAuroc:
     """One arm's AUROC of one finding, mean over seeds.
 
     Attributes:
-      auc: NaN where the test split has one kind of answer only.
-      low: lower end of the bootstrap interval, NaN without test labels, or scores of every seed.
-      high: upper end.
-      undefined: resamples in which it has no value.
-      rank: 1 for the highest of the arms and the comparable published rows; equals share a rank. 0
-        where `auc` is NaN.
+      auc: mean AUROC; NaN where the test split has only positive or only negative images.
+      low: lower end of the bootstrap interval; NaN without test labels or a seed's scores.
+      high: upper end of the bootstrap interval.
+      undefined: number of resamples without a value.
+      rank: 1 for the highest AUROC among the arms and the comparable published rows; ties share a
+        rank; 0 where `auc` is NaN.
     """
 
     auc: float
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A published row: values in the order of `Findings.names`, the mean last."""
+    """A published row: values in the order of `Ranking.names`, the mean last."""
 
     label: str
     split: str
@@ -46,29 +46,31 @@ class PublishedRow:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """The ranks of one run.
+class Ranking:
+    """The AUROCs and ranks of one run.
 
     Attributes:
-      names: of the findings, and "mean".
-      arms: by arm, one cell per name.
+      names: the findings, and "mean".
+      arms: arm -> one AUROC per name.
       published: every published row.
-      comparable: labels of those that were tested on the same images.
-      images: in the test split.
-      patients: whose images these are, where that is known.
-      resamples: of the bootstrap; 0 where there is no interval.
+      comparable: labels of the published rows with the same test images.
+      comparability: which published rows can be compared, or why none can.
+      images: number of test images.
+      patients: number of test patients; None where the data set does not name them.
+      resamples: number of bootstrap resamples; 0 without intervals.
     """
 
     names: tuple[str, ...]
-    arms: Mapping[str, tuple[Cell, ...]]
+    arms: Mapping[str, tuple[RankedAuroc, ...]]
     published: tuple[PublishedRow, ...]
     comparable: tuple[str, ...]
+    comparability: str
     images: int
     patients: int | None
     resamples: int
 
 
-def rank_findings(run: Run, resamples: int = RESAMPLES) -> Findings | None:
+def rank_findings(run: Run, resamples: int = RESAMPLES) -> Ranking | None:
     """The ranks of a run on ChestX-ray14; None for another data set."""
     if run.dataset["name"] != "chestxray14":
         return None
@@ -76,27 +78,44 @@ def rank_findings(run: Run, resamples: int = RESAMPLES) -> Findings | None:
     comparable = comparable_findings(run.dataset)
     rivals = [(*row.auc, row.mean) for row in comparable]
     values = {arm: _mean_aucs(run, arm) for arm in run.arms}
-    ends = {arm: _intervals(run, arm, len(names), resamples) for arm in run.arms}
     arms = {}
     for arm, aucs in values.items():
         cells = []
-        for index, auc in enumerate(aucs):
+        for index, ends in enumerate(_intervals(run, arm, len(names), resamples)):
             others = [found[index] for found in (*values.values(), *rivals)]
-            rank = 0 if math.isnan(auc) else 1 + sum(other > auc for other in others)
-            low, high, undefined = ends[arm][index]
-            cells.append(Cell(auc, low, high, undefined, rank))
+            above = sum(other > aucs[index] for other in others)
+            rank = 0 if math.isnan(aucs[index]) else 1 + above
+            cells.append(RankedAuroc(aucs[index], *ends, rank))
         arms[arm] = tuple(cells)
-    return Findings(
+    return Ranking(
         names=names,
         arms=arms,
-        published=tuple(
-            PublishedRow(row.label, row.split, (*row.auc, row.mean)) for row in CHESTXRAY14
-        ),
+        published=tuple(PublishedRow(x.label, x.split, (*x.auc, x.mean)) for x in CHESTXRAY14),
         comparable=tuple(row.label for row in comparable),
+        comparability=_comparability(run),
         images=run.dataset["counts"]["test"],
         patients=None if run.test_patients is None else len(np.unique(run.test_patients)),
         resamples=resamples if run.scored else 0,
     )
+
+
+def _comparability(run: Run) -> str:
+    data, split = run.dataset, run.dataset.get("split")
+    counts, full = data["counts"], data.get("full_counts") or data["counts"]
+    labels = ", ".join(row.label for row in comparable_findings(data))
+    if labels and counts["train"] != full["train"]:
+        return (
+            f"Same {counts['test']:,} test images: {labels}; this run trained on "
+            f"{counts['train']:,} of {full['train']:,} images."
+        )
+    if labels:
+        return f"Same {counts['test']:,} test images: {labels}."
+    reason = f"no published row has the test images of the split {split}"
+    if counts["test"] != full["test"]:
+        reason = f"the run has {counts['test']:,} of the split's {full['test']:,} test images"
+    elif rows := [row for row in CHESTXRAY14 if row.same_as == split]:
+        reason = f"the {counts['test']:,} test images are not the {rows[0].images:,} of {split}"
+    return f"NOT COMPARABLE with the published rows: {reason}."
 
 
 def bootstrap_auroc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -105,7 +124,7 @@ def bootstrap_auroc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray
     Args:
       positive: bool (n,).
       scores: float (n,).
-      counts: integers (resamples, n), how often each image is in each resample.
+      counts: int (resamples, n), number of times that each image is in each resample.
 
     Returns:
       float64 (resamples,), NaN where a resample lacks positive or negative images.
@@ -142,14 +161,14 @@ def _intervals(run: Run, arm: str, width: int, resamples: int) -> list[tuple[flo
     scores = [s for (_, a), s in run.test_scores.items() if a == arm]
     rng = np.random.default_rng(0)
     found = []
-    for start in range(0, resamples, _AT_ONCE):
-        some = min(_AT_ONCE, resamples - start)
+    for start in range(0, resamples, _CHUNK):
+        some = min(_CHUNK, resamples - start)
         counts = draw_counts(len(labels), some, rng, run.test_patients)
         each = [
             [bootstrap_auroc(labels[:, k] == 1, s[:, k], counts) for k in range(width - 1)]
             for s in scores
         ]
-        # Whether a resample defines an AUROC hangs on labels alone: it is the same for all seeds.
+        # Whether a resample has an AUROC depends on the labels alone, so it is equal for all seeds.
         found.append(np.mean(each, axis=0))
     values = np.concatenate(found, axis=1)
     defined = np.isfinite(values)

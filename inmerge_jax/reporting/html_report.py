@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The HTML report of a run, one self-contained file."""
 
 import base64
 import io
@@ -9,29 +9,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
-from inmerge_jax.reporting.summary import any_merged
 
 FOLDER = Path(__file__).parent
 
 
 class Sample(NamedTuple):
-    """One sample image: its label in words and a PNG data URI."""
+    """One sample image: the name of its label, and a PNG data URI."""
 
     name: str
     uri: str
 
 
 def write_report(folder: Path | str) -> Path:
-    """Writes `report.html` into a finished run's folder, from that folder's files alone.
+    """Writes `report.html` into a finished run's folder.
 
     Returns:
-      The path of the report: one self-contained file that requests nothing from anywhere.
+      Path of the report, a file without external resources.
 
     Raises:
       InputError: the folder holds no finished run.
@@ -55,6 +54,7 @@ def render(run: Run) -> str:
         title=run.dataset.get("title") or run.dataset["name"],
         css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         svg=lambda plot: Markup(plot.svg),
+        breakable=lambda text: escape(text).replace("_", Markup("_<wbr>")),
         zip=zip,
         report=tables.make_report(run),
         facts=facts(run),
@@ -72,7 +72,7 @@ def render(run: Run) -> str:
 
 
 def facts(run: Run) -> list[str]:
-    """The line under the headline: data, network, seeds, time."""
+    """Data, network, seeds and time, for the line below the headline."""
     counts = run.dataset.get("counts") or {}
     model, seconds = run.results.get("model") or {}, run.results.get("seconds")
     found = [
@@ -88,7 +88,7 @@ def facts(run: Run) -> list[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """What the reader must know first: missing parts, and what the run itself warned about."""
+    """Missing arms and files, undefined metrics, and the warnings of the run."""
     found = [part[0].upper() + part[1:] + "." for part in run.missing]
     for arm in run.arms:
         for seed, result in run.arm(arm).items():
@@ -97,8 +97,6 @@ def warnings(run: Run) -> list[str]:
         empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
         if empty:
             found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
-    if "inmerge" in run.arms and not any_merged(run):
-        found.insert(0, "Nothing was merged in this run.")
     return found
 
 
