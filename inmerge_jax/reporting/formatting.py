@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from inmerge_jax.reporting.summary import Spread
 
 MINUS = "\u2212"
@@ -39,3 +41,9 @@ def interval(values: Spread) -> str:
 def counts(values: tuple[int, ...]) -> str:
     """Counts by seed, separated by spaces."""
     return " ".join(f"{value:,}" for value in values)
+
+
+def describe_images(images: int, patients: np.ndarray | None) -> str:
+    """Number of test images, and of their patients where these are known."""
+    text = f"{images:,} test images"
+    return text if patients is None else f"{text} of {len(np.unique(patients)):,} patients"

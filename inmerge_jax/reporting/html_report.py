@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,13 +17,6 @@ from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
 
 FOLDER = Path(__file__).parent
-
-
-class Sample(NamedTuple):
-    """One sample image: the name of its label, and a PNG data URI."""
-
-    name: str
-    uri: str
 
 
 def write_report(folder: Path | str) -> Path:
@@ -54,7 +47,7 @@ def render(run: Run) -> str:
         title=run.dataset.get("title") or run.dataset["name"],
         css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         svg=lambda plot: Markup(plot.svg),
-        breakable=lambda text: escape(text).replace("_", Markup("_<wbr>")),
+        breakable=breakable,
         zip=zip,
         report=tables.make_report(run),
         facts=facts(run),
@@ -65,10 +58,16 @@ def render(run: Run) -> str:
         similarity=plots.similarity_plots(run),
         roc=plots.roc_plots(run),
         settings=[
-            ("Configuration", list(flatten(run.config or _fallback_config(run)))),
+            ("Configuration", list(flatten(run.config))),
             ("Environment", list(flatten(run.environment))),
         ],
     )
+
+
+def breakable(text: str) -> Markup:
+    """The text with line breaks allowed after "/", or else after "_"."""
+    mark = "/" if "/" in text else "_"
+    return escape(text).replace(mark, Markup(f"{mark}<wbr>"))
 
 
 def facts(run: Run) -> list[str]:
@@ -100,12 +99,12 @@ def warnings(run: Run) -> list[str]:
     return found
 
 
-def samples(run: Run) -> list[Sample]:
-    """The sample images as PNG data URIs."""
+def samples(run: Run) -> list[tuple[str, str]]:
+    """(label, PNG data URI) of each sample image."""
     if run.samples is None:
         return []
     images, names = run.samples["images"], run.samples["names"]
-    return [Sample(str(name), _png(image)) for image, name in zip(images, names, strict=True)]
+    return [(str(name), _png(image)) for image, name in zip(images, names, strict=True)]
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -120,10 +119,6 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, ", ".join(map(str, value)) or "none"
     elif name:
         yield name, "none" if value is None or value == {} else str(value)
-
-
-def _fallback_config(run: Run) -> dict[str, Any]:
-    return {key: run.results[key] for key in ("model", "recipe", "rule") if key in run.results}
 
 
 def _png(image: np.ndarray) -> str:

@@ -262,6 +262,7 @@ def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
             np.arange(1, len(totals) + 1), totals, styles[rank % 4], color=COLOURS["inmerge"],
             marker="o", ms=4, label=f"seed {seed}",
         )  # fmt: skip
+    axes.set_xlim(0.5, len(totals) + 0.5)
     axes.set_ylim(0, max(axes.get_ylim()[1], 1))
     _finish(axes, "All layers", "epoch of the merging stage", "kernels merged per epoch")
 
@@ -353,7 +354,7 @@ def _finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if axes.get_xlim()[1] > 1.5:
+    if axes.get_xlim()[1] >= 1.5:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     if legend and labels:

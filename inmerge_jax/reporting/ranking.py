@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inmerge_jax.reporting.published import CHESTXRAY14, comparable_findings
+from inmerge_jax.reporting.formatting import describe_images
+from inmerge_jax.reporting.published import (
+    CHESTXRAY14,
+    PublishedFindings,
+    comparable_findings,
+)
 from inmerge_jax.reporting.resampling import draw_counts
 from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.reporting.summary import CONFIDENCE
@@ -37,37 +42,20 @@ class RankedAuroc:
 
 
 @dataclass(frozen=True)
-class PublishedRow:
-    """A published row: values in the order of `Ranking.names`, the mean last."""
-
-    label: str
-    split: str
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Ranking:
     """The AUROCs and ranks of one run.
 
     Attributes:
       names: the findings, and "mean".
       arms: arm -> one AUROC per name.
-      published: every published row.
-      comparable: labels of the published rows with the same test images.
-      comparability: which published rows can be compared, or why none can.
-      images: number of test images.
-      patients: number of test patients; None where the data set does not name them.
-      resamples: number of bootstrap resamples; 0 without intervals.
+      comparable: published rows with the same test images.
+      notes: one-sentence notes on comparability, intervals and ranks.
     """
 
     names: tuple[str, ...]
     arms: Mapping[str, tuple[RankedAuroc, ...]]
-    published: tuple[PublishedRow, ...]
-    comparable: tuple[str, ...]
-    comparability: str
-    images: int
-    patients: int | None
-    resamples: int
+    comparable: tuple[PublishedFindings, ...]
+    notes: tuple[str, ...]
 
 
 def rank_findings(run: Run, resamples: int = RESAMPLES) -> Ranking | None:
@@ -76,45 +64,45 @@ def rank_findings(run: Run, resamples: int = RESAMPLES) -> Ranking | None:
         return None
     names = (*run.dataset["classes"], "mean")
     comparable = comparable_findings(run.dataset)
-    rivals = [(*row.auc, row.mean) for row in comparable]
     values = {arm: _mean_aucs(run, arm) for arm in run.arms}
+    rivals = [*values.values(), *(row.values for row in comparable)]
     arms = {}
     for arm, aucs in values.items():
-        cells = []
-        for index, ends in enumerate(_intervals(run, arm, len(names), resamples)):
-            others = [found[index] for found in (*values.values(), *rivals)]
-            above = sum(other > aucs[index] for other in others)
-            rank = 0 if math.isnan(aucs[index]) else 1 + above
-            cells.append(RankedAuroc(aucs[index], *ends, rank))
-        arms[arm] = tuple(cells)
-    return Ranking(
-        names=names,
-        arms=arms,
-        published=tuple(PublishedRow(x.label, x.split, (*x.auc, x.mean)) for x in CHESTXRAY14),
-        comparable=tuple(row.label for row in comparable),
-        comparability=_comparability(run),
-        images=run.dataset["counts"]["test"],
-        patients=None if run.test_patients is None else len(np.unique(run.test_patients)),
-        resamples=resamples if run.scored else 0,
-    )
-
-
-def _comparability(run: Run) -> str:
-    data, split = run.dataset, run.dataset.get("split")
-    counts, full = data["counts"], data.get("full_counts") or data["counts"]
-    labels = ", ".join(row.label for row in comparable_findings(data))
-    if labels and counts["train"] != full["train"]:
-        return (
-            f"Same {counts['test']:,} test images: {labels}; this run trained on "
-            f"{counts['train']:,} of {full['train']:,} images."
+        ends = _intervals(run, arm, len(names), resamples)
+        ranks = [1 + sum(row[i] > auc for row in rivals) for i, auc in enumerate(aucs)]
+        arms[arm] = tuple(
+            RankedAuroc(auc, *interval, 0 if math.isnan(auc) else rank)
+            for auc, interval, rank in zip(aucs, ends, ranks, strict=True)
         )
-    if labels:
-        return f"Same {counts['test']:,} test images: {labels}."
+    notes = [_comparability(run, comparable)]
+    how = "n/a, the run folder lacks test labels or score files"
+    if run.scored:
+        images = describe_images(run.dataset["counts"]["test"], run.test_patients)
+        how = f"percentiles of {resamples:,} bootstrap resamples of the {images}"
+    among = ", ".join(("the arms", *(row.label for row in comparable)))
+    notes += [f"AUROC intervals: {how}.", f"Ranks: among {among}, by the mean over seeds."]
+    undefined = np.max([[cell.undefined for cell in cells] for cells in arms.values()], axis=0)
+    few = [f"{name} {count:,}" for name, count in zip(names, undefined, strict=True) if count]
+    if few:
+        notes.append(f"Resamples left out, without a positive or negative image: {', '.join(few)}.")
+    return Ranking(names, arms, comparable, tuple(notes))
+
+
+def _comparability(run: Run, comparable: tuple[PublishedFindings, ...]) -> str:
+    """Which published rows can be compared, or why none can."""
+    counts, split = run.dataset["counts"], run.dataset.get("split")
+    full, images = run.dataset.get("full_counts") or counts, f"{counts['test']:,}"
+    if comparable:
+        trained = ""
+        if counts["train"] != full["train"]:
+            trained = f"; this run trained on {counts['train']:,} of {full['train']:,} images"
+        labels = ", ".join(row.label for row in comparable)
+        return f"Same {images} test images: {labels}{trained}."
     reason = f"no published row has the test images of the split {split}"
     if counts["test"] != full["test"]:
-        reason = f"the run has {counts['test']:,} of the split's {full['test']:,} test images"
+        reason = f"the run has {images} of the split's {full['test']:,} test images"
     elif rows := [row for row in CHESTXRAY14 if row.same_as == split]:
-        reason = f"the {counts['test']:,} test images are not the {rows[0].images:,} of {split}"
+        reason = f"the {images} test images are not the {rows[0].images:,} of {split}"
     return f"NOT COMPARABLE with the published rows: {reason}."
 
 
@@ -141,16 +129,10 @@ def bootstrap_auroc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray
 
 
 def _mean_aucs(run: Run, arm: str) -> tuple[float, ...]:
-    """AUROC of every finding, and "auc", mean over the seeds that define it."""
+    """AUROC of every finding, and their mean, each the mean over the seeds that define it."""
     tests = [result["test"] for result in run.arm(arm).values()]
-    columns = [[number(auc) for auc in test["auc_per_class"]] for test in tests]
-    columns = [[*column, number(test["auc"])] for column, test in zip(columns, tests, strict=True)]
-    return tuple(_mean(values) for values in zip(*columns, strict=True))
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    defined = [value for value in values if math.isfinite(value)]
-    return sum(defined) / len(defined) if defined else math.nan
+    rows = [[*map(number, test["auc_per_class"]), number(test["auc"])] for test in tests]
+    return tuple(np.ma.masked_invalid(rows).mean(0).filled(np.nan).tolist())
 
 
 def _intervals(run: Run, arm: str, width: int, resamples: int) -> list[tuple[float, float, int]]:
@@ -160,20 +142,18 @@ def _intervals(run: Run, arm: str, width: int, resamples: int) -> list[tuple[flo
         return [(math.nan, math.nan, 0)] * width
     scores = [s for (_, a), s in run.test_scores.items() if a == arm]
     rng = np.random.default_rng(0)
-    found = []
+    chunks = []
     for start in range(0, resamples, _CHUNK):
-        some = min(_CHUNK, resamples - start)
-        counts = draw_counts(len(labels), some, rng, run.test_patients)
+        size = min(_CHUNK, resamples - start)
+        counts = draw_counts(len(labels), size, rng, run.test_patients)
         each = [
             [bootstrap_auroc(labels[:, k] == 1, s[:, k], counts) for k in range(width - 1)]
             for s in scores
         ]
         # Whether a resample has an AUROC depends on the labels alone, so it is equal for all seeds.
-        found.append(np.mean(each, axis=0))
-    values = np.concatenate(found, axis=1)
-    defined = np.isfinite(values)
-    total = np.where(defined, values, 0).sum(0)
-    mean = np.where(defined.any(0), total / np.maximum(defined.sum(0), 1), np.nan)
+        chunks.append(np.mean(each, axis=0))
+    values = np.concatenate(chunks, axis=1)
+    mean = np.ma.masked_invalid(values).mean(0).filled(np.nan)
     tail = 50 * (1 - CONFIDENCE)
     ends = []
     for row in (*values, mean):

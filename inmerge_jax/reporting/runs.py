@@ -1,9 +1,8 @@
 """Reads the files of a run folder that the tables, figures and report are made from."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +24,33 @@ class Run:
     Attributes:
       folder: the run folder.
       results: contents of `results.json`.
-      config: contents of `config.json`; {} where it is missing.
-      environment: contents of `environment.json`, or the copy in the results.
-      missing: arms and files that the folder lacks, as phrases for the report.
     """
 
     folder: Path
     results: dict[str, Any]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    missing: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Contents of `config.json`; {} where it is missing."""
+        return self._optional("config.json", _read_json) or {}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Contents of `environment.json`, or the copy in the results."""
+        found = self._optional("environment.json", _read_json)
+        return found or self.results.get("environment") or {}
+
+    @property
+    def missing(self) -> list[str]:
+        """Arms and files that the folder lacks, as phrases for the report."""
+        found = [f"arm {arm} was not run" for arm in ARMS if arm not in self.arms]
+        files = ("config.json", "environment.json")
+        found += [f"the file {x} is missing" for x in files if not (self.folder / x).exists()]
+        scores = self._score_files().items()
+        lost = [f"{arm}, seed {seed}" for (seed, arm), path in scores if not path.is_file()]
+        if lost:
+            found.append(f"no test scores of {'; '.join(lost)}, so no margin over test images")
+        return found
 
     @property
     def dataset(self) -> dict[str, Any]:
@@ -81,10 +97,9 @@ class Run:
     @cached_property
     def test_labels(self) -> np.ndarray | None:
         """Labels of the test split, (n,) or (n, classes); None where the folder has none."""
-        arrays = self._labels
-        if arrays is None:
+        if self._labels is None:
             return None
-        labels = arrays["test"]
+        labels = self._labels["test"]
         return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
     @cached_property
@@ -94,7 +109,7 @@ class Run:
 
     @cached_property
     def _labels(self) -> dict[str, np.ndarray] | None:
-        return self._arrays("labels.npz")
+        return self._optional("labels.npz", self._read_arrays)
 
     @cached_property
     def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
@@ -113,33 +128,33 @@ class Run:
 
     def _score_files(self) -> dict[tuple[int, str], Path]:
         return {
-            (seed, arm): self.folder
-            / f"seed{seed}"
-            / arm
-            / ((result.get("scores") or {}).get("test") or "")
+            (seed, arm): self._stage(seed, arm) / (result.get("scores") or {}).get("test", "")
             for arm in self.arms
             for seed, result in self.arm(arm).items()
         }
 
+    def _stage(self, seed: int, arm: str) -> Path:
+        return self.folder / f"seed{seed}" / arm
+
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
         """Images, labels and names of `samples.npz`; None where it is missing."""
-        return self._arrays("samples.npz")
+        return self._optional("samples.npz", self._read_arrays)
 
-    def _arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        path = self.folder / name
-        remedy = (
+    def _read_arrays(self, path: Path) -> dict[str, np.ndarray]:
+        return read_arrays(
+            path,
             f"restore the original file, or delete {self.folder / 'results.json'} and run the "
-            "command with --resume, which writes both again without training"
+            "command with --resume, which writes both again without training",
         )
-        return read_arrays(path, remedy) if path.exists() else None
 
-    def _gather(self, name: str, read: Any) -> dict[tuple[int, str], Any]:
-        paths = {
-            (seed, arm): self.folder / f"seed{seed}" / arm / name
-            for arm in self.arms
-            for seed in self.arm(arm)
-        }
+    def _optional(self, name: str, read: Callable[[Path], Any]) -> Any:
+        path = self.folder / name
+        return read(path) if path.exists() else None
+
+    def _gather(self, name: str, read: Callable[[Path], Any]) -> dict[tuple[int, str], Any]:
+        keys = [(seed, arm) for arm in self.arms for seed in self.arm(arm)]
+        paths = {key: self._stage(*key) / name for key in keys}
         return {key: read(path) for key, path in paths.items() if path.exists()}
 
 
@@ -160,20 +175,7 @@ def read_run(folder: Path | str) -> Run:
     results = _read_json(path)
     if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():
         raise InputError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
-    missing = [f"arm {arm} was not run" for arm in ARMS if not results["arms"].get(arm)]
-    optional = {}
-    for name in ("config.json", "environment.json"):
-        present = (folder / name).exists()
-        optional[name] = _read_json(folder / name) if present else {}
-        if not present:
-            missing.append(f"the file {name} is missing")
-    environment = optional["environment.json"] or results.get("environment") or {}
-    run = Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
-    lost = [f"{a}, seed {s}" for (s, a), path in run._score_files().items() if not path.is_file()]
-    if lost:
-        lacks = f"no test scores of {'; '.join(lost)}, so no margin over test images"
-        run = dataclasses.replace(run, missing=(*missing, lacks))
-    return run
+    return Run(folder, dict(results))
 
 
 def number(value: Any) -> float:

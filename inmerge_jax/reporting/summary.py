@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from inmerge_jax.reporting.published import Published, published_reference
 from inmerge_jax.reporting.resampling import patient_index
 from inmerge_jax.reporting.runs import Run, number
 
@@ -45,14 +44,10 @@ class SamplingError:
     """Uncertainty from the choice of test images, without the variation over seeds.
 
     Attributes:
-      images: number of test images.
-      patients: number of patients; None where the data set does not name them.
       standard_error: metric -> standard error of one arm's mean over seeds (the last arm run).
       margin: (left, right) -> metric -> 1.96 standard errors of the paired difference.
     """
 
-    images: int
-    patients: int | None
     standard_error: dict[str, float]
     margin: dict[tuple[str, str], dict[str, float]]
 
@@ -81,7 +76,6 @@ class Summary:
       differences: (left, right) -> metric -> paired differences of the test values.
       sampling: uncertainty from the choice of test images; None without labels or scores.
       layers: layers that could merge, in order of depth.
-      published: the benchmark's result for this data set and network.
       undefined: number of classes whose test AUC is undefined.
       val_merged: kernels merged in validation, by seed; None where validation does not merge.
     """
@@ -90,7 +84,6 @@ class Summary:
     differences: dict[tuple[str, str], dict[str, Spread]]
     sampling: SamplingError | None
     layers: tuple[LayerMerges, ...]
-    published: Published | None
     undefined: int
     val_merged: tuple[int, ...] | None
 
@@ -131,7 +124,6 @@ def summarize(run: Run) -> Summary:
         differences=differences,
         sampling=sampling_error(run),
         layers=layer_merges(run),
-        published=published_reference(run.dataset, run.results.get("model", {})),
         undefined=max((int(test.get("undefined") or 0) for test in tests), default=0),
         val_merged=_val_merged(run),
     )
@@ -228,8 +220,7 @@ def sampling_error(run: Run) -> SamplingError | None:
             }
     last = [value for (_, arm), value in found.items() if arm == run.arms[-1]]
     single = {metric: error([value[metric] for value in last]) for metric in METRICS}
-    patients = None if run.test_patients is None else int(index.max()) + 1
-    return SamplingError(len(labels), patients, single, margin)
+    return SamplingError(single, margin)
 
 
 def _val_merged(run: Run) -> tuple[int, ...] | None:

@@ -10,7 +10,20 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from inmerge_jax.reporting.formatting import MINUS, counts, interval, mean_sd, plain, signed
+from inmerge_jax.reporting.formatting import (
+    MINUS,
+    counts,
+    describe_images,
+    interval,
+    mean_sd,
+    plain,
+    signed,
+)
+from inmerge_jax.reporting.published import (
+    CHESTXRAY14,
+    PublishedFindings,
+    published_reference,
+)
 from inmerge_jax.reporting.ranking import Ranking, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
 from inmerge_jax.reporting.summary import (
@@ -69,8 +82,8 @@ def make_report(run: Run) -> Report:
         tables.append(rule_table(run))
     if summary.layers:
         tables.append(layer_table(run, summary))
-    notes = [*summary_notes(summary), *(ranking_notes(ranking) if ranking is not None else ())]
-    return Report(headline(run, summary), tuple(tables), tuple(notes))
+    notes = (*summary_notes(run, summary), *(ranking.notes if ranking is not None else ()))
+    return Report(headline(run, summary), tuple(tables), notes)
 
 
 def headline(run: Run, summary: Summary) -> str:
@@ -101,16 +114,14 @@ def merges_note(summary: Summary) -> str:
     return text
 
 
-def summary_notes(summary: Summary) -> list[str]:
+def summary_notes(run: Run, summary: Summary) -> list[str]:
     """How the intervals were made, what was merged, and the source of the published row."""
     notes, sampling = [], summary.sampling
     if summary.differences:
         notes.append("95% interval: t-interval over seeds of the differences paired by seed.")
         margin = "n/a, the run folder lacks test labels or score files."
         if sampling is not None:
-            images = f"{sampling.images:,} test images"
-            if sampling.patients is not None:
-                images += f" of {sampling.patients:,} patients"
+            images = describe_images(len(run.test_labels), run.test_patients)
             margin = (
                 f"1.96 paired standard errors over the {images} (AUC: DeLong et al. 1988); the "
                 f"standard error of one arm's AUC is {plain(sampling.standard_error['auc'])}."
@@ -127,8 +138,9 @@ def summary_notes(summary: Summary) -> list[str]:
         notes.append(
             f"Share of the merges in 1x1 shortcut convolutions: {summary.shortcut_share:.0%}."
         )
-    if summary.published is not None:
-        notes.append(f"Published row: {summary.published.source}.")
+    published = published_reference(run.dataset, run.results.get("model", {}))
+    if published is not None:
+        notes.append(f"Published row: {published.source}.")
     return notes
 
 
@@ -141,8 +153,8 @@ def comparison_table(run: Run, summary: Summary) -> Table:
             cells = [mean_sd(summary.arms[arm][metric]) for metric in METRICS]
         rows.append((arm, *cells))
     kinds = ["arm"] * len(rows)
-    if summary.published is not None:
-        known = summary.published
+    known = published_reference(run.dataset, run.results.get("model", {}))
+    if known is not None:
         rows.append((known.label, plain(known.auc), plain(known.acc)))
         kinds.append("published")
     title = f"{run.dataset.get('title') or run.dataset['name']}: mean \u00b1 sd over seeds"
@@ -151,21 +163,19 @@ def comparison_table(run: Run, summary: Summary) -> Table:
 
 def difference_table(summary: Summary) -> Table:
     """Paired differences with the interval over seeds and the margin over test images."""
-    rows = []
-    for pair, values in summary.differences.items():
-        for metric in METRICS:
-            margin = summary.sampling.margin.get(pair, {}) if summary.sampling else {}
-            margin_text = plain(margin.get(metric, nan))
-            rows.append(
-                (
-                    f"{_pair_name(pair)}, {metric.upper()}",
-                    signed(values[metric].mean),
-                    interval(values[metric]),
-                    margin_text if margin_text == "n/a" else f"\u00b1{margin_text}",
-                )
-            )
-    columns = ("paired difference", "mean", "95% interval", "margin")
-    return Table("Paired differences", columns, tuple(rows), ("difference",) * len(rows))
+    margins = summary.sampling.margin if summary.sampling is not None else {}
+    rows = tuple(
+        (
+            f"{_pair_name(pair)}, {metric.upper()}",
+            signed(values.mean),
+            interval(values),
+            plain(margins.get(pair, {}).get(metric, nan)),
+        )
+        for pair, by_metric in summary.differences.items()
+        for metric, values in by_metric.items()
+    )
+    columns = ("paired difference", "mean", "95% interval", "margin (\u00b1)")
+    return Table("Paired differences", columns, rows, ("difference",) * len(rows))
 
 
 def seed_table(run: Run, summary: Summary) -> Table:
@@ -193,54 +203,30 @@ def _pair_name(pair: tuple[str, str]) -> str:
 
 
 def ranking_tables(ranking: Ranking) -> list[Table]:
-    """The arms' AUROC by finding, and the published ones on the same and on other test images."""
-    same = [row for row in ranking.published if row.label in ranking.comparable]
+    """AUROC by finding: the arms and comparable published rows, then the other published rows."""
+
+    def published(rows: Sequence[PublishedFindings], index: int) -> Iterable[str]:
+        return (plain(row.values[index], 4) for row in rows)
+
+    same, arms = ranking.comparable, ranking.arms
     rows: list[tuple[str, ...]] = []
     for index, name in enumerate(ranking.names):
-        cells = (cells[index] for cells in ranking.arms.values())
-        shown = (
+        cells = (
             f"{plain(x.auc)} [{plain(x.low)}, {plain(x.high)}] ({x.rank})" if x.rank else "n/a"
-            for x in cells
+            for x in (cells[index] for cells in arms.values())
         )
-        rows.append((name, *shown, *(plain(row.values[index], 4) for row in same)))
-    firsts = (sum(x.rank == 1 for x in cells) for cells in ranking.arms.values())
-    rows.append((f"first of {len(ranking.names)}", *map(str, firsts), *("" for _ in same)))
-    kinds = ("finding",) * len(ranking.names) + ("total",)
+        rows.append((name, *cells, *published(same, index)))
+    firsts = (str(sum(x.rank == 1 for x in cells)) for cells in arms.values())
+    rows.append((f"first of {len(ranking.names)}", *firsts, *[""] * len(same)))
+    kinds = ("finding",) * len(ranking.names)
     title = "AUROC by finding: mean over seeds [bootstrap 95% interval] (rank)"
-    columns = ("finding", *ranking.arms, *(row.label for row in same))
-    tables = [Table(title, columns, tuple(rows), kinds)]
-    others = [row for row in ranking.published if row not in same]
-    if others:
+    columns = ("finding", *arms, *(row.label for row in same))
+    tables = [Table(title, columns, tuple(rows), (*kinds, "total"))]
+    if others := [row for row in CHESTXRAY14 if row not in same]:
         columns = ("finding", *(f"{row.label} ({row.split})" for row in others))
-        rows = [
-            (name, *(plain(row.values[index], 4) for row in others))
-            for index, name in enumerate(ranking.names)
-        ]
-        title = "Published AUROC on other test images"
-        tables.append(Table(title, columns, tuple(rows), kinds[:-1]))
+        rows = [(name, *published(others, index)) for index, name in enumerate(ranking.names)]
+        tables.append(Table("Published AUROC on other test images", columns, tuple(rows), kinds))
     return tables
-
-
-def ranking_notes(ranking: Ranking) -> list[str]:
-    """How the ranks and intervals were made, and which published rows can be compared."""
-    images = f"{ranking.images:,} test images"
-    if ranking.patients is not None:
-        images += f" of {ranking.patients:,} patients"
-    how = "n/a, the run folder lacks test labels or score files"
-    if ranking.resamples:
-        how = f"percentiles of {ranking.resamples:,} bootstrap resamples of the {images}"
-    among = ", ".join(("the arms", *ranking.comparable))
-    notes = [
-        ranking.comparability,
-        f"AUROC intervals: {how}.",
-        f"Ranks: among {among}, by the mean over seeds.",
-    ]
-    undefined = np.max([[x.undefined for x in cells] for cells in ranking.arms.values()], axis=0)
-    if undefined.any():
-        named = zip(ranking.names, undefined, strict=True)
-        few = (f"{name} {count:,}" for name, count in named if count)
-        notes.append(f"Resamples left out, without a positive or negative image: {', '.join(few)}.")
-    return notes
 
 
 def rule_table(run: Run) -> Table:
