@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from experiments.study import telling
 from experiments.study.all_questions import QUESTIONS, cell_rows
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting import html_report
 
@@ -33,7 +33,7 @@ def build(output: Path) -> Path:
     """Writes the page and returns its path.
 
     Raises:
-      InputError: no question has been answered yet.
+      UsageError: no question has been answered yet.
     """
     answered = [(question, question.stored()) for question in QUESTIONS]
     sections: list[dict[str, Any]] = [
@@ -49,7 +49,7 @@ def build(output: Path) -> Path:
         if stored is not None
     ]
     if not sections:
-        raise InputError("no question is answered yet: run python -m experiments.study.main_effect")
+        raise UsageError("no question is answered yet: run python -m experiments.study.main_effect")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(ReportConfig, prog="python -m experiments.report", args=arguments)
     try:
         print(build(config.output))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

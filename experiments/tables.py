@@ -15,7 +15,7 @@ from experiments.reliability import fault_injection, scaling, soak
 from experiments.study import pages, presets, reproduce
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.cli import input_speed
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting.tables import markdown
 
@@ -122,12 +122,12 @@ def render(text: str, page: str = "README.md") -> str:
     """`text` with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
 
     Raises:
-      InputError: `text` has no such place for one of the tables.
+      UsageError: `text` has no such place for one of the tables.
     """
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if begin not in text or end not in text:
-            raise InputError(f"{page} has no lines {begin.strip()} and {end}; add them")
+            raise UsageError(f"{page} has no lines {begin.strip()} and {end}; add them")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
         text = f"{before}{begin}\n{SOURCES[name]()}\n{end}{after}"
@@ -151,7 +151,7 @@ def main() -> int:
             path = ROOT / page
             write_text(path, render(path.read_text(), page))
         write_figures()
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

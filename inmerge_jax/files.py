@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 DAMAGED_ARCHIVE = (
     ValueError,
@@ -27,7 +27,8 @@ DAMAGED_ARCHIVE = (
 )
 """What zipfile, zlib and NumPy raise on damaged archives and array headers."""
 
-_SEAL = "sha256"
+CHECKSUM = "sha256"
+"""Name of the entry that holds the checksum of a JSON object."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,36 +86,54 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_json` of an object and, under "sha256", the hash of it that `read_sealed` compares."""
-    write_json(path, {**value, _SEAL: json_sha256(value)})
+def write_json_with_checksum(path: Path, value: Mapping[str, Any], key: str = CHECKSUM) -> None:
+    """Writes an object as JSON, with its SHA-256 as the entry `key`; see `write_json`."""
+    write_json(path, {**value, key: json_sha256(value)})
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
 
     Raises:
-      InputError: it holds none; `remedy` says what to do then.
+      UsageError: the file holds no JSON object.
       OSError: it cannot be read.
     """
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+        raise UsageError(f"{path} is damaged: {error}; {remedy}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (it holds no JSON object): {remedy}")
+        raise UsageError(f"{path} is damaged: it holds no JSON object; {remedy}")
     return value
 
 
-def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, or one of an earlier version, which has no hash.
+def read_json_with_checksum(
+    path: Path, remedy: str, *, key: str = CHECKSUM, required: bool = False
+) -> dict[str, Any]:
+    """Reads an object that `write_json_with_checksum` wrote, and verifies it.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
+      key: entry that holds the checksum.
+      required: whether a file without a checksum, as earlier versions wrote it, is an error.
+
+    Returns:
+      The object without its checksum.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: the file was cut short or changed.
+      OSError: it cannot be read.
     """
-    value = read_object(path, remedy)
-    if _SEAL in value and value.pop(_SEAL) != json_sha256(value):
-        raise InputError(f"{path} was changed after it was written: {remedy}")
+    value = read_json_object(path, remedy)
+    if key not in value and not required:
+        return value
+    if value.pop(key, None) != json_sha256(value):
+        raise UsageError(f"{path} is damaged: its content is not what was written; {remedy}")
     return value
 
 
@@ -129,7 +148,7 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """Every array of the npz at `path`, after a check of its checksums.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: it is cut short or was changed; `remedy` says what to do then.
     """
     try:
         # NumPy stops at an array's last byte, short of where zipfile compares checksums.
@@ -140,6 +159,6 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except DAMAGED_ARCHIVE as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged ({type(error).__name__}: {error}): {remedy}"
         ) from error

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 LOCK = ".lock"
 """The file in the folder that is locked; that it is there says nothing."""
@@ -18,7 +18,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
+def lock(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
     """Keeps other processes, and other calls, from holding `folder` until the block ends.
 
     Args:
@@ -26,7 +26,7 @@ def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[N
       say: told where the file system has no locks, and nothing is kept from anybody.
 
     Raises:
-      InputError: another process holds it; it is named.
+      UsageError: another process holds it; it is named.
       OSError: the folder or the file of the lock cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[N
 
 
 def require_free(folder: Path) -> None:
-    """Raises InputError where another process holds the folder; leaves no file behind."""
+    """Raises UsageError where another process holds the folder; leaves no file behind."""
     path = folder / LOCK
     if path.is_file():
         handle = os.open(path, os.O_RDWR)
@@ -76,7 +76,7 @@ def _lock(path: Path, handle: int) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         other = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        raise InputError(
+        raise UsageError(
             f"{path.parent} is in use: {other} writes there now; wait until it has ended, or "
             "choose another folder"
         ) from error

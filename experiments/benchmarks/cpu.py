@@ -25,14 +25,13 @@ from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns, to
 from experiments.benchmarks.trained_weights import train_vgg19
 from experiments.oracles.released_torch import merge_pass
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.init import conv_kernels, init_variables
 
 Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
 
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, prog="python -m experiments.benchmarks.cpu", args=arguments)
     try:
         run(config, standard_sections(config.rounds))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -107,10 +106,10 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
     """What each section measures, with every number of rounds times `factor`.
 
     Raises:
-      InputError: `factor` is not a positive number.
+      UsageError: `factor` is not a positive number.
     """
     if not 0 < factor < float("inf"):
-        raise InputError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
+        raise UsageError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
 
     def scaled(cases: Sequence[Rounds]) -> list[Rounds]:
         return [Rounds(case, max(1, round(rounds * factor))) for case, rounds in cases]
@@ -133,11 +132,11 @@ def run(
     The file is written after each section, so that an interrupted run keeps those it finished.
 
     Raises:
-      InputError: the output file can't be read or written.
+      UsageError: the output file can't be read or written.
     """
     stored = _read(config.output)
     _write(config.output, stored)
-    kept = keep_freed_memory()  # as training on CPU does; PyTorch, in the same process, gains too
+    kept = configure_malloc()  # as training on CPU does; PyTorch, in the same process, gains too
     for name in config.only:
         started = time.perf_counter()
         around = environment() | {
@@ -237,8 +236,8 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
     print(f"backends: {case}, {rounds} rounds", flush=True)
     model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
     shape = (case.size, case.size, 3)
-    kernels = deep_kernels(convolutions(model, shape), skip=10)
-    leaves = dict(jax.tree_util.tree_leaves_with_path(random_weights(model, shape, 0)[0]))
+    kernels = deep_kernels(conv_kernels(model, shape), skip=10)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(init_variables(model, shape, 0)[0]))
     weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
     rules = {
         "few merge": MergeRule(),
@@ -311,14 +310,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+        raise UsageError(f"--output {path}: {error}; remove it or choose another file") from error
 
 
 def _write(path: Path, stored: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, stored)
     except OSError as error:
-        raise InputError(f"--output {path}: {error}; choose another file") from error
+        raise UsageError(f"--output {path}: {error}; choose another file") from error
 
 
 if __name__ == "__main__":

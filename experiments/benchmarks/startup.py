@@ -29,12 +29,18 @@ def cache_rows(module: str, options: Sequence[str]) -> list[Row]:
     """Starts a command twice with one fresh folder of compiled programs.
 
     Args:
-      module: its `main` takes the options, `--cache` and `--output` among them.
+      module: its `main` takes the options, `--compilation-cache-dir` and `--output` among them.
       options: the others.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        options = [*options, "--cache", str(place / "cache"), "--output", str(place / "run")]
+        options = [
+            *options,
+            "--compilation-cache-dir",
+            str(place / "cache"),
+            "--output",
+            str(place / "run"),
+        ]
         starts = [measure_start(module, options, place / "counts.json") for _ in range(2)]
     first, second = starts
     seconds = {"first start": [first["seconds"]], "second start": [second["seconds"]]}

@@ -14,11 +14,16 @@ import numpy as np
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import (
+    DATA_AXIS,
+    broadcast_to_devices,
+    choose_devices,
+    replicate,
+    shard_batch,
+)
 from inmerge_jax.training.recipes import RECIPES, Recipe
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 if TYPE_CHECKING:
     import torch
@@ -90,20 +95,20 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
         stem=case.stem,
         width=case.width,
         dtype=jnp.dtype(case.dtype),
-        axis_name=AXIS,
+        axis_name=DATA_AXIS,
     )
     shape = (case.size, case.size, 3)
-    params, batch_stats = random_weights(model, shape, seed=0)
-    kernels = convolutions(model, shape)
+    params, batch_stats = init_variables(model, shape, seed=0)
+    kernels = conv_kernels(model, shape)
     optimizer = make_optimizer(case.recipe)
     state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
     state = replicate(state, devices)
     images, labels = example_batch(case)
     index = np.arange(case.batch, dtype=np.int32)
-    batch = split({"image": images, "label": labels, "index": index}, devices)
+    batch = shard_batch({"image": images, "label": labels, "index": index}, devices)
     if case.steps > 1:
         batch = {name: jnp.stack([x] * case.steps, axis=1) for name, x in batch.items()}
-    root = broadcast(jax.random.key(0), devices)
+    root = broadcast_to_devices(jax.random.key(0), devices)
 
     def lower(rule: MergeRule | None) -> tuple[Any, Any]:
         deep = () if rule is None else deep_kernels(kernels, skip=min(10, len(kernels) // 2))
@@ -116,7 +121,7 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
             devices=devices,
             kernels=deep,
             rule=rule,
-            steps_per_call=case.steps,
+            steps_per_execution=case.steps,
         )
         return step.lower(state, totals, batch, root), totals
 

@@ -35,9 +35,9 @@ from experiments.reliability.jobs import (
     training,
     write_radiographs,
 )
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
-from inmerge_jax.training.checkpoints import TEMPORARY
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_json_object, write_json
+from inmerge_jax.training.checkpointing import TEMPORARY
 
 _ROOT = Path(__file__).parents[2]
 STEP, EVALUATION, CHECKPOINT = "step", "evaluation", "checkpoint write"
@@ -54,12 +54,18 @@ _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
     EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
-    "reading a checkpoint": {"restore_checkpoint", "newest_whole"},
+    "reading a checkpoint": {"restore_checkpoint", "latest_valid_checkpoint"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
-    "between epochs": {"by_first", "replicate", "unreplicate", "new_state", "set_learning_rate"},
+    "between epochs": {
+        "run_on_primary",
+        "replicate",
+        "unreplicate",
+        "new_state",
+        "set_learning_rate",
+    },
     STEP: {"train_stage"},
-    "data and network": {"plan_run", "train_arms"},
+    "data and network": {"make_run_spec", "run_experiment"},
     VERIFYING: {"_verify"},
     SHARDS: {"_write_records"},
     REDUCING: {"reduce_parts"},
@@ -181,7 +187,7 @@ def kill_and_resume(
     if job.finished not in there:
         said = run(job, *(job.resume if {"config.json", "environment.json"} <= there else ()))
         found = re.findall(
-            "(?:: goes on from|reducing images:) (epoch.*|.* are there already)", said
+            "(?:: resumes from|reducing images:) (epoch.*|.* are there already)", said
         )
         if "results.json" in there:
             found = ["the results"]
@@ -256,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
     try:
         stored = read(config.output) if config.output.exists() else own
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, value in own.items():
@@ -298,9 +304,9 @@ def read(path: Path) -> dict[str, Any]:
     """The stored rows.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
-    return read_object(path, "delete it, or choose another --output")
+    return read_json_object(path, "delete it, or choose another --output")
 
 
 def markdown(stored: dict[str, Any]) -> str:

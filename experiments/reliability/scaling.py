@@ -20,7 +20,7 @@ import tyro
 
 from experiments.benchmarks.timing import measured_on
 from experiments.reliability.scaling_step import params_file
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 CASES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
@@ -49,14 +49,14 @@ def measure(steps: int, keep: Path | None) -> list[dict[str, Any]]:
     The row is of float32, with the same comparisons in float64 under "float64".
     """
     if steps < 2:
-        raise InputError(f"--steps {steps}: choose 2 or more")
+        raise UsageError(f"--steps {steps}: choose 2 or more")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--keep {folder}: {error}; choose another folder") from error
+            raise UsageError(f"--keep {folder}: {error}; choose another folder") from error
         found: dict[tuple[str, int, int], Any] = {}
         for devices, processes in CASES:
             both = {}
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         rows = measure(config.steps, config.keep)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(config.output, rows)

@@ -49,29 +49,33 @@ def run(steps: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.data import make_phantom, train_batches
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.initial import convolutions, random_weights
+    from inmerge_jax.training.init import conv_kernels, init_variables
     from inmerge_jax.training.parallel import (
-        AXIS,
-        broadcast,
+        DATA_AXIS,
+        broadcast_to_devices,
         choose_devices,
         replicate,
-        split,
+        shard_batch,
         unreplicate,
     )
     from inmerge_jax.training.recipes import RECIPES
-    from inmerge_jax.training.state import make_optimizer, new_state
-    from inmerge_jax.training.steps import make_train_step, zero_totals
+    from inmerge_jax.training.train_step import (
+        make_optimizer,
+        make_train_step,
+        new_state,
+        zero_totals,
+    )
 
     # SGD, since Adam divides by a gradient's size and so blows rounding up where that is tiny; and
     # every selected kernel merges, since one at the threshold would merge or not by rounding.
     devices = choose_devices(None)
     recipe = replace(RECIPES["released"], learning_rate=LEARNING_RATE)
     dataset = make_phantom(size=SIZE, train=2 * BATCH, val=8, test=8)
-    model = create_model(MODEL, dataset.num_classes, width=WIDTH, dtype=dtype, axis_name=AXIS)
+    model = create_model(MODEL, dataset.num_classes, width=WIDTH, dtype=dtype, axis_name=DATA_AXIS)
     shape = (SIZE, SIZE, 3)
-    params, batch_stats = random_weights(model, shape, seed=0)
+    params, batch_stats = init_variables(model, shape, seed=0)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    deep = deep_kernels(convolutions(model, shape), skip=SKIP)
+    deep = deep_kernels(conv_kernels(model, shape), skip=SKIP)
     optimizer = make_optimizer(recipe)
     common = {"multi_label": False, "devices": devices}
     rule = MergeRule(threshold=-1.0)
@@ -79,9 +83,9 @@ def run(steps: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     step = make_train_step(model, optimizer, recipe, **common, kernels=deep, rule=rule)
     state = replicate(new_state(params, batch_stats, optimizer, recipe.learning_rate), devices)
     totals, nothing = (replicate(zero_totals(n), devices) for n in (len(deep), 0))
-    root = broadcast(jax.random.key(1), devices)
+    root = broadcast_to_devices(jax.random.key(1), devices)
     batches = [
-        split(batch, devices)
+        shard_batch(batch, devices)
         for batch in train_batches(
             dataset.train,
             seed=0,
@@ -139,13 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     import jax
 
-    from inmerge_jax.training.hosts import connect, is_first
+    from inmerge_jax.training.multihost import connect, is_primary
 
     jax.config.update("jax_enable_x64", config.dtype == "float64")
     connect(config.coordinator, config.num_processes, config.process_id)
     row, params = run(config.steps, config.dtype)
     write_arrays(params_file(config.output, row["process"]), params)
-    if is_first():
+    if is_primary():
         write_json(config.output, row)
     return 0
 

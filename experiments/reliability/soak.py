@@ -22,18 +22,16 @@ from experiments.benchmarks.timing import machine, measured_on
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.data import Dataset, Split, make_phantom
 from inmerge_jax.data.chestxray14.records import load_chestxray14
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.loop import train_stage
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.parallel import AXIS
-from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.progress import Progress
+from inmerge_jax.training.environment import configure_malloc
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer
-from inmerge_jax.training.steps import make_eval_step, make_train_step
+from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
+from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
 
 WARM_UP = 5
 """Evaluations until everything has happened, and the allocator and the pools have settled."""
@@ -82,7 +80,7 @@ class SoakConfig:
     output: Path = Path("experiments/results/soak.json")
 
 
-class Watch(ProgressLine):
+class Watch(Progress):
     """A progress line that also notes what the process holds whenever an epoch has ended."""
 
     def __init__(self, images: int) -> None:
@@ -95,9 +93,9 @@ class Watch(ProgressLine):
     def _count(self, event: str, duration: float, **_: Any) -> None:
         self._programs += event == PROGRAM
 
-    def end_epoch(self, loss: float, merged: int | None, rate: float, validation: str) -> None:
+    def milestone(self, details: str | None = None, result: str = "") -> None:
         """As the line's own."""
-        super().end_epoch(loss, merged, rate, validation)
+        super().milestone(details, result)
         tasks = [_name(task) for task in Path("/proc/self/task").iterdir()]
         workers = _children()
         self.rows.append(
@@ -147,18 +145,18 @@ def make_data(config: SoakConfig) -> Dataset:
     """The phantom, or ChestX-ray14's first images, of which an epoch has `every` batches.
 
     Raises:
-      InputError: there are too few images, or workers for images that are in memory.
+      UsageError: there are too few images, or workers for images that are in memory.
     """
     images = config.every * config.batch_size
     if config.data_dir is None:
         if config.workers:
-            raise InputError(
+            raise UsageError(
                 f"--workers {config.workers}: the phantom is all in memory; add --data-dir"
             )
         return make_phantom(size=config.size, train=images, val=128, test=128)
     data = load_chestxray14(config.data_dir, size=config.size)
     if len(data.train) < images:
-        raise InputError(
+        raise UsageError(
             f"--every {config.every} times --batch-size {config.batch_size}: {config.data_dir} has "
             f"{len(data.train)} training images; choose less"
         )
@@ -171,14 +169,14 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     """Trains in `folder`; one row per evaluation, whose "steps" are the updates before it.
 
     Raises:
-      InputError: too few evaluations to judge, or what `make_data` raises.
+      UsageError: too few evaluations to judge, or what `make_data` raises.
     """
     for name in ("steps", "every", "batch_size", "size"):
         if (value := getattr(config, name)) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
     epochs = config.steps // config.every
     if epochs <= WARM_UP:
-        raise InputError(
+        raise UsageError(
             f"--steps {config.steps} with --every {config.every}: {epochs} evaluations, of which "
             f"the first {WARM_UP} are the warm-up; choose more steps"
         )
@@ -190,19 +188,19 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
     )
     data = make_data(config)
     devices = tuple(jax.local_devices()[:1])
-    model = create_model(config.model, data.num_classes, width=config.width, axis_name=AXIS)
+    model = create_model(config.model, data.num_classes, width=config.width, axis_name=DATA_AXIS)
     shape = (config.size, config.size, len(recipe.mean))
-    params, batch_stats = random_weights(model, shape, seed=0)
-    kernels = convolutions(model, shape)
+    params, batch_stats = init_variables(model, shape, seed=0)
+    kernels = conv_kernels(model, shape)
     if not 0 <= config.skip < len(kernels):
-        raise InputError(
+        raise UsageError(
             f"--skip {config.skip}: {config.model} has {len(kernels)} convolutions; choose 0 to "
             f"{len(kernels) - 1}"
         )
     deep, optimizer = deep_kernels(kernels, skip=config.skip), make_optimizer(recipe)
     common = {"multi_label": data.multi_label, "devices": devices}
     rule = MergeRule(threshold=0.1)
-    setup = Setup(
+    setup = TrainContext(
         dataset=data,
         recipe=recipe,
         devices=devices,
@@ -211,7 +209,7 @@ def soak(config: SoakConfig, folder: Path) -> list[dict[str, Any]]:
         kernels=kernels,
         workers=config.workers,
     )
-    stage = Stage(
+    stage = StageConfig(
         arm="inmerge",
         seed=0,
         number=1,
@@ -289,11 +287,11 @@ def markdown(stored: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the soak; 0 where nothing grew, 1 where something did, 2 on bad input."""
     config = tyro.cli(SoakConfig, prog="python -m experiments.reliability.soak", args=arguments)
-    keep_freed_memory()
+    configure_malloc()
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = soak(config, Path(folder))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     chosen = {name: value for name, value in vars(config).items() if name != "output"}

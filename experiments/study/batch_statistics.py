@@ -25,15 +25,14 @@ from experiments.study.stages import Places, best_state, plan_of
 from experiments.study.statistics import over_trainings
 from experiments.study.telling import difference
 from inmerge_jax.data import Split, eval_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.recipes import Recipe
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 
 FILE = "batch_statistics.json"
 """Beside the answers."""
@@ -56,7 +55,7 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
             continue
         try:
             kept[cell.hash] = compare(cell, places)
-        except InputError as error:
+        except UsageError as error:
             print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
             continue
         print(f"{cell.hash} {cell.name}: batch statistics estimated anew")
@@ -77,17 +76,17 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
     """One cell's entry of `measure`.
 
     Raises:
-      InputError: see `stages.best_state`.
+      UsageError: see `stages.best_state`.
     """
     setup, stage, state = best_state(cell, places)
-    state = stage.evaluated(state)
+    state = stage.eval_state_fn(state)
     model = plan_of(cell, places).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)
     found = {}
     for name, batch_stats in (("running", state.batch_stats), ("renewed", renewed)):
         copies = replicate(state._replace(batch_stats=batch_stats), setup.devices)
-        scores, loss = evaluate(setup, copies, val)
+        scores, loss = setup.evaluate(copies, val)
         metrics = compute_metrics(val.labels, scores, task)
         found[name] = {"auc": metrics.auc, "acc": metrics.acc, "loss": loss}
     return found

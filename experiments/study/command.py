@@ -14,7 +14,7 @@ import tyro
 
 from experiments.study.cells import Backbone, Cell, with_backbones
 from experiments.study.question import Kept, Question
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return _run(question, config)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -81,8 +81,8 @@ def _run(question: Question, config: StudyConfig) -> int:
     import jax
 
     from experiments.study import estimate, runner, stages, store
-    from inmerge_jax.training.programs import keep_programs
-    from inmerge_jax.training.stopping import Stopped, StopSignals
+    from inmerge_jax.training.environment import enable_compilation_cache
+    from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 
     shared = config.parallel == "batches" and not (config.dry_run or config.analyse)
     devices = jax.local_device_count() if shared else 1
@@ -112,9 +112,9 @@ def _run(question: Question, config: StudyConfig) -> int:
     if config.analyse:
         answer(question, config.results)
         return 0
-    keep_programs()
+    enable_compilation_cache()
     until = time.monotonic() + 60 * (float("inf") if config.minutes is None else config.minutes)
-    stop = StopSignals()
+    stop = PreemptionHandler()
     try:
         with stop:
             diverged = runner.run_cells(
@@ -126,7 +126,7 @@ def _run(question: Question, config: StudyConfig) -> int:
                 until=until,
                 parallel=config.parallel == "seeds",
             )
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         print(f"{stopped}; the same command goes on", file=sys.stderr)
         assert stop.signal is not None
         return 128 + stop.signal
@@ -146,19 +146,19 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Cell, ...]:
     """The cells that the options name; the whole grid without any.
 
     Raises:
-      InputError: the question has no cell of such a hash, data set or network.
+      UsageError: the question has no cell of such a hash, data set or network.
     """
     for option, wanted, of in _CHOICES:
         has = dict.fromkeys(of(cell.backbone) for cell in question.cells)
         for name in wanted(config):
             if name not in has:
-                raise InputError(
+                raise UsageError(
                     f"--{option} {name}: {question.name} has none of these; it has {', '.join(has)}"
                 )
     known = {cell.hash: cell for cell in with_backbones(question.cells)}
     for one in config.only:
         if one not in known:
-            raise InputError(
+            raise UsageError(
                 f"--only {one}: {question.name} has no cell of that hash; --dry-run lists them"
             )
     if config.only:
@@ -178,7 +178,7 @@ def answer(question: Question, results: Path) -> dict[str, Any]:
     grid = with_backbones(question.cells)
     kept = Kept.of(grid, results / "cells")
     if not kept.cells:
-        raise InputError(f"{question.name}: no cell is finished yet, so there is no answer")
+        raise UsageError(f"{question.name}: no cell is finished yet, so there is no answer")
     assert question.analyse is not None
     records = [kept.record(cell) for cell in kept.cells]
     return store_answer(
@@ -254,7 +254,7 @@ def trained(around: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def differs(cell: Cell, places: Any) -> bool:
     """Whether a finished cell's test AUC or ACC is not what is kept of it, or it diverged."""
     from experiments.study import store
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.train import read_result
 
     result, record = read_result(places.cell(cell)), store.read(cell, places.kept)
     if result is None or record is None:
@@ -265,7 +265,7 @@ def differs(cell: Cell, places: Any) -> bool:
 def compare(cells: Sequence[Cell], places: Any) -> int:
     """Prints the figures of cells that were trained anew beside those kept; 1 where they differ."""
     from experiments.study import store
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.train import read_result
 
     for cell in cells:
         result, record = read_result(places.cell(cell)), store.read(cell, places.kept)

@@ -16,7 +16,7 @@ from experiments.study.runner import finished
 from experiments.study.stages import Places, images_of
 from experiments.study.statistics import smallest_detectable
 from experiments.study.telling import NEEDED
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 SEED_SD = 0.02
 CORRELATION = 0.9
@@ -85,7 +85,7 @@ def resolution(name: str, seeds: int, kept: Path) -> dict[str, float]:
     test = datasets.SOURCES[name].images[2]
     try:
         known = store.read_labels(name, kept)
-    except InputError:
+    except UsageError:
         ones = [test // 2]
     else:
         labels = known.labels

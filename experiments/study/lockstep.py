@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inmerge_jax.training.parallel import AXIS
-from inmerge_jax.training.stopping import never
+from inmerge_jax.training.parallel import DATA_AXIS
 
 Step = Callable[..., Any]
 
@@ -39,7 +38,7 @@ class Lockstep:
         self,
         devices: Sequence[jax.Device],
         steps: Mapping[str, Step],
-        should_stop: Callable[[], bool] = never,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
         """Nothing is called before there is a call from every seat that has not been left.
 
@@ -53,7 +52,9 @@ class Lockstep:
         self.joint = 0
         self._steps = steps
         self._should_stop, self._stopping = should_stop, False
-        self._spread = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+        self._spread = NamedSharding(
+            Mesh(np.array(devices), (DATA_AXIS,)), PartitionSpec(DATA_AXIS)
+        )
         self._present = set(self.seats)
         self._waiting: dict[Seat, _Call] = {}
         # What was joined, by its first part: results until the next ones, and keys.

@@ -23,10 +23,10 @@ from experiments.study.cells import Cell, with_backbones
 from experiments.study.question import Question
 from experiments.study.runner import run_cells
 from experiments.study.stages import Places
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train import read_result
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compared(cell: Cell, places: Sequence[Places]) -> dict[str, Any]:
     for place in places:
         result = read_result(place.cell(cell))
         if result is None:
-            raise InputError(f"{cell.name} diverged, though its kept training did not")
+            raise UsageError(f"{cell.name} diverged, though its kept training did not")
         aucs.append(result["test"]["auc"])
         path = place.cell(cell) / result["scores"]["test"]
         scores.append(read_scores(path).astype(np.float32))
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
                 known |= {row["cell"]: row for row in train_twice(cell, config)}
                 stored["rows"] = list(known.values())
                 write_json(config.output, stored)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     differing = [row for row in stored["rows"] if row["between_them"]]

@@ -19,7 +19,7 @@ from experiments.study.prediction_errors import (
 from experiments.study.question import Kept, Question, told, where
 from experiments.study.stages import Places, plan_of, weights_of
 from experiments.study.statistics import bootstrap, detectable, draw_counts, holm
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_arrays
 from inmerge_jax.reporting.plots import COLOURS, GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
@@ -55,7 +55,7 @@ def measure(cells: Sequence[Cell], places: Places) -> None:
             corrupted[data] = [corrupt(images, n, level) for n in SEVERITIES for level in LEVELS]
         try:
             predict = weights_of(cell, places)
-        except InputError as error:
+        except UsageError as error:
             print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
             continue
         classes = [predict(images).argmax(1).astype(np.uint8) for images in corrupted[data]]

@@ -29,15 +29,13 @@ from experiments.study.stages import (
     plan_of,
     second_stage,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.arms import best_weights, initial_weights, make_setup
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.stopping import never
+from inmerge_jax.progress import Progress
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
+from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.workdir import lock
 
 
 def run_cells(
@@ -46,7 +44,7 @@ def run_cells(
     *,
     kept: Callable[[Cell], bool] = lambda cell: False,
     keep: Callable[[Cell], Any] = lambda cell: None,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
     until: float = float("inf"),
     parallel: bool = False,
 ) -> list[str]:
@@ -67,11 +65,11 @@ def run_cells(
       What is to be said of the trainings that diverged.
 
     Raises:
-      InputError: data that are missing, or a file that cannot be written.
+      UsageError: data that are missing, or a file that cannot be written.
       Stopped: `should_stop` said so; the same call goes on.
     """
     if jax.default_backend() == "cpu":
-        keep_freed_memory()
+        configure_malloc()
     wanted = [cell for cell in with_backbones(cells) if not kept(cell)]
     for cell in wanted:
         if finished(cell, places):
@@ -80,7 +78,7 @@ def run_cells(
     wanted = [cell for cell in wanted if not finished(cell, places)]
     left = [cell for cell in in_order(with_backbones(wanted)) if not finished(cell, places)]
     count, diverged = len(left), []
-    with ProgressLine(sum(map(images_of, left))) as progress:
+    with Progress(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             together = abreast(left) if parallel else left[:1]
             names = "; ".join(cell.name for cell in together)
@@ -109,8 +107,8 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 def run_cell(
     cell: Cell,
     places: Places,
-    progress: ProgressLine,
-    should_stop: Callable[[], bool] = never,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
     seat: Seat | None = None,
 ) -> dict[str, Any]:
     """Trains one cell, or the rest of it, from its finished backbone; returns its result.
@@ -126,13 +124,13 @@ def run_cell(
     if seat is not None:
         plan = dataclasses.replace(plan, devices=(seat.device,))
         should_stop = seat.should_stop
-    setup = make_setup(plan, should_stop)
-    params, batch_stats = initial_weights(plan, cell.backbone.seed)
+    setup = make_context(plan, should_stop)
+    params, batch_stats = initial_variables(plan, cell.backbone.seed)
     stage = first = first_stage(cell, plan, setup, places)
     if not cell.is_backbone:
-        best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
+        best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
-            raise InputError(
+            raise UsageError(
                 f"{first.folder} holds no finished backbone for {cell.name}; delete that folder "
                 "and give the same command again"
             )
@@ -141,7 +139,7 @@ def run_cell(
     if seat is not None:
         setup = dataclasses.replace(setup, eval_step=seat.step("eval", setup.eval_step))
         stage = dataclasses.replace(stage, train_step=seat.step("train", stage.train_step))
-    with hold(stage.folder):
+    with lock(stage.folder):
         _begin(cell, stage.folder)
         return train_stage(setup, stage, params, batch_stats, progress)
 
@@ -163,8 +161,8 @@ def abreast(left: Sequence[Cell]) -> list[Cell]:
 def run_together(
     cells: Sequence[Cell],
     places: Places,
-    progress: ProgressLine,
-    should_stop: Callable[[], bool] = never,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[tuple[Cell, NonFiniteLossError]]:
     """Trains several cells at the same time, each on a device of its own.
 
@@ -176,7 +174,7 @@ def run_together(
       The cells that diverged, each with its error.
 
     Raises:
-      InputError, Stopped: of any of them, after all have ended.
+      UsageError, Stopped: of any of them, after all have ended.
     """
     if len(cells) == 1:
         try:

@@ -14,7 +14,7 @@ from inmerge_jax.models import create_model
 from inmerge_jax.reporting import plots
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import conv_kernels
 
 DATA, WIDTH, EPOCHS, MORE = "breastmnist", 0.25, 8, 3
 MODELS = (
@@ -98,7 +98,7 @@ def analyse(kept: Kept) -> dict[str, Any]:
 def pointwise(model: str) -> list[str]:
     """The names of a network's 1x1 convolutions: shortcuts, bottlenecks and transitions."""
     network = create_model(model, 2, stem="small", width=WIDTH)
-    return [k.name for k in convolutions(network, (28, 28, 1)) if k.shape[:2] == (1, 1)]
+    return [k.name for k in conv_kernels(network, (28, 28, 1)) if k.shape[:2] == (1, 1)]
 
 
 def above(layers: Sequence[Mapping[str, Any]]) -> float:

@@ -22,15 +22,18 @@ from experiments.study.treatments import (
     selection,
 )
 from inmerge_jax.data import Split, steps_per_epoch
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, plan_run, step_options
-from inmerge_jax.training.checkpoints import restore_checkpoint
+from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import read_result
+from inmerge_jax.training.experiment import (
+    RunSpec,
+    initial_variables,
+    make_context,
+    make_run_spec,
+    step_options,
+)
 from inmerge_jax.training.parallel import replicate
-from inmerge_jax.training.stage import Setup, Stage, same
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step
+from inmerge_jax.training.train import StageConfig, TrainContext, identity, read_result
+from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
@@ -69,13 +72,13 @@ class Places:
         return self.output / "data"
 
 
-def plan_of(cell: Cell, places: Places) -> Plan:
+def plan_of(cell: Cell, places: Places) -> RunSpec:
     """The checked plan of a cell's backbone; the same object for all cells that share it."""
     return _plan(dataclasses.replace(cell.backbone, seed=0), places)
 
 
 @functools.lru_cache(maxsize=2)
-def _plan(backbone: Any, places: Places) -> Plan:
+def _plan(backbone: Any, places: Places) -> RunSpec:
     options = OPTIMIZERS[backbone.optimizer]
     config = TrainConfig(
         data=datasets.config_of(backbone.data, places.data, places.built),
@@ -92,7 +95,7 @@ def _plan(backbone: Any, places: Places) -> Plan:
         devices=math.gcd(batch_size(backbone.data), places.devices),
         workers=0,
     )
-    return plan_run(config)
+    return make_run_spec(config)
 
 
 def batch_size(data: str) -> int:
@@ -107,10 +110,12 @@ def images_of(cell: Cell) -> int:
     return steps_per_epoch(datasets.SOURCES[cell.backbone.data].images[0], size) * size * epochs
 
 
-def first_stage(cell: Cell, plan: Plan, setup: Setup, places: Places, apart: bool = False) -> Stage:
+def first_stage(
+    cell: Cell, plan: RunSpec, setup: TrainContext, places: Places, apart: bool = False
+) -> StageConfig:
     """The backbone of a cell; its step trains a cell per device where they are `apart`."""
-    options = step_options(plan) | {"apart": apart}
-    return Stage(
+    options = step_options(plan) | {"independent_replicas": apart}
+    return StageConfig(
         arm="backbone",
         seed=cell.backbone.seed,
         number=0,
@@ -122,8 +127,8 @@ def first_stage(cell: Cell, plan: Plan, setup: Setup, places: Places, apart: boo
 
 
 def second_stage(
-    cell: Cell, plan: Plan, setup: Setup, places: Places, apart: bool = False
-) -> tuple[Setup, Stage]:
+    cell: Cell, plan: RunSpec, setup: TrainContext, places: Places, apart: bool = False
+) -> tuple[TrainContext, StageConfig]:
     """The second stage of a cell; its optimizer and recipe may differ from the backbone's.
 
     Its step trains a cell per device where they are `apart`.
@@ -135,14 +140,14 @@ def second_stage(
     last = [average_weights(treatment.decay)] if treatment.kind == "ema" else []
     setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe, *last))
     deep = ()
-    given: dict[str, Any] = step_options(plan) | {"apart": apart}
+    given: dict[str, Any] = step_options(plan) | {"independent_replicas": apart}
     if treatment.kind not in ("none", "ema", "decay"):
         deep = selection(treatment, plan.kernels)
-        given["treatment"] = make_treatment(treatment.kind, deep)
-        given["numbers"] = numbers(treatment, steps)
+        given["param_transform"] = make_treatment(treatment.kind, deep)
+        given["hyperparams"] = numbers(treatment, steps)
         given["kernels"] = deep
     step = make_train_step(plan.model, setup.optimizer, recipe, **given)
-    stage = Stage(
+    stage = StageConfig(
         arm=re.sub("[@./]", "_", cell.arm),  # It goes into the name of the score files.
         seed=cell.backbone.seed,
         number=1,
@@ -151,7 +156,7 @@ def second_stage(
         learning_rate=cell.learning_rate,
         train_step=step,
         deep=deep,
-        evaluated=averaged if treatment.kind == "ema" else same,
+        eval_state_fn=averaged if treatment.kind == "ema" else identity,
     )
     return setup, stage
 
@@ -161,7 +166,7 @@ def joint_steps(cells: Sequence[Cell], places: Places) -> dict[str, Callable[...
     plan = plan_of(cells[0], places)
     devices = tuple(jax.local_devices()[: len(cells)])
     plan = dataclasses.replace(plan, devices=devices)
-    setup = make_setup(plan)
+    setup = make_context(plan)
     if cells[0].is_backbone:
         stage = first_stage(cells[0], plan, setup, places, apart=True)
     else:
@@ -169,15 +174,15 @@ def joint_steps(cells: Sequence[Cell], places: Places) -> dict[str, Callable[...
     return {"train": stage.train_step, "eval": setup.eval_step}
 
 
-def best_state(cell: Cell, places: Places) -> tuple[Setup, Stage, TrainState]:
+def best_state(cell: Cell, places: Places) -> tuple[TrainContext, StageConfig, TrainState]:
     """The state in a finished cell's best checkpoint, in NumPy arrays, and what it belongs to.
 
     Raises:
-      InputError: the checkpoint is gone or damaged.
+      UsageError: the checkpoint is gone or damaged.
     """
     plan = plan_of(cell, places)
-    setup = make_setup(plan)
-    params, batch_stats = initial_weights(plan, cell.backbone.seed)
+    setup = make_context(plan)
+    params, batch_stats = initial_variables(plan, cell.backbone.seed)
     stage = first_stage(cell, plan, setup, places)
     if not cell.is_backbone:
         setup, stage = second_stage(cell, plan, setup, places)
@@ -192,13 +197,13 @@ def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]
     """The network of a finished cell's best checkpoint: from uint8 images to scores.
 
     Raises:
-      InputError: see `best_state`.
+      UsageError: see `best_state`.
     """
     setup, stage, state = best_state(cell, places)
-    state = replicate(stage.evaluated(state), setup.devices)
+    state = replicate(stage.eval_state_fn(state), setup.devices)
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:
-        return evaluate(setup, state, Split(images, labels))[0]
+        return setup.evaluate(state, Split(images, labels))[0]
 
     return predict

@@ -16,10 +16,10 @@ from experiments.study import datasets
 from experiments.study.cells import Cell
 from experiments.study.stages import Places, plan_of
 from inmerge_jax.data import Dataset
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_arrays, write_text
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train import read_result
 
 CELLS = Path(__file__).parents[1] / "results" / "cells"
 _FIGURES = "best_epoch epochs steps seconds val test layers kernels selected merged warnings"
@@ -88,13 +88,13 @@ def write(
     """Writes a record, its test scores and, where no cell of the data set is kept, the labels.
 
     Raises:
-      InputError: the labels that are kept of this data set are others.
+      UsageError: the labels that are kept of this data set are others.
     """
     labels = labels_path(cell.backbone.data, folder)
     if known is not None and labels.exists():
         kept = read_labels(cell.backbone.data, folder)
         if not np.array_equal(kept.labels, known.labels):
-            raise InputError(f"{labels} holds other test labels than those of {cell.name}")
+            raise UsageError(f"{labels} holds other test labels than those of {cell.name}")
     elif known is not None:
         arrays = {"labels": known.labels, "task": np.array(known.task)}
         patients = {} if known.patients is None else {"patients": known.patients}
@@ -131,11 +131,11 @@ def read_labels(data: str, folder: Path = CELLS) -> Labels:
     """Of the test images of a data set of which a cell is kept.
 
     Raises:
-      InputError: none is.
+      UsageError: none is.
     """
     path = labels_path(data, folder)
     if not path.exists():
-        raise InputError(f"{path} is missing: no cell on {datasets.SOURCES[data].title} is kept")
+        raise UsageError(f"{path} is missing: no cell on {datasets.SOURCES[data].title} is kept")
     with np.load(path) as arrays:
         patients = arrays["patients"] if "patients" in arrays else None
         return Labels(arrays["labels"], str(arrays["task"]), patients)

@@ -20,7 +20,7 @@ import optax
 
 from experiments.study.cells import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
-from inmerge_jax.training.state import TrainState
+from inmerge_jax.training.train_step import TrainState
 
 _CONTROL = 1
 
@@ -47,7 +47,7 @@ def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel
 
 
 def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
-    """A `steps.Treatment` of this kind, to be given `Numbers`."""
+    """A `train_step.ParamTransform` of this kind, to be given `Numbers`."""
 
     def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
         rule = numbers.rule
@@ -132,5 +132,5 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `Stage.evaluated`."""
+    """The state with the weights' averages for weights; for `StageConfig.eval_state_fn`."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

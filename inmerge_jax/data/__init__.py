@@ -7,7 +7,7 @@ from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch,
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 __all__ = [
     "DataConfig",
@@ -82,25 +82,25 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Loads or makes the data set that `config` describes.
 
     Raises:
-      InputError: for an unknown name or size, or a file that is missing or not what it should be.
+      UsageError: for an unknown name or size, or a file that is missing or not what it should be.
     """
     if config.name == "chestxray14":
         from inmerge_jax.data.chestxray14.records import load_chestxray14
 
         if config.file is not None:
-            raise InputError(f"{config.file} (--file) is not read for chestxray14: give --data-dir")
+            raise UsageError(f"`file` {config.file} is not read for chestxray14: give `data_dir`")
         if config.data_dir == MEDMNIST_DIR:
-            raise InputError(
-                "--data chestxray14 needs --data-dir, the folder that `inmerge data build "
-                "--output` has made"
+            raise UsageError(
+                "the data set chestxray14 needs `data_dir`, the folder that the command inmerge "
+                "data build has written"
             )
         return load_chestxray14(config.data_dir, size=config.size)
     size = DEFAULT_SIZE if config.size is None else config.size
     if config.name == "phantom":
         if config.file is not None:
-            raise InputError(
-                f"{config.file} (--file) is not read for the phantom: say with --data which "
-                "MedMNIST subset it holds"
+            raise UsageError(
+                f"`file` {config.file} is not read for the phantom: name the MedMNIST subset that "
+                "it holds"
             )
         chosen = config.phantom
         return make_phantom(

@@ -11,7 +11,7 @@ import numpy as np
 
 from inmerge_jax.data.dataset import Split
 from inmerge_jax.data.workers import WorkerLostError, end_with_parent, watched
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
 
@@ -28,14 +28,14 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     next pass; over the run every example is shown equally often, to within one.
 
     Raises:
-      InputError: where `batch_size` is below 1 or exceeds the number of examples.
+      UsageError: where `batch_size` is below 1 or exceeds the number of examples.
     """
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     if batch_size > examples:
-        raise InputError(
-            f"batch size {batch_size} is larger than the training split of {examples} examples: "
-            f"give a --batch-size of at most {examples}, or more training examples"
+        raise UsageError(
+            f"`batch_size` {batch_size} exceeds the training split of {examples} examples: choose "
+            f"{examples} or fewer, or give more training examples"
         )
     return -(-examples // batch_size)
 
@@ -80,7 +80,7 @@ def train_batch(
       "index" int32 (B,), the examples' positions in the split.
 
     Raises:
-      InputError: where `batch_size` does not fit the split or the hosts.
+      UsageError: where `batch_size` does not fit the split or the hosts.
     """
     _check(split, batch_size, step, host, hosts)
     index = _batch_index(len(split), seed, batch_size, step)
@@ -105,7 +105,7 @@ def train_batches(
     Closing the iterator ends them.
 
     Raises:
-      InputError: as `train_batch`; and from the iterator, where an image cannot be read.
+      UsageError: as `train_batch`; and from the iterator, where an image cannot be read.
     """
     _check(split, batch_size, start, host, hosts)
 
@@ -128,11 +128,11 @@ def eval_batches(
       `batch_size` rows over all hosts, so that one compiled step serves all of them.
 
     Raises:
-      InputError: where `batch_size` is below 1 or does not fit the hosts; from the iterator, where
+      UsageError: where `batch_size` is below 1 or does not fit the hosts; from the iterator, where
         an image cannot be read.
     """
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     _check_hosts(batch_size, host, hosts)
 
     def take(start: int) -> Batch:
@@ -173,9 +173,9 @@ def _read(
         with watched(iterator) as elements:
             yield from elements
     except WorkerLostError as error:
-        raise InputError(
-            f"a process that reads images was lost: {error}. Where memory ran out, give fewer "
-            "--workers or a smaller --batch-size; a run goes on with --resume"
+        raise UsageError(
+            f"a process that reads images was lost: {error}; if memory ran out, give fewer "
+            "`workers` or a smaller `batch_size`, and continue the run with `resume`"
         ) from error
 
 
@@ -194,8 +194,8 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
     if not 0 <= host < hosts:
         raise ValueError(f"host {host} of {hosts}: hosts are counted from 0")
     if batch_size % hosts:
-        raise InputError(
-            f"--batch-size {batch_size} cannot be shared by {hosts} hosts: choose a multiple of "
+        raise UsageError(
+            f"`batch_size` {batch_size} cannot be split over {hosts} hosts: choose a multiple of "
             f"{hosts}"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE
 
 MEDMNIST_DIR = Path("~/.medmnist")
@@ -49,33 +49,33 @@ def load_medmnist(
       The data set; its task, class names and channels are those of medmnist's table.
 
     Raises:
-      InputError: for an unknown name or size; for a file that is absent, truncated or of another
+      UsageError: for an unknown name or size; for a file that is absent, truncated or of another
         MD5; for arrays that are missing, or of a shape, type or range that the table rules out.
 
     Source: Yang et al., MedMNIST v2 (Scientific Data 2023); the table is `medmnist.INFO`.
     """
     info = _subset_info(name)
     if size not in SIZES:
-        raise InputError(
-            f"size {size} (--size): MedMNIST has {', '.join(map(str, SIZES))} px; "
+        raise UsageError(
+            f"`size` {size}: MedMNIST has {', '.join(map(str, SIZES))} px; "
             "the phantom comes in any size"
         )
     suffix = "" if size == 28 else f"_{size}"
     if file is None:
         path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
-        remedy = "delete it and it is downloaded again, or name another with --file"
+        remedy = "delete it to download it again, or name another with `file`"
         if not path.exists():
             _download(info, size, path, allowed=download)
     else:
         path = Path(file).expanduser()
-        remedy = "name another with --file"
+        remedy = "name another with `file`"
     md5 = _checked_md5(path, remedy)
     expected = info[f"MD5{suffix}"]
     note = "" if md5 == expected else f"unverified file {path.name}"
     if note and not allow_unverified:
-        raise InputError(
+        raise UsageError(
             f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
-            f"{size} px: {remedy}, or load it as it is with --allow-unverified"
+            f"{size} px: {remedy}, or load it as it is with `allow_unverified`"
         )
     arrays = _read_arrays(path, remedy, verified=not note)
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
@@ -83,7 +83,7 @@ def load_medmnist(
     if note:
         warnings.warn(
             f"{path} is not {info['python_class']} at {size} px as published (MD5 {md5} instead "
-            f"of {expected}); loaded because of --allow-unverified, and named in every result",
+            f"of {expected}); loaded because of allow_unverified, and named in every result",
             stacklevel=2,
         )
     return Dataset(
@@ -126,9 +126,7 @@ def _subset_info(name: str) -> dict[str, Any]:
         return medmnist_info()[name]
     close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
-    raise InputError(
-        f"unknown data set {name!r} (--data): {guess}There are {', '.join((*_OTHERS, *names))}"
-    )
+    raise UsageError(f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}")
 
 
 def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
@@ -137,10 +135,10 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
     url = info[f"url{suffix}"]
     by_hand = (
         f"To place it by hand, download {url} and save it as {path} "
-        f"(MD5 {info[f'MD5{suffix}']}); --data-dir names another folder"
+        f"(MD5 {info[f'MD5{suffix}']}); `data_dir` names another folder"
     )
     if not allowed:
-        raise InputError(f"{path} is missing and downloading is off. {by_hand}")
+        raise UsageError(f"{path} is missing and downloading is off. {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own: an interrupted download must never lie under the file's name.
@@ -155,7 +153,7 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
         cause = error.__context__ or error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise InputError(
+        raise UsageError(
             f"{path} is missing, and downloading {url} through the medmnist package failed "
             f"({type(cause).__name__}: {cause}). {by_hand}"
         ) from error
@@ -164,10 +162,10 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
 def _checked_md5(path: Path, remedy: str) -> str:
     """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
     if not path.is_file():
-        raise InputError(f"{path} is missing or is no file: {remedy}")
+        raise UsageError(f"{path} is missing or is no file: {remedy}")
     md5 = _digest(path, "md5")
     if not zipfile.is_zipfile(path):
-        raise InputError(
+        raise UsageError(
             f"{path} is truncated or is no npz ({path.stat().st_size} bytes, MD5 {md5}): {remedy}"
         )
     return md5
@@ -191,15 +189,15 @@ def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.nda
         with np.load(path, allow_pickle=False) as archive:
             absent = [key for key in wanted if key not in archive]
             if absent:
-                raise InputError(
+                raise UsageError(
                     f"{path} lacks the arrays {', '.join(absent)}; it holds "
                     f"{', '.join(archive.files) or 'none'}: {remedy}"
                 )
             return {key: archive[key] for key in wanted}
-    except InputError:
+    except UsageError:
         raise
     except DAMAGED_ARCHIVE as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): {remedy}"
         ) from error
 
@@ -215,12 +213,12 @@ def _make_split(
     images = _checked_images(f"{path}, {split}_images", arrays[f"{split}_images"], info, name, size)
     labels = _checked_labels(f"{path}, {split}_labels", arrays[f"{split}_labels"], info, name)
     if len(images) != len(labels):
-        raise InputError(
+        raise UsageError(
             f"{path}: {split}_images holds {len(images)} images but {split}_labels "
-            f"{len(labels)} labels; name a whole MedMNIST npz with --file or --data-dir"
+            f"{len(labels)} labels; give a complete MedMNIST npz as `file` or in `data_dir`"
         )
     if len(images) == 0:
-        raise InputError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
+        raise UsageError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
     return Split(images, labels)
 
 
@@ -230,16 +228,16 @@ def _checked_images(
     channels = info["n_channels"]
     expected = f"({size}, {size})" if channels == 1 else f"({size}, {size}, {channels})"
     if images.dtype != np.uint8:
-        raise InputError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
+        raise UsageError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
     shape = images.shape
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] != channels:
-        raise InputError(f"{where}: shape {shape}; {name} has n images of {expected}")
+        raise UsageError(f"{where}: shape {shape}; {name} has n images of {expected}")
     if images.shape[1:3] != (size, size):
-        raise InputError(
-            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but --size {size} was "
-            "asked for: give the file's own --size, or name a file of that size"
+        raise UsageError(
+            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but `size` is {size}: "
+            "give the file's own size, or a file of that size"
         )
     return images
 
@@ -248,16 +246,16 @@ def _checked_labels(where: str, labels: np.ndarray, info: dict[str, Any], name: 
     classes = len(info["label"])
     multi_label = info["task"] == "multi-label, binary-class"
     if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{where}: type {labels.dtype}; labels must be integers")
+        raise UsageError(f"{where}: type {labels.dtype}; labels must be integers")
     columns = classes if multi_label else 1
     if not multi_label and labels.ndim == 1:
         labels = labels[:, None]
     if labels.ndim != 2 or labels.shape[1] != columns:
-        raise InputError(f"{where}: shape {labels.shape}; {name} needs (n, {columns})")
+        raise UsageError(f"{where}: shape {labels.shape}; {name} needs (n, {columns})")
     top = 1 if multi_label else classes - 1
     outside = labels[(labels < 0) | (labels > top)]
     if outside.size:
-        raise InputError(
+        raise UsageError(
             f"{where}: {outside.size} labels outside 0 to {top}, the first of them {outside[0]}; "
             f"{name} has {classes} classes, so this is another subset's file or a damaged one"
         )

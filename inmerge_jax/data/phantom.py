@@ -6,7 +6,7 @@ import numpy as np
 
 from inmerge_jax.data.anatomy import FINDINGS, NORMALS, TEXTURE_GRIDS, UNIFORMS, Draws, render
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 NO_FINDING = "no finding"
 SMALLEST = 16
@@ -64,7 +64,7 @@ def make_phantom(
       makes a binary-class task.
 
     Raises:
-      InputError: for a number out of range, or an unknown or repeated finding.
+      UsageError: for a number out of range, or an unknown or repeated finding.
     """
     counts = {"train": train, "val": val, "test": test}
     _check(size, counts, findings, difficulty, seed)
@@ -144,22 +144,21 @@ def _check(
     size: int, counts: dict[str, int], findings: tuple[str, ...], difficulty: float, seed: int
 ) -> None:
     if size < SMALLEST:
-        raise InputError(f"size {size} (--size): the phantom needs at least {SMALLEST} px")
+        raise UsageError(f"`size` {size}: the phantom needs at least {SMALLEST} px")
     for split, count in counts.items():
         if count < 1:
-            raise InputError(f"{split} {count} (--phantom.{split}): a split needs 1 image or more")
+            raise UsageError(f"`{split}` {count}: a split needs 1 image or more")
     known = ", ".join(FINDINGS)
     if not findings:
-        raise InputError(f"no findings (--phantom.findings): name at least one of {known}")
+        raise UsageError(f"`findings` is empty: name at least one of {known}")
     for finding in findings:
         if finding not in FINDINGS:
-            raise InputError(f"unknown finding {finding!r} (--phantom.findings): there are {known}")
+            raise UsageError(f"`findings`: unknown finding {finding!r}; there are {known}")
     if len(set(findings)) < len(findings):
-        raise InputError(f"findings {', '.join(findings)} (--phantom.findings): name each once")
+        raise UsageError(f"`findings` {', '.join(findings)}: name each once")
     if not EASIEST <= difficulty <= HARDEST:
-        raise InputError(
-            f"difficulty {difficulty} (--phantom.difficulty): give a number from {EASIEST:g} to "
-            f"{HARDEST:g}; 1 is usual"
+        raise UsageError(
+            f"`difficulty` {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
         )
     if seed < 0:
-        raise InputError(f"seed {seed} (--phantom.seed): give a whole number of at least 0")
+        raise UsageError(f"`seed` {seed}: give a whole number of at least 0")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.layers import (
     BATCH_MOMENTS,
     BatchNorm,
@@ -90,7 +90,7 @@ class DenseNet(nn.Module):
         imagenet = self.stem == "imagenet"
         smallest = 32 if imagenet else 8
         if min(x.shape[1:3]) < smallest:
-            raise InputError(
+            raise UsageError(
                 f"images of {x.shape[1]}x{x.shape[2]} px vanish in the pools: give a DenseNet with "
                 f"the {self.stem} stem {smallest} px or more"
                 + (', or choose the stem "small"' if imagenet else "")

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.convolution import conv_general_dilated
 
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
         """Normalises (batch, ..., channels).
 
         Raises:
-          InputError: in training, where a channel has one value only.
+          UsageError: in training, where a channel has one value only.
         """
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
@@ -112,7 +112,7 @@ class BatchNorm(nn.Module):
         if self.train and not self.is_initializing():
             mean, var, count = self._batch_statistics(x)
             if count < 2:
-                raise InputError(
+                raise UsageError(
                     f"batch normalisation of a batch of shape {x.shape}: one value per channel has "
                     "no variance; train with a larger batch or larger images"
                 )

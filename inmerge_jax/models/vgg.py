@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.layers import (
     BatchNorm,
     Dropout,
@@ -46,7 +46,7 @@ class VGG(nn.Module):
         imagenet = self.stem == "imagenet"
         axis = self.axis_name, self.axis_index_groups
         if imagenet and min(x.shape[1:3]) < 32:
-            raise InputError(
+            raise UsageError(
                 f"images of {x.shape[1]}x{x.shape[2]} px vanish in five max-pools: give a VGG with "
                 'the imagenet stem 32 px or more, or choose the stem "small"'
             )

@@ -26,7 +26,7 @@ def write_report(folder: Path | str) -> Path:
       Path of the report, a file without external resources.
 
     Raises:
-      InputError: the folder holds no finished run.
+      UsageError: the folder holds no finished run.
     """
     run = read_run(folder)
     path = run.folder / "report.html"

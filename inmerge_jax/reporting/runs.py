@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
 
@@ -162,19 +162,19 @@ def read_run(folder: Path | str) -> Run:
     """Reads a finished run's folder.
 
     Raises:
-      InputError: the folder holds no `results.json` (the run is not finished), or one that cannot
+      UsageError: the folder holds no `results.json` (the run is not finished), or one that cannot
         be read.
     """
     folder = Path(folder)
     path = folder / "results.json"
     if not path.exists():
-        raise InputError(
+        raise UsageError(
             f"{folder} holds no results.json, so it is not a finished run; finish it with "
             "`inmerge train --resume` and the same options, or name another folder"
         )
     results = _read_json(path)
     if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():
-        raise InputError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
+        raise UsageError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
     return Run(folder, dict(results))
 
 
@@ -187,7 +187,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
+        raise UsageError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged ({error}): restore the original file, or delete it, and the "
             "report omits its curves"
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from inmerge_jax.data import DEFAULT_SIZE, DataConfig
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
@@ -27,8 +27,8 @@ Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
 DEFAULT_THRESHOLD = MergeRule.threshold
-_NOT_COMPARED = ("output", "steps_per_call", "workers", "resume", "overwrite", "cache")
-_NOT_COMPARED += ("coordinator", "num_processes", "process_id")
+_NOT_COMPARED = ("output", "steps_per_execution", "workers", "resume", "overwrite")
+_NOT_COMPARED += ("compilation_cache_dir", "coordinator", "num_processes", "process_id")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
@@ -100,7 +100,7 @@ class RecipeConfig:
         more past the lowest validation loss.
       select: What makes a checkpoint the best: highest validation AUC or lowest validation loss.
       flip: Mirror training images left to right with probability 1/2.
-      positive_weights: For data of several labels per image: a label that is present counts as
+      pos_weight: For data of several labels per image: a label that is present counts as
         often in the loss as there are training images without it for each one with it, but at most
         this often. By default each counts once.
     """
@@ -134,7 +134,7 @@ class RecipeConfig:
         None
     )
     flip: Annotated[bool | None, _of_recipe("{True,False}")] = None
-    positive_weights: Annotated[float | None, _of_recipe("FLOAT")] = None
+    pos_weight: Annotated[float | None, _of_recipe("FLOAT")] = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,10 @@ class TrainConfig:
       arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
         the others start from it.
       devices: Number of local devices that share every batch; with several processes, all do.
-      accumulate: Parts that each device's share of a batch is cut into, for less memory: their
-        gradients are averaged into one update, which merges once. A network without batch
-        normalisation and dropout trains the same; batch normalisation sees each part on its own.
-      steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
-        host; an epoch's last few updates go one by one.
+      grad_accum_steps: Number of microbatches that each device splits its batch into, to save
+        memory. Their gradients are averaged into one update. Batch normalisation sees each
+        microbatch on its own.
+      steps_per_execution: Updates per dispatch, for small steps on GPU and TPU.
       fused: On TPUs from v4 on, merge each layer in one Pallas kernel, which moves a fifth of the
         bytes; --no-fused merges by XLA's own operations, as is done elsewhere.
       workers: Processes that read and decode images; 0 for threads of the training process. Only
@@ -221,8 +220,7 @@ class TrainConfig:
       resume: Continue the unfinished run in the output folder, on CPU to the same results bit for
         bit.
       overwrite: Empty the output folder first, if it holds a run; other files in it go too.
-      cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
-        such folder.
+      compilation_cache_dir: Folder of JAX's persistent compilation cache; None disables it.
     """
 
     data: Annotated[DataConfig, arg(name="", constructor=DataOptions)] = field(
@@ -238,8 +236,8 @@ class TrainConfig:
     devices: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: all of them)")
     ] = None
-    accumulate: int = 1
-    steps_per_call: int = 1
+    grad_accum_steps: int = 1
+    steps_per_execution: int = 1
     fused: bool = True
     workers: Annotated[
         int | None,
@@ -250,7 +248,9 @@ class TrainConfig:
     process_id: Annotated[int | None, arg(metavar="INT")] = None
     resume: bool = False
     overwrite: bool = False
-    cache: Annotated[Path | None, arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
+    compilation_cache_dir: Annotated[Path | None, arg(metavar="PATH")] = Path(
+        "~/.cache/inmerge_jax/xla"
+    )
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -277,7 +277,7 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     ChestX-ray14 stays None, which stands for the size of its build.
 
     Raises:
-      InputError: on an unknown preset.
+      UsageError: on an unknown preset.
     """
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
@@ -294,10 +294,10 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
     """The named recipe with the options that were given in its place; see `apply_preset` first.
 
     Raises:
-      InputError: on an unknown name, a number out of range, or a momentum for Adam.
+      UsageError: on an unknown name, a number out of range, or a momentum for Adam.
     """
     if config.name is None or config.name not in RECIPES:
-        raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
+        raise UsageError(f"`recipe` {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[config.name], **given)
@@ -309,13 +309,13 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         _require(valid, name, rate, "choose a positive number, such as 0.001")
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
     if config.momentum is not None and recipe.optimizer != "sgd":
-        raise InputError(
-            f"--momentum {config.momentum}: {recipe.optimizer} has none; leave it out, or add "
-            "--optimizer sgd"
+        raise UsageError(
+            f"`momentum` {config.momentum}: {recipe.optimizer} has none; leave it out, or give "
+            "`optimizer=sgd`"
         )
-    cap = recipe.positive_weights
+    cap = recipe.pos_weight
     valid = cap is None or (cap > 0 and math.isfinite(cap))
-    _require(valid, "positive_weights", cap, "choose a positive number, such as 10")
+    _require(valid, "pos_weight", cap, "choose a positive number, such as 10")
     valid = 0 <= recipe.weight_decay < math.inf
     _require(valid, "weight_decay", recipe.weight_decay, "choose 0 or more")
     return recipe
@@ -325,7 +325,7 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     """The merging rule; see `apply_preset` first.
 
     Raises:
-      InputError: on a number out of range, or a threshold and a quantile.
+      UsageError: on a number out of range, or a threshold and a quantile.
     """
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
@@ -336,9 +336,9 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     if config.quantile is None:
         return MergeRule(config.probability, threshold, config.alpha, partner)
     if config.threshold is not None:
-        raise InputError(
-            f"--threshold {config.threshold} and --quantile {config.quantile} contradict each "
-            "other: give one of them"
+        raise UsageError(
+            f"`threshold` {config.threshold} and `quantile` {config.quantile} exclude each other: "
+            "give one of them"
         )
     return MergeRule(config.probability, quantile(config.quantile), config.alpha, partner)
 
@@ -347,16 +347,20 @@ def check_run(config: TrainConfig) -> None:
     """Checks the options that are of no other group.
 
     Raises:
-      InputError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
+      UsageError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
     """
     seeds = " ".join(map(str, config.seeds))
-    _require(bool(config.seeds), "seeds", seeds, "name at least one, such as --seeds 0 1 2")
+    _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
-        raise InputError("--replace-head is for the head of a file: give --init-from too")
-    places = {"output": config.output, "cache": config.cache, "data_dir": config.data.data_dir}
+        raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
+    places = {
+        "output": config.output,
+        "compilation_cache_dir": config.compilation_cache_dir,
+        "data_dir": config.data.data_dir,
+    }
     for name, path in (places | {"init_from": config.model.init_from}).items():
         # A Path has made one slash of the two, and would make a local folder of that name.
         _require(
@@ -367,22 +371,27 @@ def check_run(config: TrainConfig) -> None:
         )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")
-    _require(config.accumulate >= 1, "accumulate", config.accumulate, "choose 1 or more")
+    _require(
+        config.grad_accum_steps >= 1,
+        "grad_accum_steps",
+        config.grad_accum_steps,
+        "choose 1 or more",
+    )
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite contradict each other: give one of them")
+        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
 
 
-def check_steps_per_call(steps: int, platform: str) -> None:
-    """Checks --steps-per-call for the platform that the run is on.
+def check_steps_per_execution(steps: int, platform: str) -> None:
+    """Checks `steps_per_execution` for the platform of the run.
 
     Raises:
-      InputError: below 1, or above 1 on CPU.
+      UsageError: below 1, or above 1 on CPU.
     """
-    _require(steps >= 1, "steps_per_call", steps, "choose 1 or more")
+    _require(steps >= 1, "steps_per_execution", steps, "choose 1 or more")
     if steps > 1 and platform == "cpu":
-        raise InputError(
-            f"--steps-per-call {steps}: leave it out on CPU, where XLA's convolutions are about 45 "
-            "times slower inside the loop that would hold the steps; it is for GPU and TPU"
+        raise UsageError(
+            f"`steps_per_execution` {steps}: leave it out on CPU, where XLA's convolutions are "
+            "about 45 times slower inside a loop; it is for GPU and TPU"
         )
 
 
@@ -395,8 +404,8 @@ def config_dict(
 ) -> dict[str, Any]:
     """What config.json holds: the options that decide the results, resolved, JSON-ready.
 
-    `init_sha256` is that of the file --init-from, and `data_sha256` that of images that were built
-    from files: their content decides the results too.
+    `init_sha256` is the hash of the file `init_from`; `data_sha256` is that of a data set that was
+    built from files. The content of both determines the results.
     """
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
@@ -408,8 +417,8 @@ def config_dict(
     del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if not config.model.remat:
         del values["model"]["remat"]
-    if config.accumulate == 1:
-        del values["accumulate"]
+    if config.grad_accum_steps == 1:
+        del values["grad_accum_steps"]
     if config.fused:
         del values["fused"]
     if data_sha256:
@@ -422,4 +431,4 @@ def config_dict(
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise InputError(f"--{name.replace('_', '-')} {value}: {remedy}")
+        raise UsageError(f"`{name}` {value}: {remedy}")

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
-AXIS = "devices"
+DATA_AXIS = "devices"
 """The axis name that every per-device step averages over."""
 
 
@@ -20,7 +20,7 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
     Those of process 0 come first, then those of process 1, and so on.
 
     Raises:
-      InputError: `count` is below 1 or above the number of local devices; with several processes,
+      UsageError: `count` is below 1 or above the number of local devices; with several processes,
         it is not the number of all devices, or they do not have equally many.
     """
     available = jax.local_devices()
@@ -32,8 +32,8 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
         hint = ""
         if available[0].platform == "cpu":
             hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates more"
-        raise InputError(
-            f"--devices {count}: choose 1 to {len(available)}, the number of local "
+        raise UsageError(
+            f"`devices` {count}: choose 1 to {len(available)}, the number of local "
             f"{available[0].platform} devices{hint}"
         )
     return tuple(available[:count])
@@ -43,12 +43,12 @@ def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
     groups = [jax.local_devices(number) for number in range(jax.process_count())]
     numbers = [len(group) for group in groups]
     if len(set(numbers)) > 1:
-        raise InputError(
-            f"the processes have {', '.join(map(str, numbers))} devices: give each the same number"
+        raise UsageError(
+            f"the processes have {', '.join(map(str, numbers))} devices: give all the same number"
         )
     if count not in (None, sum(numbers)):
-        raise InputError(
-            f"--devices {count}: {len(groups)} processes train on all of their {sum(numbers)} "
+        raise UsageError(
+            f"`devices` {count}: {len(groups)} processes train on all of their {sum(numbers)} "
             "devices; leave it out"
         )
     return tuple(device for group in groups for device in group)
@@ -60,7 +60,7 @@ def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
     As `jax.pmap` has it, what a process holds is the part of its own devices: here and in the
     other functions, an axis of devices is as long as this process has of them.
     """
-    spread = _sharding(devices, PartitionSpec(AXIS))
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def copy(x: Any) -> jax.Array:
@@ -76,14 +76,16 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], jax.device_get(first))
 
 
-def broadcast(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
+def broadcast_to_devices(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
     """Arrays that every device holds whole, for arguments that `jax.pmap` maps with axis None."""
     return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
-def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict[str, jax.Array]:
+def shard_batch(
+    batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]
+) -> dict[str, jax.Array]:
     """This process's rows of a batch, (n, ...), as (devices, n / devices, ...), one block each."""
-    spread = _sharding(devices, PartitionSpec(AXIS))
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def divide(x: np.ndarray) -> jax.Array:
@@ -92,16 +94,16 @@ def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict
     return {name: divide(x) for name, x in batch.items()}
 
 
-def ahead(
+def prefetch_to_device(
     batches: Iterator[dict[str, np.ndarray]], devices: tuple[jax.Device, ...], count: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches on the devices, see `split`, each put there up to `count` batches in advance.
+    """Yields batches on the devices, see `shard_batch`, each copied `count` batches in advance.
 
-    So the copy to the devices, and the reading before it, go on while a step runs.
+    The copy to the devices, and the reading before it, overlap with the running step.
     """
     waiting: deque[dict[str, jax.Array]] = deque()
     for batch in batches:
-        waiting.append(split(batch, devices))
+        waiting.append(shard_batch(batch, devices))
         if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
@@ -110,4 +112,4 @@ def ahead(
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
     """Over those of `devices` that this process has."""
     local = [device for device in devices if device.process_index == jax.process_index()]
-    return NamedSharding(Mesh(np.array(local), (AXIS,)), spec)
+    return NamedSharding(Mesh(np.array(local), (DATA_AXIS,)), spec)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, deep_kernels
 
 PresetName = Literal["paper", "released", "released_intent"]
@@ -51,12 +51,12 @@ def find_preset(name: PresetName | None) -> Preset:
     """The preset of that name; `NO_PRESET` for None.
 
     Raises:
-      InputError: on an unknown name.
+      UsageError: on an unknown name.
     """
     if name is None:
         return NO_PRESET
     if name not in PRESETS:
-        raise InputError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+        raise UsageError(f"`preset` {name}: unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -75,37 +75,37 @@ def select_kernels(
       The kernels, and "" or, where the released code merges nothing in such a network, the reason.
 
     Raises:
-      InputError: `skip` leaves nothing, or nothing is known of what was intended.
+      UsageError: `skip` leaves nothing, or nothing is known of what was intended.
     """
     family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
     if preset.selection == "released" and family == "resnet":
         return (), (
             f"the released code merges nothing in {model}, whatever its options: it looks for "
-            "convolutions in containers nested one level deeper than a ResNet's are. So the arm "
-            "inmerge is plain training here. --preset released_intent merges what it set out to."
+            "convolutions one level deeper than a ResNet nests them. The arm inmerge is plain "
+            "fine-tuning here. The preset released_intent merges the layers that were meant."
         )
     if preset.selection == "released" and family == "densenet":
         if skip == 0:
             return tuple(kernels[:1]), ""
         return (), (
-            f"the released code merges nothing in {model} at --skip {skip}: of a DenseNet it "
-            "reaches the first convolution alone, and any --skip above 0 leaves that out. So the "
-            "arm inmerge is plain training here."
+            f"the released code merges nothing in {model} at skip {skip}: it reaches only a "
+            "DenseNet's first convolution, which any skip above 0 leaves out. The arm inmerge is "
+            "plain fine-tuning here."
         )
     if preset.selection == "intent" and family == "resnet":
         second = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
         return _after(second, skip, f"{model} has {len(second)} residual blocks"), ""
     if preset.selection == "intent" and family == "densenet":
-        raise InputError(
-            f"--preset released_intent: what the released code meant to merge in {model} is not "
-            "known; choose --preset released or paper"
+        raise UsageError(
+            f"`preset` released_intent: the layers that the released code meant to merge in "
+            f"{model} are unknown; choose released or paper"
         )
     return _after(kernels, skip, f"{model} has {len(kernels)} convolutions"), ""
 
 
 def _after(kernels: Sequence[Kernel], skip: int, count: str) -> tuple[Kernel, ...]:
     if skip >= len(kernels):
-        raise InputError(
-            f"--skip {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
+        raise UsageError(
+            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
         )
     return deep_kernels(kernels, skip=skip)

@@ -29,7 +29,7 @@ class Recipe:
       momentum: of sgd.
       weight_decay: coupled L2: added to the gradient, before momentum or Adam's moments.
       flip: mirror training images left to right with probability 1/2.
-      positive_weights: None, or the most that a label of 1 may count in a multi-label loss: the
+      pos_weight: None, or the most that a label of 1 may count in a multi-label loss: the
         training images without the label by those with it, as in CheXNet (arXiv 1711.05225), whose
         two weights have that ratio.
       mean: per channel, subtracted from images in [0, 1]. Three values make grey images RGB.
@@ -47,7 +47,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     flip: bool = False
-    positive_weights: float | None = None
+    pos_weight: float | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -108,21 +108,21 @@ def next_learning_rate(
     return rate, False
 
 
-def positive_weights(recipe: Recipe, labels: np.ndarray) -> np.ndarray | None:
+def label_pos_weights(recipe: Recipe, labels: np.ndarray) -> np.ndarray | None:
     """How often a label of 1 counts in the loss: float32 (k,), None where the recipe says nothing.
 
     Args:
-      recipe: its `positive_weights` is the most.
+      recipe: its `pos_weight` is the most.
       labels: of the training split, (n, k) of 0 and 1.
 
     Returns:
       (n - m) / m for a label that m of the n images have, at most the recipe's number; 1 for a
       label that no image has.
     """
-    if recipe.positive_weights is None:
+    if recipe.pos_weight is None:
         return None
     ones = labels.sum(0, dtype=np.int64)
-    weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.positive_weights)
+    weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.pos_weight)
     return np.where(ones > 0, weights, 1).astype(np.float32)
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from inmerge_jax.cli import quickstart
-from inmerge_jax.training import arms
+from inmerge_jax.training import experiment
 from inmerge_jax.training.config import parse_config
 
 SMALL = (
@@ -25,7 +25,7 @@ def first(output):
 
 
 def run(output):
-    return quickstart.run(output, [*SMALL, "--cache", "None"])
+    return quickstart.run(output, [*SMALL, "--compilation-cache-dir", "None"])
 
 
 def test_its_own_options_promise_two_seeds_of_three_arms_on_the_phantom():
@@ -66,13 +66,13 @@ def test_an_interrupted_run_goes_on(first, output, monkeypatch):
     (output / "seed1" / "inmerge" / "result.json").unlink()
     assert quickstart.continuation(output, SMALL) == "--resume"
     trained = []
-    train_stage = arms.train_stage
+    train_stage = experiment.train_stage
 
     def watch(setup, stage, *rest):
         trained.append(stage.name)
         return train_stage(setup, stage, *rest)
 
-    monkeypatch.setattr(arms, "train_stage", watch)
+    monkeypatch.setattr(experiment, "train_stage", watch)
     assert run(output) == 0
     assert trained == ["seed 1 inmerge"]
 

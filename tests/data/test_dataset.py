@@ -14,7 +14,7 @@ from inmerge_jax.data import (
     load_medmnist,
     make_phantom,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 SMALL = PhantomConfig(train=5, val=3, test=2, findings=("mass", "nodule"), multi_label=True, seed=7)
 
@@ -67,17 +67,15 @@ def test_config_reaches_the_phantom():
 
 
 def test_a_file_for_the_phantom_is_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=r"mine\.npz \(--file\) is not read for the phantom.*--data"
-    ):
+    with pytest.raises(UsageError, match=r"`file` .*mine\.npz is not read for the phantom"):
         load_dataset(DataConfig(file=tmp_path / "mine.npz"))
 
 
 def test_config_reaches_medmnist(tmp_path):
     config = DataConfig(name="breastmnist", size=64, data_dir=tmp_path, download=False)
-    with pytest.raises(InputError) as by_config:
+    with pytest.raises(UsageError) as by_config:
         load_dataset(config)
-    with pytest.raises(InputError) as direct:
+    with pytest.raises(UsageError) as direct:
         load_medmnist("breastmnist", size=64, data_dir=tmp_path, download=False)
     assert str(by_config.value) == str(direct.value)
 

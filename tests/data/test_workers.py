@@ -16,7 +16,7 @@ import pytest
 
 from inmerge_jax.data import train_batch, train_batches
 from inmerge_jax.data.workers import WorkerLostError, watched
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.data.test_batches import Lazy, lazy, same
 from tests.long import long_unless
 
@@ -39,7 +39,7 @@ def test_a_killed_worker_ends_the_batches(images, workers):
     victim = multiprocessing.active_children()[-1]
     time.sleep(1)  # By now it has begun to write what nobody reads.
     victim.kill()
-    with pytest.raises(InputError, match=r"signal 9 \(SIGKILL\).*fewer --workers"):
+    with pytest.raises(UsageError, match=r"signal 9 \(SIGKILL\).*fewer `workers`"):
         list(row)
     for worker in multiprocessing.active_children():
         worker.join(10)
@@ -54,7 +54,7 @@ import dataclasses, multiprocessing, sys, time
 from tests.data.test_batches import lazy
 from tests.data.test_workers import Large
 from inmerge_jax.data import train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 if __name__ == "__main__":
     split = dataclasses.replace(lazy(40), images=Large(40))
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     multiprocessing.active_children()[-1].kill()
     try:
         list(row)
-    except InputError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 """
@@ -78,7 +78,7 @@ def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
         [sys.executable, script], env=here, timeout=200, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert re.search(r"signal 9 \(SIGKILL\).*fewer --workers.*--resume", done.stderr)
+    assert re.search(r"signal 9 \(SIGKILL\).*fewer `workers`.*--resume", done.stderr)
 
 
 def test_a_worker_killed_as_it_starts_ends_the_batches():
@@ -91,7 +91,7 @@ def test_a_worker_killed_as_it_starts_ends_the_batches():
         killed.set()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(InputError, match="(SIGKILL|exit code -9).*fewer --workers"):
+    with pytest.raises(UsageError, match="(SIGKILL|exit code -9).*fewer `workers`"):
         list(train_batches(lazy(40), seed=1, batch_size=6, workers=2))
     assert killed.is_set()
 

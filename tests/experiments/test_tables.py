@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import tables
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 README = (tables.ROOT / "README.md").read_text()
 
@@ -22,5 +22,5 @@ def test_a_number_typed_by_hand_is_noticed():
 
 
 def test_a_missing_place_is_an_error():
-    with pytest.raises(InputError, match="no lines <!-- begin main -->"):
+    with pytest.raises(UsageError, match="no lines <!-- begin main -->"):
         tables.render("# nothing")

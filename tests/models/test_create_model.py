@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax import find_kernels
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import ResNet
@@ -352,18 +352,18 @@ def test_initial_values_have_pytorchs_spread():
     ],
 )
 def test_bad_arguments_say_what_there_is(arguments, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UsageError, match=message):
         create_model(**{"name": "resnet18", "num_classes": 2} | arguments)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "densenet121"])
 def test_imagenet_stem_refuses_images_that_vanish(name):
-    with pytest.raises(InputError, match="28x28.*small"):
+    with pytest.raises(UsageError, match="28x28.*small"):
         abstract_variables(create_model(name, 2, stem="imagenet"), 28)
 
 
 def test_small_densenet_refuses_images_that_vanish():
-    with pytest.raises(InputError, match="7x7.*small stem 8 px or more"):
+    with pytest.raises(UsageError, match="7x7.*small stem 8 px or more"):
         abstract_variables(create_model("densenet121", 2), 7)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from inmerge_jax.data.chestxray14.labels import FINDINGS
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.reporting.html_report import write_report
 from inmerge_jax.reporting.published import CHESTXRAY14
 from tests.reporting.folder import edit, write_run
@@ -159,7 +159,7 @@ def test_damaged_arrays_are_named_with_the_remedy(tmp_path, name, damage):
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data[:200] if damage == "cut short" else data)
-    with pytest.raises(InputError, match=rf"{name} is damaged .*results\.json.*--resume"):
+    with pytest.raises(UsageError, match=rf"{name} is damaged .*results\.json.*--resume"):
         write_report(folder)
 
 
@@ -168,7 +168,7 @@ def test_damaged_lines_are_named(tmp_path, name):
     folder = write_run(tmp_path / "run", seeds=(0,))
     path = folder / "seed0" / "inmerge" / name
     path.write_bytes(path.read_bytes()[:50] + b"\xff")
-    with pytest.raises(InputError, match=re.escape(str(path))):
+    with pytest.raises(UsageError, match=re.escape(str(path))):
         write_report(folder)
 
 

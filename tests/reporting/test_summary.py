@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.summary import auc_influence, spread, summarize
@@ -185,11 +185,11 @@ def test_published_number_only_for_the_benchmarks_network():
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no results\.json.*--resume"):
+    with pytest.raises(UsageError, match=r"no results\.json.*--resume"):
         read_run(tmp_path)
 
 
 def test_damaged_results_are_refused_by_name(tmp_path):
     (tmp_path / "results.json").write_text('{"dataset": ')
-    with pytest.raises(InputError, match=r"results\.json is not valid JSON"):
+    with pytest.raises(UsageError, match=r"results\.json is not valid JSON"):
         read_run(tmp_path)

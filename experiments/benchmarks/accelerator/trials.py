@@ -28,18 +28,22 @@ from experiments.study.stages import Places, plan_of
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
 from inmerge_jax.data import steps_per_epoch, train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, step_options
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import NonFiniteLossError
+from inmerge_jax.training.experiment import RunSpec, initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
-from inmerge_jax.training.stage import Setup, batch_seed, root_key
-from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
-from inmerge_jax.training.steps import Totals, make_train_step, zero_totals
+from inmerge_jax.training.train import NonFiniteLossError, TrainContext, batch_seed, root_key
+from inmerge_jax.training.train_step import (
+    Totals,
+    TrainState,
+    make_train_step,
+    new_state,
+    set_learning_rate,
+    zero_totals,
+)
 
 PART = "trials"
 TOGETHER, TINY_TOGETHER = (1, 4), (1, 2)
@@ -52,7 +56,7 @@ def check_data(grid: Grid, folder: Path) -> None:
     """Checks that the files of a grid's data sets exist.
 
     Raises:
-      InputError: one is missing.
+      UsageError: one is missing.
     """
     for name in grid.data:
         config = datasets.config_of(name, folder, folder)
@@ -60,7 +64,7 @@ def check_data(grid: Grid, folder: Path) -> None:
             continue
         path = config.file or config.data_dir / f"{config.name}.npz"
         if not path.is_file():
-            raise InputError(
+            raise UsageError(
                 f"--data-dir {folder}: {path} is missing; give the folder that holds it, choose "
                 "another --grid, or leave the trials out with --parts correctness merge step"
             )
@@ -143,12 +147,12 @@ def keep_records(
       How many were new.
 
     Raises:
-      InputError: a trial is of no grid of this version, or its data set's labels are others.
+      UsageError: a trial is of no grid of this version, or its data set's labels are others.
     """
     known = {cell.hash: cell for grid in GRIDS.values() for cell in grid.cells()}
     unknown = sorted(set(records) - set(known))
     if unknown:
-        raise InputError(f"the trials {', '.join(unknown)} are of no grid of this version")
+        raise UsageError(f"the trials {', '.join(unknown)} are of no grid of this version")
     new = [one for one in records if store.read(known[one], folder) is None]
     for one in new:
         data = known[one].backbone.data
@@ -192,7 +196,7 @@ def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
 def shared_treatment(
     kernels: tuple[Kernel, ...], kinds: Sequence[tuple[str, bool]]
 ) -> Callable[..., Any]:
-    """A `steps.Treatment` that holds all rules of a grid, so that they share one compilation.
+    """A `ParamTransform` that holds all rules of a grid, so that they share one compilation.
 
     Branch 0 leaves the weights alone; branch i + 1 merges as `kinds[i]` says.
     """
@@ -239,8 +243,8 @@ class Program:
       together: seeds that it trains at once.
     """
 
-    plan: Plan
-    setup: Setup
+    plan: RunSpec
+    setup: TrainContext
     deep: tuple[Kernel, ...]
     kinds: tuple[tuple[str, bool], ...]
     step: Callable[..., Any]
@@ -255,7 +259,7 @@ class Program:
 def make_program(grid: Grid, data: str, together: int, places: Places) -> Program:
     """Loads a data set and makes the step that trains `together` seeds at once."""
     plan = plan_of(grid.backbone(data, 0), places)
-    setup = make_setup(plan)
+    setup = make_context(plan)
     treatments = list(grid.arms.values())
     kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
     merging = next(one for one in treatments if one.kind != "none")
@@ -266,8 +270,8 @@ def make_program(grid: Grid, data: str, together: int, places: Places) -> Progra
         plan.recipe,
         **step_options(plan),
         kernels=deep,
-        treatment=shared_treatment(deep, kinds),
-        numbers=shared_numbers(Treatment(), kinds, 1),
+        param_transform=shared_treatment(deep, kinds),
+        hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
     return Program(plan, setup, deep, kinds, step, together)
@@ -295,14 +299,14 @@ def choose_together(
 def _timed_updates(program: Program) -> Callable[[int], float]:
     """A function that makes some updates and returns the seconds that each took."""
     plan, count = program.plan, program.together
-    start = initial_weights(plan, 0)
+    start = initial_variables(plan, 0)
     fresh = new_state(*start, program.setup.optimizer, 1e-3)
     state = replicate(stack([fresh] * count), plan.devices)
     totals = replicate(stack([zero_totals(len(program.deep))] * count), plan.devices)
-    roots = broadcast(stack([root_key(0, 0)] * count), plan.devices)
+    roots = broadcast_to_devices(stack([root_key(0, 0)] * count), plan.devices)
     given = shared_numbers(Treatment(), program.kinds, 1)
     stream = train_batches(plan.dataset.train, seed=0, batch_size=plan.recipe.batch_size)
-    batch = split(join([next(stream)] * count, len(plan.devices)), plan.devices)
+    batch = shard_batch(join([next(stream)] * count, len(plan.devices)), plan.devices)
 
     def run(updates: int) -> float:
         nonlocal state
@@ -330,7 +334,7 @@ def train_unit(
     """
     before = time.monotonic()
     chosen = program(data, len(seeds))
-    starts = [initial_weights(chosen.plan, seed) for seed in seeds]
+    starts = [initial_variables(chosen.plan, seed) for seed in seeds]
     records = {}
     best = None
     for arm in (None, *grid.arms):
@@ -384,11 +388,13 @@ def train_together(
     seeds, number = [c.backbone.seed for c in cells], int(not cell.is_backbone)
     epochs = cell.epochs or cell.backbone.epochs
     first_rate = cell.backbone.rate if cell.is_backbone else cell.learning_rate
-    given = broadcast(shared_numbers(cell.treatment, program.kinds, program.updates), devices)
+    given = broadcast_to_devices(
+        shared_numbers(cell.treatment, program.kinds, program.updates), devices
+    )
     states = [new_state(*start, setup.optimizer, first_rate) for start in starts]
     state = replicate(stack(states), devices)
     zeros = replicate(stack([zero_totals(len(program.deep))] * count), devices)
-    roots = broadcast(stack([root_key(seed, number) for seed in seeds]), devices)
+    roots = broadcast_to_devices(stack([root_key(seed, number) for seed in seeds]), devices)
     streams = [
         train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
         for seed in seeds
@@ -401,13 +407,13 @@ def train_together(
         rate, _ = next_learning_rate(recipe, first_rate, epochs, histories[0])
         state, totals = set_learning_rate(state, rate), zeros
         for _ in range(program.updates):
-            batch = split(join([next(stream) for stream in streams], len(devices)), devices)
+            batch = shard_batch(join([next(stream) for stream in streams], len(devices)), devices)
             state, totals = program.step(state, totals, batch, roots, given)
         sums = unreplicate(totals)
         for i in range(count):
             one = pick(state, i, count)
             total = sums if count == 1 else Totals(*(x[i] for x in sums))
-            scores, loss = evaluate(setup, one, data.val)
+            scores, loss = setup.evaluate(one, data.val)
             if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
                 raise NonFiniteLossError(f"{cells[i].name}: diverged in epoch {epoch}")
             auc = compute_metrics(data.val.labels, scores, data.task).auc
@@ -434,7 +440,7 @@ def finish(
     plan, setup, data = program.plan, program.setup, program.plan.dataset
     found, scores = {}, {}
     for name, images in (("val", data.val), ("test", data.test)):
-        scores[name], _ = evaluate(setup, state, images)
+        scores[name], _ = setup.evaluate(state, images)
         found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
     weights = unreplicate((state.params, state.batch_stats))
     merges = cell.treatment.kind != "none"
@@ -466,7 +472,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def join(batches: Sequence[Mapping[str, np.ndarray]], devices: int) -> dict[str, np.ndarray]:
-    """Batches of several networks as one, so that `split` gives each device its rows of each."""
+    """Batches of several networks as one: `shard_batch` gives each device its rows of each."""
     if len(batches) == 1:
         return dict(batches[0])
     joined = {}

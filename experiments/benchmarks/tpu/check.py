@@ -22,8 +22,8 @@ from rich.console import Console
 from experiments.benchmarks.tpu.compile import Case, environment, fingerprints
 from experiments.benchmarks.tpu.limits import Row, failures
 from experiments.benchmarks.tpu.table import tables
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_json_object, write_json
 
 STEPS = ("plain", "random", "nearest")
 STACK = 512 * 2**20
@@ -77,15 +77,15 @@ def chosen_cases(config: TpuCheckConfig) -> list[Case]:
     """The cases that the options name, at least one.
 
     Raises:
-      InputError: on a name that no case has, or that none of the small ones has.
+      UsageError: on a name that no case has, or that none of the small ones has.
     """
     for part in config.only:
         if not any(part in case.name for case in CASES):
-            raise InputError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
+            raise UsageError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
     cases = CASES[: len(STEPS)] if config.small else CASES
     chosen = [c for c in cases if not config.only or any(part in c.name for part in config.only)]
     if not chosen:
-        raise InputError(f"--only {' '.join(config.only)}: none of the --small cases has it")
+        raise UsageError(f"--only {' '.join(config.only)}: none of the --small cases has it")
     return chosen
 
 
@@ -93,11 +93,11 @@ def compile_cases(config: TpuCheckConfig) -> None:
     """Compiles each case in a process of its own and saves its row as it finishes.
 
     Raises:
-      InputError: libtpu is missing, `jobs` is none, or the output file can't be read or written.
+      UsageError: libtpu is missing, `jobs` is none, or the output file can't be read or written.
       RuntimeError: a process failed otherwise than by the compiler refusing the program.
     """
     if config.jobs < 1:
-        raise InputError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
+        raise UsageError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
     _need_libtpu()
     _deep_stack()
     stored = {} if config.overwrite else read(config.output)
@@ -162,7 +162,7 @@ def _save(row: Row | None, name: str, output: Path) -> None:
     """Puts a row, if there is one, into the output file, in the order of `CASES`, and says so.
 
     Raises:
-      InputError: it can't be read or written.
+      UsageError: it can't be read or written.
     """
     if row is None:
         print(f"{name}: unchanged", flush=True)
@@ -172,7 +172,7 @@ def _save(row: Row | None, name: str, output: Path) -> None:
     try:
         write_json(output, ordered)
     except OSError as error:
-        raise InputError(f"--output {output}: {error}; choose another file") from error
+        raise UsageError(f"--output {output}: {error}; choose another file") from error
     said = f"{row['compile_seconds']} s" if row["compiles"] else row["reason"]
     print(f"{name}: {said}", flush=True)
 
@@ -181,7 +181,7 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
     """The chosen cases that the output file does not hold as this code lowers them.
 
     Raises:
-      InputError: libtpu is missing, or the output file can't be read.
+      UsageError: libtpu is missing, or the output file can't be read.
     """
     _need_libtpu()
     os.environ.update(environment(os.environ))
@@ -194,9 +194,9 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
 
 
 def _need_libtpu() -> None:
-    """Raises InputError where libtpu is missing."""
+    """Raises UsageError where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
+        raise UsageError(
             "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
             "or put such a folder on PYTHONPATH"
         )
@@ -216,14 +216,14 @@ def read(path: Path) -> dict[str, Row]:
     """The rows that a file holds, by name; none where there is no such file.
 
     Raises:
-      InputError: the file isn't JSON, or can't be read.
+      UsageError: the file isn't JSON, or can't be read.
     """
     try:
-        return read_object(path, "remove it, or choose another --output")
+        return read_json_object(path, "remove it, or choose another --output")
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+        raise UsageError(f"--output {path}: {error}; remove it or choose another file") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,8 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = read(config.output)
         missing = [case.name for case in chosen_cases(config) if case.name not in rows]
         if missing:
-            raise InputError(f"{config.output} has no row of {missing[0]}: leave --dry-run out")
-    except InputError as error:
+            raise UsageError(f"{config.output} has no row of {missing[0]}: leave --dry-run out")
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for table in tables(rows, [case.name for case in chosen_cases(config)]):

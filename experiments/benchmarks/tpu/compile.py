@@ -168,22 +168,26 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
 
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.initial import convolutions
-    from inmerge_jax.training.parallel import AXIS
+    from inmerge_jax.training.init import conv_kernels
+    from inmerge_jax.training.parallel import DATA_AXIS
     from inmerge_jax.training.recipes import RECIPES
-    from inmerge_jax.training.state import TrainState, make_optimizer
-    from inmerge_jax.training.steps import make_train_step, zero_totals
+    from inmerge_jax.training.train_step import (
+        TrainState,
+        make_optimizer,
+        make_train_step,
+        zero_totals,
+    )
 
     topology = topologies.get_topology_desc(case.topology, platform="tpu")
     devices = tuple(topology.devices)
-    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
+    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=DATA_AXIS)
     image = jax.ShapeDtypeStruct((1, case.size, case.size, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
     )
     params, rest = variables["params"], variables.get("batch_stats", {})
 
-    deep = deep_kernels(convolutions(model, image.shape[1:]), skip=10)
+    deep = deep_kernels(conv_kernels(model, image.shape[1:]), skip=10)
     merging = case.step != "plain"
     recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
     optimizer = make_optimizer(recipe)
@@ -207,7 +211,7 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
         devices=devices,
         kernels=deep if merging else (),
         rule=MergeRule(partner=case.step) if merging else None,
-        steps_per_call=case.steps_per_call,
+        steps_per_execution=case.steps_per_call,
     )
     root = jax.eval_shape(lambda: jax.random.key(0))
     # A Pallas kernel is in the program as bytes, with the files and lines that it was written in:

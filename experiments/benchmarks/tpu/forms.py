@@ -18,7 +18,7 @@ from experiments.benchmarks.tpu.compile import CLASSES, WITHOUT_TPU
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import conv_kernels
 
 RESULTS = Path(__file__).parents[2] / "results"
 OUTPUT = RESULTS / "tpu_forms.json"
@@ -32,7 +32,7 @@ def count(model: str, stem: Any, size: int, partner: Any, form: Any, device: Any
     network = create_model(model, CLASSES, stem=stem)
     kernels = [
         dataclasses.replace(kernel, path=(jax.tree_util.DictKey(kernel.name),))
-        for kernel in deep_kernels(convolutions(network, (size, size, 3)), skip=10)
+        for kernel in deep_kernels(conv_kernels(network, (size, size, 3)), skip=10)
     ]
     sharding = jax.sharding.SingleDeviceSharding(device)
     params = {

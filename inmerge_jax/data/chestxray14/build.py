@@ -37,14 +37,14 @@ from inmerge_jax.data.chestxray14.manifest import (
     metadata_hashes,
     read_index,
     read_manifest,
-    sealed,
+    write_manifest,
 )
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_json
-from inmerge_jax.locking import hold
+from inmerge_jax.locking import lock
+from inmerge_jax.progress import Progress
 
 REDUCED, RECORDS, SPEED = "reduced", "records", "speed.json"
 
@@ -129,12 +129,12 @@ def build(request: Request, console: Console) -> Built:
     """Builds the data set in `request.output`, or what an interrupted build has left to do.
 
     Raises:
-      InputError: anything about labels, lists, images or the folder that the user can mend;
+      UsageError: anything about labels, lists, images or the folder that the user can mend;
         another build at work in it.
     """
     if request.workers < 1 or request.size < 1:
-        raise InputError(
-            f"--workers {request.workers}, --size {request.size}: each must be 1 or more"
+        raise UsageError(
+            f"`workers` {request.workers}, `size` {request.size}: each must be 1 or more"
         )
     output = Path(request.output).expanduser()
     labels = read_labels(find_labels(request.labels))
@@ -147,7 +147,7 @@ def build(request: Request, console: Console) -> Built:
         return Built(manifest, None, 0.0)
     with contextlib.ExitStack() as stack:
         with _writing(output):
-            stack.enter_context(hold(output, functools.partial(_say, console)))
+            stack.enter_context(lock(output, functools.partial(_say, console)))
         return _build(request, output, labels, rows, parts, identity, console)
 
 
@@ -172,9 +172,10 @@ def _build(
     reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
-    manifest = sealed({**identity, **_verify(folder, output, labels, rows, console)})
+    content = {**identity, **_verify(folder, output, labels, rows, console)}
     with _writing(output):
-        write_json(output / MANIFEST, manifest)
+        write_manifest(output, content)
+    manifest = read_manifest(output)
     seconds = time.perf_counter() - started
     shutil.rmtree(output / REDUCED)
     built = Built(manifest, reduced, seconds)
@@ -216,15 +217,15 @@ def _present(
         missing += [labels.names[row] for row in chosen[~there].tolist()]
     total = sum(map(len, wanted.values()))
     if missing and not request.allow_missing:
-        raise InputError(
-            f"--images {request.images}: {some(missing, 'image')} of the {total:,} in the split "
-            f"{request.split} are missing; fetch them, or build what there is with --allow-missing"
+        raise UsageError(
+            f"`images` {request.images}: {some(missing, 'image')} of the {total:,} in the split "
+            f"{request.split} are missing; fetch them, or build without them (`allow_missing`)"
         )
     empty = [part for part, chosen in rows.items() if not len(chosen)]
     if empty:
-        raise InputError(
-            f"--images {request.images} has no image of {' and '.join(empty)} in the split "
-            f"{request.split}; give more images, or choose another --split"
+        raise UsageError(
+            f"`images` {request.images} has no image of {' and '.join(empty)} in the split "
+            f"{request.split}; give more images, or choose another `split`"
         )
     used = sum(map(len, rows.values()))
     unused = f"; {len(found) - used:,} other PNGs are not used" if len(found) > used else ""
@@ -269,12 +270,12 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if not path.exists():
         known = {REDUCED, RECORDS, INDEX}
         if output.exists() and not output.is_dir():
-            raise InputError(f"--output {output} is a file; choose a folder")
+            raise UsageError(f"`output` {output} is a file; choose a folder")
         there = {entry.name for entry in output.iterdir()} if output.exists() else set()
         strange = sorted(name for name in there - known if not name.startswith("."))
         if strange:
-            raise InputError(
-                f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
+            raise UsageError(
+                f"`output` {output} holds {some(strange, 'other file')}; choose an empty folder"
             )
         return None
     manifest = read_manifest(output)
@@ -282,14 +283,13 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if differing:
         name = differing[0]
         if name == "files_sha256":
-            raise InputError(
-                f"--output {output} was built from other files of these images: since then the "
-                "size or the time of change of one became another; delete it to build it anew, or "
-                "train on it as it is"
+            raise UsageError(
+                f"`output` {output} was built from other versions of these image files (size or "
+                "modification time differ); delete it to build it again, or train on it as it is"
             )
-        raise InputError(
-            f"--output {output} holds another data set: its {name} is {manifest[name]}, asked "
-            f"for is {identity[name]}; choose another folder, or delete it"
+        raise UsageError(
+            f"`output` {output} holds another data set: its {name} is {manifest[name]}, not "
+            f"{identity[name]}; choose another folder, or delete it"
         )
     check_metadata(output, manifest)
     check_shards(output, manifest)
@@ -310,11 +310,12 @@ def _write_records(
     tfds.disable_progress_bar()
     # TFDS announces what it does by plain prints.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with Meter("writing shards", images, 0, console) as meter:
+    with Progress(images, console, description="writing shards") as progress:
 
         def advance(count: int) -> None:
-            meter.advance(count)
-            meter.show()
+            progress.advance(count)
+            if progress.due():
+                progress.milestone()
 
         builder = ChestXray14(
             labels=labels,
@@ -325,6 +326,7 @@ def _write_records(
         )
         with _writing(output), quiet:
             builder.download_and_prepare(file_format="array_record")
+        progress.finish()
     return Path(builder.data_dir)
 
 
@@ -341,7 +343,7 @@ def _verify(
     builder = tfds.builder_from_directory(folder)
     skip = {"image": tfds.decode.SkipDecoding()}
     content, arrays, shards = hashlib.sha256(), {}, {}
-    with Meter("verifying", sum(map(len, rows.values())), 0, console) as meter:
+    with Progress(sum(map(len, rows.values())), console, description="verifying") as progress:
         for part in PARTS:
             source = builder.as_data_source(part, decoders=skip)
             _require(len(source) == len(rows[part]), f"{len(source)} {part} images", output)
@@ -353,8 +355,9 @@ def _verify(
                 _require(same, f"{part} record {index}, {name}", output)
                 content.update(f"{part} {name} ".encode() + example["labels"].tobytes())
                 content.update(example["image"])
-                meter.advance(1)
-                meter.show()
+                progress.advance(1)
+                if progress.due():
+                    progress.milestone()
             arrays[f"{part}_names"] = np.array([labels.names[row] for row in rows[part].tolist()])
             arrays[f"{part}_labels"] = labels.findings[rows[part]]
             arrays[f"{part}_patients"] = labels.patients[rows[part]]
@@ -365,6 +368,7 @@ def _verify(
                     "records": instruction.examples_in_shard,
                     "bytes": path.stat().st_size,
                 }
+        progress.finish()
     check_patients({part: arrays[f"{part}_patients"] for part in PARTS}, str(output))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -387,11 +391,11 @@ def _verify(
 
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """A full disk, say, is told as an `InputError`."""
+    """A full disk, say, is told as an `UsageError`."""
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"cannot write to {output}: {error.strerror or error}; make room or give rights "
             "there, then build again: what is done is kept"
         ) from error
@@ -399,4 +403,4 @@ def _writing(output: Path) -> Iterator[None]:
 
 def _require(valid: bool, what: str, output: Path) -> None:
     if not valid:
-        raise InputError(f"{output} was not written as it should be: {what}; delete it, build anew")
+        raise UsageError(f"{output} was not written as it should be: {what}; delete it, build anew")

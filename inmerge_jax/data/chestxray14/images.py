@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 # What Pillow raises on files that are cut short or damaged.
 _DAMAGED = (
@@ -23,21 +23,21 @@ def find_images(folder: Path) -> dict[str, Path]:
     """Every PNG of NIH's layout `images_*/images/*.png`, or of a flat folder, by its name.
 
     Raises:
-      InputError: no such folder, no PNG in it, or one name in two places.
+      UsageError: no such folder, no PNG in it, or one name in two places.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise InputError(f"--images {folder}: there is no such folder")
+        raise UsageError(f"`images` {folder}: there is no such folder")
     found: dict[str, Path] = {}
     for path in _files(folder):
         if path.name in found:
-            raise InputError(
+            raise UsageError(
                 f"{path.name} is there twice, as {found[path.name]} and {path}; remove one"
             )
         found[path.name] = path
     if not found:
-        raise InputError(
-            f"--images {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
+        raise UsageError(
+            f"`images` {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
         )
     return found
 
@@ -51,13 +51,13 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the file's header.
 
     Raises:
-      InputError: the file is damaged or no image.
+      UsageError: the file is damaged or no image.
     """
     try:
         with Image.open(path) as image:
             return image.size
     except _DAMAGED as error:
-        raise InputError(_message(path, error)) from error
+        raise UsageError(_message(path, error)) from error
 
 
 def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
@@ -73,7 +73,7 @@ def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
       expected: width and height that the file must have.
 
     Raises:
-      InputError: the file is cut short, damaged, of another size, or smaller than `size`.
+      UsageError: the file is cut short, damaged, of another size, or smaller than `size`.
     """
     try:
         data = path.read_bytes()
@@ -83,15 +83,15 @@ def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
             image.load()
             grey, plain = to_grey(image), image.mode == "L" and image.format == "PNG"
     except _DAMAGED as error:
-        raise InputError(_message(path, error)) from error
+        raise UsageError(_message(path, error)) from error
     width, height = grey.size
     if (width, height) != expected:
-        raise InputError(
+        raise UsageError(
             f"{path} has {width} x {height} pixels, the others {expected[0]} x {expected[1]}; "
             "fetch it again"
         )
     if width != height or width < size:
-        raise InputError(
+        raise UsageError(
             f"{path} has {width} x {height} pixels; a square of at least {size} is needed"
         )
     if width == size and plain:

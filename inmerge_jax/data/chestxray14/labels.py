@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 FINDINGS = (
     "Atelectasis",
@@ -60,19 +60,19 @@ def find_labels(place: Path) -> Path:
     """The label file that `place` is, or the one Data_Entry_2017*.csv or .csv.gz in that folder.
 
     Raises:
-      InputError: there is none, or more than one.
+      UsageError: there is none, or more than one.
     """
     place = Path(place).expanduser()
     if place.is_file():
         return place
     if not place.is_dir():
-        raise InputError(f"there are no labels at {place}; give NIH's Data_Entry_2017*.csv(.gz)")
+        raise UsageError(f"there are no labels at {place}; give NIH's Data_Entry_2017*.csv(.gz)")
     found = sorted([*place.glob("Data_Entry_2017*.csv"), *place.glob("Data_Entry_2017*.csv.gz")])
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
-        raise InputError(
+        raise UsageError(
             f"{place} should hold one Data_Entry_2017*.csv or .csv.gz; there: {there}. Name the "
-            "label file itself with --labels"
+            "file itself with `labels`"
         )
     return found[0]
 
@@ -81,25 +81,25 @@ def read_labels(path: Path) -> Labels:
     """Reads NIH's Data_Entry_2017*.csv, plain or gzipped.
 
     Raises:
-      InputError: the file cannot be read, lacks a column, holds no row, names an image twice, or a
+      UsageError: the file cannot be read, lacks a column, holds no row, names an image twice, or a
         finding that is none of the 14; the message names the file, the row and the value.
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         columns, rows = reader.fieldnames or (), list(_numbered(reader))
     except csv.Error as error:
-        raise InputError(
+        raise UsageError(
             f"{path}, from line {reader.line_num} on: {error}; look for a quotation mark that "
             "is not closed, or fetch it again"
         ) from error
     absent = [name for name in (_NAME, _FINDINGS, _PATIENT) if name not in columns]
     if absent:
-        raise InputError(
+        raise UsageError(
             f"{path} lacks the column {' and '.join(map(repr, absent))}; its header is "
             f"{', '.join(columns) or 'empty'}. Give NIH's Data_Entry_2017*.csv"
         )
     if not rows:
-        raise InputError(f"{path} holds a header and no image")
+        raise UsageError(f"{path} holds a header and no image")
     parsed = sorted(_parse(path, line, row) for line, row in rows)
     names = tuple(name for name, _, _ in parsed)
     refuse_duplicates(path, names)
@@ -120,20 +120,20 @@ def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tupl
     name, found, patient = (row[column] for column in (_NAME, _FINDINGS, _PATIENT))
     where = f"{path}, line {line}"
     if not name or found is None or patient is None:
-        raise InputError(f"{where} is cut short or empty: it needs an image, findings, a patient")
+        raise UsageError(f"{where} is cut short or empty: it needs an image, findings, a patient")
     findings = tuple(found.split("|"))
     if findings == (NO_FINDING,):
         findings = ()
     for finding in findings:
         if finding not in FINDINGS:
-            raise InputError(
+            raise UsageError(
                 f"{where}: {name} has the unknown finding {finding!r}; known: "
                 f"{', '.join(FINDINGS)}, or {NO_FINDING} alone"
             )
     try:
         return name, findings, int(np.int64(int(patient)))
     except (ValueError, OverflowError) as error:
-        raise InputError(
+        raise UsageError(
             f"{where}: the patient of {name} is {patient!r}, no number of 64 bits; mend it, or "
             "fetch the file again"
         ) from error
@@ -143,7 +143,7 @@ def read_text(path: Path) -> str:
     """The text of a file, plain or gzipped by its content.
 
     Raises:
-      InputError: it is absent, damaged or no text.
+      UsageError: it is absent, damaged or no text.
     """
     try:
         data = Path(path).read_bytes()
@@ -151,16 +151,16 @@ def read_text(path: Path) -> str:
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}") from error
+        raise UsageError(f"there is no file {path}") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; fetch it again") from error
+        raise UsageError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
 def refuse_duplicates(path: Path, names: Sequence[str]) -> None:
-    """Raises InputError where `names`, read from `path`, holds one twice."""
+    """Raises UsageError where `names`, read from `path`, holds one twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{path} names {some(twice, 'image')} more than once; remove the surplus")
+        raise UsageError(f"{path} names {some(twice, 'image')} more than once; remove the surplus")
 
 
 def some(names: Sequence[str], what: str) -> str:

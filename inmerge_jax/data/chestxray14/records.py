@@ -19,9 +19,8 @@ from inmerge_jax.data.chestxray14.manifest import (
 )
 from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split, names_sha256
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
-BUILD = "inmerge data build"
 # TFDS imports most of itself at first use, which deadlocks where two threads do so at once.
 _OPENING = threading.Lock()
 
@@ -35,7 +34,7 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         build.
 
     Raises:
-      InputError: the folder is no finished build; the manifest, the index or TFDS's JSON was
+      UsageError: the folder is no finished build; the manifest, the index or TFDS's JSON was
         changed since, or a shard cut short; `size` exceeds the build's.
     """
     folder = Path(folder).expanduser()
@@ -45,9 +44,9 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         arrays = {name: index[name] for name in index.files}
     size = manifest["size"] if size is None else size
     if not 1 <= size <= manifest["size"]:
-        raise InputError(
-            f"--size {size}: {folder} was built at {manifest['size']} px; choose 1 to "
-            f"{manifest['size']}, or build another folder with a larger --size"
+        raise UsageError(
+            f"`size` {size}: {folder} was built at {manifest['size']} px; choose 1 to "
+            f"{manifest['size']}, or build another folder with a larger size"
         )
     splits = {
         part: Split(
@@ -110,7 +109,7 @@ class RecordImages:
         """One image (size, size, 1) for an integer, else (k, size, size, 1).
 
         Raises:
-          InputError: a record cannot be read, or is another image than it was.
+          UsageError: a record cannot be read, or is another image than it was.
         """
         if isinstance(index, int | np.integer):
             return self._read(range(len(self))[index])
@@ -131,14 +130,14 @@ class RecordImages:
         try:
             example = self.open()[row]
         except RuntimeError as error:
-            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+            raise UsageError(f"{where} is damaged: {error}. Build the data set anew") from error
         found = example["name"].decode()
         if found != self.names[row]:
-            raise InputError(f"{where} is {found} instead; build the data set anew")
+            raise UsageError(f"{where} is {found} instead; build the data set anew")
         try:
             return decode(example["image"], self.size)[..., None]
         except ValueError as error:
-            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+            raise UsageError(f"{where} is damaged: {error}. Build the data set anew") from error
 
     def open(self) -> Any:
         """TFDS's data source of the shards; threads that ask at once get the same one."""
@@ -159,9 +158,9 @@ class RecordImages:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(
-            f"--data-dir {folder}: there is no finished ChestX-ray14 in it ({MANIFEST} is "
-            f"missing); build it with {BUILD} --output {folder}, which goes on where it stopped"
+        raise UsageError(
+            f"`data_dir` {folder} holds no finished ChestX-ray14 ({MANIFEST} is missing); build it "
+            "with the command inmerge data build, which continues an interrupted build"
         )
     manifest = read_manifest(folder)
     check_metadata(folder, manifest)

@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data.chestxray14.images import image_size, reduce_image
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.workers import end_with_parent
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE, write_bytes
+from inmerge_jax.progress import Progress
 
 IMAGES_PER_PART = 64
 _FORMAT = 1
@@ -52,14 +52,14 @@ class Part:
         """The finished PNGs, in the order of `rows`; zip checks the checksum of each.
 
         Raises:
-          InputError: the file was damaged since it was written.
+          UsageError: the file was damaged since it was written.
         """
         try:
             with zipfile.ZipFile(self.path) as archive:
                 for source in self.sources:
                     yield archive.read(source.name)
         except (*DAMAGED_ARCHIVE, KeyError) as error:
-            raise InputError(f"{self.path} is damaged: {error}; delete it, build again") from error
+            raise UsageError(f"{self.path} is damaged: {error}; delete it, build again") from error
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def reduce_parts(
     """Makes every part that is not there yet, in `workers` processes.
 
     Raises:
-      InputError: an image is damaged or of the wrong size, or a process was killed; parts that
+      UsageError: an image is damaged or of the wrong size, or a process was killed; parts that
         were done stay.
     """
     every = [part for some in parts.values() for part in some]
@@ -124,11 +124,16 @@ def reduce_parts(
     expected = _usual_size([source for part in every for source in part.sources])
     done = sum(map(len, every)) - sum(map(len, todo))
     workers, busy = min(workers, len(todo)), 0.0
-    with Meter("reducing images", sum(map(len, every)), done, console) as meter:
+    total, what = sum(map(len, every)), "reducing images"
+    with Progress(total, console, description=what, done=done) as progress:
+        if done:
+            progress.say(f"{what}: {done:,} of {total:,} are there already")
         for images, seconds in _results(todo, size, expected, workers):
             busy += seconds
-            meter.advance(images)
-            meter.show()
+            progress.advance(images)
+            if progress.due():
+                progress.milestone()
+        progress.finish()
     return Reduced(parts, sum(map(len, todo)), busy, workers)
 
 
@@ -152,9 +157,9 @@ def _results(
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise InputError(
-                f"one of the {workers} processes that reduce images was killed, mostly for want of "
-                "memory; build again with fewer --workers: what is done is kept"
+            raise UsageError(
+                f"one of the {workers} processes that reduce images was killed, usually for lack "
+                "of memory; build again with fewer `workers`, which keeps what is done"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -164,7 +169,7 @@ def reduce_part(part: Part, size: int, expected: tuple[int, int]) -> tuple[int, 
     """Makes one part; returns how many images it has, and the seconds that they took.
 
     Raises:
-      InputError: see `images.reduce_image`; or the file cannot be written.
+      UsageError: see `images.reduce_image`; or the file cannot be written.
     """
     started = time.perf_counter()
     buffer = BytesIO()
@@ -176,7 +181,7 @@ def reduce_part(part: Part, size: int, expected: tuple[int, int]) -> tuple[int, 
     try:
         write_bytes(part.path, buffer.getvalue())
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"cannot write {part.path}: {error.strerror or error}; make room or give rights there, "
             "then build again: what is done is kept"
         ) from error

@@ -9,7 +9,7 @@ import pytest
 from experiments.benchmarks.tpu import check, limits, table
 from experiments.benchmarks.tpu.listing import collectives, main_memory_bytes
 from experiments.tables import RESULTS
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 PATH = RESULTS / "tpu_check.json"
 ROWS = check.read(PATH)
@@ -156,9 +156,9 @@ def test_the_small_cases_and_an_unknown_name():
     assert {(case.model, case.size, case.topology) for case in small} == {
         ("resnet18", 28, "v5e:2x2")
     }
-    with pytest.raises(InputError, match="--only lenet"):
+    with pytest.raises(UsageError, match="--only lenet"):
         check.chosen_cases(check.TpuCheckConfig(only=("lenet",)))
-    with pytest.raises(InputError, match="--only densenet121: none of the --small cases"):
+    with pytest.raises(UsageError, match="--only densenet121: none of the --small cases"):
         check.chosen_cases(check.TpuCheckConfig(small=True, only=("densenet121",)))
 
 

@@ -9,7 +9,7 @@ from experiments.study import command, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Question
 from inmerge_jax.reporting.tables import Table
-from inmerge_jax.training import programs
+from inmerge_jax.training import environment
 
 START = Backbone("phantom", "vgg11", 0, 1, 0.05)
 CELLS = (
@@ -45,7 +45,7 @@ QUESTION = Question(
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     # Not the folder of whoever runs the tests.
-    monkeypatch.setattr(programs, "keep_programs", lambda: None)
+    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
     return ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 

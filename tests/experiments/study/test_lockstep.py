@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.study.lockstep import Lockstep
-from inmerge_jax.training.parallel import AXIS, replicate
+from inmerge_jax.training.parallel import DATA_AXIS, replicate
 
 DEVICES = jax.local_devices()[:3]
 
@@ -21,7 +21,7 @@ def make(devices=DEVICES):
     calls = []
 
     def counted(name, body):
-        step = jax.pmap(body, AXIS, devices=devices)
+        step = jax.pmap(body, DATA_AXIS, devices=devices)
 
         def call(*arguments):
             calls.append(name)
@@ -106,7 +106,7 @@ def test_who_is_left_waits_for_nobody():
 
 def test_all_stop_after_the_same_call():
     answers = iter([False] * 5 + [True] * 1000)
-    steps = {"double": jax.pmap(lambda x: 2 * x, AXIS, devices=DEVICES)}
+    steps = {"double": jax.pmap(lambda x: 2 * x, DATA_AXIS, devices=DEVICES)}
     lockstep = Lockstep(DEVICES, steps, lambda: next(answers))
 
     def work(number, seat):
@@ -149,7 +149,7 @@ def test_the_program_does_not_depend_on_who_comes_last():
         traced.append(x.shape)
         return 2 * x
 
-    lockstep = Lockstep(DEVICES, {"double": jax.pmap(double, AXIS, devices=DEVICES)})
+    lockstep = Lockstep(DEVICES, {"double": jax.pmap(double, DATA_AXIS, devices=DEVICES)})
 
     def work(number, seat):
         x = replicate(np.float32(number), (seat.device,))

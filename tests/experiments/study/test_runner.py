@@ -12,10 +12,10 @@ import pytest
 from experiments.study import command, runner, stages, store
 from experiments.study.cells import Backbone, Cell, Treatment
 from experiments.study.question import Kept, Question, add_holm
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.loop import NonFiniteLossError
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.preemption import TrainingInterrupted
+from inmerge_jax.training.train import NonFiniteLossError
+from inmerge_jax.training.workdir import lock
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
 MERGE = Treatment("merge", threshold=-1.0, skip=4)
@@ -91,7 +91,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     elsewhere = stages.Places(places.data, tmp_path)
     shutil.copytree(places.cell(CELLS[0]), elsewhere.cell(CELLS[0]))
     calls = iter(range(10**6))
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run(CELLS[2:3], elsewhere, should_stop=lambda: next(calls) > 6)
     assert not runner.finished(CELLS[2], elsewhere)
     run(CELLS[2:3], elsewhere)
@@ -103,7 +103,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
 
 def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path):
     places = stages.Places(tmp_path, tmp_path)
-    with hold(places.cell(CELLS[0])), pytest.raises(InputError, match="is in use: process"):
+    with lock(places.cell(CELLS[0])), pytest.raises(UsageError, match="is in use: process"):
         runner.run_cells(CELLS[:1], places)
     assert list(places.cell(CELLS[0]).iterdir()) == []
 
@@ -162,8 +162,8 @@ def test_what_goes_wrong_in_cells_that_run_together_is_told_of_each(monkeypatch,
 
     assert together(cells) == [(cells[1], errors[1])] == together(cells[1:2])
     assert together(cells[:1]) == []
-    errors[2] = InputError("the disk is full")
-    with pytest.raises(InputError, match="the disk is full"):
+    errors[2] = UsageError("the disk is full")
+    with pytest.raises(UsageError, match="the disk is full"):
         together(cells)
 
 
@@ -211,7 +211,7 @@ def test_seeds_in_parallel_are_those_one_by_one(trained, tmp_path, lockstep):
     # One that was stopped before is a few steps ahead, so some of its steps are its own.
     resumed = stages.Places(places.data, tmp_path / "resumed")
     calls = iter(range(10**6))
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run(backbones[1:2], resumed, should_stop=lambda: next(calls) > 5)
     run(backbones, resumed, parallel=True)
     assert 0 < lockstep[-1].joint < lockstep[0].joint
@@ -297,7 +297,7 @@ def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
 def test_unknown_cells_and_data(trained):
     places, _ = trained
     question = Question("medmnist", 1, "t", "a", CELLS, *[None] * 5)
-    with pytest.raises(InputError, match="--only 123: medmnist has no cell of that hash"):
+    with pytest.raises(UsageError, match="--only 123: medmnist has no cell of that hash"):
         command.chosen(question, command.StudyConfig(only=("123",)))
     one = command.StudyConfig(only=(CELLS[1].hash,))
     assert command.chosen(question, one) == (CELLS[1],)
@@ -305,7 +305,7 @@ def test_unknown_cells_and_data(trained):
     assert command.chosen(question, command.StudyConfig(seeds=0)) == ()
     assert command.chosen(question, command.StudyConfig(data=("phantom",))) == CELLS
     bad = Cell(dataclasses.replace(START, data="nothing"))
-    with pytest.raises(InputError, match="data set nothing: unknown; choose one of"):
+    with pytest.raises(UsageError, match="data set nothing: unknown; choose one of"):
         runner.run_cell(bad, places, None)
 
 

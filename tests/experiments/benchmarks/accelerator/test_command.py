@@ -17,7 +17,7 @@ from experiments.benchmarks.accelerator.grids import GRIDS
 from experiments.benchmarks.accelerator.session import PARTS, read_part
 from experiments.study import store
 from experiments.study.question import Kept
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 ROOT = Path(__file__).parents[4]
@@ -92,10 +92,10 @@ def test_all_parts_are_measured_and_summarised(measured):
 
 def test_results_are_imported(measured, tmp_path, monkeypatch):
     folder, *_ = measured
-    with pytest.raises(InputError, match="tiny sizes"):
+    with pytest.raises(UsageError, match="tiny sizes"):
         page.import_folder(folder, tmp_path)
     monkeypatch.setattr(page, "commit_of", lambda digest: None)
-    with pytest.raises(InputError, match="none of this checkout's last commits"):
+    with pytest.raises(UsageError, match="none of this checkout's last commits"):
         page.import_folder(folder, tmp_path, tiny=True)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(page, "commit_of", lambda digest: "c" * 40)
@@ -121,9 +121,9 @@ def test_a_folder_of_mixed_results_is_not_imported(measured, tmp_path):
         write_json(tmp_path / f"{part}.json", read_part(folder, part))
     other = {**read_part(folder, "correctness"), "source": "d" * 64}
     write_json(tmp_path / "correctness.json", other)
-    with pytest.raises(InputError, match="of other source code or another device"):
+    with pytest.raises(UsageError, match="of other source code or another device"):
         page.import_folder(tmp_path, tmp_path / "results", tiny=True)
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(UsageError, match="holds no results"):
         page.import_folder(tmp_path / "nothing", tmp_path / "results", tiny=True)
 
 

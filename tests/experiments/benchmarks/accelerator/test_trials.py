@@ -16,8 +16,8 @@ from experiments.study import runner, store
 from experiments.study.cells import Treatment
 from experiments.study.stages import Places, weights_of
 from experiments.study.treatments import make_treatment, numbers
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import initial_weights
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.experiment import initial_variables
 from tests.training import tiny
 
 GRID = GRIDS["phantom"]
@@ -32,7 +32,7 @@ def train(places, seeds, arm=None, starts=None):
     program = make_program(GRID, "phantom", len(seeds), places)
     if arm is None:
         cells = [GRID.backbone("phantom", seed) for seed in seeds]
-        starts = [initial_weights(program.plan, seed) for seed in seeds]
+        starts = [initial_variables(program.plan, seed) for seed in seeds]
     else:
         cells = [GRID.second("phantom", seed, arm) for seed in seeds]
     return trials.train_together(program, cells, starts)
@@ -110,7 +110,7 @@ def test_every_grid_has_paired_arms_and_trials_of_their_own():
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
+    with pytest.raises(UsageError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
         trials.check_data(GRIDS["small"], tmp_path)
     trials.check_data(GRID, tmp_path)
 
@@ -134,12 +134,12 @@ def test_records_are_what_the_study_reads(places, alone, tmp_path):
     found = store.read_test_scores(cells["inmerge"], tmp_path)
     np.testing.assert_array_equal(found, alone["inmerge"].scores)
     assert store.read_labels("phantom", tmp_path).task == labels.task
-    with pytest.raises(InputError, match="unknown are of no grid"):
+    with pytest.raises(UsageError, match="unknown are of no grid"):
         trials.keep_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
     other = arrays | {"labels-phantom": 1 - labels.labels}
     cell = cells["finetune"]
     one = alone["backbone"]
     late = {cell.hash: store.make_record(cell, one.result, one.similarity, around)}
     other[f"scores-{cell.hash}"] = one.scores
-    with pytest.raises(InputError, match="other test labels"):
+    with pytest.raises(UsageError, match="other test labels"):
         trials.keep_records(late, other, "c" * 40, tmp_path)

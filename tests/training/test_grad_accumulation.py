@@ -11,15 +11,26 @@ import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
 from inmerge_jax.data import train_batch
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
-from inmerge_jax.training import arms, steps
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training import experiment, train_step
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split, unreplicate
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.parallel import (
+    DATA_AXIS,
+    broadcast_to_devices,
+    replicate,
+    shard_batch,
+    unreplicate,
+)
+from inmerge_jax.training.train_step import (
+    TrainState,
+    make_optimizer,
+    make_train_step,
+    new_state,
+    zero_totals,
+)
 from tests.training import tiny
 
 DEVICES = tuple(jax.local_devices()[:2])
@@ -66,7 +77,7 @@ def prepared(model, recipe=tiny.RECIPE, rule=None, size=8, **options):
     )
     state = new_state(*init(model, size), optimizer, recipe.learning_rate)
     state, totals = (replicate(x, DEVICES) for x in (state, zero_totals(len(kernels))))
-    return step, state, totals, broadcast(jax.random.key(3), DEVICES)
+    return step, state, totals, broadcast_to_devices(jax.random.key(3), DEVICES)
 
 
 def batches(count, size=16):
@@ -77,14 +88,14 @@ def batches(count, size=16):
 def train(model, given, **options):
     step, state, totals, root = prepared(model, **options)
     for batch in given:
-        state, totals = step(state, totals, split(batch, DEVICES), root)
+        state, totals = step(state, totals, shard_batch(batch, DEVICES), root)
     return unreplicate(state), unreplicate(totals)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_train_as_the_whole_where_nothing_spans_it(parts):
     whole, expected = train(Plain(), batches(4), rule=tiny.ALWAYS)
-    state, totals = train(Plain(), batches(4), rule=tiny.ALWAYS, accumulate=parts)
+    state, totals = train(Plain(), batches(4), rule=tiny.ALWAYS, grad_accum_steps=parts)
     assert totals.steps == 4 and totals.loss == pytest.approx(expected.loss, rel=1e-5)
     np.testing.assert_array_equal(totals.merged, expected.merged)
     assert totals.merged.sum() > 0, "once per update"
@@ -99,7 +110,7 @@ def test_batch_normalisation_sees_each_part_on_its_own():
     halves = [np.r_[0:4, 8:12], np.r_[4:8, 12:16]]
     halves = [{name: x[rows] for name, x in batch.items()} for rows in halves]
     apart, expected = train(tiny.Net(), halves, recipe=still)
-    state, totals = train(tiny.Net(), [batch], recipe=still, accumulate=2)
+    state, totals = train(tiny.Net(), [batch], recipe=still, grad_accum_steps=2)
     assert totals.loss == pytest.approx(expected.loss / 2, rel=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (state.batch_stats, apart.batch_stats)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -131,7 +142,9 @@ def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives(
         compiled = jax.jit(gradient(chosen)).lower(params, images).compile(barriers)
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
         found.append(compiled(params, images))
-        spread = jax.pmap(gradient(chosen.clone(axis_name=AXIS)), axis_name=AXIS, devices=DEVICES)
+        spread = jax.pmap(
+            gradient(chosen.clone(axis_name=DATA_AXIS)), axis_name=DATA_AXIS, devices=DEVICES
+        )
         halves = images.reshape(2, 4, *images.shape[1:])
         sums.append(str(jax.make_jaxpr(spread)(replicate(params, DEVICES), halves)).count(" psum"))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -151,7 +164,7 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
         merged.update(leaf.dtype.name for leaf in jax.tree.leaves(params))
         return merge_kernels(params, *rest, **form)
 
-    monkeypatch.setattr(steps, "merge_kernels", watch)
+    monkeypatch.setattr(train_step, "merge_kernels", watch)
     model = create_model(name, tiny.CLASSES, width=1 / 16, dtype=jnp.bfloat16)
     optimizer, float32, index = make_optimizer(tiny.RECIPE), jnp.float32, jnp.int32
     image = jax.ShapeDtypeStruct((1, 16, 16, 1), float32)
@@ -170,7 +183,7 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
         devices=DEVICES,
         kernels=kernels,
         rule=tiny.ALWAYS,
-        accumulate=2,
+        grad_accum_steps=2,
     )
     state = jax.eval_shape(
         lambda p, b: TrainState(index(0), p, b, optimizer.init(p)), params, batch_stats
@@ -193,23 +206,25 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
 
 
 def test_the_options_reach_the_step_and_the_network(monkeypatch):
-    plan = plan_run(parse_config([*SMALL, *"--batch-size 16 --accumulate 2 --devices 2".split()]))
+    plan = make_run_spec(
+        parse_config([*SMALL, *"--batch-size 16 --grad-accum-steps 2 --devices 2".split()])
+    )
     given = []
-    monkeypatch.setattr(arms, "make_train_step", lambda *args, **rest: given.append(rest))
-    arms._steps(plan, tiny.make_setup())
-    assert [rest["accumulate"] for rest in given] == [2, 2]
+    monkeypatch.setattr(experiment, "make_train_step", lambda *args, **rest: given.append(rest))
+    experiment._steps(plan, tiny.make_setup())
+    assert [rest["grad_accum_steps"] for rest in given] == [2, 2]
     options = "--batch-size 16 --model densenet121 --width 0.1 --remat".split()
-    assert plan_run(parse_config([*SMALL, *options])).model.remat
+    assert make_run_spec(parse_config([*SMALL, *options])).model.remat
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--batch-size 16 --devices 2 --accumulate 3", "16 images|multiple of 6"),
-        ("--accumulate 0", "--accumulate 0: choose 1 or more"),
-        ("--remat --batch-size 16", "--remat is for densenet121"),
+        ("--batch-size 16 --devices 2 --grad-accum-steps 3", "16 images|multiple of 6"),
+        ("--grad-accum-steps 0", "`grad_accum_steps` 0: choose 1 or more"),
+        ("--remat --batch-size 16", "`remat` is for densenet121"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words):
-    with pytest.raises(InputError, match=words):
-        plan_run(parse_config([*SMALL, *options.split()]))
+    with pytest.raises(UsageError, match=words):
+        make_run_spec(parse_config([*SMALL, *options.split()]))

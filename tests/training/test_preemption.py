@@ -9,12 +9,12 @@ import signal
 import jax
 import pytest
 
-from inmerge_jax.training.checkpoints import checkpoint_epochs
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.steps import make_merging_eval_step
-from inmerge_jax.training.stopping import Stopped, StopSignals
+from inmerge_jax.training.checkpointing import checkpoint_epochs
+from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
+from inmerge_jax.training.train_step import make_merging_eval_step
+from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
-from tests.training.test_loop import evidence, run
+from tests.training.test_train import evidence, run
 
 
 class Counted:
@@ -69,7 +69,7 @@ def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path
             stopping = dataclasses.replace(setup, should_stop=after(asks))
             try:
                 run(folder, setup=stopping, train_step=step, **options)
-            except Stopped:
+            except TrainingInterrupted:
                 stops += 1
             assert stops < 50
         assert stops >= 2 and step.calls == updates
@@ -79,22 +79,24 @@ def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path
 
 def test_a_stop_says_what_it_keeps_and_a_resumed_stage_where_it_goes_on(tmp_path):
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(0))
-    with pytest.raises(Stopped, match=r"after update 0 of epoch 1$"):
+    with pytest.raises(TrainingInterrupted, match=r"after update 0 of epoch 1$"):
         run(tmp_path, setup=stopping)
     assert not (tmp_path / "mid_epoch").exists()
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
-    with pytest.raises(Stopped, match=r"after update 1 of epoch 2, kept in .*/mid_epoch/4$"):
+    with pytest.raises(
+        TrainingInterrupted, match=r"after update 1 of epoch 2, kept in .*/mid_epoch/4$"
+    ):
         run(tmp_path, setup=stopping)
     for _ in range(2):  # Stopped before its first update, it keeps what was kept before.
-        with pytest.raises(Stopped, match=r"after update 1 of epoch 2$"):
+        with pytest.raises(TrainingInterrupted, match=r"after update 1 of epoch 2$"):
             run(tmp_path, setup=dataclasses.replace(stopping, should_stop=after(0)))
     _, text = run(tmp_path)
-    assert "seed 0 backbone: goes on from epoch 1 of 3, update 1 of the next" in text
+    assert "seed 0 backbone: resumes from epoch 1 of 3, update 1 of the next" in text
 
 
 def test_a_notice_is_given_once(tmp_path):
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(2))
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run(tmp_path, setup=stopping, notices=("nothing merges",))
     result, _ = run(tmp_path, notices=("nothing merges",))
     assert result["warnings"] == ["nothing merges"]
@@ -104,18 +106,18 @@ def test_a_notice_is_given_once(tmp_path):
 def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, broken):
     run(tmp_path / "whole")
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run(tmp_path / "parts", setup=stopping)
     shutil.rmtree(tmp_path / "parts" / broken / "tree")
     result, text = run(tmp_path / "parts")
     assert f"{broken} is damaged" in text and f"{broken} is damaged" in result["warnings"][0]
-    assert f"goes on from epoch {int(broken == 'mid_epoch/4')} of 3\n" in text
+    assert f"resumes from epoch {int(broken == 'mid_epoch/4')} of 3\n" in text
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
 def test_signals_are_noted_and_only_a_second_ctrl_c_interrupts(capfd):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
+    with PreemptionHandler() as stop:
         assert not stop() and stop.signal is None
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -124,7 +126,7 @@ def test_signals_are_noted_and_only_a_second_ctrl_c_interrupts(capfd):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert capfd.readouterr().err.count("SIGTERM: stopping after this update") == 1
-    with StopSignals() as stop:
+    with PreemptionHandler() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
     assert "Ctrl-C again" in capfd.readouterr().err
@@ -136,7 +138,7 @@ def test_a_signal_is_noted_though_nobody_can_read_the_message():
     kept = os.dup(2)
     os.dup2(writer, 2)
     try:
-        with StopSignals() as stop:
+        with PreemptionHandler() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         os.dup2(kept, 2)

@@ -10,14 +10,13 @@ import pytest
 
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import arms
-from inmerge_jax.training.config import check_steps_per_call, parse_config
-from inmerge_jax.training.loop import train_stage
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
-from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.errors import UsageError
+from inmerge_jax.progress import Progress
+from inmerge_jax.training import experiment
+from inmerge_jax.training.config import check_steps_per_execution, parse_config
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
+from inmerge_jax.training.train import train_stage
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
 
 
@@ -29,7 +28,7 @@ def several_steps(devices, steps, rule=tiny.ALWAYS):
         tiny.RECIPE,
         multi_label=False,
         devices=devices,
-        steps_per_call=steps,
+        steps_per_execution=steps,
         **merging,
     )
 
@@ -38,8 +37,10 @@ def several_steps(devices, steps, rule=tiny.ALWAYS):
 def test_three_steps_in_one_call_are_three_calls(count):
     devices = tuple(jax.local_devices()[:count])
     train = tiny.make_dataset().train
-    batches = [split(train_batch(train, seed=1, step=n, batch_size=16), devices) for n in range(3)]
-    root = broadcast(jax.random.key(3), devices)
+    batches = [
+        shard_batch(train_batch(train, seed=1, step=n, batch_size=16), devices) for n in range(3)
+    ]
+    root = broadcast_to_devices(jax.random.key(3), devices)
 
     def fresh():
         state = new_state(*tiny.init(), make_optimizer(tiny.RECIPE), 0.05)
@@ -78,12 +79,12 @@ def test_a_stage_loses_and_repeats_no_step(tmp_path):
         "single": {},
         "several": {
             "train_step": counting(tiny.train_step(devices, rule=tiny.ALWAYS), 1),
-            "several_steps": counting(several_steps(devices, 2), 2),
-            "steps_per_call": 2,
+            "multi_step_fn": counting(several_steps(devices, 2), 2),
+            "steps_per_execution": 2,
         },
     }.items():
         stage = tiny.make_stage(tmp_path / name, rule=tiny.ALWAYS, **changes)
-        with ProgressLine(1) as progress:
+        with Progress(1) as progress:
             train_stage(setup, stage, *tiny.init(), progress)
         text = (tmp_path / name / "metrics.jsonl").read_text()
         lines[name] = [json.loads(line) for line in text.splitlines()]
@@ -96,8 +97,8 @@ def test_a_stage_loses_and_repeats_no_step(tmp_path):
 
 
 def test_cpu_refuses_with_the_reason(tmp_path, capsys):
-    assert main(["--steps-per-call", "4", "--output", str(tmp_path / "run")]) == 2
-    assert "--steps-per-call 4" in (message := capsys.readouterr().err)
+    assert main(["--steps-per-execution", "4", "--output", str(tmp_path / "run")]) == 2
+    assert "--steps-per-execution 4" in (message := capsys.readouterr().err)
     assert "45 times slower" in message and "GPU and TPU" in message
     assert not (tmp_path / "run").exists()
 
@@ -105,16 +106,18 @@ def test_cpu_refuses_with_the_reason(tmp_path, capsys):
 def test_more_than_an_epoch_has_is_refused(monkeypatch):
     """2 updates an epoch; one TPU, which is asked nothing before the number is checked."""
     tpu = (types.SimpleNamespace(platform="tpu"),)
-    monkeypatch.setattr(arms, "choose_devices", lambda _: tpu)
-    options = "--phantom.train 64 --batch-size 32 --steps-per-call".split()
-    with pytest.raises(InputError, match="--steps-per-call 3: an epoch has 2 updates.*2 or fewer"):
-        arms.plan_run(parse_config([*options, "3"]))
-    assert arms.plan_run(parse_config([*options, "2"])).config.steps_per_call == 2
+    monkeypatch.setattr(experiment, "choose_devices", lambda _: tpu)
+    options = "--phantom.train 64 --batch-size 32 --steps-per-execution".split()
+    with pytest.raises(
+        UsageError, match="`steps_per_execution` 3: an epoch has 2 updates.*2 or fewer"
+    ):
+        experiment.make_run_spec(parse_config([*options, "3"]))
+    assert experiment.make_run_spec(parse_config([*options, "2"])).config.steps_per_execution == 2
 
 
 def test_the_number_is_checked():
-    with pytest.raises(InputError, match="--steps-per-call 0: choose 1 or more"):
-        check_steps_per_call(0, "tpu")
-    check_steps_per_call(8, "tpu")
-    check_steps_per_call(8, "cuda")
-    check_steps_per_call(1, "cpu")
+    with pytest.raises(UsageError, match="`steps_per_execution` 0: choose 1 or more"):
+        check_steps_per_execution(0, "tpu")
+    check_steps_per_execution(8, "tpu")
+    check_steps_per_execution(8, "cuda")
+    check_steps_per_execution(1, "cpu")

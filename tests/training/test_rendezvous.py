@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from inmerge_jax.cli import train
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import hosts, meeting
-from inmerge_jax.training.meeting import meet
-from tests.training.test_hosts import free_port
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import multihost
+from inmerge_jax.training import multihost as meeting
+from inmerge_jax.training.multihost import rendezvous
+from tests.training.test_multihost import free_port
 
 SOON = 20.0
 
@@ -25,8 +26,8 @@ def all_meet(*calls, seconds=SOON):
     def one(call):
         number, count = call
         try:
-            meet(coordinator, count, number, seconds)
-        except InputError as error:
+            rendezvous(coordinator, count, number, seconds)
+        except UsageError as error:
             return str(error)
         return ""
 
@@ -54,10 +55,10 @@ def test_all_meet_in_any_order(numbers):
 def test_a_process_that_comes_before_process_0_waits_for_it():
     coordinator = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(meet, coordinator, 2, 1, SOON)
+        early = pool.submit(rendezvous, coordinator, 2, 1, SOON)
         time.sleep(0.5)
         assert not early.done()
-        meet(coordinator, 2, 0, SOON)
+        rendezvous(coordinator, 2, 0, SOON)
         assert early.result(SOON) is None
 
 
@@ -85,13 +86,13 @@ def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
     port = free_port()
     listen = meeting._listen
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, SOON)
+        first = pool.submit(rendezvous, f"127.0.0.1:{port}", 2, 0, SOON)
         connect(port).close()
         # The other machine's own port is free.
         monkeypatch.setattr(meeting, "_listen", lambda _, n: listen(f"127.0.0.1:{free_port()}", n))
-        with pytest.raises(InputError, match="two processes were started with --process-id 0"):
-            meet(f"127.0.0.1:{port}", 2, 0, SOON)
-        with pytest.raises(InputError, match="two processes were started with --process-id 0"):
+        with pytest.raises(UsageError, match="two processes were started with `process_id` 0"):
+            rendezvous(f"127.0.0.1:{port}", 2, 0, SOON)
+        with pytest.raises(UsageError, match="two processes were started with `process_id` 0"):
             first.result(SOON)
 
 
@@ -103,10 +104,10 @@ def test_process_0_names_those_that_do_not_come():
 def test_a_process_that_left_may_come_again():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, f"127.0.0.1:{port}", 3, 0, SOON)
-        meeting._introduce(f"127.0.0.1:{port}", 3, 1, SOON).close()
+        first = pool.submit(rendezvous, f"127.0.0.1:{port}", 3, 0, SOON)
+        meeting._join(f"127.0.0.1:{port}", 3, 1, SOON).close()
         others = [
-            threading.Thread(target=meet, args=(f"127.0.0.1:{port}", 3, number, SOON))
+            threading.Thread(target=rendezvous, args=(f"127.0.0.1:{port}", 3, number, SOON))
             for number in (1, 2)
         ]
         for other in others:
@@ -119,19 +120,19 @@ def test_a_process_that_left_may_come_again():
 def test_strangers_at_the_port_are_passed_over():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, SOON)
+        first = pool.submit(rendezvous, f"127.0.0.1:{port}", 2, 0, SOON)
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": "x"}\n'):
             with connect(port) as stranger:
                 stranger.sendall(words)
-        meet(f"127.0.0.1:{port}", 2, 1, SOON)
+        rendezvous(f"127.0.0.1:{port}", 2, 1, SOON)
         assert first.result(SOON) is None
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_an_unknown_host_is_named(process):
     coordinator = f"nowhere.invalid:{free_port()}"
-    with pytest.raises(InputError, match=r"nowhere\.invalid:.* \(unknown host: "):
-        meet(coordinator, 2, process, 0.1)
+    with pytest.raises(UsageError, match=r"nowhere\.invalid:.* \(unknown host: "):
+        rendezvous(coordinator, 2, process, 0.1)
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -139,8 +140,8 @@ def test_a_process_0_that_is_not_there_is_named(process, monkeypatch):
     # Process 0 itself has to be on the machine of that address.
     elsewhere = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(meeting, "_listen", lambda *_: elsewhere)
-    with pytest.raises(InputError, match=r"did not find process 0 there in 0\.1 s \(.*refused\)"):
-        meet(f"127.0.0.1:{free_port()}", 2, process, 0.1)
+    with pytest.raises(UsageError, match=r"did not find process 0 there in 0\.1 s \(.*refused\)"):
+        rendezvous(f"127.0.0.1:{free_port()}", 2, process, 0.1)
     elsewhere.close()
 
 
@@ -154,8 +155,8 @@ def test_another_program_at_the_port_is_not_process_0(answer):
                 connection.sendall(answer)
 
         pool.submit(serve)
-        with pytest.raises(InputError, match="process 1 got no answer there from process 0"):
-            meet(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, SOON)
+        with pytest.raises(UsageError, match="process 1 got no answer there from process 0"):
+            rendezvous(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, SOON)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,9 @@ def test_the_command_ends_with_the_message(process, host, words, tmp_path, monke
     with socket.create_server(("127.0.0.1", 0)) as taken:
         coordinator = f"{host}:{taken.getsockname()[1]}"
         command = f"--coordinator {coordinator} --num-processes 2 --process-id {process}".split()
-        status = train.main([*command, "--output", str(tmp_path / "run"), "--cache", "None"])
+        status = train.main(
+            [*command, "--output", str(tmp_path / "run"), "--compilation-cache-dir", "None"]
+        )
     out, err = capsys.readouterr()
     assert status == 2 and not jax.distributed.is_initialized()
     assert out.startswith(f"process {process} of 2 meets the others at {coordinator}")
@@ -188,8 +191,8 @@ def test_a_tpu_pod_whose_processes_do_not_meet_is_bad_input(fails, monkeypatch):
     before = jax.config.jax_platforms
     try:
         jax.config.update("jax_platforms", "tpu,cpu")
-        with pytest.raises(InputError, match="coordinator address t1v-0; start the same command"):
-            hosts.connect(None, None, None)
+        with pytest.raises(UsageError, match="coordinator address t1v-0; start the same command"):
+            multihost.connect(None, None, None)
     finally:
         jax.config.update("jax_platforms", before)
 
@@ -198,7 +201,7 @@ def test_an_error_of_a_process_alone_is_raised_without_counting_processes(monkey
     def fail(*_):
         raise RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE")
 
-    monkeypatch.setattr(hosts, "connect", fail)
+    monkeypatch.setattr(multihost, "connect", fail)
     monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("started the devices"))
     with pytest.raises(RuntimeError, match="Unable to initialize"):
-        train.main(["--output", str(tmp_path / "run"), "--cache", "None"])
+        train.main(["--output", str(tmp_path / "run"), "--compilation-cache-dir", "None"])

@@ -17,8 +17,8 @@ import pytest
 
 from experiments.reliability import jobs
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import hosts
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import multihost
 from tests.training import host_worker
 from tests.training.test_resume import REPOSITORY
 
@@ -62,7 +62,15 @@ def elsewhere(output):
 def start_all(output, *options, count=2):
     """The processes of a run of `inmerge train` with `count` devices in all."""
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    command = ["experiments.train", "--output", output.name, "--cache", cache, *OPTIONS, *options]
+    command = [
+        "experiments.train",
+        "--output",
+        output.name,
+        "--compilation-cache-dir",
+        cache,
+        *OPTIONS,
+        *options,
+    ]
     if count == 1:
         return [start(command, 2, output.parent)]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
@@ -127,7 +135,7 @@ def interrupt(folder, number, kind):
 def assert_resumes(folder, evidence):
     statuses, said = finish(start_all(folder, "--resume"))
     assert statuses == [0, 0], said
-    assert "goes on from epoch" in said[0] and "report: " in said[0]
+    assert "resumes from epoch" in said[0] and "report: " in said[0]
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
@@ -181,7 +189,7 @@ def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
 @pytest.mark.long
 def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path, evidence):
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGKILL)
-    assert statuses == [hosts.LOST, -signal.SIGKILL], said
+    assert statuses == [multihost.PEER_FAILURE, -signal.SIGKILL], said
     assert "process 0 lost another process" in said[0] and "--resume" in said[0]
     assert_resumes(tmp_path / "two", evidence)
 
@@ -190,7 +198,10 @@ def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path,
 def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path, evidence):
     # Process 0 holds the meeting point: where it is gone, JAX itself may end the others first.
     statuses, said = interrupt(tmp_path / "two", 0, signal.SIGKILL)
-    assert statuses[0] == -signal.SIGKILL and statuses[1] in (hosts.LOST, -signal.SIGABRT), said
+    assert statuses[0] == -signal.SIGKILL and statuses[1] in (
+        multihost.PEER_FAILURE,
+        -signal.SIGABRT,
+    ), said
     assert "process 1 lost another process" in said[1] or "coordination" in said[1], said
     assert_resumes(tmp_path / "two", evidence)
 
@@ -211,8 +222,8 @@ def test_no_error_of_one_of_several_processes_keeps_it_waiting(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(hosts, "connect", fail)
-    arguments = ["--output", str(tmp_path / "run"), "--cache", "None"]
+    monkeypatch.setattr(multihost, "connect", fail)
+    arguments = ["--output", str(tmp_path / "run"), "--compilation-cache-dir", "None"]
     with pytest.raises(type(error)):
         main(arguments)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
@@ -250,8 +261,8 @@ def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     ],
 )
 def test_options_that_do_not_fit_are_refused(given, words):
-    with pytest.raises(InputError, match=words):
-        hosts.check_hosts(*given)
+    with pytest.raises(UsageError, match=words):
+        multihost.check_process_options(*given)
 
 
 def test_the_command_line_refuses_them_too(tmp_path, capsys):
@@ -283,7 +294,7 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     try:
         jax.config.update("jax_platforms", platforms)
-        hosts.connect(None, None, None)
+        multihost.connect(None, None, None)
     finally:
         jax.config.update("jax_platforms", before)
     assert calls == [()] * called
@@ -291,6 +302,9 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
 
 
 def test_alone_a_process_agrees_with_itself():
-    assert hosts.is_first() and hosts.by_first(lambda: 5) == hosts.together(lambda: 5) == 5
-    hosts.require_same({})
-    assert hosts.leave(2) == 2
+    assert (
+        multihost.is_primary()
+        and multihost.run_on_primary(lambda: 5) == multihost.run_synced(lambda: 5) == 5
+    )
+    multihost.require_same_config({})
+    assert multihost.exit_process(2) == 2

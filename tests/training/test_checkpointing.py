@@ -18,12 +18,12 @@ import optax
 import pytest
 
 from inmerge_jax import files
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import checkpoints
-from inmerge_jax.training.checkpoints import (
-    DamagedError,
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import checkpointing
+from inmerge_jax.training.checkpointing import (
+    DamagedCheckpointError,
     checkpoint_epochs,
-    newest_whole,
+    latest_valid_checkpoint,
     prune,
     read_meta,
     restore_checkpoint,
@@ -197,9 +197,9 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
 )
 def test_another_structure_is_named(tmp_path, change, words):
     path = save_checkpoint(tmp_path, 0, make_state(), {})
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         restore_checkpoint(path, change(make_state()))
-    assert not isinstance(raised.value, DamagedError)
+    assert not isinstance(raised.value, DamagedCheckpointError)
     assert str(path) in str(raised.value)
     for word in words:
         assert word in str(raised.value)
@@ -214,19 +214,19 @@ def test_every_flipped_byte_is_seen(tmp_path):
                 changed = bytearray(data)
                 changed[place] ^= mask
                 file.write_bytes(bytes(changed))
-                with pytest.raises(DamagedError, match=str(path)):
+                with pytest.raises(DamagedCheckpointError, match=str(path)):
                     restore_checkpoint(path, make_state())
-                assert newest_whole(tmp_path)[0] is None
+                assert latest_valid_checkpoint(tmp_path)[0] is None
         file.write_bytes(data)
-    assert newest_whole(tmp_path) == (path, ())
+    assert latest_valid_checkpoint(tmp_path) == (path, ())
 
 
 def test_every_missing_truncated_or_longer_file_is_seen(tmp_path):
     path = save_checkpoint(tmp_path, 4, make_state(), META)
     for file, data in bits(path).items():
-        for broken in (None, data[:-1], b"", data + b"\0"):
+        for broken in (None, data[:-2], b"", data + b"\0"):
             file.unlink() if broken is None else file.write_bytes(broken)
-            with pytest.raises(DamagedError) as raised:
+            with pytest.raises(DamagedCheckpointError) as raised:
                 restore_checkpoint(path, make_state())
             assert file.relative_to(path).as_posix() in str(raised.value)
             file.write_bytes(data)
@@ -240,7 +240,7 @@ def test_newest_whole_passes_over_the_damaged(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     (tmp_path / "10" / "manifest.json").unlink()
     (tmp_path / "notes").mkdir()
-    path, damaged = newest_whole(tmp_path)
+    path, damaged = latest_valid_checkpoint(tmp_path)
     assert path == tmp_path / "9"
     assert len(damaged) == 2
     assert f"{tmp_path / '11'} is damaged" in damaged[0] and "bytes instead of" in damaged[0]
@@ -249,11 +249,15 @@ def test_newest_whole_passes_over_the_damaged(tmp_path):
 
 
 def test_folders_without_checkpoints(tmp_path):
-    assert newest_whole(tmp_path) == newest_whole(tmp_path / "absent") == (None, ())
+    assert (
+        latest_valid_checkpoint(tmp_path)
+        == latest_valid_checkpoint(tmp_path / "absent")
+        == (None, ())
+    )
     assert checkpoint_epochs(tmp_path / "absent") == []
-    with pytest.raises(InputError, match="no checkpoint at"):
+    with pytest.raises(UsageError, match="no checkpoint at"):
         restore_checkpoint(tmp_path / "5", {})
-    with pytest.raises(InputError, match="no checkpoint at"):
+    with pytest.raises(UsageError, match="no checkpoint at"):
         read_meta(tmp_path / "5")
 
 
@@ -263,26 +267,26 @@ def test_prune_keeps_what_it_is_told(tmp_path):
     (tmp_path / "notes").mkdir()
     prune(tmp_path, {1, 3, 99})
     assert sorted(os.listdir(tmp_path)) == ["1", "3", "notes"]
-    assert newest_whole(tmp_path) == (tmp_path / "3", ())
+    assert latest_valid_checkpoint(tmp_path) == (tmp_path / "3", ())
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from inmerge_jax.training import checkpoints
+from inmerge_jax.training import checkpointing
 
 folder, point = Path(sys.argv[1]), sys.argv[2]
-checkpoints.save_checkpoint(folder, 1, {"w": np.arange(10_000)}, {})
-before = getattr(checkpoints, point)
+checkpointing.save_checkpoint(folder, 1, {"w": np.arange(10_000)}, {})
+before = getattr(checkpointing, point)
 
 def die(*args):
     if point == "_write_arrays":
         before(*args)
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(checkpoints, point, die)
-checkpoints.save_checkpoint(folder, 2, {"w": np.arange(10_000)}, {})
+setattr(checkpointing, point, die)
+checkpointing.save_checkpoint(folder, 2, {"w": np.arange(10_000)}, {})
 """
 
 
@@ -292,24 +296,24 @@ def test_killed_writer_leaves_no_half_checkpoint(tmp_path, point):
         [sys.executable, "-c", KILLED, tmp_path, point], capture_output=True, cwd=REPOSITORY
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert newest_whole(tmp_path) == (tmp_path / "1", ())
+    assert latest_valid_checkpoint(tmp_path) == (tmp_path / "1", ())
     assert len(os.listdir(tmp_path)) == 2
     path = save_checkpoint(tmp_path, 2, {"w": np.zeros(3)}, {})
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
-    assert newest_whole(tmp_path) == (path, ())
+    assert latest_valid_checkpoint(tmp_path) == (path, ())
 
 
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("point", ["_write_arrays", "write_json", "write_bytes"])
+@pytest.mark.parametrize("point", ["_write_arrays", "write_json", "write_json_with_checksum"])
 def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
     first = save_checkpoint(tmp_path, 1, make_state(), META)
     before = bits(first)
-    monkeypatch.setattr(checkpoints, point, full)
+    monkeypatch.setattr(checkpointing, point, full)
     for epoch in (1, 2):
-        with pytest.raises(InputError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
+        with pytest.raises(UsageError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
             save_checkpoint(tmp_path, epoch, make_state(), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
@@ -322,7 +326,7 @@ def test_failed_exchange_puts_the_old_one_back(tmp_path, monkeypatch):
         full() if str(source).endswith("writing-1") else rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         save_checkpoint(tmp_path, 1, make_state(1), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
@@ -331,7 +335,7 @@ def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     save_checkpoint(tmp_path, 1, {"w": np.zeros(100)}, {})
-    with pytest.raises(InputError, match=r"8\.0 MB needed, 1\.5 MB free"):
+    with pytest.raises(UsageError, match=r"8\.0 MB needed, 1\.5 MB free"):
         save_checkpoint(tmp_path, 2, {"w": np.zeros(10**6)}, {})
     assert os.listdir(tmp_path) == ["1"]
 
@@ -349,7 +353,7 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
     first = save_checkpoint(tmp_path, 1, {"w": np.zeros(10)}, {})
     before = bits(first)
     for epoch in (1, 2):
-        with pytest.raises(InputError, match=f"{tmp_path / str(epoch)}: File too large"):
+        with pytest.raises(UsageError, match=f"{tmp_path / str(epoch)}: File too large"):
             save_checkpoint(tmp_path, epoch, {"w": np.ones(10**6)}, {})
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
     assert not caplog.records
@@ -358,14 +362,14 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
 @pytest.mark.parametrize("looks_first", [True, False])
 def test_really_full_disk(tmp_path, monkeypatch, looks_first):
     if not looks_first:
-        monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+        monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         first = save_checkpoint(disk, 1, {"w": np.ones(10_000)}, {})
         before = bits(first)
-        with pytest.raises(InputError, match=f"{disk / '2'}: No space left on device"):
+        with pytest.raises(UsageError, match=f"{disk / '2'}: No space left on device"):
             save_checkpoint(disk, 2, {"w": np.ones(200_000)}, {})
         assert os.listdir(disk) == ["1"] and bits(first) == before
-        assert newest_whole(disk) == (first, ())
+        assert latest_valid_checkpoint(disk) == (first, ())
         save_checkpoint(disk, 2, {"w": np.ones(10_000)}, {})
 
 

@@ -1,10 +1,13 @@
-"""Checkpoints that are whole or absent, and say so when they were damaged later.
+"""Checkpoints that are complete or absent, and that are verified when they are read.
 
-A folder of checkpoints holds one folder per epoch:
+A checkpoint folder holds one folder per epoch:
 
     <epoch>/tree/          the arrays, written by Orbax
-    <epoch>/meta.json      what the caller gave beside them
+    <epoch>/meta.json      values that the caller stores with them
     <epoch>/manifest.json  size and SHA-256 of every file; name, shape and dtype of every array
+
+`<stage>/mid_epoch/<updates>` holds the checkpoint of a run that was interrupted within an epoch:
+the train state and the totals of that epoch. It is deleted once the epoch has its own checkpoint.
 """
 
 import asyncio
@@ -19,22 +22,32 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import sync, sync_all, write_bytes, write_json
-from inmerge_jax.training.runfolder import cannot_write
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import (
+    read_json_with_checksum,
+    sync,
+    sync_all,
+    write_json,
+    write_json_with_checksum,
+)
+from inmerge_jax.training.train_step import Totals, TrainState
+from inmerge_jax.training.workdir import write_error
 
 _TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
 TEMPORARY = ".writing-"
+MID_EPOCH = "mid_epoch"
+_SEAL = "seal"
 _SHOWN = 5
+_REMEDY = "restore an earlier checkpoint, or rerun this stage"
 
 
-class DamagedError(InputError):
+class DamagedCheckpointError(UsageError):
     """A checkpoint's files are not what was written, or all gone."""
 
 
@@ -53,7 +66,7 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
       meta: what JSON can hold.
 
     Raises:
-      InputError: the files can't be written (a full disk, say); nothing is left of this
+      UsageError: the files can't be written (a full disk, say); nothing is left of this
         checkpoint, and the earlier ones are untouched.
       ValueError: a leaf is no array (typed keys: use `jax.random.key_data`).
     """
@@ -67,12 +80,12 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
         temporary.mkdir()
         _write_arrays(temporary / _TREE, arrays)
         write_json(temporary / _META, meta)
-        write_bytes(temporary / _MANIFEST, _manifest(temporary, arrays))
+        write_json_with_checksum(temporary / _MANIFEST, _manifest(temporary, arrays), _SEAL)
         sync_all(temporary)
         _put(temporary, path)
         sync(folder)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
         _remove_temporaries(folder)
     return path
@@ -88,7 +101,7 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         the restored one is a jax array placed likewise; otherwise a NumPy array or number.
 
     Raises:
-      InputError: no checkpoint there, or one of another structure; the entries that differ are
+      UsageError: no checkpoint there, or one of another structure; the entries that differ are
         named.
       DamagedError: a file is missing, cut short or changed.
     """
@@ -106,7 +119,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Every array of the checkpoint at `path`, by its path in the tree with dots between.
 
     Raises:
-      InputError: no checkpoint there.
+      UsageError: no checkpoint there.
       DamagedError: a file is missing, cut short or changed.
     """
     path = Path(path)
@@ -117,7 +130,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The meta of the checkpoint at `path`, without its arrays; checks that file alone.
 
     Raises:
-      InputError: no checkpoint there.
+      UsageError: no checkpoint there.
       DamagedError: meta.json is not what was written.
     """
     path = Path(path)
@@ -125,7 +138,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     return json.loads((path / _META).read_bytes())
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The undamaged checkpoint of the highest epoch, or None; and a message per damaged newer one.
 
     Every byte of those looked at is checked.
@@ -134,7 +147,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     for epoch in reversed(checkpoint_epochs(folder)):
         try:
             _verify(Path(folder) / str(epoch))
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             damaged.append(str(error))
         else:
             return Path(folder) / str(epoch), tuple(damaged)
@@ -276,18 +289,12 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> bytes:
+def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    content = {
+    return {
         "files": {file.relative_to(path).as_posix(): _fingerprint(file) for file in files},
         "arrays": {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()},
     }
-    return _sealed(content)
-
-
-def _sealed(content: dict[str, Any]) -> bytes:
-    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({**content, "seal": seal}).encode()
 
 
 def _fingerprint(file: Path) -> tuple[int, str]:
@@ -298,19 +305,14 @@ def _fingerprint(file: Path) -> tuple[int, str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise DamagedError(f"there is no checkpoint at {path}; choose another one")
+        raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
+    file = path / _MANIFEST
+    if not file.is_file():
+        raise _damaged(path, f"{_MANIFEST} is missing")
     try:
-        data = (path / _MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise _damaged(path, f"{_MANIFEST} is missing") from error
-    try:
-        content = json.loads(data)
-        content.pop("seal")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"{_MANIFEST} can't be read") from error
-    if _sealed(content) != data:
-        raise _damaged(path, f"{_MANIFEST} was changed")
-    return content
+        return read_json_with_checksum(file, _REMEDY, key=_SEAL, required=True)
+    except UsageError as error:
+        raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -331,11 +333,8 @@ def _check_file(path: Path, name: str, size: int, digest: str) -> None:
         raise _damaged(path, f"the content of {name} was changed")
 
 
-def _damaged(path: Path, reason: str) -> DamagedError:
-    return DamagedError(
-        f"the checkpoint {path} is damaged: {reason}; another one can be used, or the stage be "
-        f"trained anew"
-    )
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"the checkpoint {path} is damaged: {reason}; {_REMEDY}")
 
 
 def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
@@ -344,7 +343,8 @@ def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any])
         *(f"{name}: in the checkpoint only" for name in stored if name not in wanted),
         *(f"{name}: not in the checkpoint" for name in wanted if name not in stored),
         *(
-            f"{name}: {_words(stored[name])} in the checkpoint, {_words(wanted[name])} expected"
+            f"{name}: {_describe(stored[name])} in the checkpoint, "
+            f"{_describe(wanted[name])} expected"
             for name in wanted
             if name in stored and stored[name] != wanted[name]
         ),
@@ -352,7 +352,7 @@ def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any])
     if problems:
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        raise InputError(
+        raise UsageError(
             f"the checkpoint {path} is of another model or optimizer:\n  "
             + "\n  ".join(lines)
             + "\nuse the configuration it was written with, or start a new run"
@@ -364,7 +364,7 @@ def _shape_dtype(leaf: Any) -> list[Any]:
     return [list(leaf.shape), leaf.dtype.name]
 
 
-def _words(shape_dtype: list[Any]) -> str:
+def _describe(shape_dtype: list[Any]) -> str:
     shape, dtype = shape_dtype
     return f"{dtype}[{','.join(map(str, shape))}]"
 
@@ -385,3 +385,95 @@ def _remove_temporaries(folder: Path) -> None:
         return
     for left in list(folder.glob(f"{TEMPORARY}*")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+class RestorePoint(NamedTuple):
+    """The point from which a stage trains.
+
+    Attributes:
+      state: train state, in NumPy arrays.
+      epochs: number of finished epochs.
+      totals: sums over the finished updates of the next epoch; `totals.steps` is their number.
+      seconds: duration of these updates.
+      warnings: the stage's warnings so far.
+      history_sha256: hash of the records of metrics.jsonl at the last finished epoch; None at epoch
+        0, or if the checkpoint was written by a version that did not store it.
+      damaged: one message for each damaged checkpoint that was passed over.
+    """
+
+    state: TrainState
+    epochs: int
+    totals: Totals
+    seconds: float
+    warnings: list[str]
+    history_sha256: str | None = None
+    damaged: tuple[str, ...] = ()
+
+
+def restore_latest(folder: Path, fresh: TrainState, zeros: Totals) -> RestorePoint:
+    """Restores the newest undamaged checkpoint of a stage, or its initial state.
+
+    Args:
+      folder: the stage's folder.
+      fresh: the state before the stage's first update, in NumPy arrays.
+      zeros: the totals of no step.
+
+    Raises:
+      UsageError: the checkpoint belongs to another model or optimizer.
+    """
+    checkpoints = folder / "checkpoints"
+    path, damaged = latest_valid_checkpoint(checkpoints)
+    found, start = list(damaged), RestorePoint(fresh, 0, zeros, 0.0, [])
+    if path is not None:
+        state, meta = restore_checkpoint(path, fresh)
+        try:
+            restore_checkpoint(checkpoints / str(meta["best_epoch"]), fresh)
+            noted = meta.get("history_sha256")
+            start = RestorePoint(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
+        except DamagedCheckpointError as error:
+            found.append(str(error))
+
+    path, damaged = latest_valid_checkpoint(folder / MID_EPOCH)
+    found += damaged
+    if path is not None and read_meta(path)["epoch"] == start.epochs + 1:
+        (state, totals), meta = restore_checkpoint(path, (fresh, zeros))
+        start = start._replace(
+            state=state, totals=totals, seconds=meta["seconds"], warnings=meta["warnings"]
+        )
+    return start._replace(damaged=tuple(found))
+
+
+def save_preemption_checkpoint(
+    folder: Path,
+    epoch: int,
+    totals: Totals,
+    seconds: float,
+    warnings: list[str],
+    state: TrainState,
+) -> Path | None:
+    """Saves the state within an epoch; returns the checkpoint's path, None if it was there.
+
+    Args:
+      folder: the stage's folder.
+      epoch: 1-based number of the epoch.
+      totals: sums over the updates of the epoch so far, in NumPy arrays.
+      seconds: duration of these updates.
+      warnings: the stage's warnings so far.
+      state: after the last of these updates, in NumPy arrays.
+
+    Raises:
+      UsageError: the files cannot be written.
+    """
+    mid_epoch, updates = folder / MID_EPOCH, int(state.step)
+    # A stage that is interrupted again before its next update has this very state saved already.
+    if not totals.steps or latest_valid_checkpoint(mid_epoch)[0] == mid_epoch / str(updates):
+        return None
+    meta = {"epoch": epoch, "seconds": seconds, "warnings": warnings}
+    path = save_checkpoint(mid_epoch, updates, (state, totals), meta)
+    prune(mid_epoch, {updates})
+    return path
+
+
+def delete_preemption_checkpoint(folder: Path) -> None:
+    """Deletes the checkpoints within an epoch, once the epoch's own checkpoint is saved."""
+    prune(folder / MID_EPOCH, ())

@@ -7,16 +7,11 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """Training has stopped because it was asked to; the message says what is kept, and where."""
 
 
-def never() -> bool:
-    """For training that nobody stops."""
-    return False
-
-
-class StopSignals:
+class PreemptionHandler:
     """Whether SIGTERM or SIGINT has come since the `with` block began: call it to know.
 
     Inside the block the signals do nothing else, so whatever is under way ends whole, and further

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, find_kernels
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
 
 
-def convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
+def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
     """The network's convolutions in the order of the forward pass, from an abstract trace.
 
     Args:
@@ -32,7 +32,7 @@ def convolutions(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
-def random_weights(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
+def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
     """Parameters and batch statistics ({} where there are none), as trees of NumPy arrays.
 
     Args:
@@ -48,10 +48,10 @@ def random_weights(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
     return variables["params"], variables.get("batch_stats", {})
 
 
-def weights_from_file(
+def pretrained_variables(
     chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
 ) -> tuple[Any, Any]:
-    """The same from the file --init-from.
+    """Parameters and batch statistics from the file `init_from`.
 
     Args:
       chosen: the network and the file.
@@ -61,10 +61,10 @@ def weights_from_file(
       seed: of a head that is replaced.
 
     Raises:
-      InputError: the file has changed, can't be read, or holds another network.
+      UsageError: the file has changed, can't be read, or holds another network.
     """
     if file_sha256(chosen.init_from) != sha256:
-        raise InputError(f"--init-from {chosen.init_from}: the file changed during the run")
+        raise UsageError(f"`init_from` {chosen.init_from}: the file changed during the run")
     try:
         variables = from_state_dict(
             chosen.name,
@@ -75,21 +75,21 @@ def weights_from_file(
             width=chosen.width,
             head_key=jax.random.key(seed) if chosen.replace_head else None,
         )
-    except InputError as error:
-        raise InputError(f"--init-from {chosen.init_from}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"`init_from` {chosen.init_from}: {error}") from error
     return variables["params"], variables.get("batch_stats", {})
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file --init-from.
+    """SHA-256 of the file `init_from`.
 
     Raises:
-      InputError: it can't be read.
+      UsageError: it can't be read.
     """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"--init-from {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
+        raise UsageError(
+            f"`init_from` {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
         ) from error

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from inmerge_jax.data import DataConfig, PhantomConfig
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig, resolve_recipe
-from inmerge_jax.training.recipes import positive_weights
-from inmerge_jax.training.steps import example_losses
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.recipes import label_pos_weights
+from inmerge_jax.training.train_step import example_losses
 from tests.training import tiny
 
 LABELS = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]], np.uint8)
@@ -20,15 +20,15 @@ def config(multi_label, **changes):
     return TrainConfig(
         data=DataConfig(size=16, phantom=phantom),
         model=ModelConfig(name="vgg16", width=0.05),
-        recipe=RecipeConfig(name="medmnist", batch_size=8, positive_weights=3.0),
+        recipe=RecipeConfig(name="medmnist", batch_size=8, pos_weight=3.0),
         **changes,
     )
 
 
 def test_weights_are_the_ratio_of_the_training_images_capped():
-    recipe = dataclasses.replace(tiny.RECIPE, positive_weights=3.0)
-    np.testing.assert_allclose(positive_weights(recipe, LABELS), [1.5, 3.0, 1.0])
-    assert positive_weights(tiny.RECIPE, LABELS) is None
+    recipe = dataclasses.replace(tiny.RECIPE, pos_weight=3.0)
+    np.testing.assert_allclose(label_pos_weights(recipe, LABELS), [1.5, 3.0, 1.0])
+    assert label_pos_weights(tiny.RECIPE, LABELS) is None
 
 
 def test_the_loss_is_pytorchs_with_pos_weight():
@@ -42,18 +42,18 @@ def test_the_loss_is_pytorchs_with_pos_weight():
 
 
 def test_the_option_reaches_the_data_and_is_refused_elsewhere():
-    plan = plan_run(config(multi_label=True))
-    weights = positive_weights(plan.recipe, plan.dataset.train.labels)
+    plan = make_run_spec(config(multi_label=True))
+    weights = label_pos_weights(plan.recipe, plan.dataset.train.labels)
     assert 1 < weights.max() <= 3
-    with pytest.raises(InputError, match="--positive-weights is for data of several labels"):
-        plan_run(config(multi_label=False))
-    with pytest.raises(InputError, match="--positive-weights 0"):
-        resolve_recipe(RecipeConfig(name="medmnist", positive_weights=0.0))
+    with pytest.raises(UsageError, match="`pos_weight` 3.0 is for multi-label data"):
+        make_run_spec(config(multi_label=False))
+    with pytest.raises(UsageError, match="`pos_weight` 0"):
+        resolve_recipe(RecipeConfig(name="medmnist", pos_weight=0.0))
 
 
 def test_worker_processes_are_for_files():
-    with pytest.raises(InputError, match="--workers 2: phantom is all in memory"):
-        plan_run(dataclasses.replace(config(multi_label=True), workers=2))
-    with pytest.raises(InputError, match="--workers -1"):
-        plan_run(dataclasses.replace(config(multi_label=True), workers=-1))
-    assert plan_run(config(multi_label=True)).workers == 0
+    with pytest.raises(UsageError, match="`workers` 2: phantom is in memory"):
+        make_run_spec(dataclasses.replace(config(multi_label=True), workers=2))
+    with pytest.raises(UsageError, match="`workers` -1"):
+        make_run_spec(dataclasses.replace(config(multi_label=True), workers=-1))
+    assert make_run_spec(config(multi_label=True)).workers == 0

@@ -9,9 +9,9 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import configure_malloc
 
-print(keep_freed_memory() if sys.argv[1] == "keep" else "left")
+print(configure_malloc() if sys.argv[1] == "keep" else "left")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     b'x' * 50_000_000

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state, set_learning_rate
+from inmerge_jax.training.train_step import make_optimizer, new_state, set_learning_rate
 
 torch = pytest.importorskip("torch")
 

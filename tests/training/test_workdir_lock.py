@@ -13,20 +13,20 @@ import pytest
 
 from inmerge_jax import locking
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run, train_arms
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.holding import hold, hold_run
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.training.experiment import make_run_spec, run_experiment
+from inmerge_jax.training.preemption import TrainingInterrupted
+from inmerge_jax.training.workdir import lock, open_workdir
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = {"seeds": [0]}
 HOLDER = """
 import sys
 from pathlib import Path
-from inmerge_jax.training.holding import hold_run
+from inmerge_jax.training.workdir import open_workdir
 
-with hold_run(Path(sys.argv[1]), {"seeds": [0]}):
+with open_workdir(Path(sys.argv[1]), {"seeds": [0]}):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -60,34 +60,34 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
         for options in ({}, {"resume": True}, {"overwrite": True}):
             words = re.escape(f"{folder} is in use: process {process.pid} on ")
             with (
-                pytest.raises(InputError, match=words),
-                hold_run(folder, CONFIG, **options),
+                pytest.raises(UsageError, match=words),
+                open_workdir(folder, CONFIG, **options),
             ):
                 raise AssertionError
         assert contents(folder) == before
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with hold_run(folder, CONFIG, resume=True) as opened:
+        with open_workdir(folder, CONFIG, resume=True) as opened:
             assert opened == folder
             assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_folder_is_free_again_after_the_block_and_after_an_error(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyError), hold(tmp_path):
-            with pytest.raises(InputError, match=f"process {os.getpid()} on"), hold(tmp_path):
+        with pytest.raises(KeyError), lock(tmp_path):
+            with pytest.raises(UsageError, match=f"process {os.getpid()} on"), lock(tmp_path):
                 raise AssertionError
             raise KeyError
-    with hold_run(tmp_path, CONFIG):
+    with open_workdir(tmp_path, CONFIG):
         pass
 
 
 def test_overwriting_keeps_the_lock(tmp_path):
-    with hold_run(tmp_path, CONFIG):
+    with open_workdir(tmp_path, CONFIG):
         pass
-    with hold_run(tmp_path, CONFIG, overwrite=True):
+    with open_workdir(tmp_path, CONFIG, overwrite=True):
         assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "environment.json"]
-        with pytest.raises(InputError, match="in use"), hold(tmp_path):
+        with pytest.raises(UsageError, match="in use"), lock(tmp_path):
             raise AssertionError
 
 
@@ -103,7 +103,7 @@ def test_a_refused_folder_is_left_as_it_is(tmp_path, names, options, words):
     for name in names:
         (tmp_path / name).write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=words), hold_run(tmp_path, CONFIG, **options):
+    with pytest.raises(UsageError, match=words), open_workdir(tmp_path, CONFIG, **options):
         raise AssertionError
     assert contents(tmp_path) == before
 
@@ -111,8 +111,8 @@ def test_a_refused_folder_is_left_as_it_is(tmp_path, names, options, words):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match="cannot write .*choose another folder$"),
-        hold(tmp_path / "file" / "inside"),
+        pytest.raises(UsageError, match="cannot write .*choose another folder$"),
+        lock(tmp_path / "file" / "inside"),
     ):
         raise AssertionError
 
@@ -122,12 +122,12 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(locking.fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match="has no locks"), hold(tmp_path):
+    with pytest.warns(UserWarning, match="has no locks"), lock(tmp_path):
         pass
 
 
 def test_a_second_start_of_a_run_is_refused_and_the_first_goes_on(tmp_path, capsys):
-    options = "--model vgg11 --width 0.05 --skip 4 --devices 1 --cache None".split()
+    options = "--model vgg11 --width 0.05 --skip 4 --devices 1 --compilation-cache-dir None".split()
     options += "--phantom.train 128 --phantom.val 32 --phantom.test 32 --output".split()
     options.append(str(tmp_path / "run"))
     seen = []
@@ -139,9 +139,9 @@ def test_a_second_start_of_a_run_is_refused_and_the_first_goes_on(tmp_path, caps
             seen.append((status, contents(tmp_path) == before))
         return True
 
-    with pytest.raises(Stopped):
-        train_arms(plan_run(parse_config(options)), second_start)
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(make_run_spec(parse_config(options)), second_start)
     assert seen[0] == ([2, 2], True)
     assert capsys.readouterr().err.count(f"is in use: process {os.getpid()} on") == 2
-    with pytest.raises(Stopped):
-        train_arms(plan_run(parse_config([*options, "--resume"])), lambda: True)
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(make_run_spec(parse_config([*options, "--resume"])), lambda: True)

@@ -11,15 +11,14 @@ from rich.console import Console
 
 from inmerge_jax import kernel_similarity
 from inmerge_jax.data import Split
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, read_meta, restore_checkpoint
-from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.metrics import compute_metrics
-from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.scores import read_scores
-from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.errors import UsageError
+from inmerge_jax.progress import Progress
+from inmerge_jax.training import train
+from inmerge_jax.training.checkpointing import checkpoint_epochs, read_meta, restore_checkpoint
+from inmerge_jax.training.metrics import compute_metrics, read_scores
+from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.train_step import make_optimizer, new_state
+from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 
 MERGING = [tiny.ALWAYS, None]
@@ -30,7 +29,7 @@ def run(folder, *, setup=None, rule=None, **changes):
     setup = setup or tiny.make_setup()
     stage = tiny.make_stage(folder, setup.recipe, rule, **changes)
     text = io.StringIO()
-    with ProgressLine(1000, Console(file=text, soft_wrap=True)) as progress:
+    with Progress(1000, Console(file=text, soft_wrap=True)) as progress:
         result = train_stage(setup, stage, *tiny.init(), progress)
     return result, text.getvalue()
 
@@ -56,14 +55,14 @@ def restore(folder, epoch):
 
 def interrupt_at(monkeypatch, step):
     """Stops training from its start as Ctrl-C would, before that step."""
-    ahead = loop.ahead
+    ahead = train.prefetch_to_device
 
     def interrupted(*args):
         yield from itertools.islice(ahead(*args), step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "ahead", interrupted)
-    return lambda: monkeypatch.setattr(loop, "ahead", ahead)
+    monkeypatch.setattr(train, "prefetch_to_device", interrupted)
+    return lambda: monkeypatch.setattr(train, "prefetch_to_device", ahead)
 
 
 def test_a_stage_leaves_its_evidence(tmp_path):
@@ -97,13 +96,13 @@ def test_a_stage_leaves_its_evidence(tmp_path):
 
 def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypatch):
     setup = tiny.make_setup()
-    read, evaluate = [], loop.evaluate
+    read, evaluate = [], train.TrainContext.evaluate
 
     def watched(setup, state, images):
         read.append("test" if images is setup.dataset.test else "val")
         return evaluate(setup, state, images)
 
-    monkeypatch.setattr(loop, "evaluate", watched)
+    monkeypatch.setattr(train.TrainContext, "evaluate", watched)
     run(tmp_path, setup=setup)
     assert read == ["val"] * 4 + ["test"]
 
@@ -118,7 +117,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, s
     assert not (tmp_path / "parts" / "result.json").exists()
     resume()
     _, text = run(tmp_path / "parts", rule=rule)
-    assert ("goes on from epoch" in text) == (step >= 3)
+    assert ("resumes from epoch" in text) == (step >= 3)
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
@@ -146,7 +145,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
     assert checkpoint_epochs(folder)[-1] == 2
     shutil.rmtree(folder / "2" / "tree")
     result, text = run(tmp_path / "parts")
-    assert "checkpoints/2 is damaged" in text and "goes on from epoch 1" in text
+    assert "checkpoints/2 is damaged" in text and "resumes from epoch 1" in text
     assert any("is damaged" in warning for warning in result["warnings"])
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
@@ -154,7 +153,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, lost):
     recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
-    monkeypatch.setattr(loop, "best_epoch", lambda history, select: 1)
+    monkeypatch.setattr(train, "best_epoch", lambda history, select: 1)
     setup = tiny.make_setup(recipe)
     run(tmp_path / "whole", setup=setup)
     resume = interrupt_at(monkeypatch, 10)
@@ -169,7 +168,7 @@ def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch,
         (folder / "1" / "meta.json").write_text("{}")
     result, text = run(tmp_path / "parts", setup=setup)
     said = "there is no checkpoint at" if lost else "is damaged"
-    assert "goes on from epoch 0" in text and said in result["warnings"][0]
+    assert "resumes from epoch 0" in text and said in result["warnings"][0]
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
@@ -188,7 +187,7 @@ def test_a_changed_loss_is_not_trained_on(tmp_path, monkeypatch):
     losses = [line["val_loss"] for line in read_metrics(path)]
     path.write_text(whole.replace(f'"val_loss": {losses[0]}', '"val_loss": 9.9'))
     changed, before = path.read_bytes(), checkpoint_epochs(tmp_path / "parts" / "checkpoints")
-    with pytest.raises(InputError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
         run(tmp_path / "parts")
     assert path.read_bytes() == changed
     assert checkpoint_epochs(tmp_path / "parts" / "checkpoints") == before
@@ -203,25 +202,25 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
     first, second = whole.splitlines(keepends=True)
     path.write_text(first.replace('"val_loss": ', '"val_loss": 1') + second)
-    with pytest.raises(InputError, match="since its 1 epochs"):
+    with pytest.raises(UsageError, match="since its 1 epochs"):
         run(tmp_path)
     path.write_text(first + second.replace('"val_loss": ', '"val_loss": 1'))
     _, text = run(tmp_path)
-    assert "goes on from epoch 1" in text
+    assert "resumes from epoch 1" in text
 
 
 def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeypatch):
-    save = loop.save_checkpoint
+    save = train.save_checkpoint
 
     def earlier(folder, epoch, tree, meta):
         return save(folder, epoch, tree, {k: v for k, v in meta.items() if k != "history_sha256"})
 
-    monkeypatch.setattr(loop, "save_checkpoint", earlier)
+    monkeypatch.setattr(train, "save_checkpoint", earlier)
     cut_short(monkeypatch, tmp_path / "parts")
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(train, "save_checkpoint", save)
     assert "history_sha256" not in read_meta(tmp_path / "parts" / "checkpoints" / "2")
     _, text = run(tmp_path / "parts")
-    assert "goes on from epoch 2" in text
+    assert "resumes from epoch 2" in text
     run(tmp_path / "whole")
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
@@ -234,7 +233,7 @@ def test_a_damaged_result_is_named_and_one_of_an_earlier_version_read(tmp_path):
     digits = f'"auc": {result["test"]["auc"]}'
     for broken in (whole.replace(digits, '"auc": 0.999'), whole[:100], "[]", ""):
         path.write_text(broken)
-        with pytest.raises(InputError, match=r"result\.json (was changed|is damaged).*delete it"):
+        with pytest.raises(UsageError, match=r"result\.json (was changed|is damaged).*delete it"):
             read_result(tmp_path)
     path.unlink()  # The remedy.
     again, _ = run(tmp_path, epochs=1)
@@ -256,7 +255,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
             totals = totals._replace(loss=totals.loss * np.nan)
         return state, totals
 
-    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3.*checkpoints/2.*--learning-rate"):
+    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3.*checkpoints/2.*`learning_rate`"):
         run(tmp_path, setup=setup, train_step=poisoning)
     assert checkpoint_epochs(tmp_path / "checkpoints")[-1] == 2
     assert read_meta(tmp_path / "checkpoints" / "2")["epoch"] == 2
@@ -285,7 +284,7 @@ def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch)
         (layer,) = kernel_similarity(params, (kernel,), quantiles=(0.5, 0.99))
         figures = (*layer.quantiles.values(), layer.maximum)
         assert f"{kernel.name}: " + ", ".join(f"{value:.3f}" for value in figures) in warning
-    assert "--threshold" in warning
+    assert "lower threshold" in warning
 
     result, text = run(tmp_path / "merges", rule=tiny.ALWAYS)
     assert result["warnings"] == [] and "WARNING" not in text
@@ -302,7 +301,7 @@ def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
 
 
 def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
-    seen, train_batches = {}, loop.train_batches
+    seen, train_batches = {}, train.train_batches
     setup = tiny.make_setup()
     for arm, number, seed in (("finetune", 1, 0), ("inmerge", 1, 0), ("x", 0, 0), ("y", 1, 1)):
         order = []
@@ -312,7 +311,7 @@ def test_arms_of_one_seed_see_the_same_batches(tmp_path, monkeypatch):
                 order.append(batch["index"].tolist())
                 yield batch
 
-        monkeypatch.setattr(loop, "train_batches", watched)
+        monkeypatch.setattr(train, "train_batches", watched)
         rule = tiny.ALWAYS if arm == "inmerge" else None
         run(tmp_path / arm, setup=setup, rule=rule, arm=arm, number=number, seed=seed, epochs=1)
         seen[arm] = order

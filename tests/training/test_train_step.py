@@ -7,13 +7,19 @@ import pytest
 
 from inmerge_jax import in_model_merging, merge_kernels
 from inmerge_jax.data import Split, eval_batches, train_batch
-from inmerge_jax.training import steps
-from inmerge_jax.training.checkpoints import restore_checkpoint, save_checkpoint
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training import train_step as steps
+from inmerge_jax.training.checkpointing import restore_checkpoint, save_checkpoint
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import MERGING, example_losses, flip, normalise, zero_totals
+from inmerge_jax.training.train_step import (
+    MERGING,
+    example_losses,
+    flip,
+    make_optimizer,
+    new_state,
+    normalise,
+    zero_totals,
+)
 from tests.long import long_unless
 from tests.training import tiny
 
@@ -24,12 +30,12 @@ def train(count, devices, recipe=tiny.RECIPE, rule=None, multi_label=False):
     state = new_state(*tiny.init(), make_optimizer(recipe), recipe.learning_rate)
     state = replicate(state, devices)
     totals = replicate(zero_totals(0 if rule is None else len(tiny.kernels())), devices)
-    root = broadcast(jax.random.key(3), devices)
+    root = broadcast_to_devices(jax.random.key(3), devices)
     step = tiny.train_step(devices, recipe, rule, multi_label)
     losses = []
     for number in range(count):
         batch = train_batch(dataset.train, seed=1, step=number, batch_size=recipe.batch_size)
-        state, totals = step(state, totals, split(batch, devices), root)
+        state, totals = step(state, totals, shard_batch(batch, devices), root)
         losses.append(float(unreplicate(totals).loss))
     return state, totals, losses
 
@@ -62,9 +68,9 @@ def test_a_treatment_takes_the_place_of_merging_and_its_numbers_are_no_part_of_t
     devices = tuple(jax.local_devices()[:2])
     traces = []
 
-    def treatment(params, key, step, numbers):
+    def transform(params, key, step, hyperparams):
         traces.append(1)
-        rule = dataclasses.replace(tiny.ALWAYS, probability=numbers["probability"])
+        rule = dataclasses.replace(tiny.ALWAYS, probability=hyperparams["probability"])
         return merge_kernels(params, key, tiny.kernels(), rule)
 
     def after(probability, **given):
@@ -85,16 +91,16 @@ def test_a_treatment_takes_the_place_of_merging_and_its_numbers_are_no_part_of_t
         state, totals = step(
             replicate(state, devices),
             replicate(zero_totals(2), devices),
-            split(batch, devices),
-            broadcast(jax.random.key(3), devices),
+            shard_batch(batch, devices),
+            broadcast_to_devices(jax.random.key(3), devices),
         )
         return unreplicate((state.params, totals))
 
-    treated = after(0.5, treatment=treatment, numbers={"probability": 0.5})
+    treated = after(0.5, param_transform=transform, hyperparams={"probability": 0.5})
     merged = after(0.5, rule=tiny.ALWAYS)
     for a, b in zip(jax.tree.leaves(treated), jax.tree.leaves(merged), strict=True):
         np.testing.assert_array_equal(a, b)
-    none = after(0.0, treatment=treatment, numbers={"probability": 0.0})
+    none = after(0.0, param_transform=transform, hyperparams={"probability": 0.0})
     assert none[1].merged.sum() == 0 < treated[1].merged.sum()
 
 
@@ -112,8 +118,8 @@ def test_merging_happens_before_the_forward_pass_and_nowhere_else():
     plain, plain_totals = tiny.train_step(devices, recipe)(
         replicate(state, devices),
         replicate(zero_totals(0), devices),
-        split(batch, devices),
-        broadcast(jax.random.key(3), devices),
+        shard_batch(batch, devices),
+        broadcast_to_devices(jax.random.key(3), devices),
     )
     assert losses == [pytest.approx(float(unreplicate(plain_totals).loss), rel=1e-6)]
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(plain), strict=True):
@@ -132,14 +138,17 @@ def test_the_optax_transformation_goes_through_the_same_step_and_a_checkpoint(tm
         tiny.Net(), optimizer, tiny.RECIPE, multi_label=False, devices=devices
     )
     start = new_state(*tiny.init(), optimizer, 0.05)
-    totals, root = replicate(zero_totals(0), devices), broadcast(jax.random.key(3), devices)
+    totals, root = (
+        replicate(zero_totals(0), devices),
+        broadcast_to_devices(jax.random.key(3), devices),
+    )
     data = tiny.make_dataset().train
 
     def run(state, numbers):
         state, sums = replicate(state, devices), totals
         for number in numbers:
             batch = train_batch(data, seed=1, step=number, batch_size=16)
-            state, sums = step(state, sums, split(batch, devices), root)
+            state, sums = step(state, sums, shard_batch(batch, devices), root)
         return unreplicate(state)
 
     whole = run(start, range(4))
@@ -167,7 +176,9 @@ def test_the_state_is_donated_and_the_totals_are_not():
     state, totals = replicate(state, devices), replicate(zero_totals(0), devices)
     batch = train_batch(tiny.make_dataset().train, seed=1, step=0, batch_size=16)
     step = tiny.train_step(devices)
-    step(state, totals, split(batch, devices), broadcast(jax.random.key(0), devices))
+    step(
+        state, totals, shard_batch(batch, devices), broadcast_to_devices(jax.random.key(0), devices)
+    )
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(totals))
 
@@ -178,7 +189,7 @@ def test_padded_evaluation_equals_one_batch_without_padding():
     params, batch_stats = tiny.init()
     state = replicate(new_state(params, batch_stats, setup.optimizer, 0.1), setup.devices)
     assert len(list(eval_batches(images, 16))) == 2 and len(images) % 16
-    scores, loss = evaluate(setup, state, images)
+    scores, loss = setup.evaluate(state, images)
 
     logits = tiny.Net().apply(
         {"params": params, "batch_stats": batch_stats},
@@ -196,8 +207,8 @@ def test_evaluation_of_fewer_examples_than_devices():
     state = replicate(new_state(*tiny.init(), setup.optimizer, 0.1), devices)
     images = setup.dataset.val
     few = Split(images.images[:3], images.labels[:3])
-    scores, loss = evaluate(setup, state, few)
-    everything, _ = evaluate(setup, state, images)
+    scores, loss = setup.evaluate(state, few)
+    everything, _ = setup.evaluate(state, images)
     np.testing.assert_allclose(scores, everything[:3], rtol=1e-6)
     picked = scores[np.arange(3), few.labels]
     assert loss == pytest.approx(float(-np.log(picked).mean()), rel=1e-5)
