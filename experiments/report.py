@@ -13,7 +13,7 @@ from experiments.study import telling
 from experiments.study.all_questions import QUESTIONS, cell_rows
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
-from inmerge_jax.reporting import html
+from inmerge_jax.reporting import html_report
 
 TEMPLATES = Path(__file__).parent / "study"
 
@@ -58,7 +58,7 @@ def build(output: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("site.html.j2").render(
-        css=Markup((html.FOLDER / "report.css").read_text(encoding="utf-8")),
+        css=Markup((html_report.FOLDER / "report.css").read_text(encoding="utf-8")),
         sections=sections,
         missing=[question for question, stored in answered if stored is None],
         svg=lambda plot: Markup(plot.svg),

@@ -32,7 +32,7 @@ def write_and_print(folder: Path) -> None:
     """
     from rich import print as rich_print
 
-    from inmerge_jax.reporting.html import write_report
+    from inmerge_jax.reporting.html_report import write_report
     from inmerge_jax.reporting.runs import read_run
     from inmerge_jax.reporting.tables import make_report, to_markdown, to_rich
 

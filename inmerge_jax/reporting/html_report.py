@@ -1,37 +1,29 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The HTML report of a run, one self-contained file."""
 
 import base64
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
-from inmerge_jax.reporting.summary import any_merged
 
 FOLDER = Path(__file__).parent
 
 
-class Sample(NamedTuple):
-    """One sample image: its label in words and a PNG data URI."""
-
-    name: str
-    uri: str
-
-
 def write_report(folder: Path | str) -> Path:
-    """Writes `report.html` into a finished run's folder, from that folder's files alone.
+    """Writes `report.html` into a finished run's folder.
 
     Returns:
-      The path of the report: one self-contained file that requests nothing from anywhere.
+      Path of the report, a file without external resources.
 
     Raises:
       UsageError: the folder holds no finished run.
@@ -55,6 +47,7 @@ def render(run: Run) -> str:
         title=run.dataset.get("title") or run.dataset["name"],
         css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         svg=lambda plot: Markup(plot.svg),
+        breakable=breakable,
         zip=zip,
         report=tables.make_report(run),
         facts=facts(run),
@@ -65,14 +58,20 @@ def render(run: Run) -> str:
         similarity=plots.similarity_plots(run),
         roc=plots.roc_plots(run),
         settings=[
-            ("Configuration", list(flatten(run.config or _fallback_config(run)))),
+            ("Configuration", list(flatten(run.config))),
             ("Environment", list(flatten(run.environment))),
         ],
     )
 
 
+def breakable(text: str) -> Markup:
+    """The text with line breaks allowed after "/", or else after "_"."""
+    mark = "/" if "/" in text else "_"
+    return escape(text).replace(mark, Markup(f"{mark}<wbr>"))
+
+
 def facts(run: Run) -> list[str]:
-    """The line under the headline: data, network, seeds, time."""
+    """Data, network, seeds and time, for the line below the headline."""
     counts = run.dataset.get("counts") or {}
     model, seconds = run.results.get("model") or {}, run.results.get("seconds")
     found = [
@@ -88,7 +87,7 @@ def facts(run: Run) -> list[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """What the reader must know first: missing parts, and what the run itself warned about."""
+    """Missing arms and files, undefined metrics, and the warnings of the run."""
     found = [part[0].upper() + part[1:] + "." for part in run.missing]
     for arm in run.arms:
         for seed, result in run.arm(arm).items():
@@ -97,17 +96,15 @@ def warnings(run: Run) -> list[str]:
         empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
         if empty:
             found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
-    if "inmerge" in run.arms and not any_merged(run):
-        found.insert(0, "Nothing was merged in this run.")
     return found
 
 
-def samples(run: Run) -> list[Sample]:
-    """The sample images as PNG data URIs."""
+def samples(run: Run) -> list[tuple[str, str]]:
+    """(label, PNG data URI) of each sample image."""
     if run.samples is None:
         return []
     images, names = run.samples["images"], run.samples["names"]
-    return [Sample(str(name), _png(image)) for image, name in zip(images, names, strict=True)]
+    return [(str(name), _png(image)) for image, name in zip(images, names, strict=True)]
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -122,10 +119,6 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, ", ".join(map(str, value)) or "none"
     elif name:
         yield name, "none" if value is None or value == {} else str(value)
-
-
-def _fallback_config(run: Run) -> dict[str, Any]:
-    return {key: run.results[key] for key in ("model", "recipe", "rule") if key in run.results}
 
 
 def _png(image: np.ndarray) -> str:

@@ -1,22 +1,41 @@
 import base64
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from inmerge_jax.data.chestxray14.labels import FINDINGS
 from inmerge_jax.errors import UsageError
-from inmerge_jax.reporting.html import write_report
+from inmerge_jax.reporting.html_report import write_report
+from inmerge_jax.reporting.published import CHESTXRAY14
 from tests.reporting.folder import edit, write_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PROBE = """<script>
+window.addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll(".scroll")];
+  const cut = boxes.filter((box) => box.scrollWidth > box.clientWidth);
+  parent.document.body.dataset.probe = JSON.stringify({
+    cut: cut.map((box) => box.firstChild.ariaLabel),
+    tables: document.querySelectorAll("table").length,
+    wide: document.documentElement.scrollWidth > window.innerWidth,
+    inner: window.innerWidth,
+  });
+});
+</script>"""
 
 
 class Reader(HTMLParser):
     """Collects table rows, text, attributes and unclosed elements."""
 
-    VOID = ("meta", "link", "img", "br", "hr")
+    VOID = ("meta", "link", "img", "br", "hr", "wbr")
 
     def __init__(self, text):
         super().__init__()
@@ -62,10 +81,11 @@ def test_numbers_are_those_of_the_results(folder, page):
     for arm, results in stored.items():
         aucs = [result["test"]["auc"] for result in results]
         accs = [result["test"]["acc"] for result in results]
-        spread, each = (row for row in rows if row[0] == arm)
+        (spread,) = (row for row in rows if row[0] == arm)
         assert spread[1] == f"{np.mean(aucs):.3f} \u00b1 {np.std(aucs, ddof=1):.3f}"
         assert spread[2] == f"{np.mean(accs):.3f} \u00b1 {np.std(accs, ddof=1):.3f}"
-        assert each[1:] == [f"{a:.3f} / {b:.3f}" for a, b in zip(aucs, accs, strict=True)]
+        column = [row[1 + list(stored).index(arm)] for row in rows if row[0] in ("0", "1", "2")]
+        assert column == [f"{a:.3f} / {b:.3f}" for a, b in zip(aucs, accs, strict=True)]
 
 
 def test_nothing_is_requested_from_anywhere(page):
@@ -173,7 +193,7 @@ def test_undefined_metrics_are_visible(tmp_path):
 def test_a_run_that_merged_nothing_says_so_at_the_top(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0,), merging=False)
     text = Reader(write_report(folder).read_text(encoding="utf-8")).text
-    assert text.index("Nothing was merged in this run.") < text.index("Sample images")
+    assert text.index("NOTHING WAS MERGED") < text.index("Sample images")
     assert "nothing was merged" in text[text.index("Block_3/Conv_1") :]
 
 
@@ -201,3 +221,30 @@ def test_only_the_report_is_written(folder, page):
     write_report(folder)
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {folder / "report.html"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_tables_fit_the_screen(tmp_path, width):
+    data = {"name": "chestxray14", "split": "chexnet"}
+    data["test_names_sha256"] = CHESTXRAY14[0].names_sha256
+    task = "multi-label, binary-class"
+    folder = write_run(tmp_path / "run", classes=FINDINGS, task=task, **data)
+    edit(folder, lambda results: results["dataset"].update(title="chestxray14 (split chexnet)"))
+    content = write_report(folder).read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
+    # In a frame, because the window of a headless browser is at least 500 px wide.
+    frame = f'<iframe style="border: 0" width="{width}" height="900" srcdoc="{{}}"></iframe>'
+    page = tmp_path / "probed.html"
+    page.write_text(f"<!doctype html><body>{frame.format(html.escape(content))}")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", "--window-size=1300,1000", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    probe = re.search(r'data-probe="([^"]+)"', done.stdout)
+    assert probe, done.stderr
+    assert json.loads(html.unescape(probe[1])) == {
+        "cut": [],
+        "tables": 7,
+        "wide": False,
+        "inner": width,
+    }
