@@ -12,7 +12,7 @@ from experiments.benchmarks.timing import measured_on
 from experiments.benchmarks.tpu import check as tpu_check
 from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
-from experiments.reliability import fault_injection, scaling, soak
+from experiments.reliability import fault_injection
 from experiments.study import pages, presets, reproduce
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.cli import input_speed
@@ -72,9 +72,6 @@ SOURCES = {
     ),
     "fidelity": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
-    "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
-    "soak_shards": lambda: soak.markdown(json.loads((RESULTS / "soak_shards.json").read_bytes())),
-    "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
@@ -90,8 +87,7 @@ SOURCES = {
 PAGES = {
     "README.md": ("main",),
     "docs/trainer.md": ("trainer_runs",),
-    "docs/interruptions.md": ("kills", "soak", "soak_shards"),
-    "docs/scaling.md": ("scaling",),
+    "docs/interruptions.md": ("kills",),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark"),
