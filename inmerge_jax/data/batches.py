@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from inmerge_jax.data.dataset import Split
-from inmerge_jax.data.workers import WorkerLostError, end_with_parent, watched
+from inmerge_jax.data.workers import map_in_processes
 from inmerge_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
@@ -108,12 +108,15 @@ def train_batches(
       UsageError: as `train_batch`; and from the iterator, where an image cannot be read.
     """
     _check(split, batch_size, start, host, hosts)
-
-    def take(step: int) -> Batch:
-        index = _batch_index(len(split), seed, batch_size, step)
-        return _take(split, _host_slice(index, host, hosts))
-
+    take = functools.partial(_train_rows, split, seed, batch_size, host, hosts)
     return _read(range(start, _END if stop is None else stop), take, split, workers)
+
+
+def _train_rows(
+    split: Split, seed: int, batch_size: int, host: int, hosts: int, step: int
+) -> Batch:
+    index = _batch_index(len(split), seed, batch_size, step)
+    return _take(split, _host_slice(index, host, hosts))
 
 
 def eval_batches(
@@ -134,53 +137,29 @@ def eval_batches(
     if batch_size < 1:
         raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     _check_hosts(batch_size, host, hosts)
-
-    def take(start: int) -> Batch:
-        rows = _host_slice(np.arange(start, start + batch_size), host, hosts)
-        batch = _take(split, np.minimum(rows, len(split) - 1))
-        return {**batch, "mask": (rows < len(split)).astype(np.float32)}
-
+    take = functools.partial(_eval_rows, split, batch_size, host, hosts)
     return _read(range(0, len(split), batch_size), take, split, workers)
+
+
+def _eval_rows(split: Split, batch_size: int, host: int, hosts: int, start: int) -> Batch:
+    rows = _host_slice(np.arange(start, start + batch_size), host, hosts)
+    batch = _take(split, np.minimum(rows, len(split) - 1))
+    return {**batch, "mask": (rows < len(split)).astype(np.float32)}
 
 
 def _read(
     places: range, take: Callable[[int], Batch], split: Split, workers: int
 ) -> Iterator[Batch]:
-    """`take` of each of the places in order, read ahead where images are read from files."""
-    if split.in_memory and not workers:
+    """Yields `take(place)` for each place in order, in advance where images are read from files."""
+    if workers:
+        yield from map_in_processes(take, places, workers)
+    elif split.in_memory:
         yield from map(take, places)
-        return
-    # Imported here: data in memory need neither.
-    import grain
-    from absl import flags
+    else:
+        import grain
 
-    threads = 0 if split.in_memory else _THREADS
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    batches = grain.MapDataset.source(places).map(take).to_iter_dataset(options)
-    if not workers:
-        yield from batches
-        return
-    if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags, which are all at default here.
-        flags.FLAGS.mark_as_parsed()
-    # Grain spawns its workers: they inherit no thread and no device, and need none.
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    # Batches come through pipes: containers often have little shared memory, and Grain frees it so
-    # late that Python reports leaks at the end.
-    pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
-    batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
-    iterator = iter(batches.mp_prefetch(processes, _in_worker))
-    try:
-        with watched(iterator) as elements:
-            yield from elements
-    except WorkerLostError as error:
-        raise UsageError(
-            f"a process that reads images was lost: {error}; if memory ran out, give fewer "
-            "`workers` or a smaller `batch_size`, and continue the run with `resume`"
-        ) from error
-
-
-def _in_worker(index: int, count: int) -> None:
-    end_with_parent()
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+        yield from grain.MapDataset.source(places).map(take).to_iter_dataset(options)
 
 
 def _check(split: Split, batch_size: int, step: int, host: int, hosts: int) -> None:

@@ -168,7 +168,7 @@ def run_experiment(
       UsageError: the folder does not fit the options, cannot be written to, holds a damaged file,
         or is in use.
       NonFiniteLossError: training diverged.
-      Stopped: `should_stop` said so, see `train.TrainContext`; the run can be resumed.
+      TrainingInterrupted: `should_stop` returned True, see `train.TrainContext`; the run can be resumed.
     """
     config = spec.config
     if spec.devices[0].platform == "cpu":
