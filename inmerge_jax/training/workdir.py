@@ -205,7 +205,7 @@ def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError
 
 
 def _state(folder: Path) -> str:
-    """ "empty", "unfinished" or "finished"; raises if the folder holds something else."""
+    """Returns the state, "empty", "unfinished" or "finished"; raises if it is no run."""
     if not folder.exists():
         return "empty"
     if not folder.is_dir():
