@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.benchmarks.timing import machine
-from experiments.benchmarks.tpu.compile import collectives
+from experiments.benchmarks.tpu.collectives import collectives
 from inmerge_jax.files import write_arrays, write_json
 
 MODEL, WIDTH, SIZE, BATCH, SKIP = "vgg11_bn", 0.125, 28, 64, 3
