@@ -6,18 +6,18 @@ import re
 import sys
 from pathlib import Path
 
+from experiments import trainer_runs
 from experiments.benchmarks.accelerator import page as accelerator
 from experiments.benchmarks.timing import measured_on
 from experiments.benchmarks.tpu import check as tpu_check
 from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
-from experiments.reliability import fault_injection, scaling, soak
+from experiments.reliability import fault_injection
 from experiments.study import pages, presets, reproduce
 from experiments.study.all_questions import QUESTIONS
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
-from inmerge_jax.reporting.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -58,24 +58,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
-def chestxray14_runs(folder: Path) -> str:
-    """Every stored run on ChestX-ray14: its command and its own table."""
-    parts = []
-    for run in sorted(path.parent for path in folder.glob("*/results.json")):
-        command = json.loads((run / "environment.json").read_bytes())["command"]
-        epochs = [
-            json.loads(line)
-            for path in run.glob("seed*/*/metrics.jsonl")
-            for line in path.read_text().splitlines()
-        ]
-        speed = max(epoch["images_per_second"] for epoch in epochs)
-        parts.append(
-            f"### {run.name}\n\n    {command}\n\nFastest epoch: {speed:.1f} images/s.\n\n"
-            f"{markdown(run)}"
-        )
-    return "\n".join(parts)
-
-
 def chestxray14_input(path: Path) -> str:
     """Images per second of ChestX-ray14's input, as Markdown."""
     rows = [input_speed.COLUMNS, *input_speed.rows(json.loads(path.read_bytes()))]
@@ -84,17 +66,13 @@ def chestxray14_input(path: Path) -> str:
 
 
 SOURCES = {
-    "breastmnist": lambda: markdown(RESULTS / "breastmnist"),
+    "trainer_runs": lambda: trainer_runs.markdown(RESULTS),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
     "fidelity": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
-    "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
-    "soak_shards": lambda: soak.markdown(json.loads((RESULTS / "soak_shards.json").read_bytes())),
-    "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
-    "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
     ),
@@ -107,12 +85,12 @@ SOURCES = {
     **{f"study {one.name}": functools.partial(pages.section, one) for one in QUESTIONS},
 }
 PAGES = {
-    "README.md": ("main", "breastmnist", "benchmark", "fidelity"),
-    "docs/interruptions.md": ("kills", "soak", "soak_shards"),
-    "docs/scaling.md": ("scaling",),
-    "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
+    "README.md": ("main",),
+    "docs/trainer.md": ("trainer_runs",),
+    "docs/interruptions.md": ("kills",),
+    "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
-    accelerator.PAGE: ("accelerator",),
+    accelerator.PAGE: ("accelerator", "benchmark"),
     "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
     "docs/cells.md": ("again", "cells"),
 }

@@ -38,7 +38,8 @@ class Progress:
         self._total, self._done = total, done
         self._description, self._details = description, ""
         self._shown = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._overall: tuple[float, int] | None = None
+        self._current: tuple[float, int] | None = None
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=None),
@@ -47,7 +48,7 @@ class Progress:
             auto_refresh=False,
             expand=True,
         )
-        self._task = self._bar.add_task(description, total=max(total, 1), details="")
+        self._task = self._bar.add_task(description, total=max(total, 1), details="", visible=False)
 
     def __enter__(self) -> Self:
         """Starts the line."""
@@ -72,11 +73,8 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images per second since the first `advance`; 0 before the second one."""
-        if self._first is None:
-            return 0.0
-        started, count = self._first
-        return (self._done - count) / max(time.monotonic() - started, 1e-9)
+        """Images per second since the first `advance` after `describe`; 0 before the second one."""
+        return self._rate(self._current)
 
     def say(self, message: str, style: str | None = None) -> None:
         """Prints a message that stays."""
@@ -90,7 +88,7 @@ class Progress:
 
     def describe(self, description: str, details: str | None = None) -> None:
         """Sets what is running and, unless None, the details of the live line; redraws it."""
-        self._description = description
+        self._description, self._current = description, None
         if details is not None:
             self._details = details
         self._redraw(self._details)
@@ -98,8 +96,8 @@ class Progress:
     def advance(self, images: int) -> None:
         """Counts processed images."""
         self._done += images
-        if self._first is None:
-            self._first = (time.monotonic(), self._done)
+        now = (time.monotonic(), self._done)
+        self._overall, self._current = self._overall or now, self._current or now
 
     def due(self) -> bool:
         """Whether it is time for the next `update` or `milestone`."""
@@ -108,14 +106,14 @@ class Progress:
 
     def update(self, details: str) -> None:
         """Redraws the live line with `details`; prints nothing elsewhere."""
-        self._details = f"{details}  ETA {self._eta()}"
+        self._details = self._with_speed(details)
         self._redraw(self._details)
 
     def milestone(self, details: str | None = None, result: str = "") -> None:
         """Redraws the live line; elsewhere prints a plain line, if one is due.
 
         Args:
-          details: text beside the bar; by default the number of images and their rate.
+          details: text beside the bar; by default the number of images.
           result: text that only the plain line shows.
         """
         if details is None:
@@ -124,7 +122,7 @@ class Progress:
             self.update(details)
         elif self.due():
             self._shown = time.monotonic()
-            line = f"{self._description}  {details}  ETA {self._eta()}"
+            line = f"{self._description}  {self._with_speed(details)}"
             self.say(f"{line}  {result}" if result else line)
 
     def finish(self) -> None:
@@ -132,14 +130,24 @@ class Progress:
         if self.live:
             self.update(self._counts())
         else:
-            self.say(f"{self._description}  {self._counts()}")
+            self.say(f"{self._description}  {self._counts()}{self._speed()}")
 
     def _counts(self) -> str:
-        return f"{self._done:,} of {self._total:,}  {self.rate:,.0f} img/s"
+        return f"{self._done:,} of {self._total:,}"
 
-    def _eta(self) -> str:
-        left = max(self._total - self._done, 0)
-        return _clock(left / self.rate) if self.rate else "-"
+    def _speed(self) -> str:
+        return f"  {self.rate:,.0f} img/s" if self.rate else ""
+
+    def _with_speed(self, details: str) -> str:
+        left, rate = max(self._total - self._done, 0), self._rate(self._overall)
+        eta = _clock(left / rate) if rate else "-"
+        return f"{details}{self._speed()}  ETA {eta}"
+
+    def _rate(self, since: tuple[float, int] | None) -> float:
+        if since is None:
+            return 0.0
+        started, count = since
+        return (self._done - count) / max(time.monotonic() - started, 1e-9)
 
     def _redraw(self, details: str) -> None:
         if not self.live:
@@ -151,6 +159,7 @@ class Progress:
             completed=self._done,
             total=max(self._total, 1),
             details=details,
+            visible=True,
         )
         self._bar.refresh()
 

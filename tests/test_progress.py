@@ -35,10 +35,10 @@ def test_the_time_left_counts_from_the_first_update(monkeypatch):
         now[0] += 2
         line.advance(20)
         line.update("loss 0.5")
-        assert lines(console)[-1].endswith("loss 0.5  ETA 0:07") and line.rate == 10
+        assert lines(console)[-1].endswith("loss 0.5  10 img/s  ETA 0:07")
         line.describe("seed 0 backbone 2/2")
         assert lines(console)[-1].startswith("seed 0 backbone 2/2")
-        assert lines(console)[-1].endswith("loss 0.5  ETA 0:07")
+        assert lines(console)[-1].endswith("loss 0.5  10 img/s  ETA 0:07") and line.rate == 0
 
 
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch):

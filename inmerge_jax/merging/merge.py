@@ -41,13 +41,12 @@ def merge_kernels(
     *,
     implementation: backends.Implementation = "auto",
 ) -> tuple[PyTree, MergeStats]:
-    r"""Mixes each selected unit with a similar one of its layer.
+    """Mixes each selected unit with a similar one of its layer.
 
-    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j
-              \quad\text{if}\quad \frac{k_i \cdot k_j}{\|k_i\| \|k_j\|} > \tau
+        K_i <- alpha K_i + (1 - alpha) K_j    if k_i . k_j / (|k_i| |k_j|) > threshold
 
-    for selected :math:`i`, with :math:`k` the flattened unit (arXiv 2502.20516). All reads are from
-    the weights as given. Arithmetic is float32 and the result has the weight's dtype; units that
+    for selected `i`, with `k` the flattened unit (arXiv 2502.20516). All reads are from the weights
+    as given. Arithmetic is float32 and the result has the weight's dtype; units that
     are not mixed, and all other leaves, come back bit for bit. A zero unit has similarity 0 with
     every other; a unit that holds a NaN or an infinity is never mixed, nor mixed in. A problem with
     one unit is left alone.
@@ -57,7 +56,7 @@ def merge_kernels(
     Differentiable: the mix is linear in the weights, and which units merge, and the counts, are
     constants to it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from inmerge_jax import Kernel
       >>> w = jnp.array([[1.0, 1.0], [0.0, 1.0]])       # two kernels, w[:, 0] and w[:, 1]

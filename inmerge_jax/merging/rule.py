@@ -28,7 +28,7 @@ def quantile(share: float | jax.Array) -> Quantile:
     units are selected merges the `floor((1 - share) * m)` most similar of them (ties may lower
     this). Its rate is about `probability * (1 - share)`.
 
-    Example:
+    Examples:
       >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")
 
     Args:
@@ -46,14 +46,14 @@ def quantile(share: float | jax.Array) -> Quantile:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MergeRule:
-    r"""When and how units are mixed; a pytree whose three numbers can be traced.
+    """When and how units are mixed; a pytree whose three numbers can be traced.
 
-    In each merge every unit :math:`K_i` is selected with `probability`. A selected unit gets a
-    partner :math:`K_j`, :math:`j \neq i`, and where their cosine similarity exceeds `threshold`,
+    In each merge every unit `K_i` is selected with `probability`. A selected unit gets a partner
+    `K_j`, `j != i`, and where their cosine similarity exceeds `threshold`,
 
-    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j.
+        K_i <- alpha K_i + (1 - alpha) K_j
 
-    Example, a grid of rules as one pytree, and a schedule:
+    Examples: A grid of rules as one pytree, and a schedule
       >>> import jax.numpy as jnp
       >>> grid = MergeRule(*jnp.meshgrid(jnp.array([0.1, 0.3]), jnp.array([0.3]), jnp.array([0.8])))
       >>> grid.probability.shape

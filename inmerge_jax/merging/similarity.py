@@ -63,7 +63,7 @@ def kernel_similarity(
     Goes layer by layer and waits for each: what is in memory at a time is one layer's C x C matrix
     of cosines (C units of a problem, float32) and a few arrays of that size made of it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from inmerge_jax import Kernel
       >>> w = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])

@@ -65,7 +65,7 @@ def find_kernels(
     are different problems (`Kernel.groups`); so are the layers of a stack that is scanned or
     indexed in a loop, and the members of a vmapped ensemble (`Kernel.batch_axes`).
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> def forward(params, x):
       ...     dimensions = ("NHWC", "HWIO", "NHWC")

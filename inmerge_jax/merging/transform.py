@@ -47,7 +47,7 @@ def with_merging(
     The same as `optax.chain(tx, in_model_merging(...))`, in the only order that is right: a merge
     before an optimizer would be taken for a gradient.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from inmerge_jax import MergeRule, find_kernels, merge_report, with_merging
       >>> forward = lambda params, x: jax.lax.conv(x, params["w"], (1, 1), "SAME")
@@ -78,11 +78,11 @@ def in_model_merging(
     *,
     implementation: Implementation = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Merges similar units after every update; the last transformation of its chain.
+    """Merges similar units after every update; the last transformation of its chain.
 
-    Applies the updates :math:`u` that come in, merges, and returns the difference,
+    Applies the incoming updates, merges, and returns the difference,
 
-    .. math:: u' = \mathrm{merge}(\theta + u) - \theta
+        merge(params + updates) - params
 
     so that `optax.apply_updates` yields merged parameters. This equals merging before every forward
     pass, apart from the first and the last merge. Updates of units that are not merged are returned

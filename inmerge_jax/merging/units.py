@@ -247,7 +247,7 @@ def tie(
 ) -> tuple[Kernel, ...]:
     """Weights whose units belong together: unit i of one merges with unit i of the others.
 
-    Example, a neuron with its bias:
+    Examples: A neuron with its bias
       >>> import jax.numpy as jnp
       >>> params = {"fc": {"kernel": jnp.ones((16, 32)), "bias": jnp.zeros(32)}}
       >>> weight = Kernel.named(params, "fc/kernel", out_axis=1, op="dense")

@@ -243,13 +243,13 @@ def train_stage(
                 progress.advance(count * recipe.batch_size)
                 if progress.live and progress.due():
                     sums = unreplicate(finished)
-                    progress.update(_figures(stage, sums, recipe.batch_size, started))
+                    progress.update(_figures(stage, sums))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
         keep = functools.partial(_interrupted, stage, epoch, sums, started, warnings)
         if context.should_stop():
             raise keep(unreplicate(state))
-        figures = _figures(stage, sums, recipe.batch_size, started)
+        figures = _figures(stage, sums)
         images_per_second = steps * recipe.batch_size / (time.monotonic() - started)
         totals, taken, seconds = zeros, 0, 0.0
         del in_flight
@@ -403,12 +403,10 @@ def _interrupted(
     )
 
 
-def _figures(stage: StageConfig, sums: Totals, batch_size: int, started: float) -> str:
-    """Mean loss, kernels merged and images per second of the epoch so far, as text."""
-    steps = int(sums.steps)
-    rate = steps * batch_size / (time.monotonic() - started)
+def _figures(stage: StageConfig, sums: Totals) -> str:
+    """Mean loss and number of merged kernels in the epoch so far, as text."""
     merged = f"  merged {int(sums.merged.sum()):,}" if stage.deep else ""
-    return f"loss {float(sums.loss) / steps:.4f}{merged}  {rate:,.0f} img/s"
+    return f"loss {float(sums.loss) / int(sums.steps):.4f}{merged}"
 
 
 def _require_finite(

@@ -78,7 +78,7 @@ def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
         [sys.executable, script], env=here, timeout=200, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert re.search(r"signal 9 \(SIGKILL\).*fewer `workers`.*--resume", done.stderr)
+    assert re.search(r"signal 9 \(SIGKILL\).*fewer `workers`.*`resume`", done.stderr)
 
 
 def test_a_worker_killed_as_it_starts_ends_the_batches():

@@ -15,7 +15,7 @@ def test_every_page_is_up_to_date(page):
 
 
 def test_a_number_typed_by_hand_is_noticed():
-    begin = "<!-- begin breastmnist -->"
+    begin = "<!-- begin main -->"
     assert begin in README
     forged = README.replace(begin, begin + "\n\nAUC 0.999")
     assert tables.render(forged) == README

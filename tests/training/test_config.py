@@ -85,11 +85,15 @@ def test_a_configuration_made_in_python_needs_no_command_line():
     assert plan.deep == plan.kernels[10:]
 
 
-def test_help_names_every_option(capsys):
+def test_help_names_every_option_in_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         parse_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert text.count("\n") <= 120
+    groups = re.findall(r"^\W*([\w-]+) options\W*$", text, re.MULTILINE)
+    assert groups == "data model recipe merging output devices-and-processes".split()
     for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig):
         for field in dataclasses.fields(section):
             name = field.name.replace("_", "-")

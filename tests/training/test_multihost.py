@@ -143,13 +143,13 @@ def assert_resumes(folder, evidence):
     assert list(elsewhere(folder).iterdir()) == []
 
 
-README = (REPOSITORY / "README.md").read_text()
+PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
 ACTIVATE = "    . .venv/bin/activate\n"
 
 
-def test_the_readme_enters_the_environment_before_its_first_command():
-    assert README.count(ACTIVATE) == 1
-    assert README.index("    make run") < README.index(ACTIVATE) < README.index("    python -m ")
+def test_the_page_enters_the_environment_before_its_first_command():
+    assert PAGE.count(ACTIVATE) == 1
+    assert PAGE.index("    make setup") < PAGE.index(ACTIVATE) < PAGE.index("inmerge train")
 
 
 def enter_environment(folder):
@@ -165,8 +165,8 @@ def enter_environment(folder):
 
 
 @pytest.mark.long
-def test_the_rehearsal_in_the_readme_runs_word_for_word(tmp_path):
-    (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", README, re.M)
+def test_the_rehearsal_of_the_page_runs_word_for_word(tmp_path):
+    (block,) = re.findall(r"(?:^    .*\n)*^    .*--process-id 1.*\n(?:^    .*\n)*", PAGE, re.M)
     assert block.count("inmerge train") == 2 and block.count("127.0.0.1:9876") == 1
     block = block.replace(":9876", f":{free_port()}")
     ran = subprocess.run(

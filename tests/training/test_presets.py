@@ -96,7 +96,7 @@ def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
 
 
 def test_what_was_meant_for_a_densenet_is_not_made_up():
-    with pytest.raises(UsageError, match="not known"):
+    with pytest.raises(UsageError, match="are unknown"):
         select_kernels(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)
 
 

@@ -24,10 +24,10 @@ from tests.long import long_unless
 from tests.training import tiny
 
 
-def train(count, devices, recipe=tiny.RECIPE, rule=None, multi_label=False):
+def train(count, devices, recipe=tiny.RECIPE, rule=None, multi_label=False, weights=None):
     devices = tuple(jax.local_devices()[:devices])
     dataset = tiny.make_dataset(multi_label=multi_label)
-    state = new_state(*tiny.init(), make_optimizer(recipe), recipe.learning_rate)
+    state = new_state(*(weights or tiny.init()), make_optimizer(recipe), recipe.learning_rate)
     state = replicate(state, devices)
     totals = replicate(zero_totals(0 if rule is None else len(tiny.kernels())), devices)
     root = broadcast_to_devices(jax.random.key(3), devices)
@@ -53,6 +53,19 @@ def test_more_devices_train_the_same(devices, multi_label):
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert len(a) == devices
         np.testing.assert_allclose(a[0], b[0], rtol=2e-4, atol=2e-6)
+
+
+def test_in_float64_eight_devices_train_as_one_to_rounding():
+    """Float32 can't show it after ten steps: rounding flips decisions of a ReLU."""
+    with jax.enable_x64(True):
+        weights = jax.tree.map(np.float64, tiny.init())
+        (one, _, losses), (many, _, others) = (
+            train(10, devices, rule=tiny.ALWAYS, weights=weights) for devices in (1, 8)
+        )
+        np.testing.assert_allclose(others, losses, rtol=1e-6)  # Sums of losses are float32.
+        for a, b in zip(*(jax.tree.leaves(state.params) for state in (many, one)), strict=True):
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a[0], b[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])

@@ -187,7 +187,7 @@ def test_a_damaged_image_stops_the_build_and_is_named(nih, tmp_path, workers):
     victim.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match=rf"{victim.name} is cut short or damaged"):
         make(place, tmp_path / "out", workers=workers)
-    with pytest.raises(UsageError, match="there is no finished ChestX-ray14"):
+    with pytest.raises(UsageError, match="holds no finished ChestX-ray14"):
         load_chestxray14(tmp_path / "out")
     Image.fromarray(pixels(0, 39)).save(victim)
     with pytest.raises(UsageError, match=rf"{victim.name} has 39 x 39 pixels, the others 40 x 40"):
@@ -245,7 +245,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
     time.sleep(0.5)  # A worker that had begun to write may end that.
     parts = len(list(reduced.glob("*.zip")))
     assert 0 < parts < 8 and not (tmp_path / "killed" / "manifest.json").exists()
-    with pytest.raises(UsageError, match="there is no finished"):
+    with pytest.raises(UsageError, match="holds no finished"):
         load_chestxray14(tmp_path / "killed")
 
     assert main(options(tmp_path / "killed", 1)) == 0
@@ -360,7 +360,7 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
     victim = sorted(find_images(place).values())[7]
     whole, times = victim.read_bytes(), victim.stat()
     change(victim)
-    with pytest.raises(UsageError, match="out was built from other files .* delete it"):
+    with pytest.raises(UsageError, match="out was built from other versions .* delete it"):
         make(place, tmp_path / "out")
     victim.write_bytes(whole)
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
