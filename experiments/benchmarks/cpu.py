@@ -1,4 +1,4 @@
-"""Measures what merging costs, beside the released code's loop, plain training and PyTorch."""
+"""Benchmarks merging on CPU against the released code's loop, plain training and PyTorch."""
 
 import dataclasses
 import gc
@@ -49,20 +49,19 @@ TINY_RUN = (
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measures in-model merging's speed on this machine, which should do nothing else meanwhile.
+    """Benchmarks in-model merging on this machine, which should be idle otherwise.
 
-    merge: one merge of VGG19's six deep layers against a PyTorch reading of the released code's
-    loop. backends: one merge of a network's deep layers in the reference form and in the CPU form,
-    and what the second saves of a training step. overhead: the training step with merging against
-    the same step without. pytorch: the training step without merging against PyTorch's.
-    conversion: VGG19's weights from PyTorch's form and back. cache: what a second start of a
-    training command compiles anew. Contenders take turns in one process; a ratio is the median of
-    the ratios of times from the same round.
+    merge: merge of VGG19's six deep layers, compared with a PyTorch version of the released code's
+    loop. backends: merge of a network's deep layers, reference and CPU implementation, and the
+    share of a training step saved. overhead: training step with and without merging. pytorch:
+    training step without merging, compared with PyTorch. conversion: VGG19's weights from and to
+    torchvision's format. cache: programs compiled by the second start of a training command.
+    Contenders run interleaved in one process; a ratio is the median of the ratios by round.
 
     Attributes:
-      only: The sections to measure. Of the others, the output file keeps what it holds.
-      output: JSON file for all times, their ratios, and the environment they were taken in.
-      rounds: Factor on every number of rounds, such as 0.1 for a quick look.
+      only: Sections to measure. The output file keeps the rows of the other sections.
+      output: JSON file for times, ratios and the environment.
+      rounds: Factor on every number of rounds, such as 0.1 for a quick run.
     """
 
     only: tuple[Section, ...] = get_args(Section)
@@ -71,7 +70,7 @@ class BenchmarkConfig:
 
 
 class Rounds(NamedTuple):
-    """A training step, and how many rounds to time it for."""
+    """A training step and its number of timed rounds."""
 
     case: Case
     rounds: int
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
-    """What each section measures, with every number of rounds times `factor`.
+    """Section -> function that measures it, with all numbers of rounds multiplied by `factor`.
 
     Raises:
       UsageError: `factor` is not a positive number.
@@ -127,16 +126,16 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
 def run(
     config: BenchmarkConfig, sections: dict[str, Callable[[], list[Row]]]
 ) -> dict[str, dict[str, Any]]:
-    """Measures the chosen sections, prints each as a table, and returns what the file then holds.
+    """Measures the chosen sections, prints their tables and returns the file's contents.
 
-    The file is written after each section, so that an interrupted run keeps those it finished.
+    The file is written after each section, so that an interrupted run keeps the finished ones.
 
     Raises:
       UsageError: the output file can't be read or written.
     """
     stored = _read(config.output)
     _write(config.output, stored)
-    kept = configure_malloc()  # as training on CPU does; PyTorch, in the same process, gains too
+    kept = configure_malloc()  # as in training on CPU; it also applies to PyTorch
     for name in config.only:
         started = time.perf_counter()
         around = environment() | {
@@ -154,9 +153,9 @@ def run(
 
 
 def merge_rows(*, rounds: int, width: float = 1.0, repeats: int = 5) -> list[Row]:
-    """One merge of a trained VGG19's six deep weights, p 0.3, alpha 0.8, against the loop.
+    """Merge of a trained VGG19's six deep weights, compared with the released code's loop.
 
-    Ours is jitted and, as in the training step, given its parameters to overwrite (donated).
+    Probability 0.3, alpha 0.8. The merge is jitted and its parameters are donated, as in training.
     """
     print(f"merge: training VGG19 for {UPDATES} updates", flush=True)
     weights, losses = train_vgg19(updates=UPDATES, width=width)
@@ -189,7 +188,7 @@ def merge_rows(*, rounds: int, width: float = 1.0, repeats: int = 5) -> list[Row
 
 
 def loop_merger(weights: Sequence[np.ndarray], threshold: float) -> Callable[[], int]:
-    """Runs the released code's pass on weights that it goes on changing."""
+    """Function that applies the released code's merge pass to its own copy of the weights."""
     state = [torch.from_numpy(w.transpose(3, 2, 0, 1).copy()) for w in weights]
     generator = torch.Generator().manual_seed(0)
 
@@ -208,7 +207,7 @@ def merger(
     donate: bool,
     implementation: Implementation = "auto",
 ) -> Callable[[], Any]:
-    """Runs `merge_kernels`, jitted, on weights that it goes on changing."""
+    """Function that applies the jitted `merge_kernels` to its own copy of the weights."""
     params = {f"conv{i}": jnp.array(w) for i, w in enumerate(weights)}
     kernels = [
         Kernel(path, leaf.shape, out_axis=3)
@@ -232,7 +231,7 @@ def merger(
 
 
 def backend_rows(case: Case, rounds: int) -> list[Row]:
-    """Merges of a network's deep layers, in the reference form and in the CPU form."""
+    """Merge of a network's deep layers by the reference and the CPU implementation."""
     print(f"backends: {case}, {rounds} rounds", flush=True)
     model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
     shape = (case.size, case.size, 3)
@@ -269,7 +268,7 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
 
 
 def overhead_row(case: Case, rounds: int) -> Row:
-    """The training step with merging (the default rule, all but the first ten convolutions)."""
+    """Training step with merging (default rule, `skip=10`) compared with the step without."""
     print(f"overhead: {case}, {rounds} rounds", flush=True)
     plain, merging = map(blocking, jax_steps(case, (None, MergeRule())))
     seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
@@ -278,7 +277,7 @@ def overhead_row(case: Case, rounds: int) -> Row:
 
 
 def pytorch_rows(case: Case, rounds: int) -> list[Row]:
-    """The training step without merging against PyTorch's, in its default layout and the other."""
+    """Training step without merging compared with PyTorch's, in both memory formats."""
     print(f"pytorch: {case}, {rounds} rounds", flush=True)
     contenders = {
         PLAIN: blocking(jax_steps(case, (None,))[0]),
@@ -295,7 +294,7 @@ def pytorch_rows(case: Case, rounds: int) -> list[Row]:
 
 
 def blocking(program: StepProgram) -> Callable[[], None]:
-    """One call of a step, finished when it returns."""
+    """Function that calls a step once and waits for its result."""
 
     def run() -> None:
         program.run()

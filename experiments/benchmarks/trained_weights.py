@@ -1,4 +1,4 @@
-"""Deep weights of a VGG19 that has really been trained, for the benchmark of a merge."""
+"""Deep weights of a trained VGG19, for the benchmark of a merge."""
 
 import dataclasses
 
@@ -21,20 +21,20 @@ from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 RATE = 0.02
-"""With SGD a network of this depth learns from random weights at a fifth of the recipe's 0.1."""
+"""Learning rate of SGD, at which VGG19 learns from random weights; the recipe has 0.1."""
 
 
 def train_vgg19(*, updates: int, width: float = 1.0, batch: int = 64) -> tuple[list, list[float]]:
-    """Trains VGG19 with batch normalisation on the phantom at 28 px, by the released recipe's SGD.
+    """Trains VGG19 with batch normalization on the phantom at 28 px with SGD.
 
     Args:
-      updates: of the weights.
-      width: factor on the channels.
-      batch: images of an update.
+      updates: number of updates.
+      width: factor on the number of channels.
+      batch: batch size.
 
     Returns:
-      The weights of the convolutions after the first ten, (3, 3, c, c) float32 each and the six
-      last of equal shape; and the mean loss of the first and of the last tenth of the updates.
+      The weights of the last six convolutions, float32 (3, 3, c, c); and the mean loss of the first
+      and of the last tenth of the updates.
     """
     devices = choose_devices(1)
     data = make_phantom(size=28, train=max(1024, batch), val=8, test=8)

@@ -37,6 +37,7 @@ from experiments.reliability.jobs import (
 )
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_json_object, write_json
+from inmerge_jax.reporting.tables import markdown_rows
 from inmerge_jax.training.checkpointing import TEMPORARY
 
 _ROOT = Path(__file__).parents[2]
@@ -311,10 +312,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def markdown(stored: dict[str, Any]) -> str:
     """The rows as a Markdown table, and where they come from."""
-    lines = [
-        "| command | aimed at | killed after | in | resumed from | the same |",
-        "| --- | --- | ---: | --- | --- | --- |",
-    ]
+    columns = ("command", "aimed at", "killed after", "in", "resumed from", "the same")
+    lines = []
     for row in stored["rows"]:
         doing = row["doing"] + (f" (`{row['innermost']}`)" if row["innermost"] else "")
         if row.get("unfinished") is not None:
@@ -322,9 +321,9 @@ def markdown(stored: dict[str, Any]) -> str:
             doing += f" ({files} of it there)"
         same = f"**no: {', '.join(row['differences'])}**" if row["differences"] else "yes"
         cells = (row["command"].rpartition(".")[2], row["aimed_at"], f"{row['seconds']:.2f} s")
-        lines.append(f"| {' | '.join(cells)} | {doing} | {row['resumed_from']} | {same} |")
-    lines += ["", f"Killed on {measured_on(row['machine'] for row in stored['rows'])}."]
-    return "\n".join(lines) + "\n"
+        lines.append((*cells, doing, str(row["resumed_from"]), same))
+    table = markdown_rows(columns, lines, "llrlll")
+    return f"{table}\n\nKilled on {measured_on(row['machine'] for row in stored['rows'])}.\n"
 
 
 def _job(name: str, place: Path, output: str) -> Job:

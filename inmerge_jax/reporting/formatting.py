@@ -35,7 +35,7 @@ def interval(values: Spread) -> str:
     """The interval of a mean difference, or why there is none."""
     if values.interval is not None:
         return f"[{signed(values.interval[0])}, {signed(values.interval[1])}]"
-    return {0: "n/a", 1: "none: one seed"}.get(values.count, "none: seeds are equal")
+    return {0: "n/a", 1: "n/a (one seed)"}.get(values.count, "n/a (equal seeds)")
 
 
 def counts(values: tuple[int, ...]) -> str:

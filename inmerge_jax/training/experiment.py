@@ -17,6 +17,8 @@ from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging import Kernel, MergeRule
+from inmerge_jax.merging.rule import Quantile
+from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.models import create_model
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
@@ -275,6 +277,7 @@ def _run_experiment(
 
 def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
     """Builds what all stages of a run share."""
+    own = () if isinstance(spec.rule.threshold, Quantile) else (float(spec.rule.threshold),)
     return TrainContext(
         dataset=spec.dataset,
         recipe=spec.recipe,
@@ -283,6 +286,7 @@ def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False)
         eval_step=make_eval_step(spec.model, spec.recipe, **step_options(spec)),
         kernels=spec.kernels,
         workers=spec.workers,
+        thresholds=tuple(sorted({*THRESHOLDS, *own})),
         should_stop=should_stop,
     )
 

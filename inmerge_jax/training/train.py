@@ -23,6 +23,7 @@ from inmerge_jax.files import (
     write_json_with_checksum,
 )
 from inmerge_jax.merging import Kernel, kernel_similarity
+from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import (
     delete_preemption_checkpoint,
@@ -137,6 +138,7 @@ class TrainContext:
       eval_step: the result of `train_step.make_eval_step`.
       kernels: every convolution kernel of the network, in execution order.
       workers: number of processes that read images; 0 for none.
+      thresholds: cosine similarities at which similarity.json gives the share of pairs above.
       should_stop: returns True once the run is to stop. It is called before each dispatch of a
         training step and each batch of an evaluation. All processes must get the same answers.
     """
@@ -148,6 +150,7 @@ class TrainContext:
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
     workers: int = 0
+    thresholds: tuple[float, ...] = THRESHOLDS
     should_stop: Callable[[], bool] = lambda: False
 
     def evaluate(self, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
@@ -187,7 +190,7 @@ def train_stage(
     root = broadcast_to_devices(root_key(stage.seed, stage.number), devices)
     no_totals = zero_totals(len(stage.deep))
     zeros = replicate(no_totals, devices)
-    before = _similarity(params, context.kernels)
+    before = _similarity(params, context)
 
     # ---- restore the latest checkpoint, or start
     fresh = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
@@ -340,7 +343,7 @@ def train_stage(
         files[name] = str(path.relative_to(stage.folder))
 
     # ---- result.json is written last: it marks the stage as finished
-    after = _similarity(host_state.params, context.kernels)
+    after = _similarity(host_state.params, context)
     run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
     result |= {
         "best_epoch": best,
@@ -439,8 +442,9 @@ def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str
     )
 
 
-def _similarity(params: Any, kernels: tuple[Kernel, ...]) -> list[dict[str, Any]]:
-    return [layer.to_dict() for layer in kernel_similarity(params, kernels)]
+def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
+    layers = kernel_similarity(params, context.kernels, thresholds=context.thresholds)
+    return [layer.to_dict() for layer in layers]
 
 
 def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:

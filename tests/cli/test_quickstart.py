@@ -44,6 +44,7 @@ def test_it_writes_results_and_report(first, output):
     page = (output / "report.html").read_text()
     assert page.count("<svg") >= 4 + 2 + 4 + 6
     assert page.count("<img") >= 6
+    assert "pairs above -1.0 before" in page
 
 
 @pytest.mark.long

@@ -84,7 +84,7 @@ def test_differences_have_an_interval_over_seeds_and_a_margin_over_images(folder
 
 def test_one_seed_has_no_interval(tmp_path):
     text = markdown(write_run(tmp_path / "run", seeds=(5,)))
-    assert row(text, "inmerge \u2212 finetune, AUC")[2] == "none: one seed"
+    assert row(text, "inmerge \u2212 finetune, AUC")[2] == "n/a (one seed)"
     assert "\u00b1" not in row(text, "inmerge")[1]
 
 
@@ -92,7 +92,7 @@ def test_seeds_that_coincide_get_no_interval(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0, 1))
     edit(folder, set_auc(0.75))
     cells = row(markdown(folder), "inmerge \u2212 finetune, AUC")
-    assert cells[1:3] == ["+0.000", "none: seeds are equal"]
+    assert cells[1:3] == ["+0.000", "n/a (equal seeds)"]
 
 
 def test_nothing_merged_is_said_in_headline_and_note(tmp_path):
