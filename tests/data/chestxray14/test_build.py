@@ -146,7 +146,7 @@ def test_a_link_to_nothing_is_a_missing_image(nih, tmp_path):
 
 def test_a_finished_build_is_looked_at_before_it_is_said_to_be_whole(nih, copy):
     made, _ = make(nih, copy)
-    assert made.verified().startswith("60 images and their labels were verified when")
+    assert made.verified().startswith("60 images and their labels were verified by")
     shard = next(path for path in copy.rglob("*train*array_record*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UsageError, match=f"{shard.name} was cut short"):
