@@ -147,7 +147,7 @@ def render(text: str, page: str = "README.md") -> str:
     """
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
+        if text.count(begin) != 1 or text.count(end) != 1:
             raise UsageError(f"{page} has no lines {begin.strip()} and {end}; add them")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
