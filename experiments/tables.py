@@ -1,10 +1,16 @@
-"""Writes the tables and figures of README.md and docs anew, from experiments/results."""
+"""Writes the tables of README.md and docs from experiments/results, and the figures of the results.
+
+python -m experiments.tables                     rewrite the tables between their markers
+python -m experiments.tables --figures FOLDER    write one SVG per page of results
+"""
 
 import functools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments import trainer_runs
 from experiments.benchmarks.accelerator import page as accelerator
@@ -13,15 +19,53 @@ from experiments.benchmarks.tpu import check as tpu_check
 from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
-from experiments.study import pages, presets, reproduce
-from experiments.study.all_questions import QUESTIONS
+from experiments.study import archive, presets
+from experiments.study.questions import QUESTIONS, main_effect
+from experiments.study.render import markdown as markdown_table
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-FIGURES = ROOT / "docs" / pages.FIGURES
+
+
+@functools.cache
+def analysis(name: str) -> dict[str, Any]:
+    """Every published number of one question of the study, computed from the stored trials."""
+    return QUESTIONS[name].analyse(archive.read())
+
+
+def question_table(name: str) -> str:
+    """The table of a question, and what its training took."""
+    question = QUESTIONS[name]
+    table = question.table(analysis(name))
+    records = [archive.read().records[trial.hash] for trial in question.stored(archive.read())]
+    if not records:
+        return table
+    hours = sum(record["result"]["seconds"] for record in records) / 3600
+    dates = sorted(record["trained"]["started"][:10] for record in records)
+    cores = sorted({str(record["trained"]["cpus"]) for record in records})
+    return (
+        f"{table}\n*{len(records)} trials, {hours:.1f} h of training on {' or '.join(cores)} CPU "
+        f"cores, {dates[0]} to {dates[-1]}.*\n"
+    )
+
+
+def overview() -> str:
+    """One row per question."""
+    rows = []
+    for question in QUESTIONS.values():
+        shown = question.overview(analysis(question.name))
+        rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
+    return markdown_table(("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict"), rows)
+
+
+def totals() -> str:
+    """Number of stored trainings, and their time."""
+    records = archive.read().records.values()
+    hours = sum(record["result"]["seconds"] for record in records) / 3600
+    return f"{len(records)} trials, each counted once, took {hours:.1f} h on two CPU cores.\n"
 
 
 def benchmark_table(path: Path, earlier: Path) -> str:
@@ -29,7 +73,7 @@ def benchmark_table(path: Path, earlier: Path) -> str:
 
     Args:
       path: what the benchmark stored.
-      earlier: what it stored on another machine, whose values stand in the last two columns.
+      earlier: what it stored on another machine, for the last two columns.
     """
     stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
     old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
@@ -65,12 +109,12 @@ def chestxray14_input(path: Path) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[[], str]] = {
     "trainer_runs": lambda: trainer_runs.markdown(RESULTS),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
-    "fidelity": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
+    "presets": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "tpu_check": lambda: tpu_table.markdown(
@@ -78,11 +122,10 @@ SOURCES = {
     ),
     "tpu_forms": tpu_forms.markdown,
     "accelerator": accelerator.markdown,
-    "main": pages.main_table,
-    "total": pages.total,
-    "again": lambda: reproduce.markdown(json.loads((RESULTS / "again.json").read_bytes())),
-    "cells": pages.cells,
-    **{f"study {one.name}": functools.partial(pages.section, one) for one in QUESTIONS},
+    "main": lambda: main_effect.short_table(analysis("main_effect")),
+    "overview": overview,
+    "totals": totals,
+    **{name: functools.partial(question_table, name) for name in QUESTIONS},
 }
 PAGES = {
     "README.md": ("main",),
@@ -91,16 +134,16 @@ PAGES = {
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark"),
-    "docs/results.md": ("total", *(f"study {one.name}" for one in QUESTIONS)),
-    "docs/cells.md": ("again", "cells"),
+    "docs/results/index.md": ("overview", "totals", "presets"),
+    **{f"docs/results/{question.page}": (name,) for name, question in QUESTIONS.items()},
 }
 
 
 def render(text: str, page: str = "README.md") -> str:
-    """`text` with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
+    """`text` with new tables between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
     Raises:
-      UsageError: `text` has no such place for one of the tables.
+      UsageError: a table of the page has no such markers in `text`.
     """
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
@@ -112,23 +155,29 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
-def write_figures() -> None:
-    """Writes the figures, and deletes those that nothing shows any more."""
-    wanted = pages.figures()
-    for path in FIGURES.glob("*.svg"):
-        if path.name not in wanted:
-            path.unlink()
-    for name, svg in wanted.items():
-        write_text(FIGURES / name, svg)
+def figures() -> dict[str, str]:
+    """File name to SVG: one figure for each question of the study."""
+    return {
+        f"{question.page.removesuffix('.md')}.svg": question.figure(analysis(name)).svg.replace(
+            "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
+        )
+        + "\n"
+        for name, question in QUESTIONS.items()
+    }
 
 
-def main() -> int:
-    """Rewrites the pages; returns 0, or 2 on bad input."""
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrites the pages, or writes the figures; returns 0, or 2 on bad input."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        for page in PAGES:
-            path = ROOT / page
-            write_text(path, render(path.read_text(), page))
-        write_figures()
+        if words[:1] == ["--figures"] and len(words) == 2:
+            for name, svg in figures().items():
+                write_text(Path(words[1]) / name, svg)
+        elif words:
+            raise UsageError(f"{' '.join(words)}: the only option is --figures FOLDER")
+        else:
+            for page in PAGES:
+                write_text(ROOT / page, render((ROOT / page).read_text(), page))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading them back as they were written."""
+"""Atomic writes of files, and verified reads."""
 
 import errno
 import hashlib
@@ -25,18 +25,17 @@ DAMAGED_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What zipfile, zlib and NumPy raise on damaged archives and array headers."""
+"""Exceptions of zipfile, zlib and NumPy on damaged archives and array headers."""
 
 CHECKSUM = "sha256"
 """Name of the entry that holds the checksum of a JSON object."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+    """Writes `data` to `path` atomically; creates the folder if it is missing.
 
     Raises:
-      OSError: as the file system gives it (a full disk, say); the old file is then untouched and
-        the temporary one removed.
+      OSError: the file cannot be written; an existing file is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +52,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, would outlast a loss of power."""
+    """Flushes a file or a folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Mounts that keep no folder of their own (object stores, some network drives) refuse it.
+        # Some mounts (object stores, network drives) cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -66,23 +65,23 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` of a folder with everything in it."""
+    """Flushes a folder and everything in it to disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 `text` to `path`, whole or not at all; see `write_bytes`."""
+    """Writes UTF-8 text atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON to `path`, whole or not at all; see `write_bytes`."""
+    """Writes indented JSON atomically, see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def json_sha256(value: Any) -> str:
-    """SHA-256 of `value` as JSON: the same before it is written and after it is read."""
+    """SHA-256 of `value` as compact JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -105,9 +104,9 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}; {remedy}") from error
+        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{path} is damaged: it holds no JSON object; {remedy}")
+        raise UsageError(f"{path} is damaged (it holds no JSON object): {remedy}")
     return value
 
 
@@ -138,20 +137,24 @@ def read_json_with_checksum(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed npz to `path`, whole or not at all; see `write_bytes`."""
+    """Writes a compressed npz atomically, see `write_bytes`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
 
 
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
-    """Every array of the npz at `path`, after a check of its checksums.
+    """Reads all arrays of an npz and verifies their checksums.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
 
     Raises:
-      UsageError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: the file is truncated or was changed.
     """
     try:
-        # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+        # NumPy stops reading before zipfile would verify the checksum.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:

@@ -1,1 +1,1 @@
-"""What the experiments about merging share: cells of a grid, their training, their statistics."""
+"""What the experiments about merging share: trials of a grid, their training, their statistics."""

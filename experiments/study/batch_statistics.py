@@ -1,17 +1,13 @@
-"""What of an arm's scores is due to batch statistics that its weights have left behind.
+"""How much of an arm's accuracy is lost to stale batch-norm statistics.
 
-In training a network normalises with each batch's own statistics and moves its running ones a tenth
-of the way there. Weights that change more than the gradient changes them leave the running ones
-behind, and these are what a trained network is evaluated with. Here they are averaged anew for the
-final weights, as PyTorch's `torch.optim.swa_utils.update_bn` does for averaged weights. Only
-training and validation images are looked at.
+A network is evaluated with running averages of the batch statistics of training. Weights that
+change by more than the gradient's step leave these averages behind. Here the statistics are
+re-estimated for the final weights, as `torch.optim.swa_utils.update_bn` does for averaged weights.
+Only training and validation images are used.
 """
 
 import functools
-import json
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,68 +15,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study.cells import Cell
-from experiments.study.question import Kept
-from experiments.study.stages import Places, best_state, plan_of
-from experiments.study.statistics import over_trainings
-from experiments.study.telling import difference
+from experiments.study import archive as store
+from experiments.study.analysis import Group, Pair
+from experiments.study.archive import Archive
+from experiments.study.stages import Paths, best_state, plan_of
+from experiments.study.statistics import over_trials
+from experiments.study.trials import Trial
 from inmerge_jax.data import Split, eval_batches
-from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_json
 from inmerge_jax.models.layers import MOMENTUM
-from inmerge_jax.reporting.tables import Table
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.train_step import normalise
 
-FILE = "batch_statistics.json"
-"""Beside the answers."""
-
-
+FIELD = "batch_statistics"
+"""In the record of a trial: "running" and "renewed", each with validation "auc", "acc", "loss"."""
 KINDS = ("running", "renewed")
-METRICS = ("auc", "acc", "loss")
 
 
-def measure(cells: Sequence[Cell], places: Places) -> None:
-    """Scores of the validation images with both, by the best weights of finished cells; keeps them.
+def measure(trial: Trial, paths: Paths) -> None:
+    """Evaluates a finished trial's best weights with both kinds of statistics; stores the metrics.
 
-    By the hash of a cell: "running" and "renewed", each with "auc", "acc" and "loss". A cell whose
-    checkpoint is gone is named and left out.
+    Raises:
+      UsageError: its checkpoint is gone.
     """
-    file = places.results / "study" / FILE
-    kept = read(file)
-    for cell in cells:
-        if cell.hash in kept:
-            continue
-        try:
-            kept[cell.hash] = compare(cell, places)
-        except UsageError as error:
-            print(f"not measured: {cell.hash} {cell.name}: {error}", file=sys.stderr)
-            continue
-        print(f"{cell.hash} {cell.name}: batch statistics estimated anew")
-        write_json(file, kept)
+    record = store.read(paths.results).records[trial.hash]
+    store.add(paths.results, {trial.hash: record | {FIELD: compare(trial, paths)}}, {})
 
 
-def measured(cell: Cell, places: Places) -> bool:
-    """Whether that is kept of a cell, so that its weights are not needed."""
-    return cell.hash in read(places.results / "study" / FILE)
+def measured(trial: Trial, archive: Archive) -> bool:
+    """Whether this is stored of a trial."""
+    return FIELD in archive.records[trial.hash]
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What `measure` has kept."""
-    return json.loads(file.read_bytes()) if file.exists() else {}
-
-
-def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
-    """One cell's entry of `measure`.
+def compare(trial: Trial, paths: Paths) -> dict[str, dict[str, float]]:
+    """Validation metrics of a trial's best weights with both kinds of statistics.
 
     Raises:
       UsageError: see `stages.best_state`.
     """
-    setup, stage, state = best_state(cell, places)
+    setup, stage, state = best_state(trial, paths)
     state = stage.eval_state_fn(state)
-    model = plan_of(cell, places).model.clone(axis_name=None)
+    model = plan_of(trial, paths).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)
     found = {}
@@ -92,121 +68,48 @@ def compare(cell: Cell, places: Places) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary(kept: Kept) -> dict[str, dict[str, Any]]:
-    """What is measured, by arm, as means over the seeds that are measured of every arm.
-
-    Each arm has what an entry of `measure` has, "epoch", the mean epoch of the best checkpoint,
-    "seeds", how many, and "each", an entry of `measure` for each of them. Empty where no seed is
-    whole.
-
-    Args:
-      kept: cells of one data set and network.
-    """
-    known = read(kept.folder.parent / "study" / FILE)
-    arms = {
-        arm: {seed: cell for seed, cell in of.items() if cell.hash in known}
-        for arm, of in kept.by_arm().items()
-    }
-    seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
-    if not seeds:
-        return {}
-    return {
-        arm: {
-            "seeds": len(seeds),
-            "each": [known[of[s].hash] for s in seeds],
-            "epoch": float(np.mean([kept.record(of[s])["result"]["best_epoch"] for s in seeds])),
-            **{
-                kind: {
-                    m: float(np.mean([known[of[s].hash][kind][m] for s in seeds])) for m in METRICS
-                }
-                for kind in KINDS
-            },
-        }
-        for arm, of in arms.items()
-    }
-
-
-def told(found: Mapping[str, Any]) -> str:
-    """How far the arms of a `summary` lie apart with each kind; "" for an empty one."""
-    if not found:
-        return ""
-
-    def ends(kind: str, metric: str) -> str:
-        values = [row[kind][metric] for row in found.values()]
-        return f"{min(values):.3f} to {max(values):.3f}"
-
-    return (
-        f"on validation images the arms have ACC {ends('running', 'acc')} and AUC "
-        f"{ends('running', 'auc')} with the running batch statistics, and ACC "
-        f"{ends('renewed', 'acc')} and AUC {ends('renewed', 'auc')} where these are averaged anew "
-        "for the same weights"
-    )
-
-
-def notes(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`told` of each group of a question."""
-    return [
-        f"{name}: {text}."
-        for name, group in groups.items()
-        if (text := told(group["batch_statistics"]))
-    ]
-
-
-def table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Every arm of each group's `summary`."""
-    rows, kinds = [], []
-    for name, found in groups.items():
-        for number, arm in enumerate(sorted(found, key=lambda arm: arm != "finetune")):
-            row = found[arm]
-            numbers = [f"{row[kind][m]:.3f}" for m in METRICS for kind in KINDS]
-            words = f"{name}: {arm}" if number == 0 else arm
-            rows.append((words, str(row["seeds"]), f"{row['epoch']:.1f}", *numbers))
-            kinds.append("difference" if number else "total")
-    title = (
-        "Validation images, by the best checkpoints: with the running batch statistics, whose AUC "
-        "chose the epoch, and (anew) with the mean statistics of the training batches under the "
-        "same weights; mean over seeds"
-    )
-    columns = ("arm", "seeds", "epoch", "AUC", "anew", "ACC", "anew", "loss", "anew")
-    return Table(title, columns, tuple(rows), tuple(kinds))
-
-
-def paired(groups: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dict[str, Any]]:
-    """The arm `first` minus each other arm over the trainings of all groups' `summary`.
+def differences(groups: Sequence[Group], pair: Pair) -> dict[str, dict[str, Any]]:
+    """Validation AUC and ACC of the first arm minus the second, over the trainings of all groups.
 
     Returns:
-      By arm: "trainings", and by kind and metric what `statistics.over_trainings` gives.
+      By kind of statistics and metric, what `statistics.over_trials` gives.
     """
-    arms = dict.fromkeys(arm for found in groups.values() for arm in found if arm != first)
-    rows = {}
-    for arm in arms:
-        pairs = [
-            pair
-            for found in groups.values()
-            if first in found and arm in found
-            for pair in zip(found[first]["each"], found[arm]["each"], strict=True)
+    both = [
+        tuple(group.archive.records[trial.hash][FIELD] for trial in trials)
+        for group in groups
+        for trials in group.pairs(pair, changed=False)
+        if all(measured(trial, group.archive) for trial in trials)
+    ]
+    return {
+        kind: {
+            metric: over_trials([one[kind][metric] - two[kind][metric] for one, two in both])
+            for metric in ("auc", "acc")
+        }
+        for kind in KINDS
+    }
+
+
+def ranges(groups: Sequence[Group]) -> dict[str, Any]:
+    """Lowest and highest mean validation metric of an arm: by group, kind and metric."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        rows = [
+            [record[FIELD] for record in group.records(arm) if FIELD in record]
+            for arm in group.arms
         ]
-        if not pairs:
-            continue
-        rows[arm] = {"trainings": len(pairs)}
-        for kind in KINDS:
-            gaps = {m: [one[kind][m] - two[kind][m] for one, two in pairs] for m in METRICS}
-            rows[arm][kind] = {m: over_trainings(some) for m, some in gaps.items()}
-    return rows
-
-
-def paired_table(groups: Mapping[str, Mapping[str, Any]], first: str) -> Table:
-    """A row for each arm of `paired`."""
-    rows = []
-    for arm, row in paired(groups, first).items():
-        cells = [difference(row[kind][metric]) for metric in ("auc", "acc") for kind in KINDS]
-        rows.append((f"{first} - {arm}", str(row["trainings"]), *cells))
-    title = (
-        "The same networks on validation images, all trainings together, with the running "
-        "statistics and anew: mean difference [Student's 95% interval, each alone]"
-    )
-    columns = ("difference", "trainings", "AUC", "AUC, anew", "ACC", "ACC, anew")
-    return Table(title, columns, tuple(rows), ("difference",) * len(rows))
+        found[group.name] = {
+            kind: {
+                metric: [
+                    float(
+                        pick([np.mean([one[kind][metric] for one in row]) for row in rows if row])
+                    )
+                    for pick in (min, max)
+                ]
+                for metric in ("auc", "acc")
+            }
+            for kind in KINDS
+        }
+    return found
 
 
 def estimate(model: nn.Module, params: Any, batch_stats: Any, images: Split, recipe: Recipe) -> Any:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.study.cells import Treatment
 from experiments.study.treatments import selection
+from experiments.study.trials import Treatment
 from inmerge_jax import MergeRule
 from inmerge_jax.data import FINDINGS, make_phantom, train_batches
 from inmerge_jax.models import create_model

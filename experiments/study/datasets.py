@@ -1,4 +1,4 @@
-"""The data sets of the study, by the name that its cells give them."""
+"""The data sets of the study, by the name that its trials give them."""
 
 import dataclasses
 from dataclasses import dataclass

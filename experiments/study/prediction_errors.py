@@ -1,4 +1,4 @@
-"""Balanced error, calibration error and reliability of test scores, over drawn test images."""
+"""Balanced error and calibration error of test scores, over drawn test images."""
 
 import numpy as np
 
@@ -43,33 +43,6 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
     return sum(
         np.abs(counts[:, mine] @ gaps[mine]) for mine in (index == one for one in range(BINS))
     ) / counts.sum(1)
-
-
-def reliability(
-    labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
-) -> list[dict[str, float]]:
-    """By bin of confidence that has any: confidence, share of right answers with its interval.
-
-    All seeds together, 95 % over the test images.
-
-    Args:
-      labels: int (n,).
-      scores: (seeds, n, classes), probabilities.
-      counts: (resamples, n), how often each image is drawn; the first as they are.
-    """
-    confidence = scores.max(2)
-    gaps, index = (
-        np.stack(x) for x in zip(*(_confidence_bins(labels, x) for x in scores), strict=True)
-    )
-    rows = []
-    for one in np.unique(index):
-        mine = index == one
-        right, total = (counts @ np.where(mine, x, 0).sum(0) for x in (gaps + confidence, 1))
-        shares = right / np.where(total > 0, total, np.nan)
-        low, high = np.nanquantile(shares, [0.025, 0.975])
-        row = {"confidence": float(confidence[mine].mean()), "right": float(shares[0])}
-        rows.append({**row, "low": float(low), "high": float(high)})
-    return rows
 
 
 def _confidence_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -149,7 +149,7 @@ def train_preset(given: list[str], folder: Path) -> int:
 
 def main(options: list[str] | None = None) -> int:
     """Trains what is not yet trained; returns the exit status of `inmerge train`, or 0."""
-    config = tyro.cli(FidelityConfig, prog="python -m experiments.study.presets", args=options)
+    config = tyro.cli(FidelityConfig, prog="python -m experiments.study presets", args=options)
     first, runs = config.output / "given", []
     for place in (first, config.output / "quantile"):
         threshold = passed_by_one_in_a_hundred(first / PRESETS[0]) if runs else config.threshold

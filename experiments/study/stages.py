@@ -1,19 +1,18 @@
-"""A cell as stages of training: its plan, its stages and their steps, its trained weights."""
+"""A trial as stages of training: plan, stages with their steps, trained weights."""
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.study import datasets
-from experiments.study.cells import Cell
+from experiments.study.archive import RESULTS
 from experiments.study.treatments import (
     average_weights,
     averaged,
@@ -21,6 +20,7 @@ from experiments.study.treatments import (
     numbers,
     selection,
 )
+from experiments.study.trials import Trial
 from inmerge_jax.data import Split, steps_per_epoch
 from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
@@ -42,46 +42,41 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """Where things are.
 
     Attributes:
-      data: folder that holds medmnist/ and nih/.
-      output: folder of the cells.
-      results: folder of what is kept of them, and of the answers.
+      data: folder with medmnist/ and nih/.
+      output: folder of the runs.
+      results: folder of the archive.
       devices: that share every batch, or fewer where they cannot share it evenly.
     """
 
     data: Path
     output: Path
-    results: Path = Path("experiments/results")
+    results: Path = RESULTS
     devices: int = 1
 
-    def cell(self, cell: Cell) -> Path:
-        """The folder of one cell."""
-        return self.output / "cells" / cell.hash
-
-    @property
-    def kept(self) -> Path:
-        """The folder of kept cells."""
-        return self.results / "cells"
+    def trial(self, trial: Trial) -> Path:
+        """The run folder of a trial."""
+        return self.output / "trials" / trial.hash
 
     @property
     def built(self) -> Path:
-        """The folder of data that are made from others."""
+        """The folder of data that are built from other files."""
         return self.output / "data"
 
 
-def plan_of(cell: Cell, places: Places) -> RunSpec:
-    """The checked plan of a cell's backbone; the same object for all cells that share it."""
-    return _plan(dataclasses.replace(cell.backbone, seed=0), places)
+def plan_of(trial: Trial, paths: Paths) -> RunSpec:
+    """The checked plan of a trial's backbone; the same object for all trials that share it."""
+    return _plan(dataclasses.replace(trial.backbone, seed=0), paths)
 
 
 @functools.lru_cache(maxsize=2)
-def _plan(backbone: Any, places: Places) -> RunSpec:
+def _plan(backbone: Any, paths: Paths) -> RunSpec:
     options = OPTIMIZERS[backbone.optimizer]
     config = TrainConfig(
-        data=datasets.config_of(backbone.data, places.data, places.built),
+        data=datasets.config_of(backbone.data, paths.data, paths.built),
         model=ModelConfig(name=backbone.model, stem=backbone.stem, width=backbone.width),
         recipe=RecipeConfig(
             name="medmnist",
@@ -91,8 +86,8 @@ def _plan(backbone: Any, places: Places) -> RunSpec:
             **options,
         ),
         rule=RuleConfig(skip=0),
-        output=places.output,
-        devices=math.gcd(batch_size(backbone.data), places.devices),
+        output=paths.output,
+        devices=math.gcd(batch_size(backbone.data), paths.devices),
         workers=0,
     )
     return make_run_spec(config)
@@ -103,44 +98,39 @@ def batch_size(data: str) -> int:
     return min(128, datasets.SOURCES[data].images[0] // 4)
 
 
-def images_of(cell: Cell) -> int:
-    """Images that the network is shown in a cell's training."""
-    epochs = cell.epochs or cell.backbone.epochs
-    size = batch_size(cell.backbone.data)
-    return steps_per_epoch(datasets.SOURCES[cell.backbone.data].images[0], size) * size * epochs
+def images_of(trial: Trial) -> int:
+    """Images that the network is shown in a trial's training."""
+    epochs = trial.epochs or trial.backbone.epochs
+    size = batch_size(trial.backbone.data)
+    return steps_per_epoch(datasets.SOURCES[trial.backbone.data].images[0], size) * size * epochs
 
 
-def first_stage(
-    cell: Cell, plan: RunSpec, setup: TrainContext, places: Places, apart: bool = False
-) -> StageConfig:
-    """The backbone of a cell; its step trains a cell per device where they are `apart`."""
-    options = step_options(plan) | {"independent_replicas": apart}
+def first_stage(trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths) -> StageConfig:
+    """The backbone of a trial."""
+    options = step_options(plan)
     return StageConfig(
         arm="backbone",
-        seed=cell.backbone.seed,
+        seed=trial.backbone.seed,
         number=0,
-        folder=places.cell(cell.first()),
-        epochs=cell.backbone.epochs,
-        learning_rate=cell.backbone.rate,
+        folder=paths.trial(trial.first()),
+        epochs=trial.backbone.epochs,
+        learning_rate=trial.backbone.rate,
         train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **options),
     )
 
 
 def second_stage(
-    cell: Cell, plan: RunSpec, setup: TrainContext, places: Places, apart: bool = False
+    trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths
 ) -> tuple[TrainContext, StageConfig]:
-    """The second stage of a cell; its optimizer and recipe may differ from the backbone's.
-
-    Its step trains a cell per device where they are `apart`.
-    """
-    treatment, recipe = cell.treatment, plan.recipe
+    """The second stage of a trial; its optimizer and recipe may differ from the backbone's."""
+    treatment, recipe = trial.treatment, plan.recipe
     steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
     if treatment.kind == "decay":
         recipe = dataclasses.replace(recipe, weight_decay=treatment.decay)
     last = [average_weights(treatment.decay)] if treatment.kind == "ema" else []
     setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe, *last))
     deep = ()
-    given: dict[str, Any] = step_options(plan) | {"independent_replicas": apart}
+    given: dict[str, Any] = step_options(plan)
     if treatment.kind not in ("none", "ema", "decay"):
         deep = selection(treatment, plan.kernels)
         given["param_transform"] = make_treatment(treatment.kind, deep)
@@ -148,12 +138,12 @@ def second_stage(
         given["kernels"] = deep
     step = make_train_step(plan.model, setup.optimizer, recipe, **given)
     stage = StageConfig(
-        arm=re.sub("[@./]", "_", cell.arm),  # It goes into the name of the score files.
-        seed=cell.backbone.seed,
+        arm=re.sub("[@./]", "_", trial.arm),  # It goes into the name of the score files.
+        seed=trial.backbone.seed,
         number=1,
-        folder=places.cell(cell),
-        epochs=cell.epochs,
-        learning_rate=cell.learning_rate,
+        folder=paths.trial(trial),
+        epochs=trial.epochs,
+        learning_rate=trial.learning_rate,
         train_step=step,
         deep=deep,
         eval_state_fn=averaged if treatment.kind == "ema" else identity,
@@ -161,45 +151,32 @@ def second_stage(
     return setup, stage
 
 
-def joint_steps(cells: Sequence[Cell], places: Places) -> dict[str, Callable[..., Any]]:
-    """The steps of cells that differ in their seeds alone, each over one cell per device."""
-    plan = plan_of(cells[0], places)
-    devices = tuple(jax.local_devices()[: len(cells)])
-    plan = dataclasses.replace(plan, devices=devices)
-    setup = make_context(plan)
-    if cells[0].is_backbone:
-        stage = first_stage(cells[0], plan, setup, places, apart=True)
-    else:
-        setup, stage = second_stage(cells[0], plan, setup, places, apart=True)
-    return {"train": stage.train_step, "eval": setup.eval_step}
-
-
-def best_state(cell: Cell, places: Places) -> tuple[TrainContext, StageConfig, TrainState]:
-    """The state in a finished cell's best checkpoint, in NumPy arrays, and what it belongs to.
+def best_state(trial: Trial, paths: Paths) -> tuple[TrainContext, StageConfig, TrainState]:
+    """The state in a finished trial's best checkpoint, in NumPy arrays, and what it belongs to.
 
     Raises:
       UsageError: the checkpoint is gone or damaged.
     """
-    plan = plan_of(cell, places)
+    plan = plan_of(trial, paths)
     setup = make_context(plan)
-    params, batch_stats = initial_variables(plan, cell.backbone.seed)
-    stage = first_stage(cell, plan, setup, places)
-    if not cell.is_backbone:
-        setup, stage = second_stage(cell, plan, setup, places)
+    params, batch_stats = initial_variables(plan, trial.backbone.seed)
+    stage = first_stage(trial, plan, setup, paths)
+    if not trial.is_backbone:
+        setup, stage = second_stage(trial, plan, setup, paths)
     result = read_result(stage.folder)
-    assert result is not None, cell
+    assert result is not None, trial
     state = new_state(params, batch_stats, setup.optimizer, stage.learning_rate)
     state, _ = restore_checkpoint(stage.checkpoints / str(result["best_epoch"]), state)
     return setup, stage, state
 
 
-def weights_of(cell: Cell, places: Places) -> Callable[[np.ndarray], np.ndarray]:
-    """The network of a finished cell's best checkpoint: from uint8 images to scores.
+def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]:
+    """The network of a finished trial's best checkpoint: from uint8 images to scores.
 
     Raises:
       UsageError: see `best_state`.
     """
-    setup, stage, state = best_state(cell, places)
+    setup, stage, state = best_state(trial, paths)
     state = replicate(stage.eval_state_fn(state), setup.devices)
     labels = setup.dataset.test.labels
 

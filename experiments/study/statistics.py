@@ -1,56 +1,41 @@
 """Uncertainty of test AUC and ACC, and of their differences between two arms on the same images.
 
-Scores are float (seeds, images, classes) throughout: the same seeds and images in every arm.
+Two kinds of interval: the crossed bootstrap over trainings and test images of one data set
+(`bootstrap`), and Student's interval over the trainings of all data sets (`over_trials`).
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
 
-from inmerge_jax.reporting.resampling import draw_counts, patient_index
 from inmerge_jax.reporting.summary import class_columns
 
 METRICS = ("auc", "acc")
-CONFIDENCE = 0.95
-Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
-"""Standard errors in half of an interval: 1.96."""
-POWER = 0.8
-"""How often a difference that is called detectable is distinguished from zero."""
-_QUANTILES = 2000
-"""Of the spread of seeds, over which a probability is averaged."""
-_EXACT = 16
-"""Seeds up to which all sign flips are counted."""
-_ROWS = 64
-"""Permutations whose AUCs are counted together, so that the counts stay in the cache."""
+CONFIDENCE, POWER = 0.95, 0.8
+MARGIN = 0.005
+"""Largest difference in AUC that counts as no effect."""
+_FLIPS = 20_000
+"""Sign flips; all of them are used where there are no more."""
 
 
 class Interval(NamedTuple):
-    """A mean over trainings, and how sure it is over other trainings and other test images.
+    """A mean over trainings with an interval over trainings and test images.
 
     Attributes:
-      value: the mean.
-      low: end of the 95 % interval.
-      high: likewise.
-      half_width: of the interval, if its ends were equally far from the mean.
-      p: two-sided, of the mean being zero.
-      seeds_error: standard error of the mean over trainings; 0 for one training.
-      images_error: over the choice of test images.
+      mean: over the trainings.
+      low, high: ends of the 95 % interval.
+      p: two-sided, of a mean of zero.
     """
 
-    value: float
+    mean: float
     low: float
     high: float
-    half_width: float
     p: float
-    seeds_error: float = 0.0
-    images_error: float = 0.0
-
-    def above(self, lowest: float) -> "Interval":
-        """Cut to where the value can be, `lowest` to 1; half-width and p stay."""
-        return self._replace(low=max(self.low, lowest), high=min(self.high, 1.0))
 
 
 def metric_of_counts(
@@ -71,7 +56,8 @@ def metric_of_counts(
     if name == "acc":
         right = right_answers(labels, scores, task)
         return counts @ right / counts.sum(1)
-    columns = [_auc(y, s, counts) for _, y, s in class_columns(labels, scores, task)]
+    by_image = np.ascontiguousarray(counts.T)
+    columns = [_auc(y, s, by_image) for _, y, s in class_columns(labels, scores, task)]
     aucs = np.array(columns)
     known = np.isfinite(aucs)
     total = np.where(known, aucs, 0).sum(0)
@@ -88,104 +74,53 @@ def right_answers(labels: np.ndarray, scores: np.ndarray, task: str) -> np.ndarr
 
 
 def _auc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mann-Whitney's statistic with weights; ties count half."""
-    order = np.argsort(scores[~positive], kind="stable")
-    ascending = scores[~positive][order]
-    # Images first: rows of resamples are then added whole.
-    ones, zeros = counts.T[positive], counts.T[~positive][order]
-    below = np.concatenate([np.zeros_like(zeros[:1]), np.cumsum(zeros, axis=0)])
-    start, end = (np.searchsorted(ascending, scores[positive], side) for side in ("left", "right"))
-    wins = (ones * (below[start] + below[end])).sum(0) / 2
-    pairs = ones.sum(0) * zeros.sum(0)
+    """Mann-Whitney's statistic with weights (n, resamples); ties count half."""
+    order = np.argsort(scores[positive], kind="stable")
+    ascending = scores[positive][order]
+    ones, zeros = counts[positive][order], counts[~positive]
+    below = np.cumsum(ones, axis=0, dtype=counts.dtype)
+    below = np.concatenate([np.zeros_like(counts[:1]), below])
+    start, end = (np.searchsorted(ascending, scores[~positive], side) for side in ("left", "right"))
+    total = ones.sum(0)
+    wins = (zeros * (2 * total - below[start] - below[end])).sum(0) / 2
+    pairs = total * zeros.sum(0)
     return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
 
 
 def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> Interval:
     """The mean over seeds, with an interval over seeds and images together.
 
-    Each resample draws images, and seeds with replacement. A few seeds vary too little when drawn
-    so: their deviations are stretched by sqrt(n / (n - 1)), and the whole distribution to the
-    half-width sqrt(t^2 s^2 + z^2 i^2), with the error s of the seeds and Student's t of n - 1
-    degrees of freedom, and the error i of the images with the normal z. So combined, intervals
-    cover at least as often as they say (Banerjee 1961), also where two seeds agree by chance. p is
-    where the half-width is the mean itself. With one seed the interval is over images alone.
+    Each resample draws images, and seeds with replacement. Few seeds vary too little when drawn so:
+    their deviations are scaled by sqrt(n / (n - 1)), and the interval to the half-width
+    sqrt(t^2 s^2 + z^2 i^2), with the standard error s over seeds and Student's t of n - 1 degrees
+    of freedom, and the standard error i over images and the normal z. Such intervals cover at least
+    as often as they state (Banerjee 1961). p is twice the tail whose half-width is the mean. With
+    one seed the interval is over images alone.
 
     Args:
-      values: (seeds,), on the images as they are.
+      values: (seeds,), on all test images.
       resampled: (resamples, seeds), on each resample of the images.
       rng: draws the seeds.
     """
     seeds = len(values)
-    value, images = float(np.mean(values)), resampled.mean(1)
-    means, own = images, 0.0
+    mean, images = float(np.mean(values)), resampled.mean(1)
+    means, seeds_error = images, 0.0
     if seeds > 1:
         drawn = rng.integers(0, seeds, resampled.shape)
-        deviations = resampled - images[:, None]
-        of_seeds = np.take_along_axis(deviations, drawn, axis=1).mean(1)
-        means = images + np.sqrt(seeds / (seeds - 1)) * of_seeds
-        own = float(np.var(values, ddof=1)) / seeds
-    errors = float(np.sqrt(own)), float(np.nanstd(images, ddof=1))
+        deviations = np.take_along_axis(resampled - images[:, None], drawn, axis=1).mean(1)
+        means = images + np.sqrt(seeds / (seeds - 1)) * deviations
+        seeds_error = float(stats.sem(values))
+    images_error = float(np.nanstd(images, ddof=1))
 
     def half_width(tail: float) -> float:
-        return float(half_width_at(tail, seeds, *errors))
+        t = stats.t.isf(tail, seeds - 1) if seeds > 1 else 0.0
+        return float(np.hypot(t * seeds_error, stats.norm.isf(tail) * images_error))
 
     tail = (1 - CONFIDENCE) / 2
-    half = half_width(tail)
     low, high = np.nanquantile(means, [tail, 1 - tail])
-    stretch = 2 * half / (high - low) if high > low else 0.0
-    ends = float(value - stretch * (value - low)), float(value + stretch * (high - value))
-    return Interval(value, *ends, half, _p(abs(value), half_width), *errors)
-
-
-def half_width_at(
-    tail: float, seeds: int, seeds_error: float | np.ndarray, images_error: float
-) -> np.ndarray:
-    """Half of an interval that leaves `tail` out at either end, see `bootstrap`."""
-    t = stats.t.isf(tail, seeds - 1) if seeds > 1 else 0.0
-    return np.hypot(t * seeds_error, stats.norm.isf(tail) * images_error)
-
-
-def detectable(row: Mapping[str, Any], comparisons: int = 1) -> float:
-    """`smallest_detectable` by the errors that were measured, as if they were the true ones.
-
-    Args:
-      row: what `compare` gave of a difference.
-      comparisons: of which this one has the smallest p, by Holm's correction.
-    """
-    seeds = len(row["seeds"])
-    return smallest_detectable(seeds, row["seeds_error"], row["images_error"], comparisons)
-
-
-def smallest_detectable(
-    seeds: int, seeds_error: float, images_error: float, comparisons: int = 1
-) -> float:
-    """The true difference whose interval leaves zero out with probability `POWER`.
-
-    The interval is that of `bootstrap`, whose width varies with the spread of the few seeds drawn:
-    this averages over it. With no error over seeds it is 2.80 errors over images; with none over
-    images, what the noncentral t distribution gives.
-
-    Args:
-      seeds: paired trainings.
-      seeds_error: standard error of their mean; 0 for one.
-      images_error: over the choice of test images.
-      comparisons: of which this one has the smallest p, by Holm's correction.
-    """
-    error = float(np.hypot(seeds_error, images_error))
-    if error == 0:
-        return 0.0
-    tail = (1 - CONFIDENCE) / 2 / comparisons
-    drawn = np.array([seeds_error])
-    if seeds_error > 0:
-        shares = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-        drawn = seeds_error * np.sqrt(stats.chi2.ppf(shares, seeds - 1) / (seeds - 1))
-    half = half_width_at(tail, seeds, drawn, images_error)
-
-    def missing(size: float) -> float:
-        found = stats.norm.sf((half - size) / error) + stats.norm.cdf((-half - size) / error)
-        return float(found.mean()) - POWER
-
-    return float(optimize.brentq(missing, 0, float(half.max()) + 2 * error))
+    scale = 2 * half_width(tail) / (high - low) if high > low else 0.0
+    low, high = mean - scale * (mean - low), mean + scale * (high - mean)
+    return Interval(mean, float(low), float(high), _p(abs(mean), half_width))
 
 
 def _p(value: float, half_width: Callable[[float], float]) -> float:
@@ -200,190 +135,104 @@ def _p(value: float, half_width: Callable[[float], float]) -> float:
     )
 
 
-def permutation_over_images(
-    labels: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    task: str,
-    rng: np.random.Generator,
-    permutations: int = 1000,
-    patients: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Two-sided p of a paired permutation test whose units are the test images, for each metric.
+def sign_flips(differences: Sequence[float]) -> float:
+    """Two-sided p of paired differences between trainings, by `scipy.stats.permutation_test`.
 
-    Under the null hypothesis it does not matter which arm's network an image was given to: each
-    permutation exchanges the two arms' answers to a random half of the images, those of all seeds
-    and, where `patients` says whose image each is, all images of a patient together. For AUC,
-    answers are ranks within their own network, so that two networks may be calibrated differently
-    (Venkatraman and Begg 1996). It asks about these trained networks, with other images; not about
-    other trainings, for which see `sign_flips_over_seeds`.
+    Exact for 14 trainings or fewer, where it cannot be below 2 / 2**n; else by random flips.
     """
-    index = patient_index(len(labels), patients)
-    swaps = (rng.random((permutations, int(index.max()) + 1)) < 0.5)[:, index]
-    swaps = np.concatenate([np.zeros_like(swaps[:1]), swaps])  # The first is what was seen.
-    right = [np.mean([right_answers(labels, s, task) for s in arm], 0) for arm in (first, second)]
-    gain = right[0] - right[1]
-    gaps = {
-        "auc": np.mean(
-            [_auc_gaps(labels, *pair, task, swaps) for pair in zip(first, second, strict=True)], 0
-        ),
-        "acc": np.where(swaps, -gain, gain).mean(1),
-    }
-    return {name: float(np.mean(abs(gap) >= abs(gap[0]) - 1e-12)) for name, gap in gaps.items()}
+
+    def mean(x: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean(x, axis=axis)
+
+    found = stats.permutation_test(
+        (np.asarray(differences, np.float64),),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_FLIPS,
+        batch=2000,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
 
 
-def _auc_gaps(
-    labels: np.ndarray, first: np.ndarray, second: np.ndarray, task: str, swaps: np.ndarray
-) -> np.ndarray:
-    """AUC of one network's ranks minus another's after each exchange of answers, (exchanges,).
+def over_trials(differences: Sequence[float]) -> dict[str, Any]:
+    """Paired differences between trainings, summarised.
 
-    swaps: bool (exchanges, n), whose answers are exchanged.
-    """
-    # Twice the ranks, which ties make halves.
-    one, two = (np.rint(2 * stats.rankdata(s, axis=0)).astype(int) for s in (first, second))
-    gaps = [
-        _auc_of_ranks(positive, np.where(swaps, b, a))
-        - _auc_of_ranks(positive, np.where(swaps, a, b))
-        for (_, positive, a), (_, _, b) in zip(
-            class_columns(labels, one, task), class_columns(labels, two, task), strict=True
-        )
-        if 0 < positive.sum() < positive.size
-    ]
-    return np.mean(gaps, axis=0) if gaps else np.zeros(len(swaps))
-
-
-def _auc_of_ranks(positive: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """AUC of each row of ranks, (rows,): int (rows, n) from 0 to 2 n; by counting, not sorting."""
-    found = []
-    for rows in np.array_split(ranks, -(-len(ranks) // _ROWS)):
-        shape = len(rows), 2 * positive.size + 1
-        places = rows + shape[1] * np.arange(len(rows))[:, None]
-        ones, zeros = (
-            np.bincount(places[:, chosen].ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-            for chosen in (positive, ~positive)
-        )
-        below = np.cumsum(zeros, axis=1) - zeros / 2
-        found.append((ones * below).sum(1))
-    return np.concatenate(found) / (positive.sum() * (~positive).sum())
-
-
-def sign_flips_over_seeds(differences: Sequence[float]) -> float:
-    """Two-sided p of a paired permutation test whose units are trainings: exact, by all flips.
-
-    With n trainings it can't go below 2 / 2**n; above 16 of them, 100,000 random flips are used.
-    """
-    values = np.asarray(differences, np.float64)
-    if len(values) <= _EXACT:
-        signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
-    else:
-        signs = np.random.default_rng(0).choice([1, -1], (100_000, len(values)))
-        signs[0] = 1
-    sums = np.abs(signs @ values)
-    return float(np.mean(sums >= abs(values.sum()) - 1e-12))
-
-
-def interval_over_trainings(differences: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean over two trainings or more.
-
-    The trainings count as independent draws, also those that share their test images.
-    """
-    values = np.asarray(differences, np.float64)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def over_trainings(differences: Sequence[float]) -> dict[str, float]:
-    """The "mean", and of two trainings or more "low" and "high" by `interval_over_trainings`."""
-    found = {"mean": float(np.mean(differences))}
-    if len(differences) == 1:
-        return found
-    low, high = interval_over_trainings(differences)
-    return found | {"low": low, "high": high}
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: p-values that may be compared with 0.05 one by one, in the same order."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
-def compare(
-    labels: np.ndarray,
-    arms: Mapping[str, Mapping[int, np.ndarray]],
-    task: str,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    resamples: int = 1000,
-    permutations: int = 1000,
-    seed: int = 0,
-    patients: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Everything that a table states of some arms on one data set, JSON-ready.
-
-    Args:
-      labels: of the test images.
-      arms: name to seed to scores (images, classes). A difference is over the seeds of both arms.
-      task: one of medmnist's words.
-      pairs: the differences to take, first minus second.
-      resamples: of the bootstrap.
-      permutations: of the test over images.
-      seed: of all draws.
-      patients: see `draw_counts`.
+    Trainings count as independent draws, including those that share their test images.
 
     Returns:
-      {"arms": {name: {metric: row}}, "differences": {"a - b": {metric: row}}}: a row has what
-      `Interval` has, with "mean" for its value; sd over seeds (None for one) and "seeds", each
-      one's value. A difference also has p_images and p_seeds, of the permutation tests over either.
+      "trials" (how many), "positive" (how many are above zero), "mean", "p" (sign flips); for two
+      trainings or more also "sd", "low" and "high" (Student's 95 % interval) and "p_equivalent"
+      (two one-sided t tests against +-`MARGIN`; None where all differences are equal).
     """
-    counts = draw_counts(len(labels), resamples, np.random.default_rng(seed), patients)
-    counts = np.concatenate([np.ones((1, len(labels)), counts.dtype), counts])
-    values = {
-        arm: {
-            m: {s: metric_of_counts(m, labels, x, task, counts) for s, x in scores.items()}
-            for m in METRICS
-        }
-        for arm, scores in arms.items()
+    values = np.asarray(differences, np.float64)
+    count = len(values)
+    found: dict[str, Any] = {
+        "trials": count,
+        "positive": int((values > 0).sum()),
+        "mean": float(values.mean()),
+        "p": sign_flips(values) if count > 1 else 1.0,
     }
-    found: dict[str, Any] = {"arms": {}, "differences": {}}
-    for arm, scores in arms.items():
-        chosen = sorted(scores)
-        found["arms"][arm] = {
-            m: _row(np.stack([values[arm][m][s] for s in chosen], axis=1), seed, 0.0)
-            for m in METRICS
-        }
-    for first, second in pairs:
-        shared = sorted(set(arms.get(first, {})) & set(arms.get(second, {})))
-        if not shared:
-            continue
-        p_images = permutation_over_images(
-            labels,
-            np.stack([arms[first][s] for s in shared]),
-            np.stack([arms[second][s] for s in shared]),
-            task,
-            np.random.default_rng(seed),
-            permutations,
-            patients,
-        )
-        rows = {}
-        for m in METRICS:
-            one, two = (values[arm][m] for arm in (first, second))
-            rows[m] = _row(np.stack([one[s] - two[s] for s in shared], axis=1), seed, -1.0)
-            rows[m]["p_images"] = p_images[m]
-            rows[m]["p_seeds"] = sign_flips_over_seeds(rows[m]["seeds"])
-        found["differences"][f"{first} - {second}"] = rows
-    return found
+    if count == 1:
+        return found
+    interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    found |= {"sd": float(values.std(ddof=1)), "low": interval.low, "high": interval.high}
+    found["p_equivalent"] = None
+    if found["sd"] > 0:
+        found["p_equivalent"] = float(DescrStatsW(values).ttost_mean(-MARGIN, MARGIN)[0])
+    return {name: float(x) if isinstance(x, np.floating) else x for name, x in found.items()}
 
 
-def _row(values: np.ndarray, seed: int, lowest: float) -> dict[str, Any]:
-    """From (1 + resamples, seeds), of which the first is on the images as they are."""
-    interval = bootstrap(values[0], values[1:], np.random.default_rng(seed)).above(lowest)
-    return {
-        "mean": interval.value,
-        "sd": float(np.std(values[0], ddof=1)) if values.shape[1] > 1 else None,
-        **{name: value for name, value in interval._asdict().items() if name != "value"},
-        "seeds": values[0].tolist(),
-    }
+def add_holm(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds Holm's correction over all rows.
+
+    Each row gets "p_holm"; one of `over_trials` with some spread also "needed", see
+    `trials_needed`.
+    """
+    if not rows:
+        return
+    corrected = multipletests([row["p"] for row in rows], method="holm")[1]
+    for row, p in zip(rows, corrected, strict=True):
+        row["p_holm"] = float(p)
+        if row.get("sd"):
+            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows))
+
+
+def trials_needed(sd: float, mean: float, comparisons: int = 1) -> int:
+    """Paired trainings with which a difference would be significant, with 80 % power.
+
+    A difference of the observed size, or of `MARGIN` if that is larger, for a t test at the level
+    of Holm's first step; and at least as many as sign flips need for so small a p.
+
+    Args:
+      sd: standard deviation of the paired differences, above 0.
+      mean: observed difference.
+      comparisons: that Holm's correction is over.
+    """
+    test, alpha = TTestPower(), (1 - CONFIDENCE) / comparisons
+    # Beyond three standard deviations a few trials suffice, and the noncentral t is not reliable.
+    size, flips = min(max(abs(mean), MARGIN) / sd, 3.0), int(np.ceil(np.log2(2 / alpha)))
+    few = np.arange(2, 11)
+    enough = test.power(size, few, alpha) >= POWER
+    if enough.any():  # The solver does not converge for so few.
+        return max(flips, int(few[enough.argmax()]))
+    count = test.solve_power(effect_size=size, alpha=alpha, power=POWER)
+    return max(flips, int(np.ceil(np.max(count))))
+
+
+def is_significant(row: dict[str, Any]) -> bool:
+    """Whether the difference is significant after Holm's correction."""
+    return row["p_holm"] < 1 - CONFIDENCE
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The conclusion about a difference in AUC of `over_trials`, after `add_holm`.
+
+    "helps" or "harms" where the difference is significant; "no effect" where it is within
+    +-`MARGIN` by two one-sided tests at 5 %; else "undecided".
+    """
+    if is_significant(row):
+        return "helps" if row["mean"] > 0 else "harms"
+    equivalent = row.get("p_equivalent")
+    return "no effect" if equivalent is not None and equivalent < 1 - CONFIDENCE else "undecided"

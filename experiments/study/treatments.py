@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.study.cells import Treatment
+from experiments.study.trials import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
 from inmerge_jax.training.train_step import TrainState
 
@@ -41,7 +41,7 @@ def numbers(treatment: Treatment, steps: int) -> Numbers:
 
 
 def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """What merges; the deeper half where the network has no more convolutions than are skipped."""
+    """What merges; the deeper half where the network has no more conv_kernels than are skipped."""
     skip = treatment.skip if treatment.skip < len(kernels) else len(kernels) // 2
     return deep_kernels(kernels, skip=skip)
 

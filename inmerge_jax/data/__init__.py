@@ -1,4 +1,4 @@
-"""Data sets and batches: MedMNIST, ChestX-ray14 and the chest phantom, in one shape."""
+"""Data sets and batches: MedMNIST, ChestX-ray14 and the chest phantom, in one format."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +73,10 @@ DEFAULT_SIZE = 28
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Loads or makes the data set that `config` describes.
+    """Loads or generates the data set that `config` describes.
 
     Raises:
-      UsageError: for an unknown name or size, or a file that is missing or not what it should be.
+      UsageError: the name or size is unknown, or a file is missing or damaged.
     """
     if config.name == "chestxray14":
         from inmerge_jax.data.chestxray14.records import load_chestxray14

@@ -1,4 +1,4 @@
-"""The twelve 2-D MedMNIST subsets, from files whose MD5 is checked."""
+"""The twelve 2-D MedMNIST subsets, from files with verified MD5."""
 
 import difflib
 import functools
@@ -33,24 +33,24 @@ def load_medmnist(
     download: bool = True,
     allow_unverified: bool = False,
 ) -> Dataset:
-    """Loads a 2-D MedMNIST subset whole, or not at all.
+    """Loads a 2-D MedMNIST subset.
 
     Args:
-      name: "breastmnist" and so on: `medmnist_names`.
-      size: height and width in pixels, one of `SIZES`.
-      data_dir: folder of npz files under medmnist's own names ("breastmnist.npz",
-        "breastmnist_64.npz"); a leading ~ is the home folder.
-      file: read this npz instead; nothing is downloaded then.
-      download: fetch an absent file into `data_dir` through the medmnist package.
-      allow_unverified: load a file whose MD5 is not medmnist's. It is warned of, and named in
-        the data set's note and so in its title.
+      name: name of the subset, see `medmnist_names`.
+      size: image height and width in pixels, one of `SIZES`.
+      data_dir: folder of medmnist's npz files ("breastmnist.npz", "breastmnist_64.npz"); a leading
+        ~ is expanded.
+      file: npz file to read instead; nothing is downloaded.
+      download: download a missing file into `data_dir` through the medmnist package.
+      allow_unverified: load a file with another MD5 than medmnist's, with a warning and a note in
+        the data set's title.
 
     Returns:
-      The data set; its task, class names and channels are those of medmnist's table.
+      The data set; task, class names and channels are those of medmnist's table.
 
     Raises:
-      UsageError: for an unknown name or size; for a file that is absent, truncated or of another
-        MD5; for arrays that are missing, or of a shape, type or range that the table rules out.
+      UsageError: the name or size is unknown; the file is missing, truncated or has another MD5;
+        an array is missing or has a wrong shape, dtype or range.
 
     Source: Yang et al., MedMNIST v2 (Scientific Data 2023); the table is `medmnist.INFO`.
     """
@@ -101,16 +101,16 @@ def load_medmnist(
 
 
 def medmnist_names() -> tuple[str, ...]:
-    """The flags of the 2-D subsets, in the order of medmnist's table."""
+    """The names of the 2-D subsets, in the order of medmnist's table."""
     return tuple(flag for flag in medmnist_info() if not flag.endswith("3d"))
 
 
 @functools.cache
 def medmnist_info() -> dict[str, dict[str, Any]]:
-    """Facts of every subset: task, class names, channels, counts, addresses and MD5 of its files.
+    """Task, class names, channels, counts, URLs and MD5 of all subsets.
 
-    Equal to `medmnist.INFO` (medmnist 3.0.2) in these entries. The package itself is needed only to
-    download: importing it takes seconds, because it imports torch.
+    Equal to these entries of `medmnist.INFO` (medmnist 3.0.2). The package itself, which imports
+    torch, is needed only for downloads.
     """
     table = json.loads(Path(__file__).with_name("medmnist.json").read_bytes())
     for name, info in table.items():
@@ -130,7 +130,7 @@ def _subset_info(name: str) -> dict[str, Any]:
 
 
 def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
-    """Puts the subset's file at `path`, whole or not at all."""
+    """Downloads the subset's file to `path` atomically."""
     suffix = "" if size == 28 else f"_{size}"
     url = info[f"url{suffix}"]
     by_hand = (
@@ -141,7 +141,7 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
         raise UsageError(f"{path} is missing and downloading is off. {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: an interrupted download must never lie under the file's name.
+        # In a temporary folder, so that a partial download never has the file's name.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
             import medmnist
 
@@ -149,7 +149,7 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
             subset(split="val", download=True, root=folder, size=size)
             os.replace(Path(folder) / path.name, path)
     except (ImportError, OSError, RuntimeError) as error:
-        # medmnist answers every exception with one RuntimeError, Ctrl-C included.
+        # medmnist turns every exception into a RuntimeError, including KeyboardInterrupt.
         cause = error.__context__ or error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
@@ -160,7 +160,7 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
 
 
 def _checked_md5(path: Path, remedy: str) -> str:
-    """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
+    """MD5 of an existing file that is a complete zip archive."""
     if not path.is_file():
         raise UsageError(f"{path} is missing or is no file: {remedy}")
     md5 = _digest(path, "md5")
@@ -177,11 +177,11 @@ def _digest(path: Path, kind: str) -> str:
 
 
 def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.ndarray]:
-    """All six arrays, or an error: nothing is returned from a file that is damaged anywhere."""
+    """Reads all six arrays; raises if any part of the file is damaged."""
     wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
     try:
         if not verified:
-            # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+            # NumPy stops reading before zipfile would verify the checksum.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:

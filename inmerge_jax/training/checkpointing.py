@@ -48,27 +48,26 @@ _REMEDY = "restore an earlier checkpoint, or rerun this stage"
 
 
 class DamagedCheckpointError(UsageError):
-    """A checkpoint's files are not what was written, or all gone."""
+    """A checkpoint is missing, or its files are not what was written."""
 
 
 def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -> Path:
-    """Writes `tree` and `meta` to `folder/<epoch>` and returns that path; replaces one there.
+    """Writes a checkpoint to `folder/<epoch>`, replacing an existing one; returns that path.
 
-    It is written under another name and renamed when it is complete, so a writer killed at any
-    time, or a loss of power, leaves the earlier checkpoints and no half one; its remains go with
-    the next save. One process writes at a time.
+    The checkpoint is written to a temporary folder and renamed once it is complete, so a crash or
+    a power failure leaves no partial checkpoint. The next save removes leftovers. Only one process
+    may write at a time.
 
     Args:
-      folder: of the checkpoints; created where absent.
-      epoch: 0 or more.
-      tree: any pytree of arrays and Python numbers, kept bit for bit. Arrays spread over devices
-        are gathered first.
-      meta: what JSON can hold.
+      folder: folder of the checkpoints; created if missing.
+      epoch: number of the epoch, 0 or more.
+      tree: a pytree of arrays and Python numbers, stored bit for bit. Sharded arrays are gathered.
+      meta: JSON-serializable values.
 
     Raises:
-      UsageError: the files can't be written (a full disk, say); nothing is left of this
-        checkpoint, and the earlier ones are untouched.
-      ValueError: a leaf is no array (typed keys: use `jax.random.key_data`).
+      UsageError: the files cannot be written, for example on a full disk. Nothing of this
+        checkpoint remains, and earlier ones are untouched.
+      ValueError: a leaf is not an array (for typed keys, use `jax.random.key_data`).
     """
     arrays = {name: _array(name, leaf) for name, leaf in _named_leaves(tree).items()}
     folder, path = Path(folder), Path(folder) / str(int(epoch))
@@ -92,18 +91,17 @@ def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -
 
 
 def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
-    """The tree and the meta that were saved at `path`, after a check of every byte.
+    """Restores the tree and the meta of a checkpoint, and verifies the checksums of all files.
 
     Args:
-      path: of one checkpoint, as `save_checkpoint` returned it.
-      template: a pytree of the same structure, whose leaves give shape and dtype: arrays,
-        `jax.ShapeDtypeStruct`s or Python numbers. Where a leaf is a jax array, or has a sharding,
-        the restored one is a jax array placed likewise; otherwise a NumPy array or number.
+      path: path of the checkpoint, as returned by `save_checkpoint`.
+      template: a pytree of the same structure. Its leaves (arrays, `jax.ShapeDtypeStruct`s or
+        Python numbers) give shapes and dtypes. A leaf that is a jax array, or has a sharding, is
+        restored as a jax array with the same placement; others as NumPy arrays or numbers.
 
     Raises:
-      UsageError: no checkpoint there, or one of another structure; the entries that differ are
-        named.
-      DamagedError: a file is missing, cut short or changed.
+      UsageError: the checkpoint has another structure; the message names the entries that differ.
+      DamagedCheckpointError: the checkpoint or one of its files is missing, truncated or changed.
     """
     path = Path(path)
     manifest = _verify(path)
@@ -116,22 +114,20 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of the checkpoint at `path`, by its path in the tree with dots between.
+    """All arrays of a checkpoint, by their dotted path in the tree.
 
     Raises:
-      UsageError: no checkpoint there.
-      DamagedError: a file is missing, cut short or changed.
+      DamagedCheckpointError: the checkpoint or one of its files is missing, truncated or changed.
     """
     path = Path(path)
     return _read_arrays(path / _TREE, _verify(path)["arrays"])
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The meta of the checkpoint at `path`, without its arrays; checks that file alone.
+    """The meta of a checkpoint; verifies only that file.
 
     Raises:
-      UsageError: no checkpoint there.
-      DamagedError: meta.json is not what was written.
+      DamagedCheckpointError: the checkpoint is missing, or meta.json is not what was written.
     """
     path = Path(path)
     _check_file(path, _META, *_read_manifest(path)["files"][_META])
@@ -139,9 +135,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The undamaged checkpoint of the highest epoch, or None; and a message per damaged newer one.
+    """Finds the undamaged checkpoint of the highest epoch; verifies the checksums of all files.
 
-    Every byte of those looked at is checked.
+    Returns:
+      Its path, or None; and one message for each damaged checkpoint of a higher epoch.
     """
     damaged = []
     for epoch in reversed(checkpoint_epochs(folder)):
@@ -155,7 +152,7 @@ def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]
 
 
 def checkpoint_epochs(folder: Path) -> list[int]:
-    """The epochs of the checkpoints in `folder`, damaged ones too, in rising order."""
+    """The epochs of all checkpoints in `folder`, including damaged ones, in ascending order."""
     if not Path(folder).is_dir():
         return []
     names = [entry.name for entry in Path(folder).iterdir() if entry.is_dir()]
@@ -167,7 +164,7 @@ def prune(folder: Path, keep: Collection[int]) -> None:
     folder = Path(folder)
     for epoch in checkpoint_epochs(folder):
         if epoch not in keep:
-            # Renamed first: a deletion cut short would look like damage.
+            # Renamed first: an interrupted deletion would look like damage.
             os.rename(folder / str(epoch), folder / f"{TEMPORARY}old-{epoch}")
     _remove_temporaries(folder)
 
@@ -212,7 +209,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    # Orbax refuses arrays without elements; the manifest says all there is to know of them.
+    # Orbax refuses empty arrays; the manifest describes them completely.
     stored = {name: array for name, array in arrays.items() if array.size}
     if not stored:
         return
@@ -220,7 +217,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         with _quiet_orbax():
             _checkpointer().save(path, stored)
     except ValueError as error:
-        # Tensorstore gives the system's errors as ValueError with the number in the text.
+        # Tensorstore raises system errors as ValueError with the error code in the message.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise
@@ -240,9 +237,9 @@ def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
     from orbax.checkpoint.type_handlers import create_type_handler_registry
 
-    # One file system, one writer, and weights that hardly compress: zarr 2 inside OCDBT without
-    # compression is the fastest of the eight combinations to write and to read, in few files.
-    # It runs in one process of a run that may have several: Orbax would wait for all of them.
+    # Weights hardly compress: zarr 2 in OCDBT without compression is the fastest of the eight
+    # combinations to write and to read, and has few files. Only one process of a run writes; by
+    # default Orbax would wait for all of them.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -258,10 +255,10 @@ def _checkpointer() -> Any:
 
 @functools.cache
 def _handler() -> Any:
-    """Orbax's handler of NumPy arrays, which after an error waits for the writes under way.
+    """Orbax's handler of NumPy arrays; after an error it waits for the remaining writes.
 
-    By itself it ends at the first error, and the others go on: they make folders anew that have
-    been removed, and say on stderr that nobody waits for them.
+    The original returns at the first error. The remaining writes then recreate folders that were
+    removed, and asyncio reports that nothing awaits them.
     """
     from orbax.checkpoint.type_handlers import NumpyHandler
 
@@ -270,7 +267,7 @@ def _handler() -> Any:
             try:
                 await super()._background_serialize(*args, **kwargs)
             finally:
-                # This loop is the save's own.
+                # The event loop belongs to this save.
                 others = asyncio.all_tasks() - {asyncio.current_task()}
                 await asyncio.gather(*others, return_exceptions=True)
 
@@ -279,7 +276,7 @@ def _handler() -> Any:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    # Its writer threads log the error's traceback, twice, before the same error is raised here.
+    # Orbax's writer threads log the traceback twice before the same error is raised here.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -340,7 +337,7 @@ def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
 def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
     wanted = {name: _shape_dtype(leaf) for name, leaf in leaves.items()}
     problems = [
-        *(f"{name}: in the checkpoint only" for name in stored if name not in wanted),
+        *(f"{name}: only in the checkpoint" for name in stored if name not in wanted),
         *(f"{name}: not in the checkpoint" for name in wanted if name not in stored),
         *(
             f"{name}: {_describe(stored[name])} in the checkpoint, "
@@ -353,7 +350,7 @@ def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any])
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise UsageError(
-            f"the checkpoint {path} is of another model or optimizer:\n  "
+            f"the checkpoint {path} belongs to another model or optimizer:\n  "
             + "\n  ".join(lines)
             + "\nuse the configuration it was written with, or start a new run"
         )

@@ -305,13 +305,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def apply_preset(config: TrainConfig) -> TrainConfig:
-    """`config` with the defaults of its preset and data; applied again, it changes nothing.
+    """Fills in the defaults of the preset and the data set; idempotent.
 
-    These are the preset's recipe and partner, the threshold, and the size of images; that of
-    ChestX-ray14 stays None, which stands for the size of its build.
+    These are the preset's recipe and partner, the threshold, and the image size. For ChestX-ray14
+    the size stays None, which means the size of the build.
 
     Raises:
-      UsageError: on an unknown preset.
+      UsageError: the preset is unknown.
     """
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
@@ -325,10 +325,10 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_recipe(config: RecipeConfig) -> Recipe:
-    """The named recipe with the options that were given in its place; see `apply_preset` first.
+    """The named recipe, with the given values in place of its own; call `apply_preset` first.
 
     Raises:
-      UsageError: on an unknown name, a number out of range, or a momentum for Adam.
+      UsageError: the name is unknown, a number is out of range, or Adam has a momentum.
     """
     if config.name is None or config.name not in RECIPES:
         raise UsageError(f"`recipe` {config.name}: unknown; choose one of {', '.join(RECIPES)}")
@@ -356,10 +356,10 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
 
 
 def resolve_rule(config: RuleConfig) -> MergeRule:
-    """The merging rule; see `apply_preset` first.
+    """The merging rule; call `apply_preset` first.
 
     Raises:
-      UsageError: on a number out of range, or a threshold and a quantile.
+      UsageError: a number is out of range, or both a threshold and a quantile are given.
     """
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
@@ -378,10 +378,11 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
 
 
 def check_run(config: TrainConfig) -> None:
-    """Checks the options that are of no other group.
+    """Checks the options that no other function checks.
 
     Raises:
-      UsageError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
+      UsageError: no seed, a negative or repeated seed, no arm, a path that is a bucket, or options
+        that exclude each other.
     """
     seeds = " ".join(map(str, config.seeds))
     _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
@@ -396,12 +397,12 @@ def check_run(config: TrainConfig) -> None:
         "data_dir": config.data.data_dir,
     }
     for name, path in (places | {"init_from": config.model.init_from}).items():
-        # A Path has made one slash of the two, and would make a local folder of that name.
+        # Path collapses the two slashes of gs://, and a local folder of that name would be made.
         _require(
             path is None or not path.parts[:1] or not path.parts[0].endswith(":"),
             name,
             path,
-            "buckets can't be read or written; mount it, and give the folder where it is",
+            "buckets are not supported; mount it, and give the folder of the mount",
         )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")
@@ -419,7 +420,7 @@ def check_steps_per_execution(steps: int, platform: str) -> None:
     """Checks `steps_per_execution` for the platform of the run.
 
     Raises:
-      UsageError: below 1, or above 1 on CPU.
+      UsageError: `steps` is below 1, or above 1 on CPU.
     """
     _require(steps >= 1, "steps_per_execution", steps, "choose 1 or more")
     if steps > 1 and platform == "cpu":
@@ -436,7 +437,7 @@ def config_dict(
     init_sha256: str | None = None,
     data_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """What config.json holds: the options that decide the results, resolved, JSON-ready.
+    """The content of config.json: the resolved options that determine the results.
 
     `init_sha256` is the hash of the file `init_from`; `data_sha256` is that of a data set that was
     built from files. The content of both determines the results.

@@ -31,12 +31,12 @@ _SIMULATED = "--xla_force_host_platform_device_count"
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on, as a dict for JSON.
+    """Describes the environment of this process as a JSON-serializable dict.
 
     Keys: started (ISO time with zone), command, python, platform, cpus, processor (see
-    `processor`), packages (name to version, installed ones only), devices (backend, count, kinds,
-    processes), variables (those set that change jax's numbers), git (commit and dirty of the
-    checkout that holds this package; both None where there is none).
+    `processor`), packages (versions of installed packages), devices (backend, count, kinds,
+    processes), variables (environment variables that affect JAX's numerics), git (commit and dirty
+    flag of the checkout that holds this package, or None).
     """
     import jax
 
@@ -60,9 +60,9 @@ def environment() -> dict[str, Any]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The first processor's name and widest vectors: "AMD EPYC, family 25, model 1, avx2", say.
+    """Name and vector extension of the first processor, such as "AMD EPYC, family 25, avx2".
 
-    Speed on CPU depends on both, and so does rounding. None where Linux doesn't tell.
+    Speed and rounding on CPU depend on both. None if /proc/cpuinfo does not say.
     """
     try:
         lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
@@ -108,13 +108,13 @@ def _rounding(env: dict[str, Any]) -> dict[str, Any]:
 
 
 def numerics_fingerprint(env: dict[str, Any]) -> dict[str, Any]:
-    """What of an `environment` decides the numbers that all processes of a run must share.
+    """The part of an `environment` that must be equal in all processes of a run.
 
-    Kind of device, versions of what computes and decodes, the variables and the checkout's commit,
-    "with changes" where files differ from it. What is absent has no entry.
+    Kind of device, versions of packages that compute or decode, environment variables, and the
+    checkout's commit ("with changes" if it is dirty). Missing values have no entry.
     """
     variables = dict(env["variables"])
-    variables.pop("JAX_PLATFORMS", None)  # The kind of device says it.
+    variables.pop("JAX_PLATFORMS", None)  # Implied by the kind of device.
     flags = variables.pop("XLA_FLAGS", "").split()
     commit, dirty = env["git"]["commit"], env["git"]["dirty"]
     found = {
@@ -128,7 +128,7 @@ def numerics_fingerprint(env: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -152,10 +152,10 @@ def _git(folder: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
+    # An installed copy may lie inside another project's checkout.
     if run("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"commit": None, "dirty": None}
-    # Results and pages that a command has just written do not change what it computes.
+    # Generated results and pages do not affect what a command computes.
     written = (":(top,exclude)experiments/results", ":(top,exclude)docs", ":(top,exclude)*.md")
     status = run("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
     return {"commit": run("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
@@ -166,16 +166,15 @@ _STEP = 64 * 2**20
 
 
 def configure_malloc() -> bool:
-    """Tells glibc's allocator to reuse freed memory rather than give it back to the system.
+    """Configures glibc's allocator to keep freed memory; call it before the first step.
 
-    XLA's CPU backend allocates a step's buffers anew for each step. glibc returns such large ones
-    to the system when they are freed, and the next step pays for every page again: about a seventh
-    of the processor time of a ResNet-18 step at 28 px on two cores. With this, the process keeps
-    its largest size until it ends. Call it before the first step.
+    XLA's CPU backend allocates its buffers at every step. By default glibc returns large buffers to
+    the system, and the next step faults in every page again: about a seventh of the processor time
+    of a ResNet-18 step at 28 px on two cores. With this setting the process keeps its peak size.
 
     Returns:
-      Whether the allocator took it. Elsewhere than on glibc, or where the environment sets
-      `MALLOC_...` variables of its own, nothing is changed.
+      Whether the settings were applied. Without glibc, or if `MALLOC_...` environment variables are
+      set, nothing changes.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
@@ -185,11 +184,11 @@ def configure_malloc() -> bool:
 
 
 COMPILATION_CACHE = Path("~/.cache/inmerge_jax/xla")
-"""Where they are kept, unless another folder is named."""
+"""Default folder of the compilation cache."""
 
 
 def enable_compilation_cache(folder: Path = COMPILATION_CACHE) -> None:
-    """Makes JAX keep all programs that it compiles in `folder`, and look for them there."""
+    """Enables JAX's persistent compilation cache in `folder`, for all programs."""
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

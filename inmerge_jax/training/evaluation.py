@@ -1,4 +1,4 @@
-"""Scores of a whole split, with the weights as they are, or with a merge before every image."""
+"""Evaluation of a split: with fixed weights, or with a merge before every image."""
 
 from collections import deque
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def evaluate(
       should_stop: called before every batch.
 
     Raises:
-      Stopped: `should_stop` returned True.
+      TrainingInterrupted: `should_stop` returned True.
     """
     scores, losses, in_flight = [], [], deque()
 
@@ -77,23 +77,23 @@ def evaluate_merging(
     devices: tuple[jax.Device, ...],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, Totals, np.ndarray, float]:
-    """Merges before every image and evaluates it: image k sees weights after k merges.
+    """Merges before every image, then evaluates it: image k sees the weights after k merges.
 
     Args:
-      step: of `train_step.make_merging_eval_step`.
-      state: replicated; given away.
+      step: the result of `train_step.make_merging_eval_step`.
+      state: replicated train state; it is donated.
       totals: replicated zeros.
-      images: the split, of which every device of every process evaluates every image.
+      images: the split; every device of every process evaluates every image.
       root: the stage's key.
-      devices: what the step runs on.
-      should_stop: asked before every image.
+      devices: the devices that the step runs on.
+      should_stop: called before every image.
 
     Returns:
-      The state with the merged weights; the totals, as NumPy arrays; scores, float32 (n, classes);
-      the mean loss.
+      The state with the merged weights; the totals, as NumPy arrays; the scores, float32
+      (n, classes); the mean loss.
 
     Raises:
-      Stopped: `should_stop` said so.
+      TrainingInterrupted: `should_stop` returned True.
     """
     kept: list[tuple[jax.Array, jax.Array]] = []
     for batch in eval_batches(images, 1):
@@ -101,7 +101,7 @@ def evaluate_merging(
             raise TrainingInterrupted("stopped in an evaluation")
         state, totals, scored = step(state, totals, replicate(batch, devices), root)
         kept.append(scored)
-        if len(kept) > 2:  # No device waits for the host, and no queue grows without bound.
+        if len(kept) > 2:  # Bounds the queue; no device waits for the host.
             jax.block_until_ready(kept[-3])
     scores, losses = (
         np.concatenate(column) for column in zip(*map(unreplicate, kept), strict=True)

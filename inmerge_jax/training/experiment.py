@@ -1,4 +1,4 @@
-"""A whole run: for every seed the backbone, then finetune and inmerge from its best checkpoint."""
+"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint."""
 
 import contextlib
 import dataclasses
@@ -53,27 +53,27 @@ from inmerge_jax.training.train_step import (
 from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
 
 _SAMPLES_PER_CLASS = 4
-_MOVED = "resumed under other conditions, which may give other bits than the first would have"
+_MOVED = "the environment changed since the run started; results may not be bitwise reproducible"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """A checked configuration, ready to run.
+    """A validated configuration, with everything that a run needs.
 
     Attributes:
-      config: as given, with the preset's recipe and partner where none was named.
-      preset: what it names, or what holds without one.
+      config: the configuration, with the defaults of its preset.
+      preset: the preset, or the defaults without one.
       recipe: the recipe with its overrides.
       rule: the merging rule.
-      devices: what the steps run on.
-      dataset: loaded.
+      devices: the devices that the steps run on.
+      dataset: the loaded data set.
       model: the network, whose batch statistics span the devices.
-      shape: of one image as the network sees it, (h, w, c).
-      kernels: every convolution, in the order of the forward pass.
-      deep: those that merging works on.
-      init_sha256: of the file that the backbone's weights come from; None for random weights.
-      notice: why there are none of these, where the released code has none; else "".
-      workers: processes that read images.
+      shape: shape of one input image, (h, w, c).
+      kernels: all convolution kernels, in execution order.
+      deep: the kernels to merge.
+      notice: the reason why `deep` is empty, if the released code merges nothing; else "".
+      workers: number of processes that read images.
+      init_sha256: hash of the file of initial weights; None for random weights.
     """
 
     config: TrainConfig
@@ -92,10 +92,10 @@ class RunSpec:
 
 
 def make_run_spec(config: TrainConfig) -> RunSpec:
-    """Checks the whole configuration and loads the data; writes nothing.
+    """Validates the configuration and loads the data; writes nothing.
 
     Raises:
-      UsageError: for anything that would stop the run later.
+      UsageError: the configuration is invalid.
     """
     check_run(config)
     config = apply_preset(config)
@@ -162,15 +162,19 @@ def _check_shares(batch_size: int, devices: int, parts: int) -> None:
 def run_experiment(
     spec: RunSpec, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Runs what `make_run_spec` has checked and returns what results.json holds.
+    """Runs all seeds and arms, and returns the content of results.json.
 
-    The run's folder is `spec.config.output`. Arms that it already holds are not trained again.
+    The run folder is `spec.config.output`. Arms that are finished there are not trained again.
+
+    Args:
+      spec: the result of `make_run_spec`.
+      should_stop: see `train.TrainContext`.
 
     Raises:
-      UsageError: the folder does not fit the options, cannot be written to, holds a damaged file,
-        or is in use.
+      UsageError: the folder holds another run, cannot be written, holds a damaged file, or is in
+        use.
       NonFiniteLossError: training diverged.
-      Stopped: `should_stop` said so, see `train.TrainContext`; the run can be resumed.
+      TrainingInterrupted: `should_stop` returned True; the run can be resumed.
     """
     config = spec.config
     if spec.devices[0].platform == "cpu":
@@ -184,7 +188,7 @@ def run_experiment(
         run = open_workdir(
             config.output, _config_dict(spec), resume=config.resume, overwrite=config.overwrite
         )
-        # Process 0 enters it, and it alone leaves it at the end.
+        # Only process 0 opens the folder, and closes it at the end.
         folder = run_on_primary(held.enter_context, run)
         moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
@@ -194,7 +198,7 @@ def run_experiment(
 def _run_experiment(
     spec: RunSpec, folder: Path, should_stop: Callable[[], bool], notices: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Goes on with the run in `folder`; `notices` go into what is trained from here on."""
+    """Trains what is missing in `folder`; stores `notices` in the results of these stages."""
     config = spec.config
     context = make_context(spec, should_stop)
     plain, merging, merging_eval = _steps(spec, context)
@@ -272,7 +276,7 @@ def _run_experiment(
 
 
 def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
-    """What all stages of a run share."""
+    """Builds what all stages of a run share."""
     own = () if isinstance(spec.rule.threshold, Quantile) else (float(spec.rule.threshold),)
     return TrainContext(
         dataset=spec.dataset,
@@ -290,7 +294,7 @@ def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False)
 def _steps(
     spec: RunSpec, context: TrainContext, steps_per_execution: int = 1
 ) -> tuple[Any, Any, Any]:
-    """The steps without and with merging, and that of merging in validation, None without it."""
+    """Training steps without and with merging, and the merging evaluation step or None."""
     per_call = {
         "steps_per_execution": steps_per_execution,
         "grad_accum_steps": spec.config.grad_accum_steps,
@@ -307,7 +311,7 @@ def _steps(
 
 
 def step_options(spec: RunSpec) -> dict[str, Any]:
-    """What every step of the run is made with, beside its network, optimizer and recipe."""
+    """Arguments that all steps of the run share, besides network, optimizer and recipe."""
     return {
         "multi_label": spec.dataset.multi_label,
         "devices": spec.devices,
@@ -316,7 +320,7 @@ def step_options(spec: RunSpec) -> dict[str, Any]:
 
 
 def _workers(config: TrainConfig, dataset: Dataset) -> int:
-    """How many processes read images: as asked, or by the number of cores."""
+    """Number of processes that read images: as configured, or a third of the CPU cores."""
     if dataset.train.in_memory:
         if config.workers:
             raise UsageError(
@@ -353,9 +357,9 @@ def restore_best(
     params: Any,
     batch_stats: Any,
 ) -> tuple[Any, Any, float] | None:
-    """Parameters, batch statistics and learning rate of a finished stage's best checkpoint.
+    """Parameters, batch statistics and learning rate of a stage's best checkpoint.
 
-    None where the stage is not finished, or its checkpoint was damaged since.
+    None if the stage is not finished or the checkpoint is damaged.
     """
     if result is None:
         return None
@@ -369,7 +373,7 @@ def restore_best(
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first few training images of every class, or of every label, with their names."""
+    """The first few training images of every class or label, with the names of the classes."""
     images, labels = dataset.train.images, dataset.train.labels
     rows, names = [], []
     for index, name in enumerate(dataset.classes):

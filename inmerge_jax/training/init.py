@@ -1,4 +1,4 @@
-"""Where a network's training begins: its convolutions and its first weights."""
+"""Initialization of a network: its convolution kernels and its first weights."""
 
 import hashlib
 from pathlib import Path
@@ -15,11 +15,11 @@ from inmerge_jax.training.config import ModelConfig
 
 
 def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
-    """The network's convolutions in the order of the forward pass, from an abstract trace.
+    """All convolution kernels of a network in execution order, from an abstract trace.
 
     Args:
-      model: called with images and `train`.
-      shape: of one image as the network sees it, (h, w, c).
+      model: the network, called with images and `train`.
+      shape: shape of one input image, (h, w, c).
     """
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     variables = jax.eval_shape(
@@ -33,14 +33,14 @@ def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
 
 
 def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
-    """Parameters and batch statistics ({} where there are none), as trees of NumPy arrays.
+    """Random parameters, and batch statistics ({} if there are none), as trees of NumPy arrays.
 
     Args:
-      model: called with images and `train`.
-      shape: of one image as the network sees it, (h, w, c).
-      seed: of the draws.
+      model: the network, called with images and `train`.
+      shape: shape of one input image, (h, w, c).
+      seed: random seed.
     """
-    # XLA's CPU backend takes 8 s over ResNet-18's draws, and 2.6 s at level 1, for the same bits.
+    # XLA's CPU backend takes 8 s for ResNet-18, and 2.6 s at level 1, with the same bits.
     cheap = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
     image = jnp.zeros((1, *shape))
     init = jax.jit(lambda key: model.init(key, image, train=False), compiler_options=cheap)
@@ -55,13 +55,13 @@ def pretrained_variables(
 
     Args:
       chosen: the network and the file.
-      sha256: what the file had when the run was planned, see `file_sha256`.
-      num_classes: outputs of the network.
-      channels: of its images.
-      seed: of a head that is replaced.
+      sha256: the file's hash when the run was configured, see `file_sha256`.
+      num_classes: number of outputs of the network.
+      channels: number of image channels.
+      seed: random seed of a replaced head.
 
     Raises:
-      UsageError: the file has changed, can't be read, or holds another network.
+      UsageError: the file has changed, cannot be read, or holds another network.
     """
     if file_sha256(chosen.init_from) != sha256:
         raise UsageError(f"`init_from` {chosen.init_from}: the file changed during the run")
@@ -84,7 +84,7 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of the file `init_from`.
 
     Raises:
-      UsageError: it can't be read.
+      UsageError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:

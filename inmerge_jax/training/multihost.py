@@ -28,10 +28,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PEER_FAILURE = 3
-"""Exit status of a process whose run ended because another process was lost."""
+"""Exit status of a process that lost another process of its run."""
 
 RENDEZVOUS_SECONDS = 300.0
-"""How long a process waits for the others."""
+"""Longest time that a process waits for the others."""
 
 _CHUNK = 2**24
 _SHUTDOWN_SECONDS = 60
@@ -45,7 +45,7 @@ def check_process_options(
     """Checks the options of a run of several processes.
 
     Raises:
-      UsageError: some but not all of them are given, or one is out of range.
+      UsageError: some of them are missing, or one is out of range.
     """
     given = {
         "`coordinator`": coordinator,
@@ -81,39 +81,39 @@ def connect(
     process_id: int | None,
     seconds: float = RENDEZVOUS_SECONDS,
 ) -> None:
-    """Makes this process one of a run's; call it before anything else is asked of JAX.
+    """Connects this process to the others of its run; call it before any other use of JAX.
 
-    With the first three None, a process on a TPU joins the others of its slice, as the environment
-    names them, and any other process stays alone.
+    If the first three arguments are None, a process on a TPU pod connects to the others of its
+    slice, as described by the environment. Any other process runs alone.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      num_processes: how many processes there are.
-      process_id: which of them this one is.
-      seconds: how long to wait for the others; JAX says that for a TPU pod.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      seconds: longest time to wait for the others; on a TPU pod, JAX's own limit applies.
 
     Raises:
       UsageError: see `check_process_options` and `rendezvous`; or JAX cannot start.
     """
     check_process_options(coordinator, num_processes, process_id)
-    # JAX would take SIGTERM for itself, and processes would not end by it.
+    # JAX would handle SIGTERM itself, and it would no longer end the process.
     jax.config.update("jax_enable_preemption_service", False)
     options = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
     if coordinator is None:
-        # JAX has put "tpu" there if it found chips and libtpu on this machine.
+        # JAX adds "tpu" if it finds chips and libtpu on this machine.
         if "tpu" in (jax.config.jax_platforms or "").split(","):
             _connect_pod(options)
         return
     print(
-        f"process {process_id} of {num_processes} meets the others at {coordinator}, for whom it "
-        f"waits up to {seconds:g} s",
+        f"process {process_id} of {num_processes} connects to {coordinator} and waits up to "
+        f"{seconds:g} s for the others",
         flush=True,
     )
     rendezvous(coordinator, num_processes, process_id, seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
-        # Starts the devices, so that nobody who asks for the number later, of an error, fails.
+        # Starts the devices here, so that handling a later error cannot fail on it.
         jax.process_count()
     except RuntimeError as error:
         raise UsageError(
@@ -124,12 +124,12 @@ def connect(
 
 
 def _connect_pod(options: dict[str, Any]) -> None:
-    """Joins the other processes of a TPU pod, if this is one's."""
+    """Connects to the other processes of a TPU pod, if this process is on one."""
     try:
         jax.distributed.initialize(**options)
         jax.process_count()
     except (ValueError, OSError) as error:
-        print(f"no TPU pod found ({error}): this process trains alone", file=sys.stderr)
+        print(f"no TPU pod found ({error}): this process runs alone", file=sys.stderr)
     except RuntimeError as error:
         raise UsageError(
             f"this process of a TPU pod did not find the others: {str(error).splitlines()[0]}; "
@@ -139,17 +139,17 @@ def _connect_pod(options: dict[str, Any]) -> None:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which writes the run's folder and talks to people."""
+    """Whether this is process 0, which writes the run folder and prints messages."""
     return jax.process_index() == 0
 
 
 def run_on_primary(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls `function` in process 0; every process gets its result, or its error.
+    """Calls `function` in process 0 and broadcasts its result, or its error, to all processes.
 
-    No process goes on before it has ended. The result has to be picklable.
+    All processes wait for it. The result must be picklable.
 
     Raises:
-      UsageError, OSError: in every process, where process 0 met one.
+      UsageError, OSError: in every process, if raised in process 0.
     """
     if jax.process_count() == 1:
         return function(*args, **kwargs)
@@ -166,11 +166,11 @@ def run_on_primary(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
 
 
 def run_synced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls `function` in every process; if it fails in one, it fails in all.
+    """Calls `function` in every process; if it fails in one, all processes raise.
 
     Raises:
-      UsageError: this process's, or what the first process that met one, or an OSError, said.
-      OSError: this process's.
+      UsageError, OSError: as raised in this process.
+      UsageError: another process raised one of these; the message is that of the first one.
     """
     if jax.process_count() == 1:
         return function(*args, **kwargs)
@@ -184,7 +184,7 @@ def run_synced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
         raise own
     for number, message in enumerate(messages):
         if message:
-            raise UsageError(f"stopped, because process {number} did: {message.decode()}")
+            raise UsageError(f"process {number} failed: {message.decode()}")
     return result
 
 
@@ -192,10 +192,10 @@ def require_same_config(config: dict[str, Any]) -> None:
     """Checks that every process has the configuration of process 0.
 
     Args:
-      config: nested dicts of what JSON can hold.
+      config: nested dicts of JSON values.
 
     Raises:
-      UsageError: in every process, with the differing fields.
+      UsageError: in every process, if the configurations differ; the message lists the fields.
     """
     first = json.loads(run_on_primary(json.dumps, config))
 
@@ -213,10 +213,10 @@ def require_same_config(config: dict[str, Any]) -> None:
 
 
 def gather_rows(values: np.ndarray) -> np.ndarray:
-    """The rows of all processes, for each batch those of process 0, then 1, and so on.
+    """Gathers the rows of all processes, in the order of the processes within each batch.
 
     Args:
-      values: (batches, rows, ...) of this process, of a dtype that JAX has without 64-bit mode.
+      values: (batches, rows, ...) of this process, of a dtype that needs no 64-bit mode.
 
     Returns:
       (batches, processes * rows, ...), the same in every process.
@@ -230,13 +230,13 @@ def gather_rows(values: np.ndarray) -> np.ndarray:
 
 
 class SyncedPreemption:
-    """`stop`, answered alike in every process, once it is true in any of them.
+    """A preemption signal that all processes see at the same update.
 
-    Every process has to call it equally often. They ask each other at every eighth call, which is
-    once in eight dispatches of one or more updates: each question waits for those under way.
+    All processes must call it equally often. They synchronize at every eighth call, that is once
+    in eight dispatches, because each synchronization waits for the pending updates.
 
     Attributes:
-      stop: of this process; its `signal` is set where it came to another one.
+      stop: the handler of this process; its `signal` is set if another process received one.
     """
 
     def __init__(self, stop: PreemptionHandler) -> None:
@@ -245,7 +245,7 @@ class SyncedPreemption:
         self._agreed = False
 
     def __call__(self) -> bool:
-        """Whether all are to stop."""
+        """Whether all processes are to stop."""
         if jax.process_count() == 1:
             return self.stop()
         if not self._agreed and self._calls % _SYNC_EVERY == 0:
@@ -257,8 +257,8 @@ class SyncedPreemption:
                 if self.stop.signal is None:
                     self.stop.signal = signal.Signals(int(numbers.max()))
                     print(
-                        f"{self.stop.signal.name} came to process {numbers.argmax()}: process "
-                        f"{jax.process_index()} stops too, after this update, which is kept",
+                        f"process {numbers.argmax()} received {self.stop.signal.name}: process "
+                        f"{jax.process_index()} saves a checkpoint after this update and stops",
                         file=sys.stderr,
                     )
         self._calls += 1
@@ -266,36 +266,36 @@ class SyncedPreemption:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether `error` is JAX's word for a process that does not answer, of whatever type it is."""
+    """Whether `error`, of any type, is how JAX reports a lost process."""
     return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination"))
 
 
 def exit_process(status: int) -> int:
-    """The status to exit with; a failed process of several ends here, without waiting for others.
+    """Returns the exit status; ends a failed process of several at once.
 
-    JAX's own end waits for all processes, so those that wait for the failed one in a collective
-    would never know. This one's end breaks their connection to it, and they end too.
+    At a normal exit JAX waits for all processes, which may wait for the failed one in a collective.
+    Ending the process breaks their connection to it, so that they end too.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    # How many there are is not asked: that would start the devices, where it is they that failed.
+    # The number of processes is not queried: that would start the devices, which may have failed.
     if status and jax.distributed.is_initialized():
-        # Where all failed alike, each has the time to say so before process 0 takes the rest down.
+        # If all failed alike, each can report it before the end of process 0 ends the others.
         time.sleep(_EXIT_DELAY_SECONDS)
         os._exit(status)
     return status
 
 
 def _broadcast(data: bytes) -> bytes:
-    """The `data` of process 0, whatever that of the others is."""
+    """Broadcasts the `data` of process 0."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    # Sizes are sent as two numbers, since JAX has no 64-bit ones.
+    # The size is sent as two numbers, because JAX has no 64-bit integers by default.
     size = divmod(len(data), _CHUNK)
     chunks, rest = map(int, broadcast_one_to_all(np.array(size, np.uint32)))
     parts = []
     for number, length in enumerate([_CHUNK] * chunks + [rest]):
-        # Lengths are rounded up to a power of 2: JAX compiles anew for each that it meets.
+        # Lengths are rounded up to a power of 2, because JAX compiles once per length.
         part = np.zeros(2 ** max(10, (length - 1).bit_length()), np.uint8)
         if is_primary():
             start = number * _CHUNK
@@ -305,7 +305,7 @@ def _broadcast(data: bytes) -> bytes:
 
 
 def _gather(data: bytes) -> list[bytes]:
-    """The `data` of every process, short enough to be gathered whole."""
+    """Gathers the `data` of every process; for short data."""
     from jax.experimental.multihost_utils import process_allgather
 
     lengths = process_allgather(np.array(len(data), np.int32))
@@ -326,29 +326,33 @@ _Peer = tuple[int, int, socket.socket]
 def rendezvous(
     coordinator: str, num_processes: int, process_id: int, seconds: float = RENDEZVOUS_SECONDS
 ) -> None:
-    """Returns once all processes of a run are there, as many as each of them was told.
+    """Waits until all processes of a run are connected to process 0.
+
+    JAX's own rendezvous aborts the process on failure; this one raises. Process 0 listens at the
+    coordinator's address; every process connects to it and reports its number. Once all are there,
+    or cannot be, process 0 closes the port and answers them.
 
     Args:
-      coordinator: HOST:PORT, of process 0; the port is free again afterwards.
-      num_processes: how many processes there are.
-      process_id: which of them this one is.
-      seconds: how long to wait for the others.
+      coordinator: HOST:PORT of process 0; the port is free again afterwards.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      seconds: longest time to wait for the others.
 
     Raises:
-      UsageError: in every process that is there: one is missing, two have the same number, or they
-        disagree on how many they are. In this one: process 0 cannot be reached.
+      UsageError: in every connected process, if one is missing, two have the same number, or they
+        disagree on the number of processes; in this process, if it cannot reach process 0.
     """
     if process_id == 0:
         _coordinate(coordinator, num_processes, seconds)
         return
     with _join(coordinator, num_processes, process_id, seconds) as connection:
-        # Process 0 may have come last, and then waits as long itself.
+        # Process 0 may have started last, and then waits as long itself.
         connection.settimeout(seconds + _HELLO_SECONDS)
         _await_answer(connection, coordinator, process_id)
 
 
 def _coordinate(coordinator: str, num_processes: int, seconds: float) -> None:
-    """Process 0's part of the meeting."""
+    """The rendezvous in process 0."""
     deadline = time.monotonic() + seconds
     guests: list[_Peer] = []
     problem = ""
@@ -360,7 +364,7 @@ def _coordinate(coordinator: str, num_processes: int, seconds: float) -> None:
         while not problem and len(guests) < num_processes:
             left = max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([listener, own], [], [], left)
-            if own in ready:  # So it is another process 0, on another machine, that listens there.
+            if own in ready:  # Another process 0, on another machine, listens there.
                 _await_answer(own, coordinator, 0)
             if not ready:
                 problem = _missing(coordinator, num_processes, guests, seconds)
@@ -372,19 +376,19 @@ def _coordinate(coordinator: str, num_processes: int, seconds: float) -> None:
             guests.append((*who, connection))
             guests = [guest for guest in guests if not _has_left(guest[2])]
             problem = _disagreement(num_processes, guests)
-        # Before the answer, after which the others look for JAX's service at this port.
+        # Before the answer: afterwards the others look for JAX's service at this port.
         listener.close()
         for number, _, connection in guests:
             try:
                 connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
             except OSError as error:
-                problem = problem or f"process {number} ended before the run began ({error})"
+                problem = problem or f"process {number} ended before the run started ({error})"
     if problem:
         raise UsageError(problem)
 
 
 def _listen(coordinator: str, num_processes: int) -> socket.socket:
-    """A socket that listens at the coordinator's port, at all addresses, as JAX's service will."""
+    """A socket that listens at the coordinator's port on all addresses, like JAX's service."""
     _, port = _address(coordinator)
     both = socket.has_dualstack_ipv6()
     try:
@@ -403,12 +407,12 @@ def _listen(coordinator: str, num_processes: int) -> socket.socket:
 
 
 def _join(coordinator: str, num_processes: int, process_id: int, seconds: float) -> socket.socket:
-    """A connection to process 0, which has been told who this one is."""
+    """Connects to process 0 and reports this process's number."""
     start = time.monotonic()
     while True:
         try:
             connection = socket.create_connection(_address(coordinator), _HELLO_SECONDS)
-            # Where nothing listens at a port of this machine, a connection may meet itself.
+            # If nothing listens at a local port, a connection may connect to itself.
             if connection.getsockname() != connection.getpeername():
                 hello = {"process_id": process_id, "num_processes": num_processes}
                 connection.sendall(json.dumps(hello).encode() + b"\n")
@@ -416,7 +420,7 @@ def _join(coordinator: str, num_processes: int, process_id: int, seconds: float)
             connection.close()
             reason, patience = "Connection refused", seconds
         except (socket.gaierror, UnicodeError) as error:
-            # A cluster's name server may learn the name of a new machine a little later.
+            # A cluster's name server may learn the name of a new machine with a delay.
             reason, patience = f"unknown host: {error}", min(seconds, _NAME_SECONDS)
         except OSError as error:
             reason, patience = error.strerror or str(error), seconds
@@ -431,7 +435,7 @@ def _join(coordinator: str, num_processes: int, process_id: int, seconds: float)
 
 
 def _await_answer(connection: socket.socket, coordinator: str, process_id: int) -> None:
-    """Returns where process 0 answers that the run begins."""
+    """Waits for process 0's answer; raises the problem that it reports."""
     try:
         problem = json.loads(connection.makefile("rb").readline(_LINE))["problem"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -446,9 +450,9 @@ def _await_answer(connection: socket.socket, coordinator: str, process_id: int) 
 
 
 def _read_hello(connection: socket.socket) -> tuple[int, int] | None:
-    """The number of the process that has connected, and how many it was told there are.
+    """The number of the connected process, and its number of processes.
 
-    None for anything else that connects to a port: scanners, or a process that has ended.
+    None for anything else that connects: port scanners, or a process that has ended.
     """
     connection.settimeout(_HELLO_SECONDS)
     try:
@@ -459,12 +463,12 @@ def _read_hello(connection: socket.socket) -> tuple[int, int] | None:
 
 
 def _has_left(connection: socket.socket) -> bool:
-    """Whether a process that waits for the answer has ended: until then it says nothing more."""
+    """Whether a waiting process has ended; a live one sends nothing more."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
 def _disagreement(num_processes: int, guests: list[_Peer]) -> str:
-    """What is wrong with those who are there; "" for nothing."""
+    """Describes a conflict between the connected processes; "" if there is none."""
     for number, count, _ in guests:
         if count != num_processes:
             return (
@@ -481,7 +485,7 @@ def _disagreement(num_processes: int, guests: list[_Peer]) -> str:
 
 
 def _missing(coordinator: str, num_processes: int, guests: list[_Peer], seconds: float) -> str:
-    """Who of those that were to come did not."""
+    """Names the processes that did not connect."""
     there = {number for number, _, _ in guests}
     numbers = ", ".join(str(n) for n in range(num_processes) if n not in there)
     return (
@@ -492,6 +496,6 @@ def _missing(coordinator: str, num_processes: int, guests: list[_Peer], seconds:
 
 
 def _address(coordinator: str) -> tuple[str, int]:
-    """Host and port; an IPv6 address has brackets around it."""
+    """Host and port; an IPv6 address is in brackets."""
     host, _, port = coordinator.rpartition(":")
     return host.strip("[]"), int(port)

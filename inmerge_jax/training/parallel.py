@@ -1,4 +1,4 @@
-"""Data parallelism: which devices, and how a tree or a batch is laid out over them."""
+"""Data parallelism: choice of devices, and placement of trees and batches on them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inmerge_jax.errors import UsageError
 
 DATA_AXIS = "devices"
-"""The axis name that every per-device step averages over."""
+"""Name of the mapped axis over which the steps average."""
 
 
 def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
-    """The first `count` local devices, or all for None; with several processes, all of them.
+    """The first `count` local devices, or all of them for None.
 
-    Those of process 0 come first, then those of process 1, and so on.
+    In a run of several processes these are the devices of all processes, those of process 0 first.
 
     Raises:
-      UsageError: `count` is below 1 or above the number of local devices; with several processes,
-        it is not the number of all devices, or they do not have equally many.
+      UsageError: `count` is below 1 or above the number of local devices. With several processes:
+        `count` is not the number of all devices, or processes have different numbers of devices.
     """
     available = jax.local_devices()
     if jax.process_count() > 1:
@@ -55,10 +55,10 @@ def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
 
 
 def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
-    """One copy per device of every array: shape (...) becomes (devices, ...), for `jax.pmap`.
+    """One copy of every array per device, for `jax.pmap`: shape (...) becomes (devices, ...).
 
-    As `jax.pmap` has it, what a process holds is the part of its own devices: here and in the
-    other functions, an axis of devices is as long as this process has of them.
+    As in `jax.pmap`, a process holds the part of its own devices. Here and in the other functions,
+    the device axis is as long as the number of devices of this process.
     """
     spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
@@ -71,20 +71,20 @@ def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy as NumPy arrays; the inverse of `replicate`."""
+    """The first device's copy as NumPy arrays: the inverse of `replicate`."""
     first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
     return jax.tree.map(lambda x: x[0], jax.device_get(first))
 
 
 def broadcast_to_devices(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
-    """Arrays that every device holds whole, for arguments that `jax.pmap` maps with axis None."""
+    """A full copy on every device, for arguments that `jax.pmap` maps with axis None."""
     return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
 def shard_batch(
     batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]
 ) -> dict[str, jax.Array]:
-    """This process's rows of a batch, (n, ...), as (devices, n / devices, ...), one block each."""
+    """Splits this process's rows (n, ...) over its devices: (devices, n / devices, ...)."""
     spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
@@ -110,6 +110,6 @@ def prefetch_to_device(
 
 
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
-    """Over those of `devices` that this process has."""
+    """A sharding over those of `devices` that belong to this process."""
     local = [device for device in devices if device.process_index == jax.process_index()]
     return NamedSharding(Mesh(np.array(local), (DATA_AXIS,)), spec)

@@ -1,4 +1,4 @@
-"""Stopping when the system asks (SIGTERM) or the user does (Ctrl-C), at the end of an update."""
+"""Preemption: SIGTERM and Ctrl-C stop a run at the end of an update."""
 
 import contextlib
 import os
@@ -8,18 +8,17 @@ from typing import Any, Self
 
 
 class TrainingInterrupted(Exception):
-    """Training has stopped because it was asked to; the message says what is kept, and where."""
+    """A run was interrupted; the message names the saved checkpoint."""
 
 
 class PreemptionHandler:
-    """Whether SIGTERM or SIGINT has come since the `with` block began: call it to know.
+    """Records SIGTERM and SIGINT while its context is open; call it to ask for them.
 
-    Inside the block the signals do nothing else, so whatever is under way ends whole, and further
-    SIGTERMs change nothing; a second SIGINT raises KeyboardInterrupt, for those who cannot wait.
-    Only the main thread can enter the block.
+    The signals have no other effect, except that a second SIGINT raises KeyboardInterrupt. Only the
+    main thread can open the context.
 
     Attributes:
-      signal: the first one that came; None before.
+      signal: the first signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,7 @@ class PreemptionHandler:
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """True from the first signal on."""
+        """Whether a signal was received."""
         return self.signal is not None
 
     def __enter__(self) -> Self:
@@ -50,9 +49,9 @@ class PreemptionHandler:
                 raise KeyboardInterrupt
             return
         self.signal = signal.Signals(number)
-        hint = "; Ctrl-C again stops at once, and loses it" if number == signal.SIGINT else ""
-        message = f"{self.signal.name}: stopping after this update, which is kept{hint}\n"
-        # Not print, in the middle of which the signal may have come. That nobody reads it, as when
-        # the terminal is gone, is no reason to lose the update.
+        hint = " (Ctrl-C again: at once, without it)" if number == signal.SIGINT else ""
+        message = f"{self.signal.name}: stopping after this update, with a checkpoint{hint}\n"
+        # Not print, which the signal may have interrupted. A closed terminal must not lose the
+        # update.
         with contextlib.suppress(OSError):
             os.write(2, message.encode())

@@ -1,7 +1,6 @@
-"""Readings of the method: which kernels merge, with what partner, when, under which recipe.
+"""Presets: readings of the method that fix kernels, partner, time of merging and recipe.
 
-The paper's text and its released code say different things; a preset names one reading.
-docs/fidelity.md sets them side by side.
+The paper's text and its released code differ; docs/fidelity.md compares them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,13 @@ class Preset:
     """One reading of the method.
 
     Attributes:
-      recipe: the recipe, unless another is named.
-      partner: of the rule, unless another is named.
-      selection: "forward", the convolutions after the first L_s in the order of the forward pass;
-        "released", what the released code reaches; "intent", what it set out to reach.
-      merge_in_validation: whether the merging stage also merges before every single validation
-        image, before the epoch's checkpoint is written.
+      recipe: default recipe.
+      partner: default partner of the rule.
+      selection: kernels to merge. "forward": the convolutions after the first L_s in execution
+        order; "released": those that the released code reaches; "intent": those that it was meant
+        to reach.
+      merge_in_validation: whether the merging stage also merges before every validation image,
+        before the epoch's checkpoint is written.
     """
 
     recipe: str
@@ -36,7 +36,7 @@ class Preset:
 
 PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
     {
-        # The text gives no recipe that could be had, so it borrows the released code's.
+        # The paper gives no complete recipe; this uses the released code's.
         "paper": Preset("released", "nearest", "forward", merge_in_validation=False),
         "released": Preset("released", "random", "released", merge_in_validation=True),
         "released_intent": Preset("released", "random", "intent", merge_in_validation=True),
@@ -44,14 +44,14 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
 )
 
 NO_PRESET = Preset("medmnist", "random", "forward", merge_in_validation=False)
-"""What holds where no preset is named."""
+"""The defaults without a preset."""
 
 
 def find_preset(name: PresetName | None) -> Preset:
-    """The preset of that name; `NO_PRESET` for None.
+    """The preset called `name`; `NO_PRESET` for None.
 
     Raises:
-      UsageError: on an unknown name.
+      UsageError: the name is unknown.
     """
     if name is None:
         return NO_PRESET
@@ -63,19 +63,20 @@ def find_preset(name: PresetName | None) -> Preset:
 def select_kernels(
     preset: Preset, model: str, kernels: Sequence[Kernel], skip: int
 ) -> tuple[tuple[Kernel, ...], str]:
-    """The kernels that merge, in the order of the forward pass, and why there are none.
+    """Selects the kernels to merge, in execution order.
 
     Args:
-      preset: its `selection` decides.
-      model: a name that `create_model` knows.
-      kernels: all of the network's convolutions, in the order of the forward pass.
-      skip: L_s: counts convolutions, or with "intent" a ResNet's blocks.
+      preset: supplies `selection`.
+      model: name of the network, see `create_model`.
+      kernels: all convolution kernels of the network, in execution order.
+      skip: L_s, the number of convolutions that are not merged; for "intent" and a ResNet, the
+        number of blocks.
 
     Returns:
-      The kernels, and "" or, where the released code merges nothing in such a network, the reason.
+      The kernels, and "" or the reason why the released code merges nothing in this network.
 
     Raises:
-      UsageError: `skip` leaves nothing, or nothing is known of what was intended.
+      UsageError: `skip` leaves nothing to merge, or the intent for this network is unknown.
     """
     family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
     if preset.selection == "released" and family == "resnet":

@@ -55,7 +55,7 @@ from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training diverged; the message says where, and which checkpoint is the last good one."""
+    """Training diverged; the message names the epoch and the last good checkpoint."""
 
 
 def batch_seed(seed: int, number: int) -> int:
@@ -169,19 +169,19 @@ class TrainContext:
 def train_stage(
     context: TrainContext, stage: StageConfig, params: Any, batch_stats: Any, progress: Progress
 ) -> dict[str, Any]:
-    """Trains one stage, or the rest of it, and returns what its result.json holds.
+    """Trains one stage, from its latest checkpoint on, and returns the content of result.json.
 
     Args:
-      context: what all stages share.
-      stage: which one, where and how long.
-      params: float32 tree of NumPy arrays to start from.
-      batch_stats: likewise.
-      progress: the run's line.
+      context: shared by all stages.
+      stage: the stage.
+      params: initial parameters, float32 tree of NumPy arrays.
+      batch_stats: initial batch statistics, float32 tree of NumPy arrays.
+      progress: the progress line of the run.
 
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
-      UsageError: a file cannot be written, or metrics.jsonl was changed since it was.
-      Stopped: `context.should_stop` said so; every update that was done is kept.
+      UsageError: a file cannot be written, or metrics.jsonl was changed.
+      Stopped: `context.should_stop` returned True; all finished updates are saved.
     """
     recipe, devices, train = context.recipe, context.devices, context.dataset.train
     metrics_file = stage.folder / "metrics.jsonl"
@@ -192,7 +192,7 @@ def train_stage(
     zeros = replicate(no_totals, devices)
     before = _similarity(params, context)
 
-    # ---- start, or go on from the newest whole checkpoint
+    # ---- restore the latest checkpoint, or start
     fresh = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
     start = run_on_primary(restore_latest, stage.folder, fresh, no_totals)
     for message in start.damaged:
@@ -230,7 +230,7 @@ def train_stage(
             del host
         state = set_learning_rate(state, rate)
 
-        # ---- train; two calls are kept in flight, so that no device waits for the host
+        # ---- train; two dispatches stay in flight, so that no device waits for the host
         details = "compiling" if epoch == done + 1 else None
         progress.describe(f"{stage.name} {epoch}/{stage.epochs}", details)
         started, in_flight = time.monotonic() - seconds, deque()
@@ -254,7 +254,7 @@ def train_stage(
         totals, taken, seconds = zeros, 0, 0.0
         del in_flight
 
-        # ---- evaluate; merging gives the state away, so a stop meanwhile needs a copy of it
+        # ---- evaluate; merging donates the state, so an interruption needs a copy of it
         train_loss = float(sums.loss) / steps
         _require_finite("training", train_loss, stage, epoch, rate, history)
         val_sums, copy = None, None
@@ -303,13 +303,13 @@ def train_stage(
         history.append(line)
         progress.milestone(figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
-        # ---- a merging stage that merges nothing says so
+        # ---- warn if a merging stage merges nothing
         any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
         if stage.deep and epoch == 1 and not any_merged:
             warnings.append(_merged_nothing(stage, state, int(sums.selected.sum())))
             progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
 
-        # ---- checkpoint: the newest two, and the best epoch that each of them knows
+        # ---- checkpoint; keep the latest two, and the best epoch as of each of them
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
         meta["history_sha256"] = json_sha256(history)
@@ -318,7 +318,7 @@ def train_stage(
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
         run_on_primary(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
 
-    # ---- the best checkpoint meets the test images, once
+    # ---- evaluate the best checkpoint on the test images, once
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     host_state, _ = run_on_primary(restore_checkpoint, stage.checkpoints / str(best), template)
@@ -342,7 +342,7 @@ def train_stage(
         )
         files[name] = str(path.relative_to(stage.folder))
 
-    # ---- result.json, written last, marks the stage finished
+    # ---- result.json is written last: it marks the stage as finished
     after = _similarity(host_state.params, context)
     run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
     result |= {
@@ -369,11 +369,11 @@ def train_stage(
 def _executions(
     stage: StageConfig, batches: Iterator[Any], should_stop: Callable[[], bool]
 ) -> Iterator[tuple[int, Callable[..., Any], Any]]:
-    """An epoch's batches as calls: the number of updates, the step that does them, its batch.
+    """Groups an epoch's batches into dispatches: number of updates, step function, batch.
 
-    What is left of the epoch when no full call is goes by single steps.
+    The remaining batches of an epoch are run as single steps.
     """
-    # Asked before batches are, because the signal may have ended the processes that read them.
+    # Checked before a batch is read: after a signal no further one is needed.
     while not should_stop() and (
         group := list(itertools.islice(batches, stage.steps_per_execution))
     ):
@@ -397,7 +397,7 @@ def _interrupted(
     path = run_on_primary(
         save_preemption_checkpoint, stage.folder, epoch, totals, seconds, warnings, state
     )
-    saved = "" if path is None else f", kept in {path}"
+    saved = "" if path is None else f", saved in {path}"
     return TrainingInterrupted(
         f"{stage.name}: stopped after update {totals.steps} of epoch {epoch}{saved}"
     )
@@ -420,7 +420,7 @@ def _require_finite(
     if math.isfinite(loss):
         return
     last = stage.checkpoints / str(len(history))
-    kept = f"the last good checkpoint is {last}" if history else "no epoch was finished before it"
+    kept = f"the last good checkpoint is {last}" if history else "no epoch was finished before"
     option = "`merging_learning_rate`" if stage.number else "`learning_rate`"
     raise NonFiniteLossError(
         f"{stage.name}: the {kind} loss became {loss} in epoch {epoch}, at learning rate {rate:g}; "
@@ -429,15 +429,15 @@ def _require_finite(
 
 
 def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str:
-    """Names the layers' similarity quantiles, which tell what threshold would have merged."""
+    """Warning with the layers' similarity quantiles, which show what threshold would merge."""
     lines = []
     for layer in kernel_similarity(unreplicate(state.params), stage.deep, quantiles=(0.5, 0.99)):
         median, high = layer.quantiles.values()
         lines.append(f"\n  {layer.name}: {median:.3f}, {high:.3f}, {layer.maximum:.3f}")
     return (
-        f"{stage.name}: the first epoch merged none of the {selected:,} kernels that were "
-        "selected, so this arm is plain training so far. Median, 99% quantile and maximum of the "
-        f"similarity of a layer's kernels:{''.join(lines)}\n"
+        f"{stage.name}: the first epoch merged none of the {selected:,} selected kernels; so far "
+        "this arm is plain fine-tuning. Median, 99% quantile and maximum similarity per layer:"
+        f"{''.join(lines)}\n"
         "A lower threshold or quantile, the partner nearest, or a smaller skip would merge more."
     )
 
@@ -464,7 +464,7 @@ def _summary(stage: StageConfig, result: dict[str, Any]) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a finished stage; None where the stage is not finished.
+    """Reads result.json of a stage; None if the stage is not finished.
 
     Raises:
       UsageError: the file is damaged.

@@ -19,29 +19,30 @@ from inmerge_jax.training.environment import diff_environments, environment
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 
 _DATA_PATHS = ("data.data_dir", "data.file")
-"""Where images lie. What they are, data.content_sha256 says, or MedMNIST's MD5 of name and size."""
+"""Locations of images, which may change. Their content is identified by data.content_sha256, or by
+MedMNIST's MD5."""
 
 
 def prepare_workdir(
     folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Makes `folder` ready for the run that `config` describes, and returns it.
+    """Prepares the folder of a run and returns it.
 
-    A new run writes environment.json and config.json there. A resumed one needs the same config
-    and adds its environment to the list "resumed" in environment.json. `overwrite` empties the
-    folder first, other files in it too, provided that it holds config.json and environment.json.
+    A new run writes environment.json and config.json. A resumed run must have the same config; it
+    appends its environment to the list "resumed" in environment.json. `overwrite` deletes all files
+    in the folder, provided that it holds config.json and environment.json.
 
     Args:
-      folder: the run's folder; need not exist.
-      config: nested dicts of what JSON can hold, paths and NumPy values too. Leave out what may
-        differ when a run is resumed: `resume` itself, say.
-      resume: go on with the unfinished run in `folder`.
-      overwrite: delete the run in `folder` and start anew.
+      folder: folder of the run; need not exist.
+      config: nested dicts of JSON values, paths and NumPy values, without fields that may differ
+        between a run and its continuation (such as `resume`).
+      resume: continue the unfinished run in `folder`.
+      overwrite: replace the run in `folder`.
 
     Raises:
-      UsageError: both options given; the folder is a file or holds something else than a run; it
-        holds a finished run (results.json) without `overwrite`; an unfinished one with neither
-        option; nothing to resume; another config, whose differing fields are listed.
+      UsageError: both options are given; the folder is a file or holds other files; it holds a
+        finished run and `overwrite` is False; it holds an unfinished run and neither option is
+        given; there is nothing to resume; or the config differs (the message lists the fields).
     """
     folder, config = Path(folder), _plain(config)
     state = check_workdir(folder, config, resume=resume, overwrite=overwrite)
@@ -104,10 +105,10 @@ _RENAMED = {
 
 
 def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    """Dotted name, old value and new value, as JSON, of every field in which two configs differ.
+    """Fields in which two configs differ: dotted name, old value, new value, as JSON.
 
-    Lists are compared as wholes; a field that one of them lacks reads "absent" there. Folder and
-    file of the images are passed over: the same images may lie elsewhere by now.
+    Lists are compared as a whole. The value of a missing field is "absent". The locations of the
+    images are not compared.
     """
     before = {_RENAMED.get(name, name): value for name, value in _fields(_plain(old))}
     after = dict(_fields(_plain(new)))
@@ -120,10 +121,10 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, s
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Adds `record` to `path` as one line of JSON; creates the file and its folder.
+    """Appends `record` to a file as one line of JSON; creates the file and its folder.
 
     Raises:
-      UsageError: where the line can't be written (a full disk, say); the file is as it was.
+      UsageError: the line cannot be written, for example on a full disk; the file is unchanged.
     """
     line = json.dumps(_plain(record)).encode() + b"\n"
     try:
@@ -132,7 +133,7 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
             size = file.tell()
             try:
                 if (written := file.write(line)) != len(line):
-                    # A nearly full disk takes a part without an error; the rest then gives one.
+                    # A nearly full disk accepts a part without an error; the rest then raises one.
                     file.write(line[written:])
                 os.fsync(file.fileno())
             except OSError:
@@ -143,40 +144,41 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order; [] where it is absent; a torn last line is left out.
+    """The records of a metrics file in order; [] if there is none. Skips a partial last line.
 
     Raises:
-      UsageError: a line, not the last, is not a JSON object.
+      UsageError: a line other than the last is not a JSON object.
     """
     return [record for _, record in _complete_lines(path)]
 
 
 def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
-    """Drops every record after `epoch` and a torn last line.
+    """Removes every record after `epoch`, and a partial last line.
 
-    What stays is kept byte for byte; the file is replaced whole, or untouched where nothing goes.
+    The remaining lines are kept byte for byte. The file is replaced atomically, or left untouched
+    if nothing is removed.
 
     Args:
       path: the metrics file.
-      epoch: the last one to keep.
-      sha256: `json_sha256` of the records that stay, as they were written; None where unknown.
+      epoch: last epoch to keep.
+      sha256: `json_sha256` of the records to keep, as they were written; None if unknown.
 
     Raises:
-      UsageError: a line, not the last, is not a JSON object with a number "epoch"; or what stays
-        is not one record for each epoch from 1 to `epoch`, or not of that hash, so that the best
-        epoch and the learning rate would come out wrong.
+      UsageError: a line other than the last is not a JSON object with a number "epoch"; or the
+        remaining records are not one for each epoch from 1 to `epoch`, or have another hash. The
+        best epoch and the learning rate would be wrong.
     """
     kept = [(line, found) for line, found in _complete_lines(path) if _epoch(path, found) <= epoch]
     epochs = [record["epoch"] for _, record in kept]
     if epochs != list(range(1, epoch + 1)):
         raise UsageError(
-            f"{path} has lines of the epochs {epochs}, where the run has done {epoch}; "
+            f"{path} has the epochs {epochs}, but the run has finished {epoch}; "
             f"{_retrain_remedy(path)}"
         )
     if sha256 is not None and json_sha256([record for _, record in kept]) != sha256:
         raise UsageError(
-            f"{path} was changed since its {epoch} epochs were trained, and they decide the best "
-            f"epoch and the learning rate; {_retrain_remedy(path)}"
+            f"{path} was changed after its {epoch} epochs were trained; they determine the best "
+            f"epoch and the learning rate: {_retrain_remedy(path)}"
         )
     data = b"".join(line for line, _ in kept)
     if path.exists() and path.read_bytes() != data:
@@ -187,12 +189,12 @@ def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
 
 
 def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError:
-    """The error for a file that the system would not let us write, with reason and remedy.
+    """The error for a file that cannot be written, with reason and remedy.
 
     Args:
-      path: of the file.
-      error: the system's.
-      begun: whether there is a run that can be resumed.
+      path: path of the file.
+      error: the error of the operating system.
+      begun: whether there is a run to resume.
     """
     reason = error.strerror or str(error)
     before = "; earlier files are intact, and `resume` continues the run" if begun else ""
@@ -203,20 +205,20 @@ def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError
 
 
 def _state(folder: Path) -> str:
-    """Tells "empty", "unfinished" or "finished"; raises where the folder is no run's."""
+    """Returns the state, "empty", "unfinished" or "finished"; raises if it is no run."""
     if not folder.exists():
         return "empty"
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a folder for the run")
     names = {entry.name for entry in folder.iterdir()}
-    # What a start that was killed before it wrote config.json leaves behind.
+    # Left by a start that was killed before it wrote config.json.
     started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK)
     if all(name.startswith(started) for name in names):
         return "empty"
     if not {CONFIG, ENVIRONMENT} <= names:
         raise UsageError(
-            f"{folder} holds files but no run ({CONFIG} and {ENVIRONMENT}); nothing in it was "
-            f"touched: choose another folder, or empty it yourself"
+            f"{folder} holds files but no run ({CONFIG} and {ENVIRONMENT}); choose another folder, "
+            "or empty it"
         )
     return "finished" if RESULTS in names else "unfinished"
 
@@ -231,7 +233,7 @@ def _start(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    # results.json goes first and config.json last: cut short, the folder is an unfinished run.
+    # results.json first, config.json last: after an interruption, it is an unfinished run.
     rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
     for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
@@ -281,7 +283,7 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back for `value`, so that a config compares equal to its file."""
+    """`value` after a round trip through JSON, so that a config compares equal to its file."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, Path):
@@ -327,13 +329,13 @@ def _retrain_remedy(path: Path) -> str:
 def open_workdir(
     folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> Iterator[Path]:
-    """`prepare_workdir` of a folder that is this process's alone until the block ends.
+    """`prepare_workdir` with an exclusive lock on the folder while the context is open.
 
     Raises:
-      UsageError: another process holds it; else see `prepare_workdir`.
+      UsageError: another process holds the lock; else see `prepare_workdir`.
     """
     folder = Path(folder)
-    # Asked first, because a refused start leaves the folder as it is, without a lock in it.
+    # Checked first, so that a refused start leaves the folder unchanged, without a lock file.
     locking.require_free(folder)
     check_workdir(folder, config, resume=resume, overwrite=overwrite)
     with lock(folder):
@@ -342,7 +344,7 @@ def open_workdir(
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """`locking.lock`, of which a folder that cannot be written is bad input."""
+    """`locking.lock`, with a UsageError if the folder cannot be written."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locking.lock(folder))

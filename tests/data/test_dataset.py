@@ -49,7 +49,7 @@ def test_a_split_of_another_shape_is_refused(images, labels, message):
 
 def test_a_task_and_its_classes_must_agree():
     parts = {"train": split(1), "val": split(1), "test": split(1), "source": ""}
-    with pytest.raises(ValueError, match="'regression' is none of"):
+    with pytest.raises(ValueError, match="unknown task 'regression'"):
         Dataset("x", 4, "regression", ("a", "b"), **parts)
     with pytest.raises(ValueError, match="2 classes, not 1"):
         Dataset("x", 4, "binary-class", ("a",), **parts)

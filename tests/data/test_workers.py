@@ -1,6 +1,5 @@
 """Processes that read images: killed, sent signals, and whose."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -11,11 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from inmerge_jax.data import train_batch, train_batches
-from inmerge_jax.data.workers import WorkerLostError, watched
+from inmerge_jax.data import train_batch, train_batches, workers
 from inmerge_jax.errors import UsageError
 from tests.data.test_batches import Lazy, lazy, same
 from tests.long import long_unless
@@ -91,35 +90,38 @@ def test_a_worker_killed_as_it_starts_ends_the_batches():
         killed.set()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(UsageError, match="(SIGKILL|exit code -9).*fewer `workers`"):
+    with pytest.raises(UsageError, match="SIGKILL.*fewer `workers`"):
         list(train_batches(lazy(40), seed=1, batch_size=6, workers=2))
     assert killed.is_set()
 
 
-@pytest.mark.parametrize("name", ["another", "grain-process-prefetch-1"])
-def test_only_grains_processes_are_watched(name):
-    class Rows:
-        process = None
+def test_a_worker_that_hangs_is_not_waited_for():
+    (reading, _writing), (alive, _other) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    with pytest.raises(UsageError, match="a worker process read no batch in 0.1 s.*`workers`"):
+        workers._receive(reading, SimpleNamespace(sentinel=alive), 0.1)
 
-        def __next__(self):
-            if self.process:
-                self.process.kill()
-                time.sleep(1.5)
-                return 1
-            context = multiprocessing.get_context("spawn")
-            self.process = context.Process(target=time.sleep, args=(60,), name=name, daemon=True)
-            self.process.start()
-            time.sleep(0.2)
-            return 0
 
-        def close(self):
-            pass
+ABANDONED = """
+import sys
 
-    rows = Rows()
-    lost = pytest.raises(WorkerLostError, match="SIGKILL")
-    with lost if name != "another" else contextlib.nullcontext(), watched(rows) as elements:
-        assert [next(elements), next(elements)] == [0, 1]
-    rows.process.join(10)
+from tests.data.test_batches import lazy
+from inmerge_jax.data import train_batches
+
+if __name__ == "__main__":
+    row = train_batches(lazy(40), seed=1, batch_size=6, workers=2)
+    next(row)
+    sys.exit("an error elsewhere")
+"""
+
+
+def test_workers_end_with_a_command_that_leaves_them_alone(tmp_path):
+    script = tmp_path / "leaving.py"
+    script.write_text(ABANDONED)
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script], env=here, timeout=100, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == "an error elsewhere\n"
 
 
 def test_signals_to_the_whole_group_do_not_reach_workers():

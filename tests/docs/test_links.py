@@ -69,3 +69,11 @@ def test_the_navigation_lists_every_page_once():
     listed = re.findall(r"(\S+\.(?:md|ipynb))$", nav, re.MULTILINE)
     pages = [path for path in PAGES if path.is_relative_to(DOCS)]
     assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in pages)
+
+
+def test_every_example_is_included():
+    included = re.findall(
+        r'^ *--8<-- "(examples/\w+\.py)"$', (DOCS / "examples.md").read_text(), re.M
+    )
+    programs = [path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__"]
+    assert sorted(included) == sorted(str(path.relative_to(ROOT)) for path in programs)

@@ -1,11 +1,19 @@
-"""The tables in the README are those of the stored results."""
+"""Published tables are those of the stored results, and so is every number in the answers."""
+
+import json
+import re
 
 import pytest
 
 from experiments import tables
+from experiments.study.questions import QUESTIONS
+from experiments.study.statistics import MARGIN
 from inmerge_jax.errors import UsageError
 
-README = (tables.ROOT / "README.md").read_text()
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+NUMBER = re.compile(
+    rf"(?<![\w.,/{TIMES}-])([+{MINUS}]?)(\d+(?:,\d{{3}})*(?:\.\d+)?)( %)?(?![\w/]|\.\d)"
+)
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
@@ -15,12 +23,86 @@ def test_every_page_is_up_to_date(page):
 
 
 def test_a_number_typed_by_hand_is_noticed():
+    readme = (tables.ROOT / "README.md").read_text()
     begin = "<!-- begin main -->"
-    assert begin in README
-    forged = README.replace(begin, begin + "\n\nAUC 0.999")
-    assert tables.render(forged) == README
+    assert begin in readme
+    forged = readme.replace(begin, begin + "\n\nAUC 0.999")
+    assert tables.render(forged) == readme
 
 
 def test_a_missing_place_is_an_error():
     with pytest.raises(UsageError, match="no lines <!-- begin main -->"):
         tables.render("# nothing")
+
+
+def leaves(value):
+    """Every number in nested dicts and lists."""
+    if isinstance(value, dict):
+        return [x for one in value.values() for x in leaves(one)]
+    if isinstance(value, list | tuple):
+        return [x for one in value for x in leaves(one)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def settings(question):
+    """The numbers of a question's treatments, and the margin of its verdicts."""
+    described = [trial.treatment.described() for trial in question.trials]
+    return {abs(x) for x in leaves(described)} | {MARGIN}
+
+
+def unknown_numbers(text, analysis, allowed):
+    """Numbers in `text` that are neither allowed nor a rounded number of the analysis."""
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    known, found = leaves(analysis), []
+    for sign, digits, percent in NUMBER.findall(text):
+        decimals = len(digits.partition(".")[2])
+        value = float(digits.replace(",", "")) * (-1 if sign == MINUS else 1)
+        scaled = [100 * x for x in known] if percent else known
+        if not sign:
+            scaled = [abs(x) for x in scaled]
+        if not (value in allowed or any(round(x, decimals) == value for x in scaled)):
+            found.append(sign + digits + percent)
+    return found
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_every_number_of_an_answer_is_of_the_stored_results(name):
+    question = QUESTIONS[name]
+    page = (tables.ROOT / "docs" / "results" / question.page).read_text()
+    answer = page.partition("## Answer\n")[2].partition("\n## ")[0]
+    assert len(NUMBER.findall(answer)) >= 4 and "**Verdict: " in answer
+    analysis = tables.analysis(name)
+    assert not unknown_numbers(answer, analysis, settings(question))
+    wrong = ["+7.0123", f"{MINUS}0.9567", "98,765", "43.21 %"]
+    forged = f"{answer}\nThe difference is {wrong[0]} [{wrong[1]}] of {wrong[2]}, or {wrong[3]}."
+    assert unknown_numbers(forged, analysis, settings(question)) == wrong
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_handwritten_verdict_is_the_computed_one(name):
+    question = QUESTIONS[name]
+    page = (tables.ROOT / "docs" / "results" / question.page).read_text()
+    verdict = re.search(r"\*\*Verdict: (.*?)\.\*\*", page, re.DOTALL)[1].replace("\n", " ")
+    words, _, needed = question.overview(tables.analysis(name)).verdict.partition("; ")
+    assert words.partition(":")[0] in verdict
+    assert needed.replace(" would decide", "") in verdict
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_page_of_results_is_short(name):
+    page = (tables.ROOT / "docs" / "results" / QUESTIONS[name].page).read_text()
+    assert len(page.splitlines()) <= 80
+    for row in re.findall(r"^\| --- .*$", page, re.MULTILINE):
+        assert row.count("|") - 1 <= 6
+    command = f"python -m experiments.study {name}"
+    assert command in page and f"](../figures/results/{QUESTIONS[name].page[:-3]}.svg)" in page
+
+
+def test_every_question_has_a_figure_and_plain_numbers(tmp_path):
+    assert tables.main(["--figures", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {question.page.replace(".md", ".svg") for question in QUESTIONS.values()}
+    assert all("<svg " in path.read_text() for path in tmp_path.iterdir())
+    for name in QUESTIONS:
+        json.dumps(tables.analysis(name))
+    assert tables.main(["--nothing"]) == 2

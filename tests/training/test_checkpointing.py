@@ -182,7 +182,7 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
         ),
         (
             lambda s: s.replace(params={"Dense_0": s.params["Dense_0"]}),
-            ["params.Conv_0.kernel: in the checkpoint only"],
+            ["params.Conv_0.kernel: only in the checkpoint"],
         ),
         (
             lambda s: s.replace(step=jnp.zeros(2, jnp.int32)),

@@ -138,7 +138,7 @@ def assert_resumes(folder, evidence):
     assert "resumes from epoch" in said[0] and "report: " in said[0]
     # Process 1 says nothing but that it is there.
     lines = [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
-    assert len(lines) == 1 and "process 1 of 2 meets the others" in lines[0]
+    assert len(lines) == 1 and "process 1 of 2 connects to" in lines[0]
     assert jobs.run_evidence(folder) == evidence
     assert list(elsewhere(folder).iterdir()) == []
 
@@ -211,7 +211,7 @@ def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evid
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGTERM)
     assert statuses == [128 + signal.SIGTERM] * 2, said
     assert "SIGTERM: stopping after this update" in said[1], said
-    assert "SIGTERM came to process 1: process 0" in said[0] and "--resume" in said[0], said
+    assert "process 1 received SIGTERM: process 0" in said[0] and "--resume" in said[0], said
     assert_resumes(tmp_path / "two", evidence)
 
 

@@ -84,7 +84,7 @@ def test_a_stop_says_what_it_keeps_and_a_resumed_stage_where_it_goes_on(tmp_path
     assert not (tmp_path / "mid_epoch").exists()
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
     with pytest.raises(
-        TrainingInterrupted, match=r"after update 1 of epoch 2, kept in .*/mid_epoch/4$"
+        TrainingInterrupted, match=r"after update 1 of epoch 2, saved in .*/mid_epoch/4$"
     ):
         run(tmp_path, setup=stopping)
     for _ in range(2):  # Stopped before its first update, it keeps what was kept before.

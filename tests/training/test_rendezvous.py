@@ -173,7 +173,7 @@ def test_the_command_ends_with_the_message(process, host, words, tmp_path, monke
         )
     out, err = capsys.readouterr()
     assert status == 2 and not jax.distributed.is_initialized()
-    assert out.startswith(f"process {process} of 2 meets the others at {coordinator}")
+    assert out.startswith(f"process {process} of 2 connects to {coordinator} and waits")
     assert f"error: --coordinator {coordinator}: process {process}" in err and words in err
     assert not (tmp_path / "run").exists()
 

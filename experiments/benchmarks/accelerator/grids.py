@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from experiments.study.cells import Backbone, Cell, Treatment
+from experiments.study.trials import Backbone, Treatment, Trial
 
 ARMS: Mapping[str, Treatment] = {
     "finetune": Treatment(),
@@ -43,16 +43,16 @@ class Grid:
             for data in self.data:
                 yield data, seeds
 
-    def backbone(self, data: str, seed: int) -> Cell:
+    def backbone(self, data: str, seed: int) -> Trial:
         """The first stage."""
-        return Cell(Backbone(data, self.model, seed, self.epochs, self.width))
+        return Trial(Backbone(data, self.model, seed, self.epochs, self.width))
 
-    def second(self, data: str, seed: int, arm: str) -> Cell:
+    def second(self, data: str, seed: int, arm: str) -> Trial:
         """A second stage."""
         start = self.backbone(data, seed).backbone
-        return Cell(start, arm, self.more, treatment=self.arms[arm])
+        return Trial(start, arm, self.more, treatment=self.arms[arm])
 
-    def cells(self) -> Iterator[Cell]:
+    def trials(self) -> Iterator[Trial]:
         """All trials."""
         for data, seeds in self.units(1):
             yield self.backbone(data, seeds[0])

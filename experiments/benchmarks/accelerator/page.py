@@ -258,7 +258,7 @@ def trials(part: Mapping[str, Any]) -> Table:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for case in part["cases"].values():
         for record in case.get("records", {}).values():
-            start = record["cell"]["backbone"]
+            start = record["config"]["backbone"]
             by_arm = found.setdefault(start["data"], collections.defaultdict(dict))
             by_arm[record["arm"]][start["seed"]] = record["result"]["test"]["auc"]
     arms = list(dict.fromkeys(arm for by_arm in found.values() for arm in by_arm))
@@ -324,7 +324,7 @@ def import_folder(folder: Path, results: Path = RESULTS, *, tiny: bool = False) 
     for part in PUBLISHED:
         if part in found:
             write_json(place / f"{part}.json", {**_publishable(found[part]), "commit": commit})
-    added = trials_part.keep_records(new, arrays, commit, results / "cells")
+    added = trials_part.import_records(new, arrays, commit, results)
     say(f"imported {folder} (commit {commit[:10]}) into {place}; {added} new trials")
     write_page(results)
     return 0

@@ -22,10 +22,10 @@ from jax import lax
 from experiments.benchmarks.accelerator.grids import GRIDS, Grid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.benchmarks.accelerator.session import Session, say, to_json
-from experiments.study import datasets, store
-from experiments.study.cells import Cell, Treatment
-from experiments.study.stages import Places, plan_of
+from experiments.study import archive, datasets
+from experiments.study.stages import Paths, plan_of
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
+from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
 from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import UsageError
@@ -72,14 +72,14 @@ def check_data(grid: Grid, folder: Path) -> None:
 
 def measure(session: Session, grid: Grid, data_dir: Path) -> None:
     """Trains the trials of a grid that are not stored yet, until the time is used."""
-    places = Places(data_dir, session.folder, devices=jax.local_device_count())
+    paths = Paths(data_dir, session.folder, devices=jax.local_device_count())
     arrays = stored_arrays(session.folder)
     found = session.found[PART]
     programs: dict[tuple[str, int], Program] = {}
 
     def program(data: str, together: int) -> Program:
         if (data, together) not in programs:
-            programs[data, together] = make_program(grid, data, together, places)
+            programs[data, together] = make_program(grid, data, together, paths)
         return programs[data, together]
 
     choice = "seeds at a time"
@@ -97,9 +97,9 @@ def measure(session: Session, grid: Grid, data_dir: Path) -> None:
     chosen = found["cases"][choice]
     together = chosen["together"]
     for data, seeds in grid.units(together):
-        cells = [grid.backbone(data, seed) for seed in seeds]
-        cells += [grid.second(data, seed, arm) for seed in seeds for arm in grid.arms]
-        if all(cell.hash in stored_records(found) for cell in cells):
+        trials = [grid.backbone(data, seed) for seed in seeds]
+        trials += [grid.second(data, seed, arm) for seed in seeds for arm in grid.arms]
+        if all(trial.hash in stored_records(found) for trial in trials):
             continue
         done = [case["seconds_per_update"] for case in found["cases"].values() if "records" in case]
         one = done[-1] if done else 2 * chosen["seconds_per_update"][str(together)]
@@ -129,39 +129,44 @@ def stored_records(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return records
 
 
-def keep_records(
+def import_records(
     records: Mapping[str, dict[str, Any]],
     arrays: Mapping[str, np.ndarray],
     commit: str,
-    folder: Path,
+    results: Path,
 ) -> int:
-    """Stores trials where `study.store` reads them; those that are stored already stay.
+    """Adds trials to the study's archive; those that are stored already stay.
 
     Args:
       records: of `stored_records`.
-      arrays: of the npz beside them.
-      commit: that they were trained at.
-      folder: of `study.store`.
+      arrays: of the npz next to them.
+      commit: at which they were trained.
+      results: folder of the archive.
 
     Returns:
-      How many were new.
+      The number of new trials.
 
     Raises:
-      UsageError: a trial is of no grid of this version, or its data set's labels are others.
+      UsageError: a trial is in no grid of this version, or its data set's labels differ.
     """
-    known = {cell.hash: cell for grid in GRIDS.values() for cell in grid.cells()}
-    unknown = sorted(set(records) - set(known))
-    if unknown:
+    known = {trial.hash: trial for grid in GRIDS.values() for trial in grid.trials()}
+    if unknown := sorted(set(records) - set(known)):
         raise UsageError(f"the trials {', '.join(unknown)} are of no grid of this version")
-    new = [one for one in records if store.read(known[one], folder) is None]
-    for one in new:
-        data = known[one].backbone.data
-        labels = store.Labels(
+    stored = archive.read(results).records
+    new = {one: record for one, record in records.items() if one not in stored}
+    if not new:
+        return 0
+    for one, record in new.items():
+        origin = record["trained"] | {"git": {"commit": commit, "dirty": False}}
+        new[one] = {**record, "trained": origin}
+    labels = {
+        data: archive.Labels(
             arrays[f"labels-{data}"], str(arrays[f"task-{data}"]), arrays.get(f"patients-{data}")
         )
-        trained = records[one]["trained"] | {"git": {"commit": commit, "dirty": False}}
-        record = {**records[one], "trained": trained}
-        store.write(known[one], record, arrays[f"scores-{one}"], labels, folder)
+        for data in {known[one].backbone.data for one in new}
+    }
+    scores = {f"scores/{one}": arrays[f"scores-{one}"].astype(np.float32) for one in new}
+    archive.add(results, new, scores, labels)
     return len(new)
 
 
@@ -196,7 +201,7 @@ def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
 def shared_treatment(
     kernels: tuple[Kernel, ...], kinds: Sequence[tuple[str, bool]]
 ) -> Callable[..., Any]:
-    """A `ParamTransform` that holds all rules of a grid, so that they share one compilation.
+    """A `steps.Treatment` that holds all rules of a grid, so that they share one compilation.
 
     Branch 0 leaves the weights alone; branch i + 1 merges as `kinds[i]` says.
     """
@@ -256,9 +261,9 @@ class Program:
         return steps_per_epoch(len(self.plan.dataset.train), self.plan.recipe.batch_size)
 
 
-def make_program(grid: Grid, data: str, together: int, places: Places) -> Program:
+def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
     """Loads a data set and makes the step that trains `together` seeds at once."""
-    plan = plan_of(grid.backbone(data, 0), places)
+    plan = plan_of(grid.backbone(data, 0), paths)
     setup = make_context(plan)
     treatments = list(grid.arms.values())
     kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
@@ -330,7 +335,7 @@ def train_unit(
     """Trains the backbone and all second stages of some seeds, and stores their test scores.
 
     Returns:
-      "records": by hash, what `study.store` keeps of each; "seconds_per_update" of one seed.
+      "records": by hash, the record of `study.archive`; "seconds_per_update" of one seed.
     """
     before = time.monotonic()
     chosen = program(data, len(seeds))
@@ -339,20 +344,20 @@ def train_unit(
     best = None
     for arm in (None, *grid.arms):
         if arm is None:
-            cells = [grid.backbone(data, seed) for seed in seeds]
+            trials = [grid.backbone(data, seed) for seed in seeds]
         else:
-            cells = [grid.second(data, seed, arm) for seed in seeds]
-        trained = train_together(chosen, cells, starts if best is None else best)
+            trials = [grid.second(data, seed, arm) for seed in seeds]
+        trained = train_together(chosen, trials, starts if best is None else best)
         best = best or [one.weights for one in trained]
-        for cell, one in zip(cells, trained, strict=True):
+        for trial, one in zip(trials, trained, strict=True):
             around = session.around["environment"] | {
                 name: session.around[name] for name in ("device", "driver")
             }
-            records[cell.hash] = store.make_record(cell, one.result, one.similarity, around)
-            arrays[f"scores-{cell.hash}"] = one.scores.astype(np.float32)
+            records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
+            arrays[f"scores-{trial.hash}"] = one.scores.astype(np.float32)
         auc = np.mean([one.result["test"]["auc"] for one in trained])
-        say(f"  {cells[0].arm}: mean test AUC {auc:.3f}; {time.monotonic() - before:.0f} s so far")
-    labels = store.labels_of(chosen.plan.dataset)
+        say(f"  {trials[0].arm}: mean test AUC {auc:.3f}; {time.monotonic() - before:.0f} s so far")
+    labels = archive.labels_of(chosen.plan.dataset)
     arrays[f"labels-{data}"] = labels.labels
     arrays[f"task-{data}"] = np.array(labels.task)
     if labels.patients is not None:
@@ -375,21 +380,21 @@ class Trained(NamedTuple):
 
 
 def train_together(
-    program: Program, cells: Sequence[Cell], starts: Sequence[tuple[Any, Any]]
+    program: Program, trials: Sequence[Trial], starts: Sequence[tuple[Any, Any]]
 ) -> list[Trained]:
-    """Trains cells that differ in their seeds alone, from the given weights.
+    """Trains trials that differ in their seeds alone, from the given weights.
 
     Raises:
       NonFiniteLossError: one of them diverged.
     """
     before = time.monotonic()
-    plan, setup, cell, count = program.plan, program.setup, cells[0], len(cells)
+    plan, setup, trial, count = program.plan, program.setup, trials[0], len(trials)
     recipe, data, devices = plan.recipe, plan.dataset, plan.devices
-    seeds, number = [c.backbone.seed for c in cells], int(not cell.is_backbone)
-    epochs = cell.epochs or cell.backbone.epochs
-    first_rate = cell.backbone.rate if cell.is_backbone else cell.learning_rate
+    seeds, number = [c.backbone.seed for c in trials], int(not trial.is_backbone)
+    epochs = trial.epochs or trial.backbone.epochs
+    first_rate = trial.backbone.rate if trial.is_backbone else trial.learning_rate
     given = broadcast_to_devices(
-        shared_numbers(cell.treatment, program.kinds, program.updates), devices
+        shared_numbers(trial.treatment, program.kinds, program.updates), devices
     )
     states = [new_state(*start, setup.optimizer, first_rate) for start in starts]
     state = replicate(stack(states), devices)
@@ -399,7 +404,7 @@ def train_together(
         train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
         for seed in seeds
     ]
-    histories: list[list[dict[str, Any]]] = [[] for _ in cells]
+    histories: list[list[dict[str, Any]]] = [[] for _ in trials]
     best: list[TrainState] = [None] * count
 
     for epoch in range(1, epochs + 1):
@@ -415,7 +420,7 @@ def train_together(
             total = sums if count == 1 else Totals(*(x[i] for x in sums))
             scores, loss = setup.evaluate(one, data.val)
             if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
-                raise NonFiniteLossError(f"{cells[i].name}: diverged in epoch {epoch}")
+                raise NonFiniteLossError(f"{trials[i].name}: diverged in epoch {epoch}")
             auc = compute_metrics(data.val.labels, scores, data.task).auc
             line = {"val_loss": loss, "val_auc": json_number(auc), "learning_rate": rate}
             line |= {"selected": total.selected, "merged": total.merged}
@@ -424,13 +429,13 @@ def train_together(
                 best[i] = one
     seconds = (time.monotonic() - before) / count
     return [
-        finish(program, cells[i], starts[i], histories[i], best[i], seconds) for i in range(count)
+        finish(program, trials[i], starts[i], histories[i], best[i], seconds) for i in range(count)
     ]
 
 
 def finish(
     program: Program,
-    cell: Cell,
+    trial: Trial,
     start: tuple[Any, Any],
     history: list[dict[str, Any]],
     state: TrainState,
@@ -443,7 +448,7 @@ def finish(
         scores[name], _ = setup.evaluate(state, images)
         found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
     weights = unreplicate((state.params, state.batch_stats))
-    merges = cell.treatment.kind != "none"
+    merges = trial.treatment.kind != "none"
     deep = program.deep if merges else ()
     result = {
         "best_epoch": best_epoch(history, plan.recipe.select),
@@ -472,7 +477,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def join(batches: Sequence[Mapping[str, np.ndarray]], devices: int) -> dict[str, np.ndarray]:
-    """Batches of several networks as one: `shard_batch` gives each device its rows of each."""
+    """Batches of several networks as one, so that `split` gives each device its rows of each."""
     if len(batches) == 1:
         return dict(batches[0])
     joined = {}

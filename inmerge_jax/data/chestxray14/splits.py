@@ -1,4 +1,4 @@
-"""Who trains, who validates, who tests: three named splits, each checked to share no patient."""
+"""Three named splits into training, validation and test, checked to share no patient."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ PARTS = ("train", "val", "test")
 
 
 def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarray]:
-    """The rows of `labels` that each part has, ascending.
+    """Assigns the rows of `labels` to training, validation and test.
 
     Args:
-      split: chexnet, the user's train_list.txt, val_list.txt and test_list.txt; nih_official, the
-        user's train_val_list.txt and test_list.txt, an eighth of the former's patients validating;
-        patient_hash, 70, 10 and 20 % of the patients by a hash of their number, without a list.
-      labels: every image.
-      lists: folder of the lists, plain or with the ending .gz; None for patient_hash.
+      split: "chexnet": train_list.txt, val_list.txt and test_list.txt. "nih_official":
+        train_val_list.txt and test_list.txt; an eighth of the former's patients validate.
+        "patient_hash": 70, 10 and 20 % of the patients by a hash of their number.
+      labels: labels of all images.
+      lists: folder of the lists, plain or gzipped (.gz); None for patient_hash.
 
     Returns:
-      int64 rows by "train", "val" and "test". Images that no list names are in none.
+      Ascending int64 rows by "train", "val" and "test". Images on no list are left out.
 
     Raises:
-      UsageError: an unknown split; a list that is absent, damaged, or names an image twice or one
-        that the labels lack; a patient in two parts; a folder of lists where none is read.
+      UsageError: the split is unknown; a list is missing or damaged, names an image twice or an
+        image without labels; a patient is in two parts; or `lists` is given for patient_hash.
     """
     if split == "patient_hash":
         if lists is not None:
@@ -58,7 +58,7 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
 
 
 def hash_places(patients: np.ndarray) -> np.ndarray:
-    """For every patient's number a place in [0, 1), float64 (n,), the same wherever it is asked."""
+    """Maps patient numbers to [0, 1) by a hash, float64 (n,); platform-independent."""
     numbers, inverse = np.unique(patients, return_inverse=True)
     digests = (hashlib.sha256(str(number).encode()).digest() for number in numbers.tolist())
     places = [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
@@ -66,7 +66,7 @@ def hash_places(patients: np.ndarray) -> np.ndarray:
 
 
 def check_patients(patients: dict[str, np.ndarray], source: str) -> None:
-    """Raises UsageError where a patient's number is in two parts."""
+    """Raises UsageError if a patient is in two parts."""
     parts = list(patients)
     for index, first in enumerate(parts):
         for second in parts[index + 1 :]:
@@ -74,7 +74,7 @@ def check_patients(patients: dict[str, np.ndarray], source: str) -> None:
             if shared.size:
                 raise UsageError(
                     f"{source}: {some([str(p) for p in shared.tolist()], 'patient')} in both "
-                    f"{first} and {second}; a network may not be tested on whom it was trained on"
+                    f"{first} and {second}; each patient may be in one part only"
                 )
 
 

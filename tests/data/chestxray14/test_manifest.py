@@ -53,7 +53,7 @@ def test_a_flipped_bit_in_a_json_is_noticed(copy, step):
         data[len(data) * (2 * step + 1) // 16] ^= 1 << step
         path.write_bytes(data)
         with pytest.raises(
-            UsageError, match=rf"{path.name} is damaged.*: .*build the data set anew"
+            UsageError, match=rf"{path.name} is damaged.*: .*build the data set again"
         ):
             load_chestxray14(copy)
         path.write_bytes(whole)
@@ -81,7 +81,7 @@ def test_a_manifest_of_another_version_is_refused(copy):
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 def test_tfds_json_that_is_gone_is_named(nih, copy, name):
     (copy / json.loads((copy / "manifest.json").read_bytes())["records"] / name).unlink()
-    with pytest.raises(UsageError, match=rf"{name} is missing; delete .* build the data set anew"):
+    with pytest.raises(UsageError, match=rf"{name} is missing; delete .* build the data set again"):
         load_chestxray14(copy)
     with pytest.raises(UsageError, match=rf"{name} is missing"):
         make(nih, copy)

@@ -131,7 +131,7 @@ def test_a_folder_without_locks_is_built_in_with_a_warning(nih, tmp_path, monkey
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(locking.fcntl, "flock", none)
-    assert "has no locks: start nothing else there" in make(nih, tmp_path / "out")[1]
+    assert "has no locks: start no second process there" in make(nih, tmp_path / "out")[1]
     assert fcntl.flock is none and not (tmp_path / "out" / LOCK).exists()
 
 

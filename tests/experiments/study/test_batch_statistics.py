@@ -1,7 +1,6 @@
 """Batch statistics that are estimated anew, against NumPy and PyTorch's running ones."""
 
 import dataclasses
-import json
 
 import flax.linen as nn
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import batch_statistics, runner, stages
-from experiments.study.cells import Backbone, Cell
+from experiments.study import archive, batch_statistics, runner, stages
+from experiments.study.analysis import Group
+from experiments.study.trials import Backbone, Trial
 from inmerge_jax.data import Split
 from inmerge_jax.models.layers import BatchNorm
 from inmerge_jax.training.recipes import RECIPES
@@ -42,19 +42,35 @@ def test_they_are_the_mean_of_the_full_batches_own():
     np.testing.assert_allclose(one["var"], variances, rtol=1e-5)
 
 
+def test_differences_are_paired_by_training():
+    start = Backbone("breastmnist", "resnet18", 0, 1)
+    values = {("merge", 0): 0.5, ("merge", 1): 0.75, ("any", 0): 0.25, ("any", 1): 0.25}
+    arms, records = {}, {}
+    for (arm, seed), value in values.items():
+        learning_rate = 0.1 if arm == "merge" else 0.2
+        trial = Trial(dataclasses.replace(start, seed=seed), arm, 1, learning_rate)
+        arms.setdefault(arm, {})[seed] = trial
+        kinds = {kind: {"auc": value, "acc": value / 2} for kind in batch_statistics.KINDS}
+        records[trial.hash] = {batch_statistics.FIELD: kinds}
+    group = Group("one", arms, archive.Archive(records))
+    found = batch_statistics.differences([group, group], ("merge", "any"))
+    assert found["renewed"]["auc"]["trials"] == 4
+    assert found["renewed"]["auc"]["mean"] == 0.375 and found["running"]["acc"]["mean"] == 0.1875
+    spread = batch_statistics.ranges([group])["one"]
+    assert spread["renewed"]["auc"] == [0.25, 0.625]
+
+
 @pytest.mark.long
-def test_it_is_measured_once_for_each_cell_and_kept(tmp_path, capsys):
-    cell = Cell(Backbone("phantom", "vgg11_bn", 0, 1, 0.1))
-    places = stages.Places(tmp_path, tmp_path / "runs", tmp_path / "results")
-    runner.run_cells([cell], places)
-    assert not batch_statistics.measured(cell, places)
-    batch_statistics.measure([cell], places)
-    assert batch_statistics.measured(cell, places)
-    found = json.loads((places.results / "study" / batch_statistics.FILE).read_bytes())
-    assert list(found) == [cell.hash]
-    running, renewed = found[cell.hash].values()
-    assert running["auc"] == runner.read_result(places.cell(cell))["val"]["auc"]
-    assert renewed["loss"] != running["loss"]
-    capsys.readouterr()
-    batch_statistics.measure([cell], places)
-    assert not capsys.readouterr().out
+def test_it_is_measured_and_stored(tmp_path):
+    trial = Trial(Backbone("phantom", "vgg11_bn", 0, 1, 0.1))
+    paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results")
+    runner.run_trials([trial], paths)
+    dataset = stages.plan_of(trial, paths).dataset
+    archive.keep(trial, paths.trial(trial), paths.results, dataset)
+    assert not batch_statistics.measured(trial, archive.read(paths.results))
+    batch_statistics.measure(trial, paths)
+    stored = archive.read(paths.results)
+    assert batch_statistics.measured(trial, stored)
+    found = stored.records[trial.hash][batch_statistics.FIELD]
+    assert found["running"]["auc"] == runner.read_result(paths.trial(trial))["val"]["auc"]
+    assert found["renewed"]["loss"] != found["running"]["loss"]

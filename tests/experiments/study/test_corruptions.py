@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from experiments.study.corruptions import SEVERITIES, corrupt
-from experiments.study.prediction_errors import balanced_error, calibration_error, reliability
+from experiments.study.prediction_errors import balanced_error, calibration_error
 from inmerge_jax.data import make_phantom
 
 
@@ -42,22 +42,3 @@ def test_calibration_error():
     found = calibration_error(labels, scores, counts)
     np.testing.assert_allclose(found, [0.5 * 0.45 + 0.5 * 0.35, 0.95 - 0.75, 0.35])
     assert calibration_error(labels, np.eye(2)[labels], counts[:1]) == 0
-
-
-def test_reliability_is_over_all_seeds_with_an_interval_over_images():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 400)
-    # Confidence 0.75 throughout, right three times out of four, in each of two seeds.
-    wrong = rng.random((2, 400)) < 0.25
-    chosen = np.where(wrong, 1 - labels, labels)
-    scores = np.where(np.eye(2, dtype=bool)[chosen], 0.75, 0.25)
-    drawn = rng.multinomial(400, np.full(400, 1 / 400), 500)
-    counts = np.concatenate([np.ones((1, 400), int), drawn])
-    (row,) = reliability(labels, scores, counts)
-    assert row["confidence"] == 0.75 and row["right"] == pytest.approx(1 - wrong.mean())
-    half = 1.96 * wrong.mean(0).std() / 20
-    assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
-    assert row["low"] < row["right"] < row["high"]
-    two = np.array([[[0.95, 0.05]] * 2 + [[0.35, 0.65]] * 2])
-    few = reliability(labels[:4], two, counts[:, :4])
-    assert [one["confidence"] for one in few] == pytest.approx([0.65, 0.95])

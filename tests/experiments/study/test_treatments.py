@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study.cells import Treatment
 from experiments.study.treatments import (
     average_weights,
     averaged,
@@ -15,6 +14,7 @@ from experiments.study.treatments import (
     numbers,
     selection,
 )
+from experiments.study.trials import Treatment
 from inmerge_jax import merge_kernels
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train_step import make_optimizer, new_state

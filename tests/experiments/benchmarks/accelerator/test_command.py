@@ -15,8 +15,7 @@ from experiments.benchmarks.accelerator import page
 from experiments.benchmarks.accelerator.command import main
 from experiments.benchmarks.accelerator.grids import GRIDS
 from experiments.benchmarks.accelerator.session import PARTS, read_part
-from experiments.study import store
-from experiments.study.question import Kept
+from experiments.study import archive
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
@@ -105,12 +104,10 @@ def test_results_are_imported(measured, tmp_path, monkeypatch):
     for part in page.PUBLISHED:
         stored = json.loads((place / f"{part}.json").read_bytes())
         assert stored["commit"] == "c" * 40 and "command" not in stored["environment"]
-    cells = tuple(GRIDS["phantom"].cells())
-    kept = Kept.of(cells, tmp_path / "cells")
-    assert kept.cells == cells
-    compared = kept.compare([("inmerge", "finetune")], resamples=20, permutations=20)
-    assert len(compared["differences"]["inmerge - finetune"]["auc"]["seeds"]) == 2
-    scores = store.read_test_scores(cells[0], tmp_path / "cells")
+    stored = archive.read(tmp_path)
+    trials = list(GRIDS["phantom"].trials())
+    assert {trial.hash for trial in trials} == set(stored.records)
+    scores = stored.scores(trials[0])
     assert scores.dtype == np.float32 and np.isfinite(scores).all()
     assert "TINY SIZES" in page.markdown(tmp_path)
 

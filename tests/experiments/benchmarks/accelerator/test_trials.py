@@ -12,10 +12,10 @@ from experiments.benchmarks.accelerator.trials import (
     shared_numbers,
     shared_treatment,
 )
-from experiments.study import runner, store
-from experiments.study.cells import Treatment
-from experiments.study.stages import Places, weights_of
+from experiments.study import archive, runner
+from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
+from experiments.study.trials import Treatment
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import initial_variables
 from tests.training import tiny
@@ -24,45 +24,45 @@ GRID = GRIDS["phantom"]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    return Places(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs"), devices=2)
+def paths(tmp_path_factory):
+    return Paths(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs"), devices=2)
 
 
-def train(places, seeds, arm=None, starts=None):
-    program = make_program(GRID, "phantom", len(seeds), places)
+def train(paths, seeds, arm=None, starts=None):
+    program = make_program(GRID, "phantom", len(seeds), paths)
     if arm is None:
-        cells = [GRID.backbone("phantom", seed) for seed in seeds]
+        chosen = [GRID.backbone("phantom", seed) for seed in seeds]
         starts = [initial_variables(program.plan, seed) for seed in seeds]
     else:
-        cells = [GRID.second("phantom", seed, arm) for seed in seeds]
-    return trials.train_together(program, cells, starts)
+        chosen = [GRID.second("phantom", seed, arm) for seed in seeds]
+    return trials.train_together(program, chosen, starts)
 
 
 @pytest.fixture(scope="module")
-def alone(places):
-    (backbone,) = train(places, [1])
-    (merged,) = train(places, [1], "inmerge", [backbone.weights])
+def alone(paths):
+    (backbone,) = train(paths, [1])
+    (merged,) = train(paths, [1], "inmerge", [backbone.weights])
     return {"backbone": backbone, "inmerge": merged}
 
 
-def test_a_trial_is_what_the_runner_trains(places, alone):
-    cells = [GRID.backbone("phantom", 1), GRID.second("phantom", 1, "inmerge")]
-    runner.run_cells(cells, places)
-    for cell in cells:
-        expected, found = runner.read_result(places.cell(cell)), alone[cell.arm]
+def test_a_trial_is_what_the_runner_trains(paths, alone):
+    chosen = [GRID.backbone("phantom", 1), GRID.second("phantom", 1, "inmerge")]
+    runner.run_trials(chosen, paths)
+    for trial in chosen:
+        expected, found = runner.read_result(paths.trial(trial)), alone[trial.arm]
         for name in ("best_epoch", "epochs", "steps", "layers", "kernels", "selected", "merged"):
             assert found.result[name] == expected[name], name
         for part in ("val", "test"):
             assert found.result[part]["auc"] == pytest.approx(expected[part]["auc"], abs=2e-3)
-        images = np.asarray(make_program(GRID, "phantom", 1, places).plan.dataset.test.images)
-        scores = weights_of(cell, places)(images)
+        images = np.asarray(make_program(GRID, "phantom", 1, paths).plan.dataset.test.images)
+        scores = weights_of(trial, paths)(images)
         np.testing.assert_allclose(found.scores, scores, atol=1e-4)
     assert sum(alone["inmerge"].result["merged"]) > 0
 
 
-def test_seeds_that_train_together_train_as_alone(places, alone):
-    backbones = train(places, [0, 1])
-    merged = train(places, [0, 1], "inmerge", [one.weights for one in backbones])
+def test_seeds_that_train_together_train_as_alone(paths, alone):
+    backbones = train(paths, [0, 1])
+    merged = train(paths, [0, 1], "inmerge", [one.weights for one in backbones])
     for found, expected in ((backbones[1], alone["backbone"]), (merged[1], alone["inmerge"])):
         assert found.result["merged"] == expected.result["merged"]
         assert found.result["best_epoch"] == expected.result["best_epoch"]
@@ -100,9 +100,9 @@ def test_every_rule_is_a_branch_of_one_program(treatment):
 
 def test_every_grid_has_paired_arms_and_trials_of_their_own():
     for name, grid in GRIDS.items():
-        cells = list(grid.cells())
-        assert len({cell.hash for cell in cells}) == len(cells), name
-        assert len(cells) == len(grid.data) * grid.seeds * (1 + len(grid.arms))
+        trials = list(grid.trials())
+        assert len({trial.hash for trial in trials}) == len(trials), name
+        assert len(trials) == len(grid.data) * grid.seeds * (1 + len(grid.arms))
         seeds = [(data, seed) for data, unit in grid.units(4) for seed in unit]
         assert sorted(seeds) == sorted((d, s) for d in grid.data for s in range(grid.seeds))
         merging = [one for one in grid.arms.values() if kind_of(one)]
@@ -115,31 +115,29 @@ def test_a_missing_file_is_named(tmp_path):
     trials.check_data(GRID, tmp_path)
 
 
-def test_records_are_what_the_study_reads(places, alone, tmp_path):
-    cells = {arm: cell for cell in GRID.cells() if cell.backbone.seed == 1 for arm in [cell.arm]}
+def test_records_are_what_the_study_reads(paths, alone, tmp_path):
+    known = {trial.arm: trial for trial in GRID.trials() if trial.backbone.seed == 1}
     around = {"started": "2026-01-01", "git": {}, "cpus": 2, "packages": {"jax": "0"}}
     around |= {"device": "chip", "driver": "1.2"}
-    records, arrays = {}, {"labels-phantom": None, "task-phantom": None}
-    labels = store.labels_of(make_program(GRID, "phantom", 1, places).plan.dataset)
-    arrays |= {"labels-phantom": labels.labels, "task-phantom": np.array(labels.task)}
+    labels = archive.labels_of(make_program(GRID, "phantom", 1, paths).plan.dataset)
+    arrays = {"labels-phantom": labels.labels, "task-phantom": np.array(labels.task)}
+    records = {}
     for arm, one in alone.items():
-        cell = cells[arm]
-        records[cell.hash] = store.make_record(cell, one.result, one.similarity, around)
-        arrays[f"scores-{cell.hash}"] = one.scores
-    assert trials.keep_records(records, arrays, "c" * 40, tmp_path) == 2
-    assert trials.keep_records(records, arrays, "d" * 40, tmp_path) == 0
-    stored = store.read(cells["inmerge"], tmp_path)
-    assert stored["trained"]["git"] == {"commit": "c" * 40, "dirty": False}
-    assert stored["trained"]["device"] == "chip"
-    found = store.read_test_scores(cells["inmerge"], tmp_path)
-    np.testing.assert_array_equal(found, alone["inmerge"].scores)
-    assert store.read_labels("phantom", tmp_path).task == labels.task
+        trial = known[arm]
+        records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
+        arrays[f"scores-{trial.hash}"] = one.scores
+    assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 2
+    assert trials.import_records(records, arrays, "d" * 40, tmp_path) == 0
+    stored = archive.read(tmp_path)
+    record = stored.records[known["inmerge"].hash]
+    assert record["trained"]["git"] == {"commit": "c" * 40, "dirty": False}
+    assert record["trained"]["device"] == "chip"
+    np.testing.assert_array_equal(stored.scores(known["inmerge"]), alone["inmerge"].scores)
+    assert stored.labels["phantom"].task == labels.task
     with pytest.raises(UsageError, match="unknown are of no grid"):
-        trials.keep_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
-    other = arrays | {"labels-phantom": 1 - labels.labels}
-    cell = cells["finetune"]
-    one = alone["backbone"]
-    late = {cell.hash: store.make_record(cell, one.result, one.similarity, around)}
-    other[f"scores-{cell.hash}"] = one.scores
+        trials.import_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
+    trial, one = known["finetune"], alone["backbone"]
+    late = {trial.hash: archive.make_record(trial, one.result, one.similarity, around)}
+    other = arrays | {"labels-phantom": 1 - labels.labels, f"scores-{trial.hash}": one.scores}
     with pytest.raises(UsageError, match="other test labels"):
-        trials.keep_records(late, other, "c" * 40, tmp_path)
+        trials.import_records(late, other, "c" * 40, tmp_path)

@@ -1,0 +1,18 @@
+"""The questions of the study, in their order."""
+
+from experiments.study.questions import (
+    ablation,
+    adaptive,
+    controls,
+    cost,
+    main_effect,
+    robustness,
+    similarity,
+)
+from experiments.study.questions.question import Question
+
+QUESTIONS: dict[str, Question] = {
+    module.QUESTION.name: module.QUESTION
+    for module in (main_effect, ablation, controls, similarity, adaptive, robustness, cost)
+}
+"""By name."""

@@ -1,0 +1,64 @@
+"""What every question of the study has."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from experiments.study.archive import Archive
+from experiments.study.trials import Trial, with_dependencies
+from inmerge_jax.reporting.plots import Plot
+
+Found = dict[str, Any]
+
+
+class Overview(NamedTuple):
+    """A question's row in the overview.
+
+    Attributes:
+      effect: with its interval.
+      trials: how many paired trainings it is the mean of.
+      verdict: the conclusion.
+    """
+
+    effect: str
+    trials: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the study.
+
+    Attributes:
+      name: on the command line; its page is docs/results/NAME.md, with hyphens.
+      title: of the page.
+      hypothesis: one sentence.
+      trials: the grid; empty where nothing is trained.
+      analyse: from the stored results to every number that is published.
+      table: the page's table, from what `analyse` returns.
+      figure: likewise.
+      overview: likewise.
+      measure: from a finished trial and `stages.Paths` to further results of its weights, as
+        `archive.add` takes them; None where test scores suffice.
+      measured: whether the archive has these of a trial.
+    """
+
+    name: str
+    title: str
+    hypothesis: str
+    trials: tuple[Trial, ...]
+    analyse: Callable[[Archive], Found]
+    table: Callable[[Found], str]
+    figure: Callable[[Found], Plot]
+    overview: Callable[[Found], Overview]
+    measure: Callable[[Trial, Any], None] | None = None
+    measured: Callable[[Trial, Archive], bool] = lambda trial, archive: True
+
+    @property
+    def page(self) -> str:
+        """File name of the page."""
+        return f"{self.name.replace('_', '-')}.md"
+
+    def stored(self, archive: Archive) -> Sequence[Trial]:
+        """Its trials in the archive, with their backbones."""
+        return [t for t in with_dependencies(self.trials) if t.hash in archive.records]

@@ -1,0 +1,48 @@
+"""The networks of the ablation, the controls, the adaptive threshold and robustness.
+
+ResNet-18 at half width, Adam; all four share the backbones and the fine-tuning arm.
+"""
+
+from experiments.study import statistics
+from experiments.study.questions.question import Found, Overview
+from experiments.study.render import difference
+from experiments.study.trials import Backbone, Treatment, Trial
+
+SEEDS = 3
+MODEL, WIDTH = "resnet18", 0.5
+EPOCHS = {"breastmnist": (30, 8), "retinamnist": (16, 5)}
+"""Data set to epochs of the backbone and of the second stage."""
+# The median similarity of the most similar kernels in deep 3x3 layers of one Adam backbone, so that
+# about half of the selected kernels merge. It was chosen before any second stage was trained.
+WORKING = Treatment("merge", threshold=0.1)
+PAPER = Treatment("merge")
+
+
+def second_stages(arms: dict[str, Treatment]) -> tuple[Trial, ...]:
+    """Backbones, fine-tuning and these arms, on every data set and seed."""
+    found = []
+    for seed in range(SEEDS):
+        for data, (epochs, more) in EPOCHS.items():
+            start = Backbone(data, MODEL, seed, epochs, WIDTH)
+            found += [Trial(start), Trial(start, "finetune", more)]
+            found += [Trial(start, arm, more, treatment=given) for arm, given in arms.items()]
+    return tuple(found)
+
+
+def overview(name: str, row: Found) -> Overview:
+    """The overview's row of a difference of `analysis.pool`."""
+    verdict, needed = statistics.verdict(row), row.get("needed")
+    if verdict == "undecided" and needed:
+        verdict += f"; {needed:,} trials would decide"
+    if verdict == "no effect":
+        verdict = f"no effect larger than \u00b1{statistics.MARGIN} AUC"
+    return Overview(f"{name}: {difference(row, 4)}", str(row["trials"]), verdict)
+
+
+def series(found: Found, against: str = "finetune") -> dict[str, Found]:
+    """`analysis.intervals` by data set and arm, for `render.dot_plot`."""
+    by_group: dict[str, Found] = {}
+    for pair, rows in found.items():
+        for name, row in rows.items():
+            by_group.setdefault(name, {})[pair.removesuffix(f" - {against}")] = row
+    return by_group

@@ -1,0 +1,146 @@
+"""The study's command: from an empty archive to an answer, retraining, and bad input."""
+
+import dataclasses
+
+import pytest
+
+from experiments.study import __main__ as study
+from experiments.study import archive
+from experiments.study.analysis import groups
+from experiments.study.questions.question import Overview, Question
+from experiments.study.trials import Backbone, Treatment, Trial
+
+START = Backbone("phantom", "vgg11", 0, 1, 0.05)
+TRIALS = (
+    Trial(START, "finetune", 1),
+    Trial(START, "inmerge", 1, treatment=Treatment("merge", threshold=-1.0)),
+)
+
+
+def analyse(stored):
+    (group,) = groups(TRIALS, stored)
+    return group.interval(("inmerge", "finetune"), "auc")
+
+
+QUESTION = Question(
+    name="phantom",
+    title="A title",
+    hypothesis="One helps.",
+    trials=TRIALS,
+    analyse=analyse,
+    table=lambda found: f"seeds: {found['seeds']}",
+    figure=lambda found: None,
+    overview=lambda found: Overview("effect", "1", "undecided"),
+)
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    # Not the cache of whoever runs the tests.
+    monkeypatch.setattr(study, "enable_compilation_cache", lambda: None)
+    monkeypatch.setitem(study.QUESTIONS, "phantom", QUESTION)
+    return ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+
+def run(options, *more):
+    return study.main(["phantom", *options, *more])
+
+
+@pytest.mark.long
+def test_from_an_empty_archive_to_an_answer(options, tmp_path, capsys):
+    assert run(options, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "3 trials are missing" in text and TRIALS[0].hash in text
+    assert not (tmp_path / "runs").exists()
+
+    assert run(options, "--analyse") == 2
+    assert "holds no trial of phantom" in capsys.readouterr().err
+
+    assert run(options, "--minutes", "0.000001") == 2
+    assert run(options) == 0
+    text = capsys.readouterr().out
+    assert "seeds: 1" in text and "effect (1 trials): undecided" in text
+    assert len(archive.read(tmp_path / "results").records) == 3
+    assert run(options, "--dry-run") == 0
+    assert "0 trials are missing" in capsys.readouterr().out
+
+    # Retrained, and compared with what is stored.
+    again = ["--output", str(tmp_path / "again"), *options[2:], "--only", TRIALS[1].hash]
+    assert run(again) == 0
+    record = archive.read(tmp_path / "results").records[TRIALS[1].hash]
+    auc = record["result"]["test"]["auc"]
+    assert f"test AUC {auc:.6f}, stored: {auc:.6f}" in capsys.readouterr().out
+    result = record["result"] | {"test": record["result"]["test"] | {"auc": auc + 0.1}}
+    archive.add(tmp_path / "results", {TRIALS[1].hash: record | {"result": result}}, {})
+    assert run(again) == 1
+
+    # A measurement of weights is not taken from another training than the stored one.
+    measured = []
+    with_weights = dataclasses.replace(
+        QUESTION,
+        measure=lambda trial, paths: measured.append(trial.hash),
+        measured=lambda trial, stored: trial.hash == TRIALS[0].first().hash,
+    )
+    study.QUESTIONS["phantom"] = with_weights
+    assert run(options) == 0
+    assert measured == [TRIALS[0].hash]
+    assert f"{TRIALS[1].hash} {TRIALS[1].name} differs" in capsys.readouterr().err
+
+
+def test_an_incomplete_answer_is_not_given(options, tmp_path, capsys):
+    from tests.experiments.study.test_archive import record
+
+    archive.add(tmp_path / "results", {TRIALS[0].hash: record(TRIALS[0])}, {})
+    assert run(options, "--analyse") == 0
+    assert "incomplete: 1 of 3 trials are stored" in capsys.readouterr().out
+
+
+def test_help_and_bad_input(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "--dry-run" in text and "One helps." in text
+    for words, message in (
+        (("--only", "0000"), "--only 0000: not in phantom, which has: --dry-run lists them"),
+        (("--data", "breast"), "--data breast: not in phantom, which has: phantom"),
+        (("--models", "vgg11", "resnet"), "--models resnet: not in phantom, which has: vgg11"),
+    ):
+        assert run(options, *words) == 2
+        assert message in capsys.readouterr().err
+    assert study.main(["nothing"]) == 2
+    assert "nothing: unknown; choose from main_effect" in capsys.readouterr().err
+    assert study.main([]) == 2 and study.main(["--help"]) == 0
+    assert "verify" in capsys.readouterr().out
+    assert study.main(["verify", "--fast"]) == 2
+
+
+def test_trials_are_chosen_by_data_network_and_seed():
+    grid = tuple(
+        Trial(Backbone(data, model, seed, 1))
+        for data in ("phantom", "breastmnist")
+        for model in ("vgg11", "resnet18")
+        for seed in (0, 1)
+    )
+    question = dataclasses.replace(QUESTION, trials=grid)
+
+    def found(**options):
+        trials = study.chosen(question, study.StudyConfig(**options))
+        return {(c.backbone.data, c.backbone.model, c.backbone.seed) for c in trials}
+
+    assert len(found()) == 8
+    assert found(data=("phantom",), seeds=1) == {("phantom", m, 0) for m in ("vgg11", "resnet18")}
+    assert found(models=("resnet18",), data=("phantom", "breastmnist"), seeds=1) == {
+        (data, "resnet18", 0) for data in ("phantom", "breastmnist")
+    }
+    assert found(only=(grid[0].hash,)) == {("phantom", "vgg11", 0)}
+
+
+def test_missing_trials_are_listed_with_the_time_of_the_same_network(capsys):
+    stored = archive.read()
+    known = archive.trial_of(next(iter(stored.records.values())))
+    other = Trial(dataclasses.replace(known.backbone, seed=99))
+    study.show([other, TRIALS[0].first()], stored)
+    lines = capsys.readouterr().out.splitlines()
+    assert other.hash in lines[0] and lines[0].split()[2] == "min"
+    assert "unknown" in lines[1] and lines[2].startswith("2 trials are missing")

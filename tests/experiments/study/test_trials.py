@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+
+from experiments.study.questions import QUESTIONS
+from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
+
+START = Backbone("phantom", "vgg11", 0, 2, 0.1)
+
+
+def test_the_hash_is_that_of_what_decides_the_result():
+    trial = Trial(START, "inmerge", 3, treatment=Treatment("merge"))
+    assert len(trial.hash) == 10
+    assert dataclasses.replace(trial, arm="another name").hash == trial.hash
+    for changed in (
+        dataclasses.replace(trial, epochs=4),
+        dataclasses.replace(trial, learning_rate=1e-3),
+        dataclasses.replace(trial, treatment=Treatment("noise")),
+        *(
+            dataclasses.replace(trial, treatment=dataclasses.replace(trial.treatment, **other))
+            for other in (
+                {"alpha": 0.5},
+                {"threshold": 0.1},
+                {"quantile": 0.5},
+                {"partner": "random"},
+                {"skip": 3},
+                {"every": 0},
+                {"probability": 0.1},
+            )
+        ),
+        *(
+            dataclasses.replace(trial, backbone=dataclasses.replace(START, **other))
+            for other in ({"seed": 1}, {"width": 0.2}, {"optimizer": "sgd"}, {"epochs": 3})
+        ),
+    ):
+        assert changed.hash != trial.hash
+
+
+def test_what_has_no_effect_does_not_change_the_hash():
+    plain = Trial(START, "finetune", 3)
+    assert dataclasses.replace(plain, treatment=Treatment(alpha=0.1)).hash == plain.hash
+    adaptive = Trial(START, "a", 3, treatment=Treatment("merge", quantile=0.5))
+    other = dataclasses.replace(
+        adaptive, treatment=dataclasses.replace(adaptive.treatment, threshold=0.9)
+    )
+    assert other.hash == adaptive.hash
+    whole = dataclasses.replace(START, width=1)
+    assert Trial(whole).hash == Trial(dataclasses.replace(START, width=1.0)).hash
+    named = dataclasses.replace(START, learning_rate=START.rate)
+    assert Trial(named).hash == Trial(START).hash
+
+
+def test_the_hash_is_the_same_in_every_process_and_version():
+    assert Trial(START).hash == "1ae1ea816c"
+    assert Trial(START, "x", 3, treatment=Treatment("merge")).hash == "667f8d2367"
+
+
+def test_backbones_come_first_and_once():
+    trials = [Trial(START, "a", 1), Trial(START, "b", 2), Trial(START), Trial(START, "c", 1)]
+    assert [trial.arm for trial in with_dependencies(trials)] == ["backbone", "a", "b"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=lambda question: question.name)
+def test_a_grids_arms_are_told_apart_by_name(question):
+    seen = {}
+    for trial in with_dependencies(question.trials):
+        key = (trial.backbone, trial.arm)
+        assert seen.setdefault(key, trial.hash) == trial.hash
+
+
+def test_a_small_stem_is_not_named_so_that_older_hashes_stand():
+    start = Backbone("chestxray14", "vgg16", 0, 4)
+    assert Trial(start).hash == "9927e1e683"
+    other = Trial(dataclasses.replace(start, stem="imagenet"))
+    assert other.hash != Trial(start).hash
+    assert other.described()["backbone"]["stem"] == "imagenet"
