@@ -103,66 +103,50 @@ def similarity_plots(run: Run) -> list[Plot]:
     arms = [arm for arm in ("inmerge", "finetune") if any(a == arm for _, a in run.similarity)]
     if not arms:
         return []
+    caption = (
+        "Cosine similarity of the kernel pairs of a layer. Thick lines: median; bands: 5% to 95% "
+        "quantile; thin lines: 99% quantile. Right of the dotted line: layers that may merge."
+    )
     plots = [
-        make_plot(
-            partial(_bands, run=run, arm=arm),
-            "Cosine similarity of the kernel pairs of a layer. Thick lines: median; bands: 5% to "
-            "95% quantile; thin lines: 99% quantile. Right of the dotted line: layers that may "
-            "merge.",
-            f"Kernel similarity by depth: {arm}",
-        )
+        make_plot(partial(_bands, run=run, arm=arm), caption, f"Kernel similarity by depth: {arm}")
         for arm in arms
     ]
-    draw = partial(_by_depth, run=run, arms=arms)
-    title = "Nearest other kernel"
-    caption = "Mean over a layer's kernels of the similarity to the most similar other kernel."
-    nearest = partial(
-        draw, value=lambda x: number(x["nearest"]), title=title, unit="cosine to the nearest"
-    )
-    plots.append(make_plot(nearest, caption, title))
-
     levels = next(iter(run.similarity.values()))["before"][0]["above"]
     wanted = 0.3 if run.threshold is None else run.threshold
     level = min(levels, key=lambda x: abs(x - wanted))
-    title = f"Pairs above {level}"
-    caption = f"Share of a layer's kernel pairs with a cosine similarity above {level}"
+    share = f"Share of a layer's kernel pairs with a cosine similarity above {level}."
     if level != run.threshold:
         own = "a quantile of each layer" if run.threshold is None else run.threshold
-        caption += f"; this run's threshold is {own}, at which the pairs were not counted"
-    above = partial(
-        draw, value=lambda x: 100 * x["above"][level], title=title, unit="% of kernel pairs"
+        share += f" The run's threshold, {own}, was not measured."
+    nearest = "Mean over a layer's kernels of the similarity to the most similar other kernel."
+    panels = (
+        ("Nearest other kernel", "cosine to the nearest", lambda x: number(x["nearest"]), nearest),
+        (f"Pairs above {level}", "% of kernel pairs", lambda x: 100 * x["above"][level], share),
     )
-    plots.append(make_plot(above, f"{caption}.", title))
+    for title, unit, value, caption in panels:
+        draw = partial(_by_depth, run=run, arms=arms, value=value, title=title, unit=unit)
+        plots.append(make_plot(draw, caption, title))
     return plots
 
 
 def roc_plots(run: Run) -> list[Plot]:
-    """ROC curves of the arms on the test split, one panel per class."""
-    labels, scores = run.test_labels, run.test_scores
-    fitting = {k: s for k, s in scores.items() if labels is not None and len(s) == len(labels)}
-    if labels is None or not fitting:
+    """ROC curves of the arms on the test split, one panel per class and a line per seed."""
+    labels, task = run.test_labels, run.dataset.get("task", "")
+    if labels is None:
         return []
-    task = run.dataset.get("task", "")
-    classes = [index for index, *_ in class_columns(labels, next(iter(fitting.values())), task)]
+    fitting = {key: s for key, s in run.test_scores.items() if len(s) == len(labels)}
+    columns = [class_columns(labels, scores, task) for scores in fitting.values()]
     names = run.dataset.get("classes") or []
     plots = []
-    for place, index in enumerate(classes):
+    for of_class in zip(*columns, strict=True):
+        index, positive, _ = of_class[0]
         name = str(names[index]) if index < len(names) else f"class {index}"
-        columns = {k: class_columns(labels, s, task)[place][1:] for k, s in fitting.items()}
-        positive = next(iter(columns.values()))[0]
-        count = int(positive.sum())
-        if not 0 < count < positive.size:
-            caption = f"No curve: {count} of {positive.size} test images have this label."
-        else:
-            caption = f"{count} of {positive.size} test images have this label; a line per seed."
-        plots.append(
-            make_plot(
-                lambda axes, name=name, columns=columns: _roc(axes, name, columns),
-                caption,
-                f"ROC: {name}",
-                (3.6, 3.6),
-            )
-        )
+        caption = f"{positive.sum()} of {positive.size} test images have this label."
+        if not 0 < positive.sum() < positive.size:
+            caption = f"No curve: {caption}"
+        lines = {key: column[1:] for key, column in zip(fitting, of_class, strict=True)}
+        draw = partial(_roc, name=name, columns=lines)
+        plots.append(make_plot(draw, caption, f"ROC: {name}", (3.6, 3.6)))
     return plots
 
 
@@ -355,7 +339,7 @@ def _finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if axes.get_xlim()[1] >= 1.5:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = axes.get_legend_handles_labels()
     if legend and labels:
         axes.figure.legend(

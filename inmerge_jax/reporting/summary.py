@@ -61,11 +61,6 @@ class LayerMerges:
     selected: tuple[int, ...]
     merged: tuple[int, ...]
 
-    @property
-    def share(self) -> float:
-        """Share of the selected kernels that merged."""
-        return sum(self.merged) / max(sum(self.selected), 1)
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -93,9 +88,10 @@ class Summary:
         return tuple(map(sum, zip(*(layer.merged for layer in self.layers), strict=True)))
 
     @property
-    def any_merged(self) -> bool:
-        """Whether a kernel was merged, in training or in validation."""
-        return any((*self.merged, *(self.val_merged or ())))
+    def all_merged(self) -> tuple[int, ...]:
+        """Kernels merged in training and validation, by seed."""
+        in_validation = self.val_merged or (0,) * len(self.merged)
+        return tuple(map(sum, zip(self.merged, in_validation, strict=True)))
 
     @property
     def shortcut_share(self) -> float:

@@ -90,23 +90,23 @@ def headline(run: Run, summary: Summary) -> str:
     """The main result: mean paired difference, interval, number of seeds, kernels merged."""
     title = run.dataset.get("title") or run.dataset["name"]
     pair = summary.differences.get(PAIRS[0])
-    if pair is None:
-        return f"{title}: no paired difference, arms that were run: {', '.join(run.arms) or 'none'}"
-    auc = pair["auc"]
-    text = (
-        f"{title}: test AUC of inmerge {MINUS} finetune, mean paired difference "
-        f"{signed(auc.mean)}, 95% interval {interval(auc)}; seeds: {auc.count}"
-    )
-    if not summary.any_merged:
-        return f"{text}. {merges_note(summary)}"
-    return f"{text}; kernels merged by seed: {counts(summary.merged)}"
+    text = f"{title}: no paired difference, arms that were run: {', '.join(run.arms) or 'none'}"
+    if pair is not None:
+        text = (
+            f"{title}: test AUC of inmerge {MINUS} finetune, mean paired difference "
+            f"{signed(pair['auc'].mean)}, 95% interval {interval(pair['auc'])}; "
+            f"seeds: {pair['auc'].count}"
+        )
+    if any(summary.all_merged):
+        return f"{text}; kernels merged by seed: {counts(summary.all_merged)}"
+    return f"{text}. {merges_note(summary)}" if "inmerge" in summary.arms else text
 
 
 def merges_note(summary: Summary) -> str:
     """Number of kernels merged, or that there were none."""
     if not summary.layers:
         return "NOTHING WAS MERGED: there was no layer to merge in."
-    if not summary.any_merged:
+    if not any(summary.all_merged):
         return "NOTHING WAS MERGED: no selected kernel had a partner above the threshold."
     text = f"Kernels merged in training, by seed: {counts(summary.merged)}."
     if summary.val_merged is not None:

@@ -99,6 +99,8 @@ def test_nothing_merged_is_said_in_headline_and_note(tmp_path):
     text = markdown(write_run(tmp_path / "run", merging=False))
     assert "NOTHING WAS MERGED" in text.splitlines()[0]
     assert "\n- NOTHING WAS MERGED: no selected kernel had a partner" in text
+    alone = markdown(write_run(tmp_path / "alone", arms=("inmerge",), merging=False))
+    assert "NOTHING WAS MERGED" in alone.splitlines()[0]
 
 
 def test_merges_mostly_in_shortcuts_are_noted(folder, tmp_path):
