@@ -58,7 +58,8 @@ def overview() -> str:
     for question in QUESTIONS.values():
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
-    return markdown_table(("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict"), rows)
+    columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
+    return markdown_table(columns, rows, left=len(columns))
 
 
 def totals() -> str:
@@ -148,7 +149,7 @@ def render(text: str, page: str = "README.md") -> str:
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise UsageError(f"{page} has no lines {begin.strip()} and {end}; add them")
+            raise UsageError(f"{page} needs the lines {begin.strip()} and {end}, each once")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
         text = f"{before}{begin}\n{SOURCES[name]()}\n{end}{after}"

@@ -12,9 +12,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's colours."""
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; all but the first `left` columns are aligned to the right."""
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
     return "".join(f"| {' | '.join(row)} |\n" for row in (columns, rule, *rows))
 
 
