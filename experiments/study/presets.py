@@ -16,6 +16,7 @@ import tyro
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
+from inmerge_jax.reporting.tables import markdown_rows
 
 PRESETS = ("paper", "released")
 _QUANTILE = "0.99"
@@ -108,19 +109,19 @@ def passed_by_one_in_a_hundred(run: Path) -> float:
 def table(stored: dict[str, Any]) -> str:
     """The stored results as Markdown; values of several seeds stand side by side."""
     names = ("training_passes", "training_merges", "validation_passes", "validation_merges")
-    lines = [
-        "| threshold | preset | merge passes in training | kernels merged there "
-        "| merge passes in validation | kernels merged there | test AUC |",
-        "| ---: | --- " + "| ---: " * 5 + "|",
-    ]
+    columns = (
+        *("threshold", "preset", "merge passes in training", "kernels merged there"),
+        *("merge passes in validation", "kernels merged there", "test AUC"),
+    )
+    lines = []
     for run in stored["runs"]:
         for preset in PRESETS:
             row = run[preset]
             cells = [" / ".join(f"{value:,}" for value in row[name]) for name in names]
             aucs = ("undefined" if auc is None else f"{auc:.3f}" for auc in row["test_auc"])
             threshold = f"{row['rule']['threshold']:g}"
-            lines.append(f"| {threshold} | {preset} | {' | '.join(cells)} | {' / '.join(aucs)} |")
-    return "\n".join(lines) + "\n"
+            lines.append((threshold, preset, *cells, " / ".join(aucs)))
+    return markdown_rows(columns, lines, "rlrrrrr") + "\n"
 
 
 def train_preset(given: list[str], folder: Path) -> int:
