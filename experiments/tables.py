@@ -21,10 +21,10 @@ from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, presets
 from experiments.study.questions import QUESTIONS, main_effect
-from experiments.study.render import markdown as markdown_table
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
+from inmerge_jax.reporting.tables import markdown_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -59,7 +59,7 @@ def overview() -> str:
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
     columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
-    return markdown_table(columns, rows, left=len(columns))
+    return markdown_rows(columns, rows, "lllll") + "\n"
 
 
 def totals() -> str:
@@ -79,24 +79,21 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
     old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
     met = {True: "yes", False: "**no**", None: ""}
-    lines = [
-        "| measured | median times | quantity | value | target | met | earlier | met |",
-        "| --- " * 8 + "|",
-    ]
+    columns = ("measured", "median times", "quantity", "value", "target", "met", "earlier", "met")
+    lines = []
     for section in stored.values():
         for row in section["rows"]:
             medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
             same = old.get((row["name"], row["quantity"]))
-            beside = "|  |  |" if same is None else f"| {same['value']:.3g} | {met[same['met']]} |"
-            lines.append(
-                f"| {row['name']} | {medians} | {row['quantity']} | {row['value']:.3g} "
-                f"| {row['target'] or ''} | {met[row['met']]} {beside}"
-            )
+            earlier_cells = ("", "") if same is None else (f"{same['value']:.3g}", met[same["met"]])
+            value = (row["quantity"], f"{row['value']:.3g}", row["target"] or "", met[row["met"]])
+            lines.append((row["name"], medians, *value, *earlier_cells))
     where = [
         f"{what}: {measured_on(part['environment'] for part in sections.values())}."
         for what, sections in (("Measured on", stored), ("Earlier", before))
     ]
-    return "\n".join(lines) + "\n\n" + " ".join(where) + "\n"
+    table = markdown_rows(columns, lines, "l" * len(columns))
+    return f"{table}\n\n{' '.join(where)}\n"
 
 
 def _time(seconds: float) -> str:
@@ -105,9 +102,8 @@ def _time(seconds: float) -> str:
 
 def chestxray14_input(path: Path) -> str:
     """Images per second of ChestX-ray14's input, as Markdown."""
-    rows = [input_speed.COLUMNS, *input_speed.rows(json.loads(path.read_bytes()))]
-    rows.insert(1, ("---", *["---:"] * (len(rows[0]) - 1)))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = input_speed.rows(json.loads(path.read_bytes()))
+    return markdown_rows(input_speed.COLUMNS, rows) + "\n"
 
 
 SOURCES: dict[str, Callable[[], str]] = {

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from inmerge_jax.reporting.tables import markdown_rows
+
 HEADER = ("run, test images", "network", "seeds", "finetune AUC", "inmerge AUC", "merged")
 
 
@@ -16,12 +18,12 @@ def markdown(folder: Path, runs: tuple[str, ...] = ("breastmnist", "chestxray14/
       folder: holds the runs' folders.
       runs: patterns of their names, in the order of the table.
     """
-    lines = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2))]
+    lines = []
     for pattern in runs:
         for path in sorted(folder.glob(f"{pattern}/results.json")):
             name = str(path.parent.relative_to(folder))
             lines.append(_row(name, json.loads(path.read_bytes())))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_rows(HEADER, lines, "llrrrr") + "\n"
 
 
 def _row(name: str, results: Mapping[str, Any]) -> tuple[str, ...]:

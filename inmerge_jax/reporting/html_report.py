@@ -16,8 +16,6 @@ from inmerge_jax.files import write_text
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
 
-FOLDER = Path(__file__).parent
-
 
 def write_report(folder: Path | str) -> Path:
     """Writes `report.html` into a finished run's folder.
@@ -45,7 +43,7 @@ def render(run: Run) -> str:
     )
     return environment.get_template("report.html.j2").render(
         title=run.dataset.get("title") or run.dataset["name"],
-        css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+        css=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
         svg=lambda plot: Markup(plot.svg),
         breakable=breakable,
         zip=zip,

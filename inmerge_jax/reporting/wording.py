@@ -1,3 +1,0 @@
-"""Former place of `signed`, kept until nothing imports it from here."""
-
-from inmerge_jax.reporting.formatting import signed as signed
