@@ -69,6 +69,7 @@ check: $(READY)
 
 # Warnings are errors. MkDocs' own notice about a later major version is no warning of this site.
 docs: $(VENV)/.ready-docs
+	$(BIN)/python -m experiments.tables --figures docs/figures/results
 	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.ready-docs: requirements-docs.txt $(READY)

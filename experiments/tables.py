@@ -59,7 +59,7 @@ def overview() -> str:
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
     columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
-    return markdown_rows(columns, rows) + "\n"
+    return markdown_rows(columns, rows, "l" * len(columns)) + "\n"
 
 
 def totals() -> str:
@@ -144,8 +144,8 @@ def render(text: str, page: str = "README.md") -> str:
     """
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
-            raise UsageError(f"{page} has no lines {begin.strip()} and {end}; add them")
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise UsageError(f"{page} needs the lines {begin.strip()} and {end}, each once")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
         text = f"{before}{begin}\n{SOURCES[name]()}\n{end}{after}"

@@ -1,4 +1,4 @@
-"""Arms of one network, timed in a process of their own: used by `experiments.study.cost`."""
+"""Times the arms of one network in a process of its own, for `experiments.study.questions.cost`."""
 
 import functools
 import json
@@ -32,15 +32,15 @@ from inmerge_jax.training.train_step import make_optimizer, make_train_step, new
 
 SHAPE = (28, 28, 1)
 FEWEST = 16
-"""Turns, however long they take."""
+"""Minimum number of turns."""
 ALWAYS = MergeRule(threshold=-1.0, partner="nearest")
-"""Every selected kernel merges with its most similar one: the dearest case."""
+"""Every selected kernel merges with its most similar one: the most expensive case."""
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident.
+    """Peak resident memory of this process.
 
-    Linux's `ru_maxrss` begins with what the process that started this one had, so it isn't asked.
+    Not Linux's `ru_maxrss`, which includes the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -50,7 +50,7 @@ def peak_bytes() -> int:
 
 
 class Program(NamedTuple):
-    """A compiled step and what its state is made of."""
+    """A compiled step, and what its state is made from."""
 
     step: Callable[..., Any]
     weights: tuple[Any, Any]
@@ -60,7 +60,7 @@ class Program(NamedTuple):
 
 @functools.cache
 def program(name: str, merging: bool, width: float) -> Program:
-    """The training step of a network; once for all arms that do not merge."""
+    """The training step of a network, shared by all arms without merging."""
     model = create_model(
         name, len(FINDINGS) + 1, stem="small", width=width, dtype=jnp.float32, axis_name=DATA_AXIS
     )
@@ -87,7 +87,7 @@ class Training:
         self._batches = prefetch_to_device(batches, devices)
 
     def update(self) -> float:
-        """Trains on one batch; the seconds that it took, with the wait for its batch."""
+        """Trains on one batch; returns the seconds, including the wait for the batch."""
         started = time.perf_counter()
         self._state, self._totals = jax.block_until_ready(
             self._step(self._state, self._totals, next(self._batches), self._root)
@@ -96,7 +96,7 @@ class Training:
 
     @property
     def merged(self) -> int:
-        """Kernels that were merged so far."""
+        """Number of kernels merged so far."""
         return int(np.asarray(self._totals.merged).sum())
 
 
@@ -113,10 +113,10 @@ def alone(name: str, arm: str, width: float, batch_size: int, updates: int) -> d
 
 
 def together(name: str, arms: list[str], width: float, batch_size: int, limit: int) -> dict:
-    """Seconds of each arm's updates in one process, in turns, forwards and backwards.
+    """Seconds of each arm's updates in one process, in which the arms take turns.
 
-    Whatever slows the machine down slows all arms. For `limit` seconds, or `FEWEST` turns if these
-    take longer; each arm's first four updates are not counted.
+    A slower machine then slows all arms. Runs for `limit` seconds and at least `FEWEST` turns; each
+    arm's first four updates are not counted.
     """
     trainings = {arm: Training(name, arm, width, batch_size) for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}

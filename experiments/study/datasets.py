@@ -1,4 +1,4 @@
-"""The data sets of the study, by the name that its trials give them."""
+"""The data sets of the study, by the names that its trials use."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Source:
     """One data set.
 
     Attributes:
-      title: for people, with what they must know of the data.
-      config: how to load it; a relative path is below the folder of the data.
-      images: of training, validation and test.
+      title: for people, with a caveat where one is needed.
+      config: how to load it; paths are relative to the folder of the data.
+      images: number of training, validation and test images.
     """
 
     title: str
@@ -47,7 +47,7 @@ SOURCES = {
         ),
         (4708, 524, 624),
     ),
-    # The images that BloodMNIST was made of, split anew: its numbers are not to stand beside these.
+    # BloodMNIST's source images in another split: its published numbers are not comparable.
     "bloodmnist_like": Source(
         "PBC blood cells (not BloodMNIST's split)",
         DataConfig(
@@ -72,12 +72,12 @@ SOURCES = {
 
 
 def config_of(name: str, folder: Path, built: Path) -> DataConfig:
-    """The options that load a data set; ChestX-ray14 is built first where it isn't yet.
+    """The options that load a data set; ChestX-ray14 is built first if it is not built yet.
 
     Args:
-      name: of `SOURCES`.
-      folder: holds medmnist/ and nih/.
-      built: where ChestX-ray14 is built, or was.
+      name: key of `SOURCES`.
+      folder: with medmnist/ and nih/.
+      built: folder in which ChestX-ray14 is built.
 
     Raises:
       UsageError: an unknown name.

@@ -1,8 +1,7 @@
-"""Trains the presets `paper` and `released` on BreastMNIST with VGG16 and prints both side by side.
+"""Compares the presets `paper` and `released` on BreastMNIST with VGG16.
 
-Both are trained twice: at the given threshold, and at one that kernels of this network do pass,
-which is read off the first run's backbone. Each is a run of `inmerge train` in its own folder;
-the same command goes on where it stopped. What is printed is stored as JSON.
+Both are trained at the given threshold, and at one that kernels of this network pass, from the
+first run's backbone. Each is a run of `inmerge train` in its own folder; the same command resumes.
 """
 
 import json
@@ -14,9 +13,9 @@ from typing import Any
 
 import tyro
 
+from experiments.study.render import markdown
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.reporting.tables import markdown_rows
 
 PRESETS = ("paper", "released")
 _QUANTILE = "0.99"
@@ -26,25 +25,24 @@ _QUANTILE = "0.99"
 class FidelityConfig:
     """Trains the presets paper and released, and compares merges and test AUC.
 
-    Then both again at the threshold that one in a hundred pairs of deep kernels passes: the median
-    over the layers that merge of the 99% quantile of their kernels' cosine similarities, in the
-    backbone of the first run.
+    Then again at the threshold that one in a hundred pairs of deep kernels passes: the median over
+    the merging layers of the 99 % quantile of their kernels' similarity, in the backbone of the
+    first run.
 
     Attributes:
       data: breastmnist, or phantom.
-      data_dir: Folder that holds breastmnist.npz.
+      data_dir: Folder of breastmnist.npz.
       epochs: Epochs of the backbone.
       merging_epochs: Epochs of the merging stage.
-      batch_size: Examples of one update. The recipe's 324 would leave two updates an epoch.
-      learning_rate: Rate of the backbone's first epoch. At the recipe's 0.1 a VGG without batch
-        normalisation need not train from random weights.
+      batch_size: Images per update. The recipe's 324 would leave two updates per epoch.
+      learning_rate: Of the backbone's first epoch. At the recipe's 0.1 a VGG without batch
+        normalisation may not train from random weights.
       threshold: Cosine similarity above which a selected kernel merges, in the first run.
       width: Factor on the channels.
       size: Height and width of the images.
       seeds: One run of each preset per seed.
-      output: Folder of the runs, which are given/paper, given/released, quantile/paper and
-        quantile/released in it.
-      result: The JSON file to write.
+      output: Folder of the four runs.
+      result: JSON file to write.
       train_options: More options of experiments.train, in one string after an equals sign.
     """
 
@@ -64,7 +62,7 @@ class FidelityConfig:
 
 
 def arguments(config: FidelityConfig, preset: str, threshold: float, folder: Path) -> list[str]:
-    """The options of `inmerge train` for one preset, but for --resume."""
+    """The options of `inmerge train` for one preset, except --resume."""
     return [
         *("--preset", preset, "--model", "vgg16", "--arms", "inmerge"),
         *("--data", config.data, "--data-dir", str(config.data_dir), "--size", str(config.size)),
@@ -94,10 +92,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def passed_by_one_in_a_hundred(run: Path) -> float:
-    """The threshold of the second run, from a first one's folder; never from validation or test.
-
-    Every seed has a backbone; its similarities after training are those that merging starts from.
-    """
+    """The threshold of the second run: from the backbones of the first, without test images."""
     quantiles = []
     for stage in sorted(run.glob("seed*")):
         merging = json.loads((stage / "inmerge" / "result.json").read_bytes())["layers"]
@@ -107,25 +102,28 @@ def passed_by_one_in_a_hundred(run: Path) -> float:
 
 
 def table(stored: dict[str, Any]) -> str:
-    """The stored results as Markdown; values of several seeds stand side by side."""
-    names = ("training_passes", "training_merges", "validation_passes", "validation_merges")
-    columns = (
-        *("threshold", "preset", "merge passes in training", "kernels merged there"),
-        *("merge passes in validation", "kernels merged there", "test AUC"),
-    )
-    lines = []
+    """The stored results as Markdown; several seeds are separated by slashes."""
+    rows = []
     for run in stored["runs"]:
         for preset in PRESETS:
             row = run[preset]
-            cells = [" / ".join(f"{value:,}" for value in row[name]) for name in names]
-            aucs = ("undefined" if auc is None else f"{auc:.3f}" for auc in row["test_auc"])
-            threshold = f"{row['rule']['threshold']:g}"
-            lines.append((threshold, preset, *cells, " / ".join(aucs)))
-    return markdown_rows(columns, lines, "rlrrrrr") + "\n"
+            counts = [
+                " / ".join(f"{value:,}" for value in row[f"{stage}_{what}"])
+                for what in ("passes", "merges")
+                for stage in ("training", "validation")
+            ]
+            aucs = ["undefined" if auc is None else f"{auc:.3f}" for auc in row["test_auc"]]
+            name = f"{preset}, threshold {row['rule']['threshold']:g}"
+            rows.append((name, *counts, " / ".join(aucs)))
+    columns = (
+        *("Preset", "Merge passes, training", "validation"),
+        *("Kernels merged, training", "validation", "Test AUC"),
+    )
+    return markdown(columns, rows)
 
 
 def train_preset(given: list[str], folder: Path) -> int:
-    """Trains one preset, or the rest of it, unless it is finished; returns a status, 0 for done."""
+    """Trains or resumes one preset, unless it is finished; returns the exit status."""
     from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
@@ -149,7 +147,7 @@ def train_preset(given: list[str], folder: Path) -> int:
 
 
 def main(options: list[str] | None = None) -> int:
-    """Trains what is not yet trained; returns the exit status of `inmerge train`, or 0."""
+    """Trains what is missing; returns the exit status of `inmerge train`, or 0."""
     config = tyro.cli(FidelityConfig, prog="python -m experiments.study presets", args=options)
     first, runs = config.output / "given", []
     for place in (first, config.output / "quantile"):
@@ -166,7 +164,3 @@ def main(options: list[str] | None = None) -> int:
     write_json(config.result, stored)
     print(table(stored), end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

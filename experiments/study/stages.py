@@ -68,7 +68,7 @@ class Paths:
 
 
 def plan_of(trial: Trial, paths: Paths) -> RunSpec:
-    """The checked plan of a trial's backbone; the same object for all trials that share it."""
+    """The validated plan of a trial's backbone, shared by all seeds and second stages."""
     return _plan(dataclasses.replace(trial.backbone, seed=0), paths)
 
 
@@ -94,12 +94,12 @@ def _plan(backbone: Any, paths: Paths) -> RunSpec:
 
 
 def batch_size(data: str) -> int:
-    """The benchmark's 128; less for the little data set of tests."""
+    """The benchmark's 128; smaller for the phantom of the tests."""
     return min(128, datasets.SOURCES[data].images[0] // 4)
 
 
 def images_of(trial: Trial) -> int:
-    """Images that the network is shown in a trial's training."""
+    """Number of training images that a trial processes, over all epochs."""
     epochs = trial.epochs or trial.backbone.epochs
     size = batch_size(trial.backbone.data)
     return steps_per_epoch(datasets.SOURCES[trial.backbone.data].images[0], size) * size * epochs
@@ -152,10 +152,10 @@ def second_stage(
 
 
 def best_state(trial: Trial, paths: Paths) -> tuple[TrainContext, StageConfig, TrainState]:
-    """The state in a finished trial's best checkpoint, in NumPy arrays, and what it belongs to.
+    """A finished trial's setup, stage, and the state in its best checkpoint (NumPy arrays).
 
     Raises:
-      UsageError: the checkpoint is gone or damaged.
+      UsageError: the checkpoint is missing or damaged.
     """
     plan = plan_of(trial, paths)
     setup = make_context(plan)

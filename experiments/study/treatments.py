@@ -1,13 +1,13 @@
-"""What a second stage does to the weights before each update: merging, and its controls.
+"""Changes of the weights before each update of a second stage: merging, and its controls.
 
 The controls "any", "least", "noise" and "perturb" act on the kernels that the rule would merge in
-the weights of their own training, at the same steps, and differ in what a kernel is mixed with. So
-they agree on the first update's kernels; later each goes its own way, and so do their numbers:
+their own weights, at the same steps; they differ in what a kernel is mixed with. They change the
+same kernels in the first update, and other ones later, as their weights diverge:
 
     merge    K_i <- alpha K_i + (1 - alpha) K_j, K_j the rule's partner
     any      the same with a partner drawn from all others
     least    the same with the least similar of all others
-    noise    K_i plus Gaussian noise as long as the step that merging would take
+    noise    K_i plus Gaussian noise of the length of the step that merging would take
     perturb  alpha K_i + (1 - alpha) |K_i| g, g Gaussian of length 1 (shrink and perturb, Ash and
              Adams 2020, arXiv 1910.08475, kernel by kernel)
 """
@@ -26,14 +26,14 @@ _CONTROL = 1
 
 
 class Numbers(NamedTuple):
-    """What treatments of one kind may differ in without being another program."""
+    """The parameters of a treatment that are arguments of its compiled step."""
 
     rule: MergeRule
     every: Any
 
 
 def numbers(treatment: Treatment, steps: int) -> Numbers:
-    """The treatment's numbers; `steps` are the updates of an epoch."""
+    """The parameters of a treatment; `steps` is the number of updates per epoch."""
     chosen = treatment
     threshold = chosen.threshold if chosen.quantile is None else quantile(chosen.quantile)
     rule = MergeRule(chosen.probability, threshold, chosen.alpha, chosen.partner)
@@ -41,13 +41,13 @@ def numbers(treatment: Treatment, steps: int) -> Numbers:
 
 
 def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """What merges; the deeper half where the network has no more conv_kernels than are skipped."""
+    """The kernels that merge: the deeper half if all conv_kernels would be skipped."""
     skip = treatment.skip if treatment.skip < len(kernels) else len(kernels) // 2
     return deep_kernels(kernels, skip=skip)
 
 
 def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
-    """A `train_step.ParamTransform` of this kind, to be given `Numbers`."""
+    """A `steps.Treatment` of this kind, to be given `Numbers`."""
 
     def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
         rule = numbers.rule
@@ -132,5 +132,5 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `StageConfig.eval_state_fn`."""
+    """The state with the weights' averages for weights; for `StageConfig.evaluated`."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

@@ -1,4 +1,4 @@
-"""The trials of a grid: which network is trained on what, and how, each known by a hash."""
+"""Trials: what is trained on which data, and how; each is identified by a hash."""
 
 import dataclasses
 import hashlib
@@ -19,21 +19,22 @@ _MATTERS: dict[str, tuple[str, ...]] = {
     "ema": ("decay",),
     "decay": ("decay",),
 }
-"""Which fields of a treatment decide what it does."""
+"""The fields of a treatment that have an effect, by kind."""
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done in a second stage, beside training on; see `treatments` for each kind.
+    """The intervention of a second stage; see `treatments` for each kind.
 
     Attributes:
-      kind: "none" (training alone); "merge"; "any", "least", "noise" and "perturb" (done to the
-        kernels that the rule would merge); "ema" (the averaged weights are evaluated); "decay".
-      probability, threshold, alpha, partner: of the rule, see `MergeRule`.
-      quantile: in place of the threshold, see `inmerge_jax.quantile`.
-      skip: conv_kernels that are left alone; the network's half where it has no more than these.
-      every: updates from one merge to the next; 0 for once an epoch.
-      decay: of "ema" the share of the average that stays at an update; of "decay" the weight decay.
+      kind: "none" (fine-tuning); "merge"; the controls "any", "least", "noise" and "perturb", which
+        act on the kernels that the rule would merge; "ema" (evaluates averaged weights); "decay".
+      probability, threshold, alpha, partner: see `MergeRule`.
+      quantile: replaces the threshold, see `inmerge_jax.quantile`.
+      skip: number of first conv_kernels that are not merged; half of the network's conv_kernels
+        if it has no more than these.
+      every: merge at every so many updates; 0 for once per epoch.
+      decay: decay of the average ("ema"), or weight decay ("decay").
     """
 
     kind: Kind = "none"
@@ -47,7 +48,7 @@ class Treatment:
     decay: float | None = None
 
     def described(self) -> dict[str, Any]:
-        """The fields that matter to its kind."""
+        """The fields that have an effect."""
         values = {name: getattr(self, name) for name in _MATTERS[self.kind]}
         if values.get("quantile") is not None:
             del values["threshold"]
@@ -57,18 +58,18 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A first stage: everything that decides its weights.
+    """A first stage: everything that its weights depend on.
 
     Attributes:
-      data: name in `datasets.SOURCES`.
-      model: of `create_model`.
-      seed: of the weights and of the batches.
-      epochs: how many.
+      data: key of `datasets.SOURCES`.
+      model: name of `create_model`.
+      seed: of the weights and the batches.
+      epochs: number of epochs.
       width: factor on the channels.
-      optimizer: "adam" at 1e-3, or "sgd" at 0.05 with momentum 0.9 and weight decay 1e-4; either
-        with the MedMNIST benchmark's recipe in all else.
-      learning_rate: of the first epoch, in place of the optimizer's own.
-      stem: of the network.
+      optimizer: "adam" at 1e-3, or "sgd" at 0.05 with momentum 0.9 and weight decay 1e-4; all else
+        as in the MedMNIST benchmark.
+      learning_rate: of the first epoch; default: see `optimizer`.
+      stem: form of the first layers.
     """
 
     data: str
@@ -82,20 +83,20 @@ class Backbone:
 
     @property
     def rate(self) -> float:
-        """Of the first epoch."""
+        """Learning rate of the first epoch."""
         return self.learning_rate or {"adam": 1e-3, "sgd": 0.05}[self.optimizer]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: a backbone, or a second stage that goes on from its best checkpoint.
+    """One training: a backbone, or a second stage that starts from its best checkpoint.
 
     Attributes:
-      backbone: what it is, or starts from.
-      arm: how tables call it; the hash does not depend on it.
-      epochs: of the second stage; 0 for the backbone itself.
+      backbone: the first stage.
+      arm: name in tables; not part of the hash.
+      epochs: of the second stage; 0 for a backbone.
       learning_rate: of the second stage's first epoch.
-      treatment: what the second stage does beside training.
+      treatment: of the second stage.
     """
 
     backbone: Backbone
@@ -110,7 +111,7 @@ class Trial:
         return self.epochs == 0
 
     def described(self) -> dict[str, Any]:
-        """Everything that decides the result, for JSON."""
+        """Everything that the result depends on, JSON-ready."""
         found: dict[str, Any] = {"backbone": dataclasses.asdict(self.backbone)}
         found["backbone"] |= {
             "width": float(self.backbone.width),
@@ -129,7 +130,7 @@ class Trial:
 
     @property
     def hash(self) -> str:
-        """Ten hexadecimal digits of `described`."""
+        """The first ten hexadecimal digits of the SHA-256 of `described`."""
         text = json.dumps(self.described(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -142,12 +143,12 @@ class Trial:
         return f"{start.data} {start.model}{width}{sgd} seed {start.seed} {self.arm}"
 
     def first(self) -> "Trial":
-        """The trial of its backbone; itself where it is one."""
+        """The backbone's trial."""
         return self if self.is_backbone else Trial(self.backbone)
 
 
 def with_dependencies(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials, each once, every backbone before the first trial that starts from it."""
+    """The trials without repetition, each backbone before the first trial that starts from it."""
     found: dict[str, Trial] = {}
     for trial in trials:
         for one in (trial.first(), trial):

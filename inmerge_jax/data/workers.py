@@ -37,7 +37,7 @@ def map_in_processes(
 ) -> Iterator[Any]:
     """Yields `function(item)` for each item, in order, computed in advance by worker processes.
 
-    Each worker computes every `workers`-th item and keeps one result ready. Closing the iterator
+    Worker k computes the items k, k + workers, ... and keeps one result ready. Closing the iterator
     ends the workers.
 
     Args:
@@ -66,13 +66,15 @@ def map_in_processes(
             processes.append(process)
             there.close()  # So that reading from a worker that was killed ends.
             pipes.append(here)
-        for item, pipe in zip(items, pipes, strict=False):
-            _send(pipe, item)
+        # Two items per worker, so that it starts the next one while this process handles a result.
+        ahead = min(2 * len(pipes), len(items))
+        for index in range(ahead):
+            _send(pipes[index % len(pipes)], items[index])
         for index in range(len(items)):
             turn = index % len(pipes)
             result = _receive(pipes[turn], processes[turn], seconds)
-            if index + len(pipes) < len(items):
-                _send(pipes[turn], items[index + len(pipes)])
+            if index + ahead < len(items):
+                _send(pipes[turn], items[index + ahead])
             yield result
     finally:
         kill()

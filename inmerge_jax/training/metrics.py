@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from inmerge_jax.data.dataset import TASKS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.training.workdir import write_error
-
-TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 
 
 class Metrics(NamedTuple):

@@ -128,7 +128,6 @@ def make_train_step(
     steps_per_execution: int = 1,
     grad_accum_steps: int = 1,
     pos_weight: Any = None,
-    independent_replicas: bool = False,
     networks: int = 1,
     fused: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals]]:
@@ -153,8 +152,6 @@ def make_train_step(
         gradient is their mean. Batch normalisation sees microbatch k of all devices as one batch,
         and updates its running statistics once per microbatch.
       pos_weight: float32 (labels,), see `example_losses`.
-      independent_replicas: every device trains its own network with its own key; nothing is
-        averaged over the devices. `model` must have the field `axis_index_groups`.
       networks: above 1, the step trains that many networks at once, each on its own batches and
         with its own key: `state`, `totals` and `batch` have a network axis after the device axis,
         and `root` has one key per network.
@@ -162,9 +159,8 @@ def make_train_step(
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). All arguments have a leading device axis,
-      except `root`, which is one key for all devices (all replicas merge the same kernels) unless
-      `independent_replicas`. `state` is donated; `totals` is not, so that the host may read the
-      totals of an earlier step.
+      except `root`, which is one key for all devices, so that all replicas merge the same kernels.
+      `state` is donated; `totals` is not, so that the host may read the totals of an earlier step.
     """
 
     def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
@@ -204,10 +200,6 @@ def make_train_step(
         loss, grads = jax.tree.map(lambda x: x / grad_accum_steps, (loss, grads))
         return loss, batch_stats, grads
 
-    # Groups of one device, so that each device does the same arithmetic as on its own.
-    groups = tuple((place,) for place in range(len(devices))) if independent_replicas else None
-    if independent_replicas:
-        model = model.clone(axis_index_groups=groups)
     if rule is not None:
         param_transform = functools.partial(
             _merge, kernels, rule, _merge_implementation(fused, devices)
@@ -227,7 +219,7 @@ def make_train_step(
             loss, batch_stats, grads = gradient(params, state.batch_stats, batch, key)
         else:
             loss, batch_stats, grads = accumulated(params, state.batch_stats, batch, key)
-        loss, grads = lax.pmean((loss, grads), DATA_AXIS, axis_index_groups=groups)
+        loss, grads = lax.pmean((loss, grads), DATA_AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
 
@@ -246,7 +238,7 @@ def make_train_step(
     body = step if steps_per_execution == 1 else steps
     if networks > 1:
         body = jax.vmap(body, in_axes=(0, 0, 0, 0, *([] if hyperparams is None else [None])))
-    axes = (0, 0, 0, 0 if independent_replicas else None, *([] if hyperparams is None else [None]))
+    axes = (0, 0, 0, None, *([] if hyperparams is None else [None]))
     mapped = jax.pmap(body, axis_name=DATA_AXIS, in_axes=axes, devices=devices, donate_argnums=0)
     if hyperparams is None:
         return mapped

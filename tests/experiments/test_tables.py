@@ -31,7 +31,7 @@ def test_a_number_typed_by_hand_is_noticed():
 
 
 def test_a_missing_place_is_an_error():
-    with pytest.raises(UsageError, match="no lines <!-- begin main -->"):
+    with pytest.raises(UsageError, match="needs the lines <!-- begin main -->"):
         tables.render("# nothing")
 
 

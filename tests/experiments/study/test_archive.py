@@ -104,7 +104,7 @@ def test_a_changed_or_missing_file_is_named(tmp_path):
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path):
-    # The lock excludes threads as it does processes, since each opens the folder anew.
+    # The lock excludes threads as it does processes, since each opens the folder itself.
     trials = [Trial(Backbone("phantom", "vgg11", seed, 1)) for seed in range(8)]
     with ThreadPoolExecutor(len(trials)) as pool:
         list(pool.map(lambda trial: add(tmp_path, trial), trials))

@@ -1,4 +1,4 @@
-"""Batch statistics that are estimated anew, against NumPy and PyTorch's running ones."""
+"""Re-estimated batch statistics, against NumPy."""
 
 import dataclasses
 

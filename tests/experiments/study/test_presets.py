@@ -41,7 +41,8 @@ def test_it_counts_merges_of_both_presets_and_goes_on_where_it_stopped(tmp_path,
     assert (paper["rule"]["partner"], released["rule"]["partner"]) == ("nearest", "random")
     printed = capsys.readouterr().out
     assert presets.table(stored) in printed
-    assert f"| 5 | {released['validation_merges'][0]} | " in presets.table(stored)
+    merges = [released[f"{stage}_merges"][0] for stage in ("training", "validation")]
+    assert f"| 2 | 5 | {merges[0]} | {merges[1]} | " in presets.table(stored)
 
     runs = tmp_path / "runs"
     threshold = presets.passed_by_one_in_a_hundred(runs / "given" / "paper")

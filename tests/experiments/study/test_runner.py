@@ -42,7 +42,7 @@ def weights(paths, trial):
     return [leaf.tobytes() for leaf in jax.tree.leaves(state)]
 
 
-def test_every_cell_has_its_result(trained):
+def test_every_trial_has_its_result(trained):
     paths, results = trained
     assert list(results) == [trial.arm for trial in TRIALS]
     assert sum(results["in.merge"]["merged"]) > 0
@@ -86,7 +86,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     assert one["test"] == two["test"] and one["merged"] == two["merged"]
 
 
-def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path):
+def test_a_trial_that_another_process_trains_is_left_to_it(tmp_path):
     paths = stages.Paths(tmp_path, tmp_path)
     with lock(paths.trial(TRIALS[0])), pytest.raises(UsageError, match="is in use: process"):
         runner.run_trials(TRIALS[:1], paths)
@@ -103,7 +103,7 @@ def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
     assert [runner.finished(trial, paths) for trial in trials] == [False, False, True]
 
 
-def test_no_cell_begins_after_the_time_is_up(trained, tmp_path):
+def test_no_trial_begins_after_the_time_is_up(trained, tmp_path):
     paths = stages.Paths(trained[0].data, tmp_path)
     assert run(TRIALS[:1], paths, until=0) == {}
 
