@@ -59,7 +59,7 @@ def overview() -> str:
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
     columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
-    return markdown_rows(columns, rows, "lllll") + "\n"
+    return markdown_rows(columns, rows, "l" * len(columns)) + "\n"
 
 
 def totals() -> str:

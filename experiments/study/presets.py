@@ -127,7 +127,7 @@ def train_preset(given: list[str], folder: Path) -> int:
     from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.workdir import differences
+    from inmerge_jax.training.workdir import diff_configs
 
     try:
         wanted = parse_config(given)
@@ -137,7 +137,7 @@ def train_preset(given: list[str], folder: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     begun = (folder / "config.json").exists()
-    if begun and differences(json.loads((folder / "config.json").read_bytes()), wanted):
+    if begun and diff_configs(json.loads((folder / "config.json").read_bytes()), wanted):
         message = f"{folder} holds a run of other options; choose another --output"
         print(f"error: {message}", file=sys.stderr)
         return 2

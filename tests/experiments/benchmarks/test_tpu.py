@@ -154,7 +154,7 @@ def test_a_file_without_the_chosen_rows_is_no_pass(tmp_path, capsys):
     assert "has no row of resnet18 28 px, v5e:2x2, plain" in capsys.readouterr().err
     path.write_text("[]")
     assert check.main(["--dry-run", "--output", str(path)]) == 2
-    assert "holds no JSON object; remove it" in capsys.readouterr().err
+    assert "holds no JSON object): remove it" in capsys.readouterr().err
 
 
 def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_path):

@@ -105,7 +105,7 @@ def test_rows_of_another_command_are_not_taken_for_this_ones(tmp_path, capsys, s
     assert words in capsys.readouterr().err
     assert fault_injection.main(["--output", str(path), "--rows", "21"]) == 2
     assert "--rows 21: choose 1 to 20" in capsys.readouterr().err
-    for damaged, said in (("{", "Expecting"), ("[]", "holds no JSON object; delete it")):
+    for damaged, said in (("{", "Expecting"), ("[]", "holds no JSON object): delete it")):
         path.write_text(damaged)
         assert fault_injection.main(["--output", str(path)]) == 2
         assert said in capsys.readouterr().err
