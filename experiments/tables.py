@@ -107,7 +107,7 @@ def chestxray14_input(path: Path) -> str:
 
 
 SOURCES: dict[str, Callable[[], str]] = {
-    "trainer_runs": lambda: trainer_runs.markdown(RESULTS),
+    "trainer_runs": lambda: trainer_runs.markdown(RESULTS / "chestxray14"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),

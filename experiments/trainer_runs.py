@@ -11,19 +11,18 @@ from inmerge_jax.reporting.tables import markdown_rows
 HEADER = ("run, test images", "network", "seeds", "finetune AUC", "inmerge AUC", "merged")
 
 
-def markdown(folder: Path, runs: tuple[str, ...] = ("breastmnist", "chestxray14/*")) -> str:
-    """A row for each stored run: mean test AUC of both arms, and the fraction of kernels merged.
+def markdown(folder: Path) -> str:
+    """A row for each run: mean test AUC of both arms, and the fraction of selected kernels merged.
 
     Args:
-      folder: holds the runs' folders.
-      runs: patterns of their names, in the order of the table.
+      folder: Folder of the runs' folders.
     """
-    lines = []
-    for pattern in runs:
-        for path in sorted(folder.glob(f"{pattern}/results.json")):
-            name = str(path.parent.relative_to(folder))
-            lines.append(_row(name, json.loads(path.read_bytes())))
-    return markdown_rows(HEADER, lines, "llrrrr") + "\n"
+    rows = [
+        _row(path.parent.name, json.loads(path.read_bytes()))
+        for path in sorted(folder.glob("*/results.json"))
+    ]
+    return markdown_rows(HEADER, rows, "llrrrr") + "
+"
 
 
 def _row(name: str, results: Mapping[str, Any]) -> tuple[str, ...]:
