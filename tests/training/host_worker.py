@@ -69,8 +69,8 @@ def check_agreement():
     assert "process 0 said no" in message(multihost.run_synced, refuse, 0)
     multihost.require_same_config({"rule": {"alpha": 0.8}})
     different = message(multihost.require_same_config, {"rule": {"alpha": 0.8 + process / 10}})
-    assert "process 1 was started with other options" in different
-    assert "rule.alpha: 0.8 there, 0.9 here" in different
+    assert "configuration of process 1 differs from process 0" in different
+    assert "rule.alpha: 0.8 in process 0, 0.9 here" in different
     stop, answers = PreemptionHandler(), []
     alike = multihost.SyncedPreemption(stop)
     for number in range(20):
@@ -84,7 +84,7 @@ def check_agreement():
 
 def check_late_comer(coordinator):
     """JAX's service at the port does not take a second process 1 in, and is not disturbed by it."""
-    assert "its run has begun without this process" in message(rendezvous, coordinator, 2, 1, 10.0)
+    assert "its run started without this process" in message(rendezvous, coordinator, 2, 1, 10.0)
     assert "cannot use port" in message(rendezvous, coordinator, 2, 0, 10.0)
 
 

@@ -66,7 +66,7 @@ def test_a_lost_line_is_named_and_not_made_up_for(metrics, lost):
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
     left = [epoch for epoch in (1, 2, 3, 4) if epoch != lost + 1]
-    with pytest.raises(UsageError, match=re.escape(f"lines of the epochs {left}")):
+    with pytest.raises(UsageError, match=re.escape(f"has the epochs {left}")):
         truncate_metrics(metrics, 4)
 
 

@@ -228,6 +228,7 @@ def test_no_error_of_one_of_several_processes_keeps_it_waiting(
         main(arguments)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "exit_process", lambda status: status)
     assert main(arguments) == 1
     told = capsys.readouterr().err
     assert "Traceback" in told and str(error) in told
@@ -242,22 +243,22 @@ def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     second = start([*second.args[2:], "--alpha", "0.5"], 1, elsewhere(tmp_path / "run"), **other)
     statuses, said = finish([first, second])
     assert statuses == [2, 2], said
-    assert "process 1 was started with other options" in said[0]
-    assert "rule.alpha: 0.8 there, 0.5 here" in said[1]
-    assert 'environment.JAX_THREEFRY_PARTITIONABLE: absent there, "0" here' in said[1]
+    assert "configuration of process 1 differs from process 0" in said[0]
+    assert "rule.alpha: 0.8 in process 0, 0.5 here" in said[1]
+    assert 'environment.JAX_THREEFRY_PARTITIONABLE: absent in process 0, "0" here' in said[1]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("10.0.0.1:80", None, None), "--num-processes and --process-id missing"),
-        ((None, 2, 0), "--coordinator missing"),
-        (("10.0.0.1", 2, 0), "--coordinator 10.0.0.1: give the address"),
-        (("host:99999", 2, 0), "--coordinator host:99999"),
-        (("host:80", 0, 0), "--num-processes 0: choose 1 or more"),
-        (("host:80", 2, 2), "--process-id 2: choose 0 to 1"),
-        (("host:80", 2, -1), "--process-id -1: choose 0 to 1"),
+        (("10.0.0.1:80", None, None), "`num_processes` and `process_id` missing"),
+        ((None, 2, 0), "`coordinator` missing"),
+        (("10.0.0.1", 2, 0), "`coordinator` 10.0.0.1: give the address"),
+        (("host:99999", 2, 0), "`coordinator` host:99999"),
+        (("host:80", 0, 0), "`num_processes` 0: choose 1 or more"),
+        (("host:80", 2, 2), "`process_id` 2: choose 0 to 1"),
+        (("host:80", 2, -1), "`process_id` -1: choose 0 to 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(given, words):
@@ -298,7 +299,7 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
     finally:
         jax.config.update("jax_platforms", before)
     assert calls == [()] * called
-    assert ("trains alone" in capsys.readouterr().err) == (error is not None)
+    assert ("runs alone" in capsys.readouterr().err) == (error is not None)
 
 
 def test_alone_a_process_agrees_with_itself():

@@ -65,21 +65,21 @@ def test_a_process_that_comes_before_process_0_waits_for_it():
 def test_another_number_of_processes_stops_all():
     said = all_meet((0, 2), (1, 3))
     assert said[0] == said[1]
-    assert "process 1 was started with --num-processes 3, process 0 with 2" in said[0]
+    assert "process 1 was started with `num_processes` 3, process 0 with 2" in said[0]
 
 
 def test_a_number_that_two_processes_have_stops_all():
     said = all_meet((0, 3), (1, 3), (1, 3))
     assert said[0] == said[1] == said[2]
-    assert "two processes were started with --process-id 1; choose 0 to 2" in said[0]
+    assert "two processes were started with `process_id` 1; choose 0 to 2" in said[0]
 
 
 def test_a_second_process_0_on_the_same_machine_finds_the_port_taken():
     said = all_meet((0, 2), (0, 2), seconds=1.0)
     (taken,) = (text for text in said if "cannot use port" in text)
-    assert "(Address already in use)" in taken and "another one with --process-id 0?" in taken
+    assert "(Address already in use)" in taken and "another one with `process_id` 0" in taken
     (alone,) = (text for text in said if text != taken)
-    assert "these did not come in 1 s: 1" in alone
+    assert "these did not connect in 1 s: 1" in alone
 
 
 def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
@@ -98,7 +98,7 @@ def test_a_second_process_0_on_another_machine_stops_both(monkeypatch):
 
 def test_process_0_names_those_that_do_not_come():
     said = all_meet((0, 4), (2, 4), seconds=1.0)
-    assert said[0] == said[1] and "these did not come in 1 s: 1, 3; start each" in said[0]
+    assert said[0] == said[1] and "these did not connect in 1 s: 1, 3; start each" in said[0]
 
 
 def test_a_process_that_left_may_come_again():
@@ -155,7 +155,7 @@ def test_another_program_at_the_port_is_not_process_0(answer):
                 connection.sendall(answer)
 
         pool.submit(serve)
-        with pytest.raises(UsageError, match="process 1 got no answer there from process 0"):
+        with pytest.raises(UsageError, match="process 1 got no answer from process 0"):
             rendezvous(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, SOON)
 
 
