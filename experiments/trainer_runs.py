@@ -21,8 +21,7 @@ def markdown(folder: Path) -> str:
         _row(path.parent.name, json.loads(path.read_bytes()))
         for path in sorted(folder.glob("*/results.json"))
     ]
-    return markdown_rows(HEADER, rows, "llrrrr") + "
-"
+    return markdown_rows(HEADER, rows, "llrrrr") + "\n"
 
 
 def _row(name: str, results: Mapping[str, Any]) -> tuple[str, ...]:
