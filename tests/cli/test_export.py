@@ -24,12 +24,10 @@ def network(name):
     return model, *init_variables(model, SHAPE, seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "partner"),
-    long_unless(
-        lambda case: case == ("vgg16", "nearest"),
-        itertools.product(["resnet18", "vgg16"], ["random", "nearest"]),
-    ),
+    itertools.product(["resnet18", "vgg16"], ["random", "nearest"]),
 )
 def test_the_exported_training_step_is_the_step(name, partner):
     devices = tuple(jax.local_devices()[:1])

@@ -62,6 +62,7 @@ def test_run_again_replaces_its_own_run_and_prints_the_table(first, output, caps
     assert re.search(r"threshold +\S+ +-1\.0 +\S+ +0\.3 ", printed)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(first, output, monkeypatch):
     (output / "results.json").unlink()
     (output / "seed1" / "inmerge" / "result.json").unlink()

@@ -287,6 +287,7 @@ def test_batch_statistics_and_gradients_are_those_of_one_device():
         np.testing.assert_array_equal(b[0], b[3])
 
 
+@pytest.mark.long
 def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     images = random_images(8, 32)
 
@@ -308,6 +309,7 @@ def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     assert np.abs(whole[0] - whole[1]).max() > 1e-3 * scale
 
 
+@pytest.mark.long
 def test_initial_values_of_a_densenet_have_torchvisions_spread():
     params = initial_parameters(DenseNet((2,), num_classes=500))
     layer = params["denseblock1_denselayer1"]

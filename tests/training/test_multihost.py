@@ -234,6 +234,7 @@ def test_no_error_of_one_of_several_processes_keeps_it_waiting(
     assert "Traceback" in told and str(error) in told
 
 
+@pytest.mark.long
 def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     first, second = start_all(tmp_path / "run")
     second.kill()

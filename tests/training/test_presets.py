@@ -172,6 +172,7 @@ def test_validation_merges_are_in_the_checkpoint_and_counted(tmp_path):
     assert second[0]["train_loss"] != second[1]["train_loss"]
 
 
+@pytest.mark.long
 def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     step = merging_eval(tuple(jax.local_devices()[:1]))
     run(tmp_path / "whole", rule=tiny.ALWAYS, merging_eval_step=step)

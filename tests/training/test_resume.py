@@ -161,6 +161,7 @@ def test_a_finished_run_is_not_touched(whole, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     for name in ("report.html", "table.md"):
@@ -170,6 +171,7 @@ def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
     assert (output / "report.html").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_path, capsys):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     (output / "results.json").unlink()
@@ -198,6 +200,7 @@ def test_resuming_with_another_configuration_names_the_difference(whole, tmp_pat
     assert "rule.alpha: 0.8 there, 0.5 now" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, tmp_path, capsys):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     (output / "results.json").unlink()

@@ -43,6 +43,7 @@ def test_another_seed_draws_other_trials():
     assert first != other and max(map(len, first)) == 2
 
 
+@pytest.mark.long
 def test_a_trial_is_compared_with_the_stored_one(tmp_path):
     trial = Trial(Backbone("phantom", "vgg11", 0, 1, 0.1))
     paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results")

@@ -71,6 +71,7 @@ def test_a_backbone_whose_checkpoint_is_gone_is_trained_again_but_not_stored(tra
     assert same[0] == same[1]
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     paths, _ = trained
     elsewhere = stages.Paths(paths.data, tmp_path)

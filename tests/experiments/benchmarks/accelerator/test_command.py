@@ -68,6 +68,7 @@ def measured(tmp_path_factory):
     return folder, first, kept, second
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_off_is_continued(measured):
     folder, first, kept, second = measured
     assert len(kept) >= 3
@@ -77,6 +78,7 @@ def test_a_run_that_is_cut_off_is_continued(measured):
         assert f"correctness: {name} (" in first and f"correctness: {name} (" not in second
 
 
+@pytest.mark.long
 def test_all_parts_are_measured_and_summarised(measured):
     folder, _, _, second = measured
     for part in PARTS:
@@ -89,6 +91,7 @@ def test_all_parts_are_measured_and_summarised(measured):
     assert len(files) <= 8 and max(path.stat().st_size for path in files) < 16 * 2**20
 
 
+@pytest.mark.long
 def test_results_are_imported(measured, tmp_path, monkeypatch):
     folder, *_ = measured
     with pytest.raises(UsageError, match="tiny sizes"):
@@ -112,6 +115,7 @@ def test_results_are_imported(measured, tmp_path, monkeypatch):
     assert "TINY SIZES" in page.markdown(tmp_path)
 
 
+@pytest.mark.long
 def test_a_folder_of_mixed_results_is_not_imported(measured, tmp_path):
     folder, *_ = measured
     for part in ("merge", "step"):
@@ -152,6 +156,7 @@ def test_bad_input_is_refused_before_any_time_is_spent(words, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_folder_of_another_commit_is_refused(measured, tmp_path, capsys):
     folder, *_ = measured
     write_json(tmp_path / "merge.json", {**read_part(folder, "merge"), "source": "d" * 64})

@@ -45,6 +45,7 @@ def alone(paths):
     return {"backbone": backbone, "inmerge": merged}
 
 
+@pytest.mark.long
 def test_a_trial_is_what_the_runner_trains(paths, alone):
     chosen = [GRID.backbone("phantom", 1), GRID.second("phantom", 1, "inmerge")]
     runner.run_trials(chosen, paths)
@@ -60,6 +61,7 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
     assert sum(alone["inmerge"].result["merged"]) > 0
 
 
+@pytest.mark.long
 def test_seeds_that_train_together_train_as_alone(paths, alone):
     backbones = train(paths, [0, 1])
     merged = train(paths, [0, 1], "inmerge", [one.weights for one in backbones])
@@ -115,6 +117,7 @@ def test_a_missing_file_is_named(tmp_path):
     trials.check_data(GRID, tmp_path)
 
 
+@pytest.mark.long
 def test_records_are_what_the_study_reads(paths, alone, tmp_path):
     known = {trial.arm: trial for trial in GRID.trials() if trial.backbone.seed == 1}
     around = {"started": "2026-01-01", "git": {}, "cpus": 2, "packages": {"jax": "0"}}
