@@ -181,7 +181,7 @@ def train_stage(
     Raises:
       NonFiniteLossError: the training or validation loss became NaN or infinite.
       UsageError: a file cannot be written, or metrics.jsonl was changed.
-      Stopped: `context.should_stop` returned True; all finished updates are saved.
+      TrainingInterrupted: `context.should_stop` returned True; all finished updates are saved.
     """
     recipe, devices, train = context.recipe, context.devices, context.dataset.train
     metrics_file = stage.folder / "metrics.jsonl"
