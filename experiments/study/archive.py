@@ -100,7 +100,7 @@ def make_record(
 
     Args:
       trial: the configuration.
-      result: of `loop.train_stage`.
+      result: of `train.train_stage`.
       similarity: kernel similarities per layer, "before" and "after" the stage.
       environment: of `environment.environment`; optionally with "device" and "driver".
     """

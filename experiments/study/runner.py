@@ -5,7 +5,7 @@
                            result.json       written last: the trial is finished
                            metrics.jsonl, similarity.json, scores/, checkpoints/
 
-The stages are those of `inmerge train`: `training.loop.train_stage`.
+The stages are those of `inmerge train`: `training.train.train_stage`.
 """
 
 import gc

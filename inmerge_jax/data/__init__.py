@@ -54,7 +54,7 @@ class DataConfig:
       size: Image size in pixels; MedMNIST: 28, 64, 128 or 224.
       data_dir: Folder of MedMNIST files, or of a ChestX-ray14 build.
       file: MedMNIST npz file to read instead.
-      download: Whether to download a missing MedMNIST file.
+      download: Missing MedMNIST files are downloaded, unless this is off.
       allow_unverified: Load a file whose MD5 is not MedMNIST's; results say so.
       phantom: options of the phantom.
     """

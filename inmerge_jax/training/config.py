@@ -206,7 +206,7 @@ class DeviceConfig:
       workers: Processes that read image files; 0 for threads.
       grad_accum_steps: Microbatches per device and update, to save memory.
       steps_per_execution: Updates per dispatch, for small steps on GPU and TPU.
-      fused: Whether to merge in one Pallas kernel per layer (TPU v4 and newer).
+      fused: On TPU v4 and newer one Pallas kernel merges a layer, unless this is off.
       coordinator: Address of process 0; for several processes, not needed on a TPU pod.
       num_processes: Number of processes.
       process_id: Number of this process, from 0.

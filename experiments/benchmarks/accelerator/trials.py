@@ -1,7 +1,7 @@
 """Part 4: trials of the study, as many as fit into the time.
 
 A trial is what `experiments.study.main_effect` trains: the same step, batches, keys, recipe and
-choice of the best epoch as in `training.loop.train_stage`. It keeps the best weights in memory and
+choice of the best epoch as in `training.train.train_stage`. It keeps the best weights in memory and
 writes no checkpoint, since a checkpoint takes longer than an epoch of a small data set. Several
 seeds may train at once; see `choose_together`.
 """
@@ -371,7 +371,7 @@ def train_unit(
 
 
 class Trained(NamedTuple):
-    """One finished trial: `loop.train_stage`'s result and similarities, test scores, weights."""
+    """One finished trial: `train.train_stage`'s result and similarities, test scores, weights."""
 
     result: dict[str, Any]
     similarity: dict[str, Any]
