@@ -190,7 +190,7 @@ def rows(stored: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         found.append((what, "1", writing))
         for rate in reducing["rates"]:
             whole = 1 / (1 / rate["images_per_second"] + 1 / writing)
-            found.append(("both in sequence, as a build does", f"{rate['workers']}", whole))
+            found.append(("both, one after the other as a build does", f"{rate['workers']}", whole))
     return [
         (what, workers, f"{rate:,.1f}", f"{ALL_IMAGES / rate / 3600:.2f} h")
         for what, workers, rate in found

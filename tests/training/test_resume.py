@@ -179,7 +179,7 @@ def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_
     text = result.read_text()
     result.write_text(text.replace('"best_epoch": ', '"best_epoch": 1'))
     assert main(command(output, "--resume")[3:]) == 2
-    assert f"{result} was changed" in capsys.readouterr().err
+    assert f"{result} is damaged: its content is not" in capsys.readouterr().err
     assert not (output / "results.json").exists()
     result.write_text(text)
     assert main(command(output, "--resume")[3:]) == 0
@@ -212,7 +212,7 @@ def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, 
     assert main(command(output, "--resume")[3:]) == 0
     change = f"jax: 0.1.2 there, {now} now"
     said = " ".join(capsys.readouterr().out.split())
-    assert "WARNING: resumed under other conditions" in said and change in said
+    assert "WARNING: the environment changed" in said and change in said
     arms = json.loads((output / "results.json").read_text())["arms"]
     assert arms["backbone"][0]["warnings"] == []
     (warning,) = arms["inmerge"][0]["warnings"]
