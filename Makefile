@@ -5,6 +5,7 @@
 # make coverage   the core's tests, which run 95 % of its lines or more; a part of test-long
 # make test-matrix   the core's tests and a short training on each of Python 3.11 to 3.13 that is installed
 # make check   lint, format and types
+# make docs    build the documentation into site/; DOCS_EXECUTE=false leaves the notebook unexecuted
 # make tpu-check   compile the training step with the TPU compiler; no TPU is needed
 # make clean   remove the environments
 
@@ -16,7 +17,7 @@ TPU := build/tpu-check
 TPU_CHECK ?=
 CORE := inmerge_jax/merging/*,inmerge_jax/merging/backends/*
 
-.PHONY: setup run test coverage test-long test-matrix check tpu-check clean
+.PHONY: setup run test coverage test-long test-matrix check docs tpu-check clean
 
 setup: $(READY)
 
@@ -65,6 +66,15 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors. MkDocs' own notice about a later major version is no warning of this site.
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m experiments.tables --figures docs/figures/results
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.ready-docs: requirements-docs.txt $(READY)
+	$(BIN)/python -m pip install --quiet --constraint requirements.txt --requirement requirements-docs.txt
+	touch $@
 
 tpu-check: $(READY) $(TPU)/.ready
 	PYTHONPATH=$(TPU) $(BIN)/python -m experiments.benchmarks.tpu.check $(TPU_CHECK)

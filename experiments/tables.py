@@ -12,19 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import trainer_runs
 from experiments.benchmarks.accelerator import page as accelerator
 from experiments.benchmarks.timing import measured_on
 from experiments.benchmarks.tpu import check as tpu_check
 from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
-from experiments.reliability import fault_injection, scaling, soak
+from experiments.reliability import fault_injection
 from experiments.study import archive, presets
 from experiments.study.questions import QUESTIONS, main_effect
-from experiments.study.render import markdown as markdown_table
 from inmerge_jax.cli import input_speed
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
-from inmerge_jax.reporting.tables import markdown
+from inmerge_jax.reporting.tables import markdown_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -59,7 +59,7 @@ def overview() -> str:
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
     columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
-    return markdown_table(columns, rows, left=len(columns))
+    return markdown_rows(columns, rows, "l" * len(columns)) + "\n"
 
 
 def totals() -> str:
@@ -79,66 +79,41 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
     old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
     met = {True: "yes", False: "**no**", None: ""}
-    lines = [
-        "| measured | median times | quantity | value | target | met | earlier | met |",
-        "| --- " * 8 + "|",
-    ]
+    columns = ("measured", "median times", "quantity", "value", "target", "met", "earlier", "met")
+    lines = []
     for section in stored.values():
         for row in section["rows"]:
             medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
             same = old.get((row["name"], row["quantity"]))
-            beside = "|  |  |" if same is None else f"| {same['value']:.3g} | {met[same['met']]} |"
-            lines.append(
-                f"| {row['name']} | {medians} | {row['quantity']} | {row['value']:.3g} "
-                f"| {row['target'] or ''} | {met[row['met']]} {beside}"
-            )
+            earlier_cells = ("", "") if same is None else (f"{same['value']:.3g}", met[same["met"]])
+            value = (row["quantity"], f"{row['value']:.3g}", row["target"] or "", met[row["met"]])
+            lines.append((row["name"], medians, *value, *earlier_cells))
     where = [
         f"{what}: {measured_on(part['environment'] for part in sections.values())}."
         for what, sections in (("Measured on", stored), ("Earlier", before))
     ]
-    return "\n".join(lines) + "\n\n" + " ".join(where) + "\n"
+    table = markdown_rows(columns, lines, "l" * len(columns))
+    return f"{table}\n\n{' '.join(where)}\n"
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
-def chestxray14_runs(folder: Path) -> str:
-    """Every stored run on ChestX-ray14: its command and its own table."""
-    parts = []
-    for run in sorted(path.parent for path in folder.glob("*/results.json")):
-        command = json.loads((run / "environment.json").read_bytes())["command"]
-        epochs = [
-            json.loads(line)
-            for path in run.glob("seed*/*/metrics.jsonl")
-            for line in path.read_text().splitlines()
-        ]
-        speed = max(epoch["images_per_second"] for epoch in epochs)
-        parts.append(
-            f"### {run.name}\n\n    {command}\n\nFastest epoch: {speed:.1f} images/s.\n\n"
-            f"{markdown(run)}"
-        )
-    return "\n".join(parts)
-
-
 def chestxray14_input(path: Path) -> str:
     """Images per second of ChestX-ray14's input, as Markdown."""
-    rows = [input_speed.COLUMNS, *input_speed.rows(json.loads(path.read_bytes()))]
-    rows.insert(1, ("---", *["---:"] * (len(rows[0]) - 1)))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = input_speed.rows(json.loads(path.read_bytes()))
+    return markdown_rows(input_speed.COLUMNS, rows) + "\n"
 
 
 SOURCES: dict[str, Callable[[], str]] = {
+    "trainer_runs": lambda: trainer_runs.markdown(RESULTS / "chestxray14"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
     "presets": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
-    "soak": lambda: soak.markdown(json.loads((RESULTS / "soak.json").read_bytes())),
-    "soak_shards": lambda: soak.markdown(json.loads((RESULTS / "soak_shards.json").read_bytes())),
-    "scaling": lambda: scaling.markdown(json.loads((RESULTS / "scaling.json").read_bytes())),
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
-    "chestxray14_runs": lambda: chestxray14_runs(RESULTS / "chestxray14"),
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
     ),
@@ -151,9 +126,9 @@ SOURCES: dict[str, Callable[[], str]] = {
 }
 PAGES = {
     "README.md": ("main",),
-    "docs/interruptions.md": ("kills", "soak", "soak_shards"),
-    "docs/scaling.md": ("scaling",),
-    "docs/chestxray14.md": ("chestxray14_input", "chestxray14_runs"),
+    "docs/trainer.md": ("trainer_runs",),
+    "docs/interruptions.md": ("kills",),
+    "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark"),
     "docs/results/index.md": ("overview", "totals", "presets"),
@@ -165,12 +140,12 @@ def render(text: str, page: str = "README.md") -> str:
     """`text` with new tables between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
     Raises:
-      InputError: a table of the page has no such markers in `text`.
+      UsageError: a table of the page has no such markers in `text`.
     """
     for name in PAGES[page]:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
-            raise InputError(f"{page} has no lines {begin.strip()} and {end}; add them")
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise UsageError(f"{page} needs the lines {begin.strip()} and {end}, each once")
         place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         before, after = place.split(text)
         text = f"{before}{begin}\n{SOURCES[name]()}\n{end}{after}"
@@ -196,11 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
             for name, svg in figures().items():
                 write_text(Path(words[1]) / name, svg)
         elif words:
-            raise InputError(f"{' '.join(words)}: the only option is --figures FOLDER")
+            raise UsageError(f"{' '.join(words)}: the only option is --figures FOLDER")
         else:
             for page in PAGES:
                 write_text(ROOT / page, render((ROOT / page).read_text(), page))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

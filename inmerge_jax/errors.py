@@ -1,9 +1,10 @@
-"""The error for input that its user can mend."""
+"""The error for invalid input."""
 
 
-class InputError(ValueError):
-    """Bad input: the message names the value, where it came from and the remedy.
+class UsageError(ValueError):
+    """Invalid input: the message names the value, its origin and the remedy.
 
-    The command line prints it without a traceback and exits with status 2; every other exception
-    is a fault of the program and keeps its traceback.
+    Messages name arguments in backticks, such as `batch_size`; the command line shows them as
+    options. It prints the message without a traceback and exits with status 2. Every other
+    exception is a bug and keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading them back as they were written."""
+"""Atomic writes of files, and verified reads."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 DAMAGED_ARCHIVE = (
     ValueError,
@@ -25,17 +25,17 @@ DAMAGED_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What zipfile, zlib and NumPy raise on damaged archives and array headers."""
+"""Exceptions of zipfile, zlib and NumPy on damaged archives and array headers."""
 
-_SEAL = "sha256"
+CHECKSUM = "sha256"
+"""Name of the entry that holds the checksum of a JSON object."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+    """Writes `data` to `path` atomically; creates the folder if it is missing.
 
     Raises:
-      OSError: as the file system gives it (a full disk, say); the old file is then untouched and
-        the temporary one removed.
+      OSError: the file cannot be written; an existing file is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,12 +52,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, would outlast a loss of power."""
+    """Flushes a file or a folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Mounts that keep no folder of their own (object stores, some network drives) refuse it.
+        # Some mounts (object stores, network drives) cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -65,74 +65,96 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` of a folder with everything in it."""
+    """Flushes a folder and everything in it to disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 `text` to `path`, whole or not at all; see `write_bytes`."""
+    """Writes UTF-8 text atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON to `path`, whole or not at all; see `write_bytes`."""
+    """Writes indented JSON atomically, see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def json_sha256(value: Any) -> str:
-    """SHA-256 of `value` as JSON: the same before it is written and after it is read."""
+    """SHA-256 of `value` as compact JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_json` of an object and, under "sha256", the hash of it that `read_sealed` compares."""
-    write_json(path, {**value, _SEAL: json_sha256(value)})
+def write_json_with_checksum(path: Path, value: Mapping[str, Any], key: str = CHECKSUM) -> None:
+    """Writes an object as JSON, with its SHA-256 as the entry `key`; see `write_json`."""
+    write_json(path, {**value, key: json_sha256(value)})
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
 
     Raises:
-      InputError: it holds none; `remedy` says what to do then.
+      UsageError: the file holds no JSON object.
       OSError: it cannot be read.
     """
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (it holds no JSON object): {remedy}")
+        raise UsageError(f"{path} is damaged (it holds no JSON object): {remedy}")
     return value
 
 
-def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, or one of an earlier version, which has no hash.
+def read_json_with_checksum(
+    path: Path, remedy: str, *, key: str = CHECKSUM, required: bool = False
+) -> dict[str, Any]:
+    """Reads an object that `write_json_with_checksum` wrote, and verifies it.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
+      key: entry that holds the checksum.
+      required: whether a file without a checksum, as earlier versions wrote it, is an error.
+
+    Returns:
+      The object without its checksum.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: the file was cut short or changed.
+      OSError: it cannot be read.
     """
-    value = read_object(path, remedy)
-    if _SEAL in value and value.pop(_SEAL) != json_sha256(value):
-        raise InputError(f"{path} was changed after it was written: {remedy}")
+    value = read_json_object(path, remedy)
+    if key not in value and not required:
+        return value
+    if value.pop(key, None) != json_sha256(value):
+        raise UsageError(f"{path} is damaged: its content is not what was written; {remedy}")
     return value
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed npz to `path`, whole or not at all; see `write_bytes`."""
+    """Writes a compressed npz atomically, see `write_bytes`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
 
 
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
-    """Every array of the npz at `path`, after a check of its checksums.
+    """Reads all arrays of an npz and verifies their checksums.
+
+    Args:
+      path: the file.
+      remedy: what the error message advises.
 
     Raises:
-      InputError: it is cut short or was changed; `remedy` says what to do then.
+      UsageError: the file is truncated or was changed.
     """
     try:
-        # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+        # NumPy stops reading before zipfile would verify the checksum.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -140,6 +162,6 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except DAMAGED_ARCHIVE as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged ({type(error).__name__}: {error}): {remedy}"
         ) from error

@@ -1,4 +1,4 @@
-"""One process at a time writes a folder: a lock of the system's, which ends with its process."""
+"""Advisory folder lock (flock), released when the process exits."""
 
 import contextlib
 import errno
@@ -9,25 +9,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 LOCK = ".lock"
-"""The file in the folder that is locked; that it is there says nothing."""
+"""Name of the locked file; its existence alone does not mean that the folder is locked."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
-    """Keeps other processes, and other calls, from holding `folder` until the block ends.
+def lock(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[None]:
+    """Holds an exclusive lock on `folder` while the context is open.
 
     Args:
-      folder: created where absent.
-      say: told where the file system has no locks, and nothing is kept from anybody.
+      folder: the folder; created if missing.
+      say: receives a warning if the file system has no locks; the context opens without one.
 
     Raises:
-      InputError: another process holds it; it is named.
-      OSError: the folder or the file of the lock cannot be written.
+      UsageError: another process holds the lock; the message names it.
+      OSError: the folder or the lock file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -37,13 +37,13 @@ def hold(folder: Path, say: Callable[[str], None] = warnings.warn) -> Iterator[N
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
-        # Removed before it is let go, so that nobody removes the file of the next one.
+        # Removed before the release, so that the next holder's file is not removed.
         path.unlink(missing_ok=True)
         os.close(handle)
 
 
 def require_free(folder: Path) -> None:
-    """Raises InputError where another process holds the folder; leaves no file behind."""
+    """Raises UsageError if another process holds the lock; creates no file."""
     path = folder / LOCK
     if path.is_file():
         handle = os.open(path, os.O_RDWR)
@@ -54,7 +54,7 @@ def require_free(folder: Path) -> None:
 
 
 def _acquire(path: Path, say: Callable[[str], None]) -> int:
-    """The open file, locked and still at its place."""
+    """Opens and locks the file; returns its descriptor."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -63,22 +63,22 @@ def _acquire(path: Path, say: Callable[[str], None]) -> int:
             os.close(handle)
             raise
         if not locked:
-            say(f"the file system of {path.parent} has no locks: start nothing else there")
+            say(f"the file system of {path.parent} has no locks: start no second process there")
             return handle
         if _is_at(handle, path):
             return handle
-        os.close(handle)  # Who held it has removed it meanwhile.
+        os.close(handle)  # The previous holder has removed it.
 
 
 def _lock(path: Path, handle: int) -> bool:
-    """Whether the open file is locked now; the file system may have no locks."""
+    """Locks the open file; returns False if the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         other = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        raise InputError(
-            f"{path.parent} is in use: {other} writes there now; wait until it has ended, or "
-            "choose another folder"
+        raise UsageError(
+            f"{path.parent} is in use: {other} writes there; wait until it has ended, or choose "
+            "another folder"
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "fidelity.md").read_text()
 TABLE = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (ROOT / "docs" / "fidelity.md").read_text().splitlines()
+    for line in PAGE.partition("## Point by point")[2].partition("\n## ")[0].splitlines()
     if line.startswith("|")
 ]
 ROWS = TABLE[2:]
@@ -16,7 +17,6 @@ ROWS = TABLE[2:]
 
 def test_every_row_is_full():
     assert len(ROWS) >= 15
-    assert TABLE[0][3:6] == ["`paper`", "`released`", "`released_intent`"]
     for row in ROWS:
         assert len(row) == len(TABLE[0]) and all(row), row
 

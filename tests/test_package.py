@@ -64,3 +64,10 @@ def test_each_python_has_one_version_of_each_package(python):
         if pin.marker is None or pin.marker.evaluate({"python_version": python})
     ]
     assert sorted(chosen) == sorted({pin.name for pin in requirements()})
+
+
+def test_neither_the_library_nor_the_experiments_import_tests_and_the_library_no_experiment():
+    for folder, forbidden in (("inmerge_jax", "tests|experiments"), ("experiments", "tests")):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = re.search(rf"^\s*(?:from|import) (?:{forbidden})\b", path.read_text(), re.M)
+            assert found is None, f"{path}: {found and found.group()}"

@@ -1,4 +1,4 @@
-"""How long torchvision's weights take to become ours, and ours to become torchvision's."""
+"""Benchmark of the conversion of weights from and to torchvision's format."""
 
 import statistics
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SECONDS = 5
 
 
 def conversion_rows(*, rounds: int, name: str = "vgg19") -> list[Row]:
-    """Both ways for torchvision's network with 1,000 classes, in memory, without reading a file."""
+    """Times both directions for a network with 1,000 classes, without file access."""
     print(f"conversion: {name}, {rounds} rounds", flush=True)
     with torch.device("meta"):
         network = create_network(name, 1000, stem="imagenet", size=224)

@@ -1,4 +1,4 @@
-"""Measures what merging costs, beside the released code's loop, plain training and PyTorch."""
+"""Benchmarks merging on CPU against the released code's loop, plain training and PyTorch."""
 
 import dataclasses
 import gc
@@ -25,14 +25,13 @@ from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns, to
 from experiments.benchmarks.trained_weights import train_vgg19
 from experiments.oracles.released_torch import merge_pass
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.memory import keep_freed_memory
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.init import conv_kernels, init_variables
 
 Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
 
@@ -50,20 +49,19 @@ TINY_RUN = (
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measures in-model merging's speed on this machine, which should do nothing else meanwhile.
+    """Benchmarks in-model merging on this machine, which should be idle otherwise.
 
-    merge: one merge of VGG19's six deep layers against a PyTorch reading of the released code's
-    loop. backends: one merge of a network's deep layers in the reference form and in the CPU form,
-    and what the second saves of a training step. overhead: the training step with merging against
-    the same step without. pytorch: the training step without merging against PyTorch's.
-    conversion: VGG19's weights from PyTorch's form and back. cache: what a second start of a
-    training command compiles anew. Contenders take turns in one process; a ratio is the median of
-    the ratios of times from the same round.
+    merge: merge of VGG19's six deep layers, compared with a PyTorch version of the released code's
+    loop. backends: merge of a network's deep layers, reference and CPU implementation, and the
+    share of a training step saved. overhead: training step with and without merging. pytorch:
+    training step without merging, compared with PyTorch. conversion: VGG19's weights from and to
+    torchvision's format. cache: programs compiled by the second start of a training command.
+    Contenders run interleaved in one process; a ratio is the median of the ratios by round.
 
     Attributes:
-      only: The sections to measure. Of the others, the output file keeps what it holds.
-      output: JSON file for all times, their ratios, and the environment they were taken in.
-      rounds: Factor on every number of rounds, such as 0.1 for a quick look.
+      only: Sections to measure. The output file keeps the rows of the other sections.
+      output: JSON file for times, ratios and the environment.
+      rounds: Factor on every number of rounds, such as 0.1 for a quick run.
     """
 
     only: tuple[Section, ...] = get_args(Section)
@@ -72,7 +70,7 @@ class BenchmarkConfig:
 
 
 class Rounds(NamedTuple):
-    """A training step, and how many rounds to time it for."""
+    """A training step and its number of timed rounds."""
 
     case: Case
     rounds: int
@@ -97,20 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, prog="python -m experiments.benchmarks.cpu", args=arguments)
     try:
         run(config, standard_sections(config.rounds))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
-    """What each section measures, with every number of rounds times `factor`.
+    """Section -> function that measures it, with all numbers of rounds multiplied by `factor`.
 
     Raises:
-      InputError: `factor` is not a positive number.
+      UsageError: `factor` is not a positive number.
     """
     if not 0 < factor < float("inf"):
-        raise InputError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
+        raise UsageError(f"--rounds {factor}: choose a positive factor, such as 1 or 0.1")
 
     def scaled(cases: Sequence[Rounds]) -> list[Rounds]:
         return [Rounds(case, max(1, round(rounds * factor))) for case, rounds in cases]
@@ -128,16 +126,16 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
 def run(
     config: BenchmarkConfig, sections: dict[str, Callable[[], list[Row]]]
 ) -> dict[str, dict[str, Any]]:
-    """Measures the chosen sections, prints each as a table, and returns what the file then holds.
+    """Measures the chosen sections, prints their tables and returns the file's contents.
 
-    The file is written after each section, so that an interrupted run keeps those it finished.
+    The file is written after each section, so that an interrupted run keeps the finished ones.
 
     Raises:
-      InputError: the output file can't be read or written.
+      UsageError: the output file can't be read or written.
     """
     stored = _read(config.output)
     _write(config.output, stored)
-    kept = keep_freed_memory()  # as training on CPU does; PyTorch, in the same process, gains too
+    kept = configure_malloc()  # as in training on CPU; it also applies to PyTorch
     for name in config.only:
         started = time.perf_counter()
         around = environment() | {
@@ -155,9 +153,9 @@ def run(
 
 
 def merge_rows(*, rounds: int, width: float = 1.0, repeats: int = 5) -> list[Row]:
-    """One merge of a trained VGG19's six deep weights, p 0.3, alpha 0.8, against the loop.
+    """Merge of a trained VGG19's six deep weights, compared with the released code's loop.
 
-    Ours is jitted and, as in the training step, given its parameters to overwrite (donated).
+    Probability 0.3, alpha 0.8. The merge is jitted and its parameters are donated, as in training.
     """
     print(f"merge: training VGG19 for {UPDATES} updates", flush=True)
     weights, losses = train_vgg19(updates=UPDATES, width=width)
@@ -190,7 +188,7 @@ def merge_rows(*, rounds: int, width: float = 1.0, repeats: int = 5) -> list[Row
 
 
 def loop_merger(weights: Sequence[np.ndarray], threshold: float) -> Callable[[], int]:
-    """Runs the released code's pass on weights that it goes on changing."""
+    """Function that applies the released code's merge pass to its own copy of the weights."""
     state = [torch.from_numpy(w.transpose(3, 2, 0, 1).copy()) for w in weights]
     generator = torch.Generator().manual_seed(0)
 
@@ -209,7 +207,7 @@ def merger(
     donate: bool,
     implementation: Implementation = "auto",
 ) -> Callable[[], Any]:
-    """Runs `merge_kernels`, jitted, on weights that it goes on changing."""
+    """Function that applies the jitted `merge_kernels` to its own copy of the weights."""
     params = {f"conv{i}": jnp.array(w) for i, w in enumerate(weights)}
     kernels = [
         Kernel(path, leaf.shape, out_axis=3)
@@ -233,12 +231,12 @@ def merger(
 
 
 def backend_rows(case: Case, rounds: int) -> list[Row]:
-    """Merges of a network's deep layers, in the reference form and in the CPU form."""
+    """Merge of a network's deep layers by the reference and the CPU implementation."""
     print(f"backends: {case}, {rounds} rounds", flush=True)
     model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
     shape = (case.size, case.size, 3)
-    kernels = deep_kernels(convolutions(model, shape), skip=10)
-    leaves = dict(jax.tree_util.tree_leaves_with_path(random_weights(model, shape, 0)[0]))
+    kernels = deep_kernels(conv_kernels(model, shape), skip=10)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(init_variables(model, shape, 0)[0]))
     weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
     rules = {
         "few merge": MergeRule(),
@@ -270,7 +268,7 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
 
 
 def overhead_row(case: Case, rounds: int) -> Row:
-    """The training step with merging (the default rule, all but the first ten convolutions)."""
+    """Training step with merging (default rule, `skip=10`) compared with the step without."""
     print(f"overhead: {case}, {rounds} rounds", flush=True)
     plain, merging = map(blocking, jax_steps(case, (None, MergeRule())))
     seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
@@ -279,7 +277,7 @@ def overhead_row(case: Case, rounds: int) -> Row:
 
 
 def pytorch_rows(case: Case, rounds: int) -> list[Row]:
-    """The training step without merging against PyTorch's, in its default layout and the other."""
+    """Training step without merging compared with PyTorch's, in both memory formats."""
     print(f"pytorch: {case}, {rounds} rounds", flush=True)
     contenders = {
         PLAIN: blocking(jax_steps(case, (None,))[0]),
@@ -296,7 +294,7 @@ def pytorch_rows(case: Case, rounds: int) -> list[Row]:
 
 
 def blocking(program: StepProgram) -> Callable[[], None]:
-    """One call of a step, finished when it returns."""
+    """Function that calls a step once and waits for its result."""
 
     def run() -> None:
         program.run()
@@ -311,14 +309,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+        raise UsageError(f"--output {path}: {error}; remove it or choose another file") from error
 
 
 def _write(path: Path, stored: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, stored)
     except OSError as error:
-        raise InputError(f"--output {path}: {error}; choose another file") from error
+        raise UsageError(f"--output {path}: {error}; choose another file") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Runs a command and counts the programs that XLA compiles for it.
 
 `python -m experiments.benchmarks.startup COUNTS.json MODULE OPTION ...` runs
-`python -m MODULE OPTION ...`, and writes to COUNTS.json how many programs were asked for, how many
-of those came from the persistent compilation cache, and how many were compiled.
+`python -m MODULE OPTION ...` and writes to COUNTS.json how many programs were requested, how many
+came from the persistent compilation cache and how many were compiled.
 """
 
 import importlib
@@ -21,20 +21,27 @@ from inmerge_jax.files import write_json
 
 _ROOT = Path(__file__).parents[2]
 PROGRAM = "/jax/core/compile/backend_compile_duration"
-"""The event of a program that is compiled, or loaded from the cache."""
+"""Event of a program that is compiled or loaded from the cache."""
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
 def cache_rows(module: str, options: Sequence[str]) -> list[Row]:
-    """Starts a command twice with one fresh folder of compiled programs.
+    """Times two starts of a command that share a new compilation cache.
 
     Args:
-      module: its `main` takes the options, `--cache` and `--output` among them.
-      options: the others.
+      module: module whose `main` takes a list of options, including `--compilation-cache-dir` and
+        `--output`.
+      options: all other options.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        options = [*options, "--cache", str(place / "cache"), "--output", str(place / "run")]
+        options = [
+            *options,
+            "--compilation-cache-dir",
+            str(place / "cache"),
+            "--output",
+            str(place / "run"),
+        ]
         starts = [measure_start(module, options, place / "counts.json") for _ in range(2)]
     first, second = starts
     seconds = {"first start": [first["seconds"]], "second start": [second["seconds"]]}
@@ -62,10 +69,10 @@ def cache_rows(module: str, options: Sequence[str]) -> list[Row]:
 
 
 def measure_start(module: str, options: Sequence[str], counts: Path) -> dict[str, Any]:
-    """Runs the module in a process of its own: its seconds, and what COUNTS.json then says.
+    """Runs the module in a new process; returns its seconds and the contents of COUNTS.json.
 
     Raises:
-      subprocess.CalledProcessError: it failed; its output is in the error's notes.
+      subprocess.CalledProcessError: the process failed; the error's notes have its output.
     """
     counts = counts.resolve()
     command = [
@@ -88,7 +95,7 @@ def measure_start(module: str, options: Sequence[str], counts: Path) -> dict[str
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the module's `main` on its options and returns the status that it returns."""
+    """Runs the module's `main` with its options; returns its status."""
     counts, module, *options = arguments
     import jax.monitoring
 

@@ -1,4 +1,4 @@
-"""One training step at a fixed size, in the library's own form and as PyTorch users write it."""
+"""Training steps of a fixed size, in JAX and in PyTorch, for benchmarks."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,16 @@ import numpy as np
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.parallel import AXIS, broadcast, choose_devices, replicate, split
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import (
+    DATA_AXIS,
+    broadcast_to_devices,
+    choose_devices,
+    replicate,
+    shard_batch,
+)
 from inmerge_jax.training.recipes import RECIPES, Recipe
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +36,13 @@ class Case:
     """A training step on one device.
 
     Attributes:
-      model: of `create_model`.
-      stem: of the network.
-      size: height and width of the images, RGB, in pixels.
-      batch: images of one update.
-      dtype: what activations are computed in; weights are float32.
+      model: name of the network, see `create_model`.
+      stem: first layers of the network.
+      size: height and width of the RGB images, in pixels.
+      batch: batch size.
+      dtype: dtype of activations; weights are float32.
       steps: updates in one call.
-      width: factor on the channels.
+      width: factor on the number of channels.
     """
 
     model: str
@@ -53,9 +58,9 @@ class Case:
 
     @property
     def recipe(self) -> Recipe:
-        """The MedMNIST benchmark's Adam for ResNets, the released code's SGD for the others.
+        """Adam of the MedMNIST benchmark for ResNets, SGD of the released code for other networks.
 
-        Without flips, which the PyTorch step lacks, and at a rate that keeps weights finite.
+        Without flips, which the PyTorch step lacks, and at a learning rate without divergence.
         """
         name = "medmnist" if self.model.startswith("resnet") else "released"
         return dataclasses.replace(RECIPES[name], learning_rate=1e-3, flip=False)
@@ -66,10 +71,10 @@ class StepProgram:
     """A compiled training step.
 
     Attributes:
-      run: queues one call on the state that it shares with the case's other programs.
-      wait: returns when all calls are done.
-      compile_seconds: that XLA took, several programs at a time.
-      peak_bytes: of device memory, as the compiler plans it: arguments, results and temporaries.
+      run: dispatches one call on the state, which all programs of the case share.
+      wait: waits for all dispatched calls.
+      compile_seconds: XLA's compilation time, with several programs compiled at once.
+      peak_bytes: device memory planned by the compiler: arguments, results and temporaries.
     """
 
     run: Callable[[], None]
@@ -79,9 +84,9 @@ class StepProgram:
 
 
 def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram]:
-    """The library's training steps on one device, one for each rule, all on one state.
+    """JAX training steps on one device, one for each rule; all update one state.
 
-    They are compiled at the same time, each in a thread of its own.
+    The programs are compiled concurrently, one per thread.
     """
     devices = choose_devices(1)
     model = create_model(
@@ -90,20 +95,20 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
         stem=case.stem,
         width=case.width,
         dtype=jnp.dtype(case.dtype),
-        axis_name=AXIS,
+        axis_name=DATA_AXIS,
     )
     shape = (case.size, case.size, 3)
-    params, batch_stats = random_weights(model, shape, seed=0)
-    kernels = convolutions(model, shape)
+    params, batch_stats = init_variables(model, shape, seed=0)
+    kernels = conv_kernels(model, shape)
     optimizer = make_optimizer(case.recipe)
     state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
     state = replicate(state, devices)
     images, labels = example_batch(case)
     index = np.arange(case.batch, dtype=np.int32)
-    batch = split({"image": images, "label": labels, "index": index}, devices)
+    batch = shard_batch({"image": images, "label": labels, "index": index}, devices)
     if case.steps > 1:
         batch = {name: jnp.stack([x] * case.steps, axis=1) for name, x in batch.items()}
-    root = broadcast(jax.random.key(0), devices)
+    root = broadcast_to_devices(jax.random.key(0), devices)
 
     def lower(rule: MergeRule | None) -> tuple[Any, Any]:
         deep = () if rule is None else deep_kernels(kernels, skip=min(10, len(kernels) // 2))
@@ -116,7 +121,7 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
             devices=devices,
             kernels=deep,
             rule=rule,
-            steps_per_call=case.steps,
+            steps_per_execution=case.steps,
         )
         return step.lower(state, totals, batch, root), totals
 
@@ -155,14 +160,14 @@ def torch_step(
     """The same step in PyTorch.
 
     Args:
-      case: network and sizes; its dtype is left to `autocast`.
+      case: network and sizes; its dtype is ignored in favour of `autocast`.
       layout: memory format of weights and images.
-      device: to train on.
+      device: training device.
       autocast: context of the forward pass and the loss; None for float32.
-      compiled: whether `torch.compile` compiles the network.
+      compiled: whether to compile the network with `torch.compile`.
 
     Returns:
-      A function that queues one step.
+      A function that dispatches one step.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Timing several ways of doing one thing by turns, and telling what came out."""
+"""Interleaved timing of several implementations, and tables of the results."""
 
 import statistics
 import time
@@ -11,22 +11,25 @@ from rich.table import Table
 from inmerge_jax.training.environment import environment
 
 _REST = 0.02
-"""Seconds between two contenders, so that the threads of the last one have stopped spinning."""
+"""Seconds of rest between two contenders, in which spinning threads go to sleep."""
 
 
 def take_turns(
     contenders: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds that each contender takes, by round; each runs twice beforehand, untimed.
+    """Times several contenders in interleaved rounds, after two warm-up runs of each.
 
-    Every round runs all of them, in turn forwards and backwards, so that a machine that slows down
-    or speeds up favours none.
+    Every round runs all contenders, in alternating order, so that a drift of the machine's speed
+    affects all of them.
 
     Args:
-      contenders: name to a function that returns when its work is done.
-      rounds: times per contender.
-      repeats: runs whose mean makes one time, for what takes milliseconds. Above 1, each turn
-        begins with one more, untimed run, which finds the caches and threads as it left them.
+      contenders: name -> function that returns when its work is done.
+      rounds: number of times per contender.
+      repeats: number of runs averaged for one time, for runs of milliseconds. Above 1, each turn
+        starts with an untimed run, which warms caches and threads.
+
+    Returns:
+      Name -> seconds per run, one value for each round.
     """
     for run in contenders.values():
         run()
@@ -47,23 +50,23 @@ def take_turns(
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, for results that are stored: `environment` without the command."""
+    """The machine and versions stored with a result: `environment` without the command."""
     kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices", "git")
     around = environment()
     return {name: around[name] for name in kept}
 
 
 def measured_on(machines: Iterable[Mapping[str, Any]]) -> str:
-    """The processors, dates and commits of stored results, for people.
+    """Describes the processors, dates and commits of stored results.
 
     Args:
-      machines: what `machine` gave when each was measured.
+      machines: the stored results of `machine`.
     """
     places: dict[str, list[Mapping[str, Any]]] = {}
     for around in machines:
         processor = around.get("processor") or "a processor that was not recorded"
         places.setdefault(f"{around['cpus']} cores of {processor}", []).append(around)
-    told = []
+    found = []
     for place, some in places.items():
         commits = dict.fromkeys(
             f"{(around['git']['commit'] or 'unknown')[:10]}"
@@ -72,19 +75,19 @@ def measured_on(machines: Iterable[Mapping[str, Any]]) -> str:
         )
         days = sorted({around["started"][:10] for around in some})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-        told.append(f"{place} ({when}, commit {', '.join(commits)})")
-    return "; ".join(told)
+        found.append(f"{place} ({when}, commit {', '.join(commits)})")
+    return "; ".join(found)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a quantity is to be."""
+    """A lower or upper limit on a quantity."""
 
     sense: Literal["at least", "at most"]
     value: float
 
     def met(self, value: float) -> bool:
-        """Whether `value` is as it is to be."""
+        """Whether `value` meets the target."""
         return value >= self.value if self.sense == "at least" else value <= self.value
 
     def __str__(self) -> str:
@@ -93,17 +96,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """One result: a quantity, the times that it was computed from, and its target if it has one.
+    """One result, with the times that it was computed from.
 
     Attributes:
-      name: what was done.
-      quantity: what `value` is, in words.
-      value: the result.
-      low: smallest of the paired values.
-      high: largest of them.
-      target: what `value` is to be, or None for a row that is there for information.
-      seconds: contender to its times.
-      note: how it was measured, for people.
+      name: name of the measurement.
+      quantity: description of `value`.
+      value: the result, a median over rounds.
+      low: smallest value of a round.
+      high: largest value of a round.
+      target: limit on `value`; None for a row without one.
+      seconds: contender -> times.
+      note: description of the method.
     """
 
     name: str
@@ -116,7 +119,7 @@ class Row:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: times with their median, minimum and maximum; `met` is None without target."""
+        """The row for JSON; "met" is None without a target."""
         target = self.target
         return {
             "name": self.name,
@@ -139,7 +142,7 @@ def ratio_row(
     target: Target | None = None,
     note: str = "",
 ) -> Row:
-    """The median over the rounds of the ratio of two contenders' times in the same round."""
+    """Median over rounds of the ratio of two contenders' times."""
     ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
     return Row(
         name=name,
@@ -154,7 +157,7 @@ def ratio_row(
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median, minimum and maximum of times, and all of them in order."""
+    """Median, minimum, maximum and all times."""
     return {
         "median": statistics.median(times),
         "min": min(times),
@@ -164,7 +167,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def to_table(name: str, section: dict[str, Any]) -> Table:
-    """A section as the benchmark's JSON file holds it, for the terminal."""
+    """A section of the benchmark's JSON file as a table for the terminal."""
     title = f"{name}, measured in {section['seconds']:.0f} s"
     table = Table(title=title, title_justify="left", show_lines=True)
     for heading in ("", "median times", "quantity", "value", "range", "target", "met"):

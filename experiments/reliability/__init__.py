@@ -1,1 +1,1 @@
-"""Fault injection, long runs, and scaling over devices and processes."""
+"""Fault injection: kills at random moments, each resumed to the same bits."""

@@ -35,9 +35,10 @@ from experiments.reliability.jobs import (
     training,
     write_radiographs,
 )
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
-from inmerge_jax.training.checkpoints import TEMPORARY
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_json_object, write_json
+from inmerge_jax.reporting.tables import markdown_rows
+from inmerge_jax.training.checkpointing import TEMPORARY
 
 _ROOT = Path(__file__).parents[2]
 STEP, EVALUATION, CHECKPOINT = "step", "evaluation", "checkpoint write"
@@ -54,12 +55,18 @@ _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
     EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
-    "reading a checkpoint": {"restore_checkpoint", "newest_whole"},
+    "reading a checkpoint": {"restore_checkpoint", "latest_valid_checkpoint"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
-    "between epochs": {"by_first", "replicate", "unreplicate", "new_state", "set_learning_rate"},
+    "between epochs": {
+        "run_on_primary",
+        "replicate",
+        "unreplicate",
+        "new_state",
+        "set_learning_rate",
+    },
     STEP: {"train_stage"},
-    "data and network": {"plan_run", "train_arms"},
+    "data and network": {"make_run_spec", "run_experiment"},
     VERIFYING: {"_verify"},
     SHARDS: {"_write_records"},
     REDUCING: {"reduce_parts"},
@@ -181,7 +188,7 @@ def kill_and_resume(
     if job.finished not in there:
         said = run(job, *(job.resume if {"config.json", "environment.json"} <= there else ()))
         found = re.findall(
-            "(?:: goes on from|reducing images:) (epoch.*|.* are there already)", said
+            "(?:: resumes from|reducing images:) (epoch.*|.* are there already)", said
         )
         if "results.json" in there:
             found = ["the results"]
@@ -256,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
     try:
         stored = read(config.output) if config.output.exists() else own
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, value in own.items():
@@ -298,17 +305,15 @@ def read(path: Path) -> dict[str, Any]:
     """The stored rows.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
-    return read_object(path, "delete it, or choose another --output")
+    return read_json_object(path, "delete it, or choose another --output")
 
 
 def markdown(stored: dict[str, Any]) -> str:
     """The rows as a Markdown table, and where they come from."""
-    lines = [
-        "| command | aimed at | killed after | in | resumed from | the same |",
-        "| --- | --- | ---: | --- | --- | --- |",
-    ]
+    columns = ("command", "aimed at", "killed after", "in", "resumed from", "the same")
+    lines = []
     for row in stored["rows"]:
         doing = row["doing"] + (f" (`{row['innermost']}`)" if row["innermost"] else "")
         if row.get("unfinished") is not None:
@@ -316,9 +321,9 @@ def markdown(stored: dict[str, Any]) -> str:
             doing += f" ({files} of it there)"
         same = f"**no: {', '.join(row['differences'])}**" if row["differences"] else "yes"
         cells = (row["command"].rpartition(".")[2], row["aimed_at"], f"{row['seconds']:.2f} s")
-        lines.append(f"| {' | '.join(cells)} | {doing} | {row['resumed_from']} | {same} |")
-    lines += ["", f"Killed on {measured_on(row['machine'] for row in stored['rows'])}."]
-    return "\n".join(lines) + "\n"
+        lines.append((*cells, doing, str(row["resumed_from"]), same))
+    table = markdown_rows(columns, lines, "llrlll")
+    return f"{table}\n\nKilled on {measured_on(row['machine'] for row in stored['rows'])}.\n"
 
 
 def _job(name: str, place: Path, output: str) -> Job:

@@ -45,7 +45,7 @@ class Job:
 
 def training(output: Path, cache: Path, *more: str) -> Job:
     """A training command of two arms on the phantom, a few seconds without its start."""
-    options = (*TRAINING, *more, "--output", str(output), "--cache", str(cache))
+    options = (*TRAINING, *more, "--output", str(output), "--compilation-cache-dir", str(cache))
     return Job("experiments.train", options, output, ("--resume",), "table.md", run_evidence)
 
 
@@ -58,8 +58,8 @@ def building(output: Path, images: Path) -> Job:
 
 def run_evidence(output: Path) -> dict[str, Any]:
     """Checkpoints' arrays, metrics, scores and results of a run; no times."""
-    from inmerge_jax.training.checkpoints import checkpoint_epochs, read_arrays
-    from inmerge_jax.training.runfolder import read_metrics
+    from inmerge_jax.training.checkpointing import checkpoint_epochs, read_arrays
+    from inmerge_jax.training.workdir import read_metrics
 
     found = {"results": timeless(json.loads((output / "results.json").read_text()))}
     for folder in sorted(output.glob("seed*/*")):

@@ -18,10 +18,10 @@ from experiments.study.archive import RESULTS
 from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
 from experiments.study.trials import Trial, with_dependencies
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.programs import keep_programs
-from inmerge_jax.training.stopping import Stopped, StopSignals
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.environment import enable_compilation_cache
+from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
+from inmerge_jax.training.train import read_result
 
 PROGRAM = "python -m experiments.study"
 USAGE = f"""usage: {PROGRAM} COMMAND [options]
@@ -79,11 +79,11 @@ def main(arguments: Sequence[str]) -> int:
         if name in commands:
             return commands[name](rest)
         if name not in QUESTIONS:
-            raise InputError(
+            raise UsageError(
                 f"{name}: unknown; choose from {', '.join((*QUESTIONS, *sorted(commands)))}"
             )
         return answer(QUESTIONS[name], rest)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -92,7 +92,7 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     """Trains, measures and analyses one question; returns the exit status.
 
     Raises:
-      InputError: options that name nothing, missing data, or results of other versions.
+      UsageError: options that name nothing, missing data, or results of other versions.
     """
     description = inspect.cleandoc(StudyConfig.__doc__ or "").split("\n\nAttributes:")[0]
     config = tyro.cli(
@@ -111,9 +111,9 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         return 0
     diverged: list[str] = []
     if missing and not config.analyse:
-        keep_programs()
+        enable_compilation_cache()
         minutes = float("inf") if config.minutes is None else config.minutes
-        stop = StopSignals()
+        stop = PreemptionHandler()
         try:
             with stop:
                 diverged = runner.run_trials(
@@ -123,7 +123,7 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
                     should_stop=stop,
                     until=time.monotonic() + 60 * minutes,
                 )
-        except Stopped as stopped:
+        except TrainingInterrupted as stopped:
             print(f"{stopped}; repeat the command to resume", file=sys.stderr)
             assert stop.signal is not None
             return 128 + stop.signal
@@ -132,7 +132,7 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     stored = archive.read(paths.results)
     finished, planned = len(question.stored(stored)), len(with_dependencies(question.trials))
     if not finished:
-        raise InputError(
+        raise UsageError(
             f"{paths.results} holds no trial of {question.name}, so there is no answer"
         )
     if finished < planned:
@@ -151,7 +151,7 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
     """The trials that the options select.
 
     Raises:
-      InputError: the question has no trial of such a hash, data set or network.
+      UsageError: the question has no trial of such a hash, data set or network.
     """
     known = {trial.hash: trial for trial in with_dependencies(question.trials)}
     has = {
@@ -165,7 +165,7 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
                 some = (
                     "--dry-run lists them" if option == "only" else ", ".join(dict.fromkeys(values))
                 )
-                raise InputError(f"--{option} {value}: not in {question.name}, which has: {some}")
+                raise UsageError(f"--{option} {value}: not in {question.name}, which has: {some}")
     if config.only:
         return tuple(known[one] for one in config.only)
     return tuple(
@@ -200,7 +200,7 @@ def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
     if question.measure is not None and not question.measured(trial, archive.read(paths.results)):
         try:
             question.measure(trial, paths)
-        except InputError as error:
+        except UsageError as error:
             print(f"not measured: {trial.hash} {trial.name}: {error}", file=sys.stderr)
 
 
@@ -253,12 +253,12 @@ def verify(arguments: Sequence[str]) -> int:
     """Checks the archive's checksums and recomputes the published tables; 1 where one differs.
 
     Raises:
-      InputError: a file of the archive is not the one that its checksum belongs to.
+      UsageError: a file of the archive is not the one that its checksum belongs to.
     """
     from experiments import tables
 
     if arguments:
-        raise InputError(f"{' '.join(arguments)}: verify has no options")
+        raise UsageError(f"{' '.join(arguments)}: verify has no options")
     stored = archive.read()
     wrong = [one for one, record in stored.records.items() if archive.trial_of(record).hash != one]
     print(f"{len(stored.records)} trials, {len(stored.arrays)} arrays: checksums match")

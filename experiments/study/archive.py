@@ -26,9 +26,9 @@ import numpy as np
 
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.data import Dataset
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLE, ARRAYS, CHECKSUMS = "trials.csv", "trials.zip", "trials.sha256"
@@ -100,7 +100,7 @@ def make_record(
 
     Args:
       trial: the configuration.
-      result: of `loop.train_stage`.
+      result: of `train.train_stage`.
       similarity: kernel similarities per layer, "before" and "after" the stage.
       environment: of `environment.environment`; optionally with "device" and "driver".
     """
@@ -130,7 +130,7 @@ def read(folder: Path = RESULTS) -> Archive:
     """Everything stored in `folder`, after a check of both checksums; empty if nothing is stored.
 
     Raises:
-      InputError: a file is missing, or is not the one that the checksum belongs to.
+      UsageError: a file is missing, or is not the one that the checksum belongs to.
     """
     path = folder / CHECKSUMS
     return _read(folder, path.read_text()) if path.exists() else Archive()
@@ -143,11 +143,11 @@ def _read(folder: Path, checksums: str) -> Archive:
         expected, name = line.split()
         path = folder / name
         if not path.exists():
-            raise InputError(f"{path} is missing; restore it, for example with git checkout")
+            raise UsageError(f"{path} is missing; restore it, for example with git checkout")
         files[name] = path.read_bytes()
         found = hashlib.sha256(files[name]).hexdigest()
         if found != expected:
-            raise InputError(
+            raise UsageError(
                 f"{path} has SHA-256 {found}, but {folder / CHECKSUMS} has {expected}: restore "
                 f"{TABLE}, {ARRAYS} and {CHECKSUMS} of one version, for example with git checkout"
             )
@@ -183,7 +183,7 @@ def add(
       labels: of data sets, for those that are not stored yet.
 
     Raises:
-      InputError: other test labels are stored for one of the data sets.
+      UsageError: other test labels are stored for one of the data sets.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -191,7 +191,7 @@ def add(
         for data, new in (labels or {}).items():
             known = stored.labels.get(data, new)
             if not np.array_equal(known.labels, new.labels):
-                raise InputError(f"{folder / ARRAYS} holds other test labels of {data}")
+                raise UsageError(f"{folder / ARRAYS} holds other test labels of {data}")
         _write(
             folder,
             Archive(

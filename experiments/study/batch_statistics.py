@@ -23,11 +23,10 @@ from experiments.study.statistics import over_trials
 from experiments.study.trials import Trial
 from inmerge_jax.data import Split, eval_batches
 from inmerge_jax.models.layers import MOMENTUM
-from inmerge_jax.training.evaluation import evaluate
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.recipes import Recipe
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 
 FIELD = "batch_statistics"
 """In the record of a trial: "running" and "renewed", each with validation "auc", "acc", "loss"."""
@@ -38,7 +37,7 @@ def measure(trial: Trial, paths: Paths) -> None:
     """Evaluates a finished trial's best weights with both kinds of statistics; stores the metrics.
 
     Raises:
-      InputError: its checkpoint is gone.
+      UsageError: its checkpoint is gone.
     """
     record = store.read(paths.results).records[trial.hash]
     store.add(paths.results, {trial.hash: record | {FIELD: compare(trial, paths)}}, {})
@@ -53,17 +52,17 @@ def compare(trial: Trial, paths: Paths) -> dict[str, dict[str, float]]:
     """Validation metrics of a trial's best weights with both kinds of statistics.
 
     Raises:
-      InputError: see `stages.best_state`.
+      UsageError: see `stages.best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = stage.evaluated(state)
+    state = stage.eval_state_fn(state)
     model = plan_of(trial, paths).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)
     found = {}
     for name, batch_stats in (("running", state.batch_stats), ("renewed", renewed)):
         copies = replicate(state._replace(batch_stats=batch_stats), setup.devices)
-        scores, loss = evaluate(setup, copies, val)
+        scores, loss = setup.evaluate(copies, val)
         metrics = compute_metrics(val.labels, scores, task)
         found[name] = {"auc": metrics.auc, "acc": metrics.acc, "loss": loss}
     return found

@@ -19,12 +19,16 @@ from experiments.study.trials import Treatment
 from inmerge_jax import MergeRule
 from inmerge_jax.data import FINDINGS, make_phantom, train_batches
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.parallel import AXIS, ahead, broadcast, replicate
+from inmerge_jax.training.environment import configure_malloc
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import (
+    DATA_AXIS,
+    broadcast_to_devices,
+    prefetch_to_device,
+    replicate,
+)
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 SHAPE = (28, 28, 1)
 FEWEST = 16
@@ -58,10 +62,10 @@ class Program(NamedTuple):
 def program(name: str, merging: bool, width: float) -> Program:
     """The training step of a network, shared by all arms without merging."""
     model = create_model(
-        name, len(FINDINGS) + 1, stem="small", width=width, dtype=jnp.float32, axis_name=AXIS
+        name, len(FINDINGS) + 1, stem="small", width=width, dtype=jnp.float32, axis_name=DATA_AXIS
     )
-    weights, recipe = random_weights(model, SHAPE, 0), RECIPES["medmnist"]
-    deep = selection(Treatment("merge"), convolutions(model, SHAPE)) if merging else ()
+    weights, recipe = init_variables(model, SHAPE, 0), RECIPES["medmnist"]
+    deep = selection(Treatment("merge"), conv_kernels(model, SHAPE)) if merging else ()
     optimizer = make_optimizer(recipe)
     options = {"kernels": deep, "rule": ALWAYS} if deep else {}
     devices = (jax.local_devices()[0],)
@@ -78,9 +82,9 @@ class Training:
         self._step, weights, optimizer, layers = program(name, arm == "inmerge", width)
         self._state = replicate(new_state(*weights, optimizer, 1e-3), devices)
         self._totals = replicate(zero_totals(layers), devices)
-        self._root = broadcast(jax.random.key(0), devices)
+        self._root = broadcast_to_devices(jax.random.key(0), devices)
         batches = train_batches(data.train, seed=0, batch_size=batch_size)
-        self._batches = ahead(batches, devices)
+        self._batches = prefetch_to_device(batches, devices)
 
     def update(self) -> float:
         """Trains on one batch; returns the seconds, including the wait for the batch."""
@@ -129,7 +133,7 @@ def together(name: str, arms: list[str], width: float, batch_size: int, limit: i
 
 def main(name: str, arms: str, width: str, batch_size: str, count: str) -> int:
     """Prints `alone` of one arm, or `together` of several with commas between, as JSON."""
-    keep_freed_memory()
+    configure_malloc()
     of, options = arms.split(","), (float(width), int(batch_size), int(count))
     print(json.dumps(together(name, of, *options) if of[1:] else alone(name, arms, *options)))
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.data.chestxray14.build import MANIFEST
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def config_of(name: str, folder: Path, built: Path) -> DataConfig:
       built: folder in which ChestX-ray14 is built.
 
     Raises:
-      InputError: an unknown name.
+      UsageError: an unknown name.
     """
     if name not in SOURCES:
-        raise InputError(f"data set {name}: unknown; choose one of {', '.join(SOURCES)}")
+        raise UsageError(f"data set {name}: unknown; choose one of {', '.join(SOURCES)}")
     config = SOURCES[name].config
     if name == "chestxray14":
         config = dataclasses.replace(config, data_dir=built / config.data_dir)
@@ -109,4 +109,4 @@ def _build_chestxray14(nih: Path, config: DataConfig) -> None:
     }
     words = [str(word) for pair in options.items() for word in pair]
     if chestxray14(["build", *words, "--allow-missing"]):
-        raise InputError(f"ChestX-ray14 could not be built from {nih}; see the message above")
+        raise UsageError(f"ChestX-ray14 could not be built from {nih}; see the message above")

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from experiments.study.render import markdown
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 PRESETS = ("paper", "released")
@@ -127,17 +127,17 @@ def train_preset(given: list[str], folder: Path) -> int:
     from inmerge_jax.cli.train import main as train
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.runfolder import differences
+    from inmerge_jax.training.workdir import diff_configs
 
     try:
         wanted = parse_config(given)
         recipe = resolve_recipe(wanted.recipe)
         wanted = config_dict(wanted, recipe, len(choose_devices(wanted.devices)))
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     begun = (folder / "config.json").exists()
-    if begun and differences(json.loads((folder / "config.json").read_bytes()), wanted):
+    if begun and diff_configs(json.loads((folder / "config.json").read_bytes()), wanted):
         message = f"{folder} holds a run of other options; choose another --output"
         print(f"error: {message}", file=sys.stderr)
         return 2

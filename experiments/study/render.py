@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from inmerge_jax.reporting.formatting import signed
 from inmerge_jax.reporting.plots import GUIDE, Plot, make_plot
+from inmerge_jax.reporting.tables import markdown_rows
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's colours."""
@@ -14,13 +16,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; all but the first `left` columns are aligned to the right."""
-    rule = ["---"] * left + ["---:"] * (len(columns) - left)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (columns, rule, *rows))
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign, with a typographic minus."""
-    return f"{value + 0.0:+.{digits}f}".replace("-", "\u2212")
+    return markdown_rows(columns, rows, "l" * left + "r" * (len(columns) - left)) + "\n"
 
 
 def difference(row: Mapping[str, Any] | None, digits: int = 3) -> str:

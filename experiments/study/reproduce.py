@@ -22,10 +22,10 @@ from experiments.study.questions.question import Question
 from experiments.study.runner import run_trials
 from experiments.study.stages import Paths
 from experiments.study.trials import Trial, with_dependencies
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.loop import read_result
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train import read_result
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def compared(trial: Trial, paths: Sequence[Paths]) -> dict[str, Any]:
     for path in paths:
         result = read_result(path.trial(trial))
         if result is None:
-            raise InputError(f"{trial.name} diverged; its stored training did not")
+            raise UsageError(f"{trial.name} diverged; its stored training did not")
         aucs.append(result["test"]["auc"])
         file = path.trial(trial) / result["scores"]["test"]
         scores.append(read_scores(file).astype(np.float32))
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compares what is missing; 0 where both trainings are equal, 1 where not.
 
     Raises:
-      InputError: the file has rows of another draw, or data are missing.
+      UsageError: the file has rows of another draw, or data are missing.
     """
     config = tyro.cli(ReproduceConfig, prog="python -m experiments.study reproduce", args=arguments)
     draw = {name: getattr(config, name) for name in ("seed", "count", "limit")}
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stored = json.loads(config.output.read_bytes()) if config.output.exists() else fresh
     for name, value in draw.items():
         if stored[name] != value:
-            raise InputError(
+            raise UsageError(
                 f"{config.output} has trials of --{name} {stored[name]}, not {value}; delete it, "
                 "or choose another --output"
             )

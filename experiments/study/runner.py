@@ -5,7 +5,7 @@
                            result.json       written last: the trial is finished
                            metrics.jsonl, similarity.json, scores/, checkpoints/
 
-The stages are those of `inmerge train`: `training.loop.train_stage`.
+The stages are those of `inmerge train`: `training.train.train_stage`.
 """
 
 import gc
@@ -19,15 +19,13 @@ import jax
 
 from experiments.study.stages import Paths, first_stage, images_of, plan_of, second_stage
 from experiments.study.trials import Trial, with_dependencies
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.training.arms import best_weights, initial_weights, make_setup
-from inmerge_jax.training.environment import environment
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.loop import NonFiniteLossError, read_result, train_stage
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.progress import ProgressLine
-from inmerge_jax.training.stopping import never
+from inmerge_jax.progress import Progress
+from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
+from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.workdir import lock
 
 
 def run_trials(
@@ -35,7 +33,7 @@ def run_trials(
     paths: Paths,
     *,
     keep: Callable[[Trial], Any] | None = None,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
     until: float = float("inf"),
 ) -> list[str]:
     """Trains the trials that are not finished, and the backbones that they need.
@@ -46,18 +44,18 @@ def run_trials(
       trials: to be finished.
       paths: of data and run folders.
       keep: called with each of `trials` once it is finished.
-      should_stop: see `stage.Setup`.
+      should_stop: see `stage.TrainContext`.
       until: time (`time.monotonic`) after which no trial is started.
 
     Returns:
       A message for each training that diverged.
 
     Raises:
-      InputError: missing data, or a file that cannot be written.
-      Stopped: `should_stop` returned True; the same call resumes.
+      UsageError: missing data, or a file that cannot be written.
+      TrainingInterrupted: `should_stop` returned True; the same call resumes.
     """
     if jax.default_backend() == "cpu":
-        keep_freed_memory()
+        configure_malloc()
 
     def done(trial: Trial) -> None:
         if keep is not None and trial in trials:
@@ -69,7 +67,7 @@ def run_trials(
     wanted = [trial for trial in trials if not finished(trial, paths)]
     left = [t for t in in_order(with_dependencies(wanted)) if not finished(t, paths)]
     count, diverged = len(left), []
-    with ProgressLine(sum(map(images_of, left))) as progress:
+    with Progress(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             trial = left.pop(0)
             progress.say(f"trial {count - len(left)} of {count}: {trial.name}")
@@ -96,8 +94,8 @@ def in_order(trials: Sequence[Trial]) -> list[Trial]:
 def run_trial(
     trial: Trial,
     paths: Paths,
-    progress: ProgressLine,
-    should_stop: Callable[[], bool] = never,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains or resumes one trial, from its finished backbone; returns its result.
 
@@ -105,22 +103,22 @@ def run_trial(
       trial: to train.
       paths: of data and run folders.
       progress: of the grid.
-      should_stop: see `stage.Setup`.
+      should_stop: see `stage.TrainContext`.
     """
     plan = plan_of(trial, paths)
-    setup = make_setup(plan, should_stop)
-    params, batch_stats = initial_weights(plan, trial.backbone.seed)
+    setup = make_context(plan, should_stop)
+    params, batch_stats = initial_variables(plan, trial.backbone.seed)
     stage = first = first_stage(trial, plan, setup, paths)
     if not trial.is_backbone:
-        best = best_weights(setup, first, read_result(first.folder), params, batch_stats)
+        best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
-            raise InputError(
+            raise UsageError(
                 f"{first.folder} holds no finished backbone for {trial.name}; delete that folder "
                 "and repeat the command"
             )
         params, batch_stats, _ = best
         setup, stage = second_stage(trial, plan, setup, paths)
-    with hold(stage.folder):
+    with lock(stage.folder):
         _begin(trial, stage.folder)
         return train_stage(setup, stage, params, batch_stats, progress)
 

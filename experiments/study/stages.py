@@ -22,15 +22,18 @@ from experiments.study.treatments import (
 )
 from experiments.study.trials import Trial
 from inmerge_jax.data import Split, steps_per_epoch
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, plan_run, step_options
-from inmerge_jax.training.checkpoints import restore_checkpoint
+from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import read_result
+from inmerge_jax.training.experiment import (
+    RunSpec,
+    initial_variables,
+    make_context,
+    make_run_spec,
+    step_options,
+)
 from inmerge_jax.training.parallel import replicate
-from inmerge_jax.training.stage import Setup, Stage, same
-from inmerge_jax.training.state import TrainState, make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step
+from inmerge_jax.training.train import StageConfig, TrainContext, identity, read_result
+from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
@@ -64,13 +67,13 @@ class Paths:
         return self.output / "data"
 
 
-def plan_of(trial: Trial, paths: Paths) -> Plan:
+def plan_of(trial: Trial, paths: Paths) -> RunSpec:
     """The validated plan of a trial's backbone, shared by all seeds and second stages."""
     return _plan(dataclasses.replace(trial.backbone, seed=0), paths)
 
 
 @functools.lru_cache(maxsize=2)
-def _plan(backbone: Any, paths: Paths) -> Plan:
+def _plan(backbone: Any, paths: Paths) -> RunSpec:
     options = OPTIMIZERS[backbone.optimizer]
     config = TrainConfig(
         data=datasets.config_of(backbone.data, paths.data, paths.built),
@@ -87,7 +90,7 @@ def _plan(backbone: Any, paths: Paths) -> Plan:
         devices=math.gcd(batch_size(backbone.data), paths.devices),
         workers=0,
     )
-    return plan_run(config)
+    return make_run_spec(config)
 
 
 def batch_size(data: str) -> int:
@@ -102,10 +105,10 @@ def images_of(trial: Trial) -> int:
     return steps_per_epoch(datasets.SOURCES[trial.backbone.data].images[0], size) * size * epochs
 
 
-def first_stage(trial: Trial, plan: Plan, setup: Setup, paths: Paths) -> Stage:
+def first_stage(trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths) -> StageConfig:
     """The backbone of a trial."""
     options = step_options(plan)
-    return Stage(
+    return StageConfig(
         arm="backbone",
         seed=trial.backbone.seed,
         number=0,
@@ -116,7 +119,9 @@ def first_stage(trial: Trial, plan: Plan, setup: Setup, paths: Paths) -> Stage:
     )
 
 
-def second_stage(trial: Trial, plan: Plan, setup: Setup, paths: Paths) -> tuple[Setup, Stage]:
+def second_stage(
+    trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths
+) -> tuple[TrainContext, StageConfig]:
     """The second stage of a trial; its optimizer and recipe may differ from the backbone's."""
     treatment, recipe = trial.treatment, plan.recipe
     steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
@@ -128,11 +133,11 @@ def second_stage(trial: Trial, plan: Plan, setup: Setup, paths: Paths) -> tuple[
     given: dict[str, Any] = step_options(plan)
     if treatment.kind not in ("none", "ema", "decay"):
         deep = selection(treatment, plan.kernels)
-        given["treatment"] = make_treatment(treatment.kind, deep)
-        given["numbers"] = numbers(treatment, steps)
+        given["param_transform"] = make_treatment(treatment.kind, deep)
+        given["hyperparams"] = numbers(treatment, steps)
         given["kernels"] = deep
     step = make_train_step(plan.model, setup.optimizer, recipe, **given)
-    stage = Stage(
+    stage = StageConfig(
         arm=re.sub("[@./]", "_", trial.arm),  # It goes into the name of the score files.
         seed=trial.backbone.seed,
         number=1,
@@ -141,20 +146,20 @@ def second_stage(trial: Trial, plan: Plan, setup: Setup, paths: Paths) -> tuple[
         learning_rate=trial.learning_rate,
         train_step=step,
         deep=deep,
-        evaluated=averaged if treatment.kind == "ema" else same,
+        eval_state_fn=averaged if treatment.kind == "ema" else identity,
     )
     return setup, stage
 
 
-def best_state(trial: Trial, paths: Paths) -> tuple[Setup, Stage, TrainState]:
+def best_state(trial: Trial, paths: Paths) -> tuple[TrainContext, StageConfig, TrainState]:
     """A finished trial's setup, stage, and the state in its best checkpoint (NumPy arrays).
 
     Raises:
-      InputError: the checkpoint is missing or damaged.
+      UsageError: the checkpoint is missing or damaged.
     """
     plan = plan_of(trial, paths)
-    setup = make_setup(plan)
-    params, batch_stats = initial_weights(plan, trial.backbone.seed)
+    setup = make_context(plan)
+    params, batch_stats = initial_variables(plan, trial.backbone.seed)
     stage = first_stage(trial, plan, setup, paths)
     if not trial.is_backbone:
         setup, stage = second_stage(trial, plan, setup, paths)
@@ -169,13 +174,13 @@ def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]
     """The network of a finished trial's best checkpoint: from uint8 images to scores.
 
     Raises:
-      InputError: see `best_state`.
+      UsageError: see `best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = replicate(stage.evaluated(state), setup.devices)
+    state = replicate(stage.eval_state_fn(state), setup.devices)
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:
-        return evaluate(setup, state, Split(images, labels))[0]
+        return setup.evaluate(state, Split(images, labels))[0]
 
     return predict

@@ -20,7 +20,7 @@ import optax
 
 from experiments.study.trials import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
-from inmerge_jax.training.state import TrainState
+from inmerge_jax.training.train_step import TrainState
 
 _CONTROL = 1
 
@@ -41,7 +41,7 @@ def numbers(treatment: Treatment, steps: int) -> Numbers:
 
 
 def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """The kernels that merge: the deeper half if all convolutions would be skipped."""
+    """The kernels that merge: the deeper half if all conv_kernels would be skipped."""
     skip = treatment.skip if treatment.skip < len(kernels) else len(kernels) // 2
     return deep_kernels(kernels, skip=skip)
 
@@ -132,5 +132,5 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `Stage.evaluated`."""
+    """The state with the weights' averages for weights; for `StageConfig.evaluated`."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

@@ -1,4 +1,4 @@
-"""Builds ChestX-ray14 from NIH's files, and measures its input: `--help` tells the rest."""
+"""Builds ChestX-ray14 from NIH's files, or measures its input: `inmerge data`."""
 
 import sys
 from dataclasses import dataclass
@@ -7,29 +7,29 @@ from typing import Annotated, Literal
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Build:
     """Builds the data set for `inmerge train --data chestxray14 --data-dir OUTPUT`.
 
-    Images are reduced once, in parallel, and kept as PNGs in ArrayRecord shards. The same command
-    goes on after a kill; what it has made is then verified: counts of images and labels, and no
-    patient in two splits. At the end it says how fast it was, and what all 112,120 images take.
+    Images are reduced once, in parallel, and stored as PNGs in ArrayRecord shards. After an
+    interruption the same command continues. The finished data set is verified: counts of images
+    and labels, and no patient in two splits.
 
     Attributes:
-      images: NIH's folder: images_*/images/*.png, or all PNGs in one.
-      labels: NIH's Data_Entry_2017*.csv, plain or gzipped, or the folder that holds it; the folder
-        of the images by default.
-      split: chexnet, by train_list.txt, val_list.txt and test_list.txt; nih_official, by
-        train_val_list.txt and test_list.txt, an eighth of the former's patients validating;
-        patient_hash, 70, 10 and 20 % of the patients, without a list.
-      lists: Folder of these lists, plain or gzipped; that of the labels by default.
+      images: NIH's folder: images_*/images/*.png, or all PNGs in one folder.
+      labels: NIH's Data_Entry_2017*.csv, plain or gzipped, or its folder.
+      split: chexnet: train_list.txt, val_list.txt and test_list.txt. nih_official:
+        train_val_list.txt and test_list.txt; an eighth of the former's patients validate.
+        patient_hash: 70, 10 and 20 % of the patients, without lists.
+      lists: Folder of these lists, plain or gzipped.
       size: Height and width of the reduced images in pixels.
       output: Folder for the data set.
-      workers: Processes that reduce images; one per CPU core by default.
-      allow_missing: Build what there is, where images of the split are missing.
+      workers: Processes that reduce images.
+      allow_missing: Build without the images of the split that are missing.
     """
 
     images: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -52,19 +52,18 @@ class Build:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures how many images a second the input alone gives, without any training.
+    """Measures the throughput of the input in images per second, without training.
 
-    reading: batches of the training split as training gets them, decoded by threads of one process
-    (0 workers), or by 1 and 2 worker processes. reducing: original images to the built size, in 1
-    and 2 processes. writing and verifying: as the build of DATA-DIR did it, where it was not
-    interrupted. Start-up is not counted.
+    reading: training batches, decoded by threads of one process (0 workers), or by 1 and 2 worker
+    processes. reducing: original images to the built size, in 1 and 2 processes. writing: as
+    recorded by an uninterrupted build of DATA-DIR. Start-up time is not counted.
 
     Attributes:
       data_dir: Output folder of a build.
-      images: Folder of original images to reduce; without it reducing isn't measured.
-      output: JSON file for all rates, and the environment that they were taken in.
-      batch_size: Images of one batch.
-      seconds: Time to measure each for.
+      images: Folder of original images to reduce; without it, reducing is not measured.
+      output: JSON file for the rates and the environment.
+      batch_size: Images per batch.
+      seconds: Duration of each measurement.
     """
 
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -75,7 +74,7 @@ class Measure:
 
 
 def run_build(config: Build) -> None:
-    """Builds, and prints counts and speed."""
+    """Builds the data set, and prints counts and speed."""
     import os
 
     from rich.console import Console
@@ -83,7 +82,8 @@ def run_build(config: Build) -> None:
     from inmerge_jax.data.chestxray14.build import Request, build, summary
     from inmerge_jax.data.chestxray14.labels import find_labels
 
-    console = Console()
+    # Bound to the stream: TFDS's own output is redirected while the progress line is shown.
+    console = Console(file=sys.stdout)
     labels = find_labels(config.images if config.labels is None else config.labels)
     lists = config.lists
     if lists is None and config.split != "patient_hash":
@@ -111,7 +111,7 @@ def run_build(config: Build) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the status: 0, or 2 on bad input."""
+    """Runs the command and returns its exit status, see `errors`."""
     config = tyro.extras.subcommand_cli_from_dict(
         {"build": Build, "measure": Measure},
         prog="inmerge data",
@@ -122,16 +122,15 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(config, Build):
             run_build(config)
         else:
-            from inmerge_jax.cli.input_speed import run_measure
+            from inmerge_jax.cli.input_speed import measure
 
-            run_measure(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            measure(**vars(config))
+    except UsageError as error:
+        return report(error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a trained network's weights to a file for PyTorch: `--help` tells the rest."""
+"""Exports a trained network's weights for PyTorch: `inmerge export`."""
 
 import json
 import sys
@@ -8,26 +8,27 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes the best checkpoint of one arm of a run, as torchvision's network loads it.
+    """Exports the best checkpoint of one arm of a run as a torchvision state dict.
 
     In PyTorch: model.load_state_dict(torch.load(FILE), strict=True), or for .safetensors
-    model.load_state_dict(safetensors.torch.load_file(FILE), strict=True). With the small stem the
-    names are those of torchvision's network whose stem was changed (3x3, stride 1, no max-pool; a
-    VGG's classifier is one pooled linear layer).
+    model.load_state_dict(safetensors.torch.load_file(FILE), strict=True). With the small stem, the
+    names are those of torchvision's network with a modified stem (3x3, stride 1, no max-pool; one
+    pooled linear layer as a VGG's classifier).
 
     Attributes:
-      run: Folder of the run, as its --output was.
-      to: File to write, whose ending decides its kind: .safetensors, .pth or .pt.
+      run: Folder of the run (its --output).
+      to: File to write; its suffix sets the format: .safetensors, .pth or .pt.
       arm: Arm of the run.
-      seed: Which of the run's seeds; the first one by default.
-      names: What entries are called: torchvision, or medmnist as in the MedMNIST benchmark's own
-        ResNets (stem small), whose checkpoint a .pth file then is ({"net": ...}).
-      overwrite: Replace the file where there is one.
+      seed: Seed of the run; the first one by default.
+      names: Naming scheme: torchvision, or medmnist for the MedMNIST benchmark's ResNets (stem
+        small), whose .pth files have the form {"net": ...}.
+      overwrite: Replace an existing file.
     """
 
     run: tyro.conf.Positional[Path]
@@ -39,34 +40,34 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> str:
-    """Writes the file and returns a line that says what is in it.
+    """Writes the file and returns a one-line description of it.
 
     Raises:
-      InputError: no such run, arm or seed, one that is not finished, a damaged checkpoint, or a
-        file that can't be written.
+      UsageError: there is no such run, arm or seed; the arm is not finished; its checkpoint is
+        damaged; or the file cannot be written.
     """
     from inmerge_jax.models.torchvision import to_state_dict
     from inmerge_jax.models.weight_files import check_target, write_state_dict
-    from inmerge_jax.training.checkpoints import read_arrays
-    from inmerge_jax.training.loop import read_result
+    from inmerge_jax.training.checkpointing import read_arrays
+    from inmerge_jax.training.train import read_result
 
     check_target(config.to, overwrite=config.overwrite)
     path = config.run / "config.json"
     if not path.is_file():
-        raise InputError(f"{config.run} holds no run: there is no {path.name} in it")
+        raise UsageError(f"{config.run} holds no run: there is no {path.name} in it")
     settings = json.loads(path.read_bytes())
     seed = settings["seeds"][0] if config.seed is None else config.seed
     if seed not in settings["seeds"]:
         there = " ".join(map(str, settings["seeds"]))
-        raise InputError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
+        raise UsageError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
     if config.arm not in settings["arms"]:
         there = ", ".join(settings["arms"])
-        raise InputError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
+        raise UsageError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
     stage = config.run / f"seed{seed}" / config.arm
     result = read_result(stage)
     if result is None:
-        raise InputError(
-            f"{stage} is not finished: train it to its end, with --resume and the run's own options"
+        raise UsageError(
+            f"{stage} is not finished: finish it with --resume and the run's own options"
         )
     epoch = result["best_epoch"]
     name, stem = settings["model"]["name"], settings["model"]["stem"]
@@ -78,7 +79,7 @@ def export(config: ExportConfig) -> str:
             config.to, state_dict, overwrite=config.overwrite, wrapped="net" if net else None
         )
     except OSError as error:
-        raise InputError(f"cannot write {config.to}: {error.strerror or error}") from error
+        raise UsageError(f"cannot write {config.to}: {error.strerror or error}") from error
     return (
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
         f"seed {seed} {config.arm} epoch {epoch}"
@@ -86,7 +87,7 @@ def export(config: ExportConfig) -> str:
 
 
 def _variables(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The network's part of a checkpoint, whose names are paths with dots."""
+    """The network's variables in a checkpoint, whose names are dotted paths."""
     from flax.traverse_util import unflatten_dict
 
     ours = ("params.", "batch_stats.")
@@ -94,7 +95,7 @@ def _variables(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the status: 0, or 2 (bad input)."""
+    """Runs the command and returns its exit status, see `errors`."""
     config = tyro.cli(
         ExportConfig,
         prog="inmerge export",
@@ -103,10 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         print(export(config))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except UsageError as error:
+        return report(error)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurements of `inmerge data measure`."""
+"""Measures input throughput: `inmerge data measure`."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,16 +21,13 @@ from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.workers import end_with_parent
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-
-if TYPE_CHECKING:
-    from inmerge_jax.cli.data import Measure
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How many images were done in how many seconds, by how many processes beside the main one."""
+    """Throughput of one measurement: images, seconds and number of worker processes."""
 
     workers: int
     images: int
@@ -41,29 +38,36 @@ class Rate:
         return {**vars(self), "images_per_second": self.images / self.seconds}
 
 
-def run_measure(config: "Measure") -> None:
-    """Measures, prints and stores.
+def measure(
+    data_dir: Path, images: Path | None, output: Path, batch_size: int, seconds: float
+) -> None:
+    """Measures input throughput, prints it and writes it to a file.
+
+    Args:
+      data_dir: folder of a built ChestX-ray14.
+      images: folder of original images to reduce; None leaves that out.
+      output: JSON file to write.
+      batch_size: images per batch.
+      seconds: duration of each measurement.
 
     Raises:
-      InputError: the folders or the time are not what they should be, which is found out before
-        anything is measured; a worker process was killed.
+      UsageError: an argument is invalid, or a worker process was killed.
     """
     from inmerge_jax.training.environment import environment
 
-    if not 0 < config.seconds < math.inf:
-        raise InputError(f"--seconds {config.seconds}: give a time above 0")
-    data = load_chestxray14(config.data_dir)
-    paths = [] if config.images is None else sorted(find_images(config.images).values())
-    building = read_speed(config.data_dir.expanduser() / SPEED)
-    output = config.output.expanduser()
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"`seconds` {seconds}: give a time above 0")
+    data = load_chestxray14(data_dir)
+    paths = [] if images is None else sorted(find_images(images).values())
+    building = read_speed(data_dir.expanduser() / SPEED)
+    output = output.expanduser()
     check_output(output)
     found: dict[str, Any] = {
         "data": data.title,
         "size": data.size,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
         "reading": [
-            read_rate(data.train, config.batch_size, workers, config.seconds).to_dict()
-            for workers in (0, 1, 2)
+            read_rate(data.train, batch_size, workers, seconds).to_dict() for workers in (0, 1, 2)
         ],
     }
     if paths:
@@ -73,8 +77,7 @@ def run_measure(config: "Measure") -> None:
             "to": data.size,
             "files": len(paths),
             "rates": [
-                reduce_rate(paths, data.size, workers, config.seconds).to_dict()
-                for workers in (1, 2)
+                reduce_rate(paths, data.size, workers, seconds).to_dict() for workers in (1, 2)
             ],
         }
     if building is not None:
@@ -90,10 +93,10 @@ def run_measure(config: "Measure") -> None:
 
 
 def read_speed(path: Path) -> dict[str, Any] | None:
-    """How fast the data set was built; None for a build that was interrupted.
+    """Rates of the build, None for an interrupted one.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
     if not path.is_file():
         return None
@@ -101,14 +104,14 @@ def read_speed(path: Path) -> dict[str, Any] | None:
         speed = json.loads(path.read_bytes())
         return {**speed, "images": int(speed["images"]), "writing": float(speed["writing"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}; delete it, or build anew") from error
+        raise UsageError(f"{path} is damaged: {error}; delete it, or build again") from error
 
 
 def check_output(path: Path) -> None:
-    """Makes the folder of a file that is to be written.
+    """Creates the folder of an output file.
 
     Raises:
-      InputError: it cannot be written there.
+      UsageError: the file cannot be written.
     """
     if path.is_dir():
         raise _cannot_write(path, "it is a folder")
@@ -120,12 +123,12 @@ def check_output(path: Path) -> None:
         raise _cannot_write(path, f"no right to write in {path.parent}")
 
 
-def _cannot_write(path: Path, why: str) -> InputError:
-    return InputError(f"--output {path} cannot be written: {why}; choose another file")
+def _cannot_write(path: Path, why: str) -> UsageError:
+    return UsageError(f"`output` {path} cannot be written: {why}; choose another file")
 
 
 def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Rate:
-    """Reads training batches for about `seconds`, after the first few of every worker."""
+    """Reads training batches for about `seconds`, after a few warm-up batches."""
     batches = train_batches(split, seed=0, batch_size=batch_size, workers=workers)
     for _ in range(2 + 2 * workers):
         next(batches)
@@ -138,10 +141,10 @@ def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Ra
 
 
 def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> Rate:
-    """Reduces the files again and again for about `seconds`, after one round to start up.
+    """Reduces the files repeatedly for about `seconds`, after one warm-up round.
 
     Raises:
-      InputError: an image is damaged; a process was killed.
+      UsageError: an image is damaged; a process was killed.
     """
     spawn = multiprocessing.get_context("spawn")
     expected = image_size(paths[0])
@@ -158,9 +161,9 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
                 count += len(list(once()))
             return Rate(workers, count, time.perf_counter() - started)
         except BrokenProcessPool as error:
-            raise InputError(
-                f"one of the {workers} processes that reduce images was killed, mostly for want of "
-                "memory; measure again with more of it"
+            raise UsageError(
+                f"one of the {workers} processes that reduce images was killed, usually for lack "
+                "of memory; measure again with more memory"
             ) from error
 
 
@@ -169,7 +172,7 @@ def _reduced_bytes(path: Path, size: int, expected: tuple[int, int]) -> int:
 
 
 def rows(stored: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What was done, processes, images per second, and hours for all of ChestX-ray14."""
+    """Table rows: measurement, processes, images per second, hours for all of ChestX-ray14."""
     found = []
     for rate in stored["reading"]:
         what = f"reading and decoding at {stored['size']} px, batch {stored['batch_size']}"

@@ -5,16 +5,16 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quickstart": "train the three arms on an embedded data set, in about a minute",
-    "train": "train a backbone, then continue with and without merging",
-    "report": "write the HTML report of a run again",
-    "export": "write a trained network's weights to a file for PyTorch",
+    "quickstart": "train on an embedded data set, in about a minute",
+    "train": "train a backbone, then fine-tune it with and without merging",
+    "report": "rewrite the HTML report of a run",
+    "export": "export a trained network's weights for PyTorch",
     "data": "build ChestX-ray14 from NIH's files, or measure its input",
 }
 
 
 def usage() -> str:
-    """The commands, one a line."""
+    """The commands, one per line, and the exit statuses."""
     lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
@@ -22,13 +22,16 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "inmerge COMMAND --help has its options.",
+            "inmerge COMMAND --help lists its options.",
+            "",
+            "exit status: 0 done, 1 failed, 2 bad input, 3 another process of the run was lost,",
+            "130 or 143 interrupted by Ctrl-C or SIGTERM",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; 2 for an unknown one."""
+    """Runs a command and returns its exit status, see `errors`."""
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if name in ("", "-h", "--help"):
         print(usage())
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    # Imported when asked for: the help needs no JAX.
+    # Imported on demand: the help needs no JAX.
     module = importlib.import_module(f"inmerge_jax.cli.{name}")
     return module.main(rest[:-1])
 

@@ -1,6 +1,6 @@
-"""Trains the three arms on the embedded phantom in about a minute, and shows what merging did.
+"""Trains the three arms on the embedded phantom in about a minute: `inmerge quickstart`.
 
-It is `inmerge train` with the options below, and takes no options of its own.
+It runs `inmerge train` with fixed options.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 OUTPUT = Path("runs/quickstart")
-# Sized for two CPU cores. At the paper's threshold of 0.3, so small a network after so short a
-# training merges 1x1 shortcuts alone; at 0.15 every deep layer takes part, and at 0.1 so many merge
-# that they undo the training. The second stage's rate is above the last of the backbone's (1e-5),
-# at which nothing could answer the merging. Threshold and difficulty were set on trial runs whose
-# test scores were seen: this shows the tool at work and is no evidence for or against merging.
+# Sized for two CPU cores. At the paper's threshold of 0.3, such a small network merges only its 1x1
+# shortcuts; at 0.15 every deep layer merges; at 0.1 merging undoes the training. The second stage's
+# learning rate is above the backbone's last one (1e-5), which is too small to respond to merging.
+# Threshold and difficulty were chosen on trial runs with known test scores: the result is a
+# demonstration, not evidence for or against merging.
 OPTIONS = (
     "--data phantom --phantom.train 1152 --phantom.val 320 --phantom.test 1000 "
     "--phantom.difficulty 0.7 --model resnet18 --width 0.125 "
@@ -26,14 +26,13 @@ OPTIONS = (
 
 
 def continuation(output: Path, options: Sequence[str]) -> str | None:
-    """The option with which `options` run again in `output`: none, --resume or --overwrite.
+    """The option for an existing run in `output`: None, --resume or --overwrite.
 
-    An earlier quickstart that was cut short goes on if it had the same configuration; any other is
-    replaced.
+    An interrupted quickstart with the same configuration is resumed; any other run is replaced.
     """
     from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
-    from inmerge_jax.training.runfolder import differences
+    from inmerge_jax.training.workdir import diff_configs
 
     stored = output / "config.json"
     if not stored.exists():
@@ -44,7 +43,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     devices = len(choose_devices(config.devices))
     new = config_dict(config, resolve_recipe(config.recipe), devices)
     old = json.loads(stored.read_bytes())
-    return "--overwrite" if differences(old, new) else "--resume"
+    return "--overwrite" if diff_configs(old, new) else "--resume"
 
 
 def run(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:
@@ -61,7 +60,7 @@ def run(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; it takes no options."""
+    """Runs the command, which has no options; returns the exit status."""
     argparse.ArgumentParser("inmerge quickstart", description=__doc__).parse_args(arguments)
     return run()
 

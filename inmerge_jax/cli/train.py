@@ -1,4 +1,4 @@
-"""Trains a backbone, then goes on with and without in-model merging: `--help` tells the rest."""
+"""Trains a backbone, then fine-tunes it with and without in-model merging: `inmerge train`."""
 
 import errno
 import sys
@@ -6,104 +6,107 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.cli.errors import BAD_INPUT, DONE, FAILED, PEER_LOST, report, with_options
+from inmerge_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
+
+_PHANTOM = ("train", "val", "test", "findings", "multi_label", "difficulty", "seed")
+OPTIONS = {name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM} | {
+    "head_key": "--replace-head"
+}
+"""Options of arguments whose option is not their name with dashes."""
 
 _NO_RIGHTS = (errno.EACCES, errno.EPERM)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *_NO_RIGHTS)
 
 
-def only_unreported(folder: Path, resume: bool) -> bool:
-    """Whether to resume a run that was stopped between its results and the last of its report."""
+def only_report_missing(folder: Path, resume: bool) -> bool:
+    """Whether a run to resume has its results but not its report."""
     from inmerge_jax.cli.report import TABLE
 
     return resume and (folder / "results.json").exists() and not (folder / TABLE).exists()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the status.
+    """Runs the command and returns its exit status, see `errors`.
 
-    That is 0; 1 where training diverged, or one of several processes broke; 2 on bad input, a full
-    disk too; 3 where another process of the run was lost; 143 where SIGTERM stopped it (preemption)
-    and 130 where Ctrl-C did, after either of which `--resume` goes on with the update after the
-    last.
+    An interrupted run (SIGTERM: 143, Ctrl-C: 130) continues with `--resume`.
     """
     from inmerge_jax.training.config import parse_config
 
     status = _run(parse_config(arguments))
 
-    from inmerge_jax.training.hosts import leave
+    from inmerge_jax.training.multihost import exit_process
 
-    return leave(status)
+    return exit_process(status)
 
 
 def _run(config: "TrainConfig") -> int:
-    from inmerge_jax.training.programs import keep_programs
+    from inmerge_jax.training.environment import enable_compilation_cache
 
-    if config.cache is not None:
-        keep_programs(config.cache)
+    if config.compilation_cache_dir is not None:
+        enable_compilation_cache(config.compilation_cache_dir)
 
     from inmerge_jax.cli.report import write_and_print
-    from inmerge_jax.training.arms import plan_run, train_arms
-    from inmerge_jax.training.hosts import StopTogether, by_first, connect, together
-    from inmerge_jax.training.loop import NonFiniteLossError
-    from inmerge_jax.training.runfolder import cannot_write
-    from inmerge_jax.training.stopping import Stopped, StopSignals
+    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.multihost import SyncedPreemption, connect, run_on_primary, run_synced
+    from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
+    from inmerge_jax.training.train import NonFiniteLossError
+    from inmerge_jax.training.workdir import write_error
 
-    stop = StopSignals()
+    preemption = PreemptionHandler()
     try:
         connect(config.coordinator, config.num_processes, config.process_id)
-        if not by_first(only_unreported, config.output, config.resume):
-            plan = together(plan_run, config)
-            with stop:
-                train_arms(plan, StopTogether(stop))
-        by_first(write_and_print, config.output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if not run_on_primary(only_report_missing, config.output, config.resume):
+            spec = run_synced(make_run_spec, config)
+            with preemption:
+                run_experiment(spec, SyncedPreemption(preemption))
+        run_on_primary(write_and_print, config.output)
+    except UsageError as error:
+        return report(error, OPTIONS)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
-            return _unforeseen(error)
-        if error.errno in _NO_RIGHTS:  # Perhaps of a file that was to be read.
-            print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
-        else:
-            print(f"error: {cannot_write(error.filename or config.output, error)}", file=sys.stderr)
-        return 2
+            return _unexpected(error)
+        if error.errno not in _NO_RIGHTS:
+            return report(write_error(error.filename or config.output, error))
+        # The file may be one that is read.
+        print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
+        return BAD_INPUT
     except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"{stopped}; the same command with --resume goes on", file=sys.stderr)
-        return 128 + stop.signal
+        print(f"error: {with_options(str(error), OPTIONS)}", file=sys.stderr)
+        return FAILED
+    except TrainingInterrupted as interrupted:
+        print(f"{interrupted}; the same command with --resume continues", file=sys.stderr)
+        return 128 + preemption.signal
     except KeyboardInterrupt:
-        print("stopped at once; the same command with --resume goes on", file=sys.stderr)
+        print("stopped at once; the same command with --resume continues", file=sys.stderr)
         return 130
     except Exception as error:
-        return _unforeseen(error)
-    return 0
+        return _unexpected(error)
+    return DONE
 
 
-def _unforeseen(error: Exception) -> int:
-    """Raises the error, or tells of it and gives the status where other processes wait."""
+def _unexpected(error: Exception) -> int:
+    """Raises the error; in a run of several processes, prints it and returns the exit status."""
     import jax
 
-    from inmerge_jax.training.hosts import LOST, is_loss
+    from inmerge_jax.training.multihost import is_peer_failure
 
-    # In this order: to count the processes starts the devices, which may be what has failed.
+    # In this order: counting the processes starts the devices, which may be what has failed.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         raise error
-    # Not raised: the interpreter's end would wait for processes that wait for this one.
-    if not is_loss(error):
+    # Not raised: at exit, the interpreter would wait for processes that wait for this one.
+    if not is_peer_failure(error):
         traceback.print_exc()
-        return 1
+        return FAILED
     print(
         f"error: process {jax.process_index()} lost another process of the run "
-        f"({str(error).splitlines()[0]}); the same commands with --resume, all of them, go on",
+        f"({str(error).splitlines()[0]}); start all processes again with --resume to continue",
         file=sys.stderr,
     )
-    return LOST
+    return PEER_LOST
 
 
 if __name__ == "__main__":

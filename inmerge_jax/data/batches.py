@@ -1,7 +1,7 @@
-"""Batches as pure functions of (seed, step, host), so that a resumed run needs no iterator state.
+"""Batches as pure functions of (seed, step, host): a resumed run needs no iterator state.
 
-`train_batch` says what batch number `step` is; `train_batches` gives the same ones in a row, read
-ahead by threads or worker processes.
+`train_batch` returns batch number `step`; `train_batches` yields the same batches in order, read in
+advance by threads or worker processes.
 """
 
 import functools
@@ -10,48 +10,48 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from inmerge_jax.data.dataset import Split
-from inmerge_jax.data.workers import WorkerLostError, end_with_parent, watched
-from inmerge_jax.errors import InputError
+from inmerge_jax.data.workers import map_in_processes
+from inmerge_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
 
 _THREADS = 2
-"""Batches that one process reads at a time, where reading means files; as many wait, finished."""
+"""Number of threads that read files in a process, and of finished batches that wait."""
 _END = 2**48
-"""A number of batches that no training reaches."""
+"""A number of batches beyond any training."""
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Updates in one epoch, `ceil(examples / batch_size)`: as many as PyTorch's loader makes.
+    """Updates per epoch, `ceil(examples / batch_size)`, as in PyTorch's DataLoader.
 
-    Batches here are always full, so an epoch may show up to `batch_size - 1` examples of the
-    next pass; over the run every example is shown equally often, to within one.
+    Batches are always full, so an epoch may include up to `batch_size - 1` examples of the next
+    pass. Over a run, the numbers of times that examples are used differ by at most one.
 
     Raises:
-      InputError: where `batch_size` is below 1 or exceeds the number of examples.
+      UsageError: `batch_size` is below 1 or exceeds the number of examples.
     """
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     if batch_size > examples:
-        raise InputError(
-            f"batch size {batch_size} is larger than the training split of {examples} examples: "
-            f"give a --batch-size of at most {examples}, or more training examples"
+        raise UsageError(
+            f"`batch_size` {batch_size} exceeds the training split of {examples} examples: choose "
+            f"{examples} or fewer, or give more training examples"
         )
     return -(-examples // batch_size)
 
 
 @functools.lru_cache(maxsize=16)
 def _order(examples: int, seed: int, number: int) -> np.ndarray:
-    """The order in which pass `number` goes over the split.
+    """The order of the examples in pass `number`.
 
-    Sorts random bits of a counter-based generator, whose stream NumPy guarantees not to change.
+    Sorts random bits of a counter-based generator, whose stream NumPy guarantees to keep.
     """
     bits = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(examples)
     return np.argsort(bits, kind="stable")
 
 
 def _batch_index(examples: int, seed: int, batch_size: int, step: int) -> np.ndarray:
-    """The examples of batch number `step`, int64 (batch_size,)."""
+    """Indices of the examples of batch number `step`, int64 (batch_size,)."""
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     first, last = place[0] // examples, place[-1] // examples
     passes = [_order(examples, seed, int(number)) for number in range(first, last + 1)]
@@ -61,26 +61,25 @@ def _batch_index(examples: int, seed: int, batch_size: int, step: int) -> np.nda
 def train_batch(
     split: Split, *, seed: int, step: int, batch_size: int, host: int = 0, hosts: int = 1
 ) -> Batch:
-    """Batch number `step` of the endless shuffled stream over `split`; depends on nothing else.
+    """Batch number `step` of an endless shuffled stream over `split`; a pure function.
 
-    The stream is pass after pass over the split, each in an order of its own and each holding
-    every example exactly once, cut into full batches; a batch may span two passes. Each host gets
-    its slice of every batch: host after host, they are the whole batch.
+    The stream consists of passes over the split, each in its own order, cut into full batches; a
+    batch may span two passes. Each host gets its slice of every batch.
 
     Args:
       split: the training split, n >= batch_size examples.
       seed: selects the order; 0 <= seed < 2**32.
-      step: 0-based count of batches since the stream's beginning, in any order of asking.
-      batch_size: of all hosts together; B = batch_size / hosts.
+      step: 0-based number of the batch.
+      batch_size: examples per batch over all hosts; B = batch_size / hosts.
       host: 0-based number of this host.
-      hosts: how many there are.
+      hosts: number of hosts.
 
     Returns:
       "image" uint8 (B, h, w, c); "label" int32 (B,), or float32 (B, k) for multi-label;
       "index" int32 (B,), the examples' positions in the split.
 
     Raises:
-      InputError: where `batch_size` does not fit the split or the hosts.
+      UsageError: `batch_size` exceeds the split or is no multiple of `hosts`.
     """
     _check(split, batch_size, step, host, hosts)
     index = _batch_index(len(split), seed, batch_size, step)
@@ -98,89 +97,67 @@ def train_batches(
     hosts: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """`train_batch` number start, start + 1, ... up to and without `stop`; None for no end.
+    """Yields `train_batch` for the steps from `start` to `stop` (exclusive; None for no end).
 
-    The batches do not depend on `workers`, which is the number of processes that read and decode
-    images in advance; with 0, threads of this process do so, or nobody where all are in memory.
-    Closing the iterator ends them.
+    The batches do not depend on `workers`, the number of processes that read images in advance.
+    With 0 workers, threads do so if the images are files. Closing the iterator ends the workers.
 
     Raises:
-      InputError: as `train_batch`; and from the iterator, where an image cannot be read.
+      UsageError: see `train_batch`; while iterating, if an image cannot be read or a worker ends.
     """
     _check(split, batch_size, start, host, hosts)
-
-    def take(step: int) -> Batch:
-        index = _batch_index(len(split), seed, batch_size, step)
-        return _take(split, _host_slice(index, host, hosts))
-
+    take = functools.partial(_train_rows, split, seed, batch_size, host, hosts)
     return _read(range(start, _END if stop is None else stop), take, split, workers)
+
+
+def _train_rows(
+    split: Split, seed: int, batch_size: int, host: int, hosts: int, step: int
+) -> Batch:
+    index = _batch_index(len(split), seed, batch_size, step)
+    return _take(split, _host_slice(index, host, hosts))
 
 
 def eval_batches(
     split: Split, batch_size: int, *, host: int = 0, hosts: int = 1, workers: int = 0
 ) -> Iterator[Batch]:
-    """The split once, in order; the last batch is filled up with masked copies of its last example.
+    """Yields the split once, in order, in batches of equal size.
 
-    Each host gets its slice of every batch, as in training.
+    The last batch is padded with copies of the last example, so that one compiled step serves all
+    batches. Each host gets its slice of every batch.
 
     Yields:
-      As `train_batch`, and "mask" float32 (B,): 1 for an example, 0 for filling. Every batch has
-      `batch_size` rows over all hosts, so that one compiled step serves all of them.
+      The entries of `train_batch`, and "mask" float32 (B,): 1 for an example, 0 for padding.
 
     Raises:
-      InputError: where `batch_size` is below 1 or does not fit the hosts; from the iterator, where
-        an image cannot be read.
+      UsageError: `batch_size` is below 1 or no multiple of `hosts`; while iterating, if an image
+        cannot be read or a worker ends.
     """
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: --batch-size must be at least 1")
+        raise UsageError(f"`batch_size` {batch_size}: choose 1 or more")
     _check_hosts(batch_size, host, hosts)
-
-    def take(start: int) -> Batch:
-        rows = _host_slice(np.arange(start, start + batch_size), host, hosts)
-        batch = _take(split, np.minimum(rows, len(split) - 1))
-        return {**batch, "mask": (rows < len(split)).astype(np.float32)}
-
+    take = functools.partial(_eval_rows, split, batch_size, host, hosts)
     return _read(range(0, len(split), batch_size), take, split, workers)
+
+
+def _eval_rows(split: Split, batch_size: int, host: int, hosts: int, start: int) -> Batch:
+    rows = _host_slice(np.arange(start, start + batch_size), host, hosts)
+    batch = _take(split, np.minimum(rows, len(split) - 1))
+    return {**batch, "mask": (rows < len(split)).astype(np.float32)}
 
 
 def _read(
     places: range, take: Callable[[int], Batch], split: Split, workers: int
 ) -> Iterator[Batch]:
-    """`take` of each of the places in order, read ahead where images are read from files."""
-    if split.in_memory and not workers:
+    """Yields `take(place)` for each place in order, in advance where images are read from files."""
+    if workers:
+        yield from map_in_processes(take, places, workers)
+    elif split.in_memory:
         yield from map(take, places)
-        return
-    # Imported here: data in memory need neither.
-    import grain
-    from absl import flags
+    else:
+        import grain
 
-    threads = 0 if split.in_memory else _THREADS
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    batches = grain.MapDataset.source(places).map(take).to_iter_dataset(options)
-    if not workers:
-        yield from batches
-        return
-    if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags, which are all at default here.
-        flags.FLAGS.mark_as_parsed()
-    # Grain spawns its workers: they inherit no thread and no device, and need none.
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    # Batches come through pipes: containers often have little shared memory, and Grain frees it so
-    # late that Python reports leaks at the end.
-    pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
-    batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
-    iterator = iter(batches.mp_prefetch(processes, _in_worker))
-    try:
-        with watched(iterator) as elements:
-            yield from elements
-    except WorkerLostError as error:
-        raise InputError(
-            f"a process that reads images was lost: {error}. Where memory ran out, give fewer "
-            "--workers or a smaller --batch-size; a run goes on with --resume"
-        ) from error
-
-
-def _in_worker(index: int, count: int) -> None:
-    end_with_parent()
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+        yield from grain.MapDataset.source(places).map(take).to_iter_dataset(options)
 
 
 def _check(split: Split, batch_size: int, step: int, host: int, hosts: int) -> None:
@@ -194,8 +171,8 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
     if not 0 <= host < hosts:
         raise ValueError(f"host {host} of {hosts}: hosts are counted from 0")
     if batch_size % hosts:
-        raise InputError(
-            f"--batch-size {batch_size} cannot be shared by {hosts} hosts: choose a multiple of "
+        raise UsageError(
+            f"`batch_size` {batch_size} cannot be split over {hosts} hosts: choose a multiple of "
             f"{hosts}"
         )
 

@@ -1,4 +1,4 @@
-"""One shape of data set for every source."""
+"""The common format of all data sets."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, bina
 
 
 class Images(Protocol):
-    """What a split asks of its images: a NumPy array has it, and so has one that reads files."""
+    """Array interface of a split's images: a NumPy array, or an object that reads files."""
 
     dtype: np.dtype
     ndim: int
@@ -30,10 +30,10 @@ class Split:
     """Images and labels of one split.
 
     Attributes:
-      images: uint8, (n, height, width, channels); a NumPy array where all are in memory, or an
-        object that reads the rows it is indexed with (`chestxray14.records.RecordImages`).
-      labels: int32 (n,), or uint8 (n, classes) of zeros and ones for multi-label tasks.
-      patients: int (n,), whose image each is, where that is known; None where not.
+      images: uint8 (n, height, width, channels); a NumPy array, or an object that reads rows on
+        indexing (`chestxray14.records.RecordImages`).
+      labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks.
+      patients: int (n,), patient number of each image; None if unknown.
     """
 
     images: np.ndarray | Images
@@ -56,7 +56,7 @@ class Split:
             raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
         if self.patients is not None and self.patients.shape != (len(self.images),):
             raise ValueError(
-                f"patients must be (n,), one of each of the {len(self.images)} images, found "
+                f"patients must be (n,), one for each of the {len(self.images)} images, found "
                 f"{self.patients.shape}"
             )
 
@@ -65,12 +65,12 @@ class Split:
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are at hand, so that no batch waits for files."""
+        """Whether the images are in memory."""
         return isinstance(self.images, np.ndarray)
 
 
 def names_sha256(names: Iterable[str]) -> str:
-    """SHA-256 of the sorted names, one a line: the same images give the same one."""
+    """SHA-256 of the sorted names, one per line."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
@@ -79,20 +79,20 @@ class Dataset:
     """A classification data set of three splits.
 
     Attributes:
-      name: as the command line knows it, "breastmnist" or "phantom".
-      size: height and width of the images in pixels.
-      task: one of `TASKS`, in MedMNIST's words.
-      classes: a name per column of the network's scores.
-      train: what gradients are computed on.
-      val: what checkpoints are chosen on.
-      test: what results are reported on.
-      source: where the data came from: a file and its MD5, or a generator and its settings.
-      note: what every reader of a result must know about the data; empty where nothing.
-      split_name: of the way the images were divided, where a data set knows several.
-      full_counts: images of each split in the whole data set; None where nothing can be missing.
-      test_names_sha256: `names_sha256` of the test images; empty where they have no names.
-      fingerprint: SHA-256 of the content, which a resumed run must find again; empty where the
-        options decide it.
+      name: name of the data set, such as "breastmnist" or "phantom".
+      size: image height and width in pixels.
+      task: one of `TASKS` (MedMNIST's names).
+      classes: one name per column of the network's scores.
+      train: training split.
+      val: validation split, for the choice of checkpoints.
+      test: test split, for results.
+      source: origin of the data: a file and its MD5, or a generator and its settings.
+      note: remark for every reader of a result, or "".
+      split_name: name of the split, if the data set has several, or "".
+      full_counts: images per split in the complete data set; None if none can be missing.
+      test_names_sha256: `names_sha256` of the test images, or "" if they have no names.
+      fingerprint: SHA-256 of the content, which must be equal when a run resumes; "" if the options
+        determine the content.
     """
 
     name: str
@@ -111,26 +111,26 @@ class Dataset:
 
     def __post_init__(self):
         if self.task not in TASKS:
-            raise ValueError(f"task {self.task!r} is none of {TASKS}")
+            raise ValueError(f"unknown task {self.task!r}; known: {TASKS}")
         if self.task == "binary-class" and len(self.classes) != 2:
             raise ValueError(f"a binary-class task has 2 classes, not {len(self.classes)}")
 
     @property
     def channels(self) -> int:
-        """1 for grey images, 3 for RGB."""
+        """Number of channels: 1 for grey images, 3 for RGB."""
         return self.train.images.shape[-1]
 
     @property
     def num_classes(self) -> int:
-        """Columns of the network's scores; 2 for a binary-class task."""
+        """Number of columns of the network's scores; 2 for a binary-class task."""
         return len(self.classes)
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several findings at once, or none."""
+        """Whether an image may have several labels, or none."""
         return self.task == "multi-label, binary-class"
 
     @property
     def title(self) -> str:
-        """What to print above a result: the name, and the note where there is one."""
+        """Title of results: the name, and the note if there is one."""
         return f"{self.name} ({self.note})" if self.note else self.name

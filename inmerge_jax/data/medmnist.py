@@ -1,4 +1,4 @@
-"""The twelve 2-D MedMNIST subsets, from files whose MD5 is checked."""
+"""The twelve 2-D MedMNIST subsets, from files with verified MD5."""
 
 import difflib
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE
 
 MEDMNIST_DIR = Path("~/.medmnist")
@@ -33,49 +33,49 @@ def load_medmnist(
     download: bool = True,
     allow_unverified: bool = False,
 ) -> Dataset:
-    """Loads a 2-D MedMNIST subset whole, or not at all.
+    """Loads a 2-D MedMNIST subset.
 
     Args:
-      name: "breastmnist" and so on: `medmnist_names`.
-      size: height and width in pixels, one of `SIZES`.
-      data_dir: folder of npz files under medmnist's own names ("breastmnist.npz",
-        "breastmnist_64.npz"); a leading ~ is the home folder.
-      file: read this npz instead; nothing is downloaded then.
-      download: fetch an absent file into `data_dir` through the medmnist package.
-      allow_unverified: load a file whose MD5 is not medmnist's. It is warned of, and named in
-        the data set's note and so in its title.
+      name: name of the subset, see `medmnist_names`.
+      size: image height and width in pixels, one of `SIZES`.
+      data_dir: folder of medmnist's npz files ("breastmnist.npz", "breastmnist_64.npz"); a leading
+        ~ is expanded.
+      file: npz file to read instead; nothing is downloaded.
+      download: download a missing file into `data_dir` through the medmnist package.
+      allow_unverified: load a file with another MD5 than medmnist's, with a warning and a note in
+        the data set's title.
 
     Returns:
-      The data set; its task, class names and channels are those of medmnist's table.
+      The data set; task, class names and channels are those of medmnist's table.
 
     Raises:
-      InputError: for an unknown name or size; for a file that is absent, truncated or of another
-        MD5; for arrays that are missing, or of a shape, type or range that the table rules out.
+      UsageError: the name or size is unknown; the file is missing, truncated or has another MD5;
+        an array is missing or has a wrong shape, dtype or range.
 
     Source: Yang et al., MedMNIST v2 (Scientific Data 2023); the table is `medmnist.INFO`.
     """
     info = _subset_info(name)
     if size not in SIZES:
-        raise InputError(
-            f"size {size} (--size): MedMNIST has {', '.join(map(str, SIZES))} px; "
+        raise UsageError(
+            f"`size` {size}: MedMNIST has {', '.join(map(str, SIZES))} px; "
             "the phantom comes in any size"
         )
     suffix = "" if size == 28 else f"_{size}"
     if file is None:
         path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
-        remedy = "delete it and it is downloaded again, or name another with --file"
+        remedy = "delete it to download it again, or name another with `file`"
         if not path.exists():
             _download(info, size, path, allowed=download)
     else:
         path = Path(file).expanduser()
-        remedy = "name another with --file"
+        remedy = "name another with `file`"
     md5 = _checked_md5(path, remedy)
     expected = info[f"MD5{suffix}"]
     note = "" if md5 == expected else f"unverified file {path.name}"
     if note and not allow_unverified:
-        raise InputError(
+        raise UsageError(
             f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
-            f"{size} px: {remedy}, or load it as it is with --allow-unverified"
+            f"{size} px: {remedy}, or load it as it is with `allow_unverified`"
         )
     arrays = _read_arrays(path, remedy, verified=not note)
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
@@ -83,7 +83,7 @@ def load_medmnist(
     if note:
         warnings.warn(
             f"{path} is not {info['python_class']} at {size} px as published (MD5 {md5} instead "
-            f"of {expected}); loaded because of --allow-unverified, and named in every result",
+            f"of {expected}); loaded because of allow_unverified, and named in every result",
             stacklevel=2,
         )
     return Dataset(
@@ -101,16 +101,16 @@ def load_medmnist(
 
 
 def medmnist_names() -> tuple[str, ...]:
-    """The flags of the 2-D subsets, in the order of medmnist's table."""
+    """The names of the 2-D subsets, in the order of medmnist's table."""
     return tuple(flag for flag in medmnist_info() if not flag.endswith("3d"))
 
 
 @functools.cache
 def medmnist_info() -> dict[str, dict[str, Any]]:
-    """Facts of every subset: task, class names, channels, counts, addresses and MD5 of its files.
+    """Task, class names, channels, counts, URLs and MD5 of all subsets.
 
-    Equal to `medmnist.INFO` (medmnist 3.0.2) in these entries. The package itself is needed only to
-    download: importing it takes seconds, because it imports torch.
+    Equal to these entries of `medmnist.INFO` (medmnist 3.0.2). The package itself, which imports
+    torch, is needed only for downloads.
     """
     table = json.loads(Path(__file__).with_name("medmnist.json").read_bytes())
     for name, info in table.items():
@@ -126,24 +126,22 @@ def _subset_info(name: str) -> dict[str, Any]:
         return medmnist_info()[name]
     close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
-    raise InputError(
-        f"unknown data set {name!r} (--data): {guess}There are {', '.join((*_OTHERS, *names))}"
-    )
+    raise UsageError(f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}")
 
 
 def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
-    """Puts the subset's file at `path`, whole or not at all."""
+    """Downloads the subset's file to `path` atomically."""
     suffix = "" if size == 28 else f"_{size}"
     url = info[f"url{suffix}"]
     by_hand = (
         f"To place it by hand, download {url} and save it as {path} "
-        f"(MD5 {info[f'MD5{suffix}']}); --data-dir names another folder"
+        f"(MD5 {info[f'MD5{suffix}']}); `data_dir` names another folder"
     )
     if not allowed:
-        raise InputError(f"{path} is missing and downloading is off. {by_hand}")
+        raise UsageError(f"{path} is missing and downloading is off. {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: an interrupted download must never lie under the file's name.
+        # In a temporary folder, so that a partial download never has the file's name.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
             import medmnist
 
@@ -151,23 +149,23 @@ def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> 
             subset(split="val", download=True, root=folder, size=size)
             os.replace(Path(folder) / path.name, path)
     except (ImportError, OSError, RuntimeError) as error:
-        # medmnist answers every exception with one RuntimeError, Ctrl-C included.
+        # medmnist turns every exception into a RuntimeError, including KeyboardInterrupt.
         cause = error.__context__ or error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise InputError(
+        raise UsageError(
             f"{path} is missing, and downloading {url} through the medmnist package failed "
             f"({type(cause).__name__}: {cause}). {by_hand}"
         ) from error
 
 
 def _checked_md5(path: Path, remedy: str) -> str:
-    """The MD5 of a file that is there and is a whole zip archive, as every npz is."""
+    """MD5 of an existing file that is a complete zip archive."""
     if not path.is_file():
-        raise InputError(f"{path} is missing or is no file: {remedy}")
+        raise UsageError(f"{path} is missing or is no file: {remedy}")
     md5 = _digest(path, "md5")
     if not zipfile.is_zipfile(path):
-        raise InputError(
+        raise UsageError(
             f"{path} is truncated or is no npz ({path.stat().st_size} bytes, MD5 {md5}): {remedy}"
         )
     return md5
@@ -179,11 +177,11 @@ def _digest(path: Path, kind: str) -> str:
 
 
 def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.ndarray]:
-    """All six arrays, or an error: nothing is returned from a file that is damaged anywhere."""
+    """Reads all six arrays; raises if any part of the file is damaged."""
     wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
     try:
         if not verified:
-            # NumPy stops at an array's last byte, short of where zipfile compares checksums.
+            # NumPy stops reading before zipfile would verify the checksum.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -191,15 +189,15 @@ def _read_arrays(path: Path, remedy: str, *, verified: bool) -> dict[str, np.nda
         with np.load(path, allow_pickle=False) as archive:
             absent = [key for key in wanted if key not in archive]
             if absent:
-                raise InputError(
+                raise UsageError(
                     f"{path} lacks the arrays {', '.join(absent)}; it holds "
                     f"{', '.join(archive.files) or 'none'}: {remedy}"
                 )
             return {key: archive[key] for key in wanted}
-    except InputError:
+    except UsageError:
         raise
     except DAMAGED_ARCHIVE as error:
-        raise InputError(
+        raise UsageError(
             f"{path} is damaged and was not loaded ({type(error).__name__}: {error}): {remedy}"
         ) from error
 
@@ -215,12 +213,12 @@ def _make_split(
     images = _checked_images(f"{path}, {split}_images", arrays[f"{split}_images"], info, name, size)
     labels = _checked_labels(f"{path}, {split}_labels", arrays[f"{split}_labels"], info, name)
     if len(images) != len(labels):
-        raise InputError(
+        raise UsageError(
             f"{path}: {split}_images holds {len(images)} images but {split}_labels "
-            f"{len(labels)} labels; name a whole MedMNIST npz with --file or --data-dir"
+            f"{len(labels)} labels; give a complete MedMNIST npz as `file` or in `data_dir`"
         )
     if len(images) == 0:
-        raise InputError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
+        raise UsageError(f"{path}: {split}_images is empty; name a MedMNIST npz with examples")
     return Split(images, labels)
 
 
@@ -230,16 +228,16 @@ def _checked_images(
     channels = info["n_channels"]
     expected = f"({size}, {size})" if channels == 1 else f"({size}, {size}, {channels})"
     if images.dtype != np.uint8:
-        raise InputError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
+        raise UsageError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
     shape = images.shape
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] != channels:
-        raise InputError(f"{where}: shape {shape}; {name} has n images of {expected}")
+        raise UsageError(f"{where}: shape {shape}; {name} has n images of {expected}")
     if images.shape[1:3] != (size, size):
-        raise InputError(
-            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but --size {size} was "
-            "asked for: give the file's own --size, or name a file of that size"
+        raise UsageError(
+            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but `size` is {size}: "
+            "give the file's own size, or a file of that size"
         )
     return images
 
@@ -248,16 +246,16 @@ def _checked_labels(where: str, labels: np.ndarray, info: dict[str, Any], name: 
     classes = len(info["label"])
     multi_label = info["task"] == "multi-label, binary-class"
     if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{where}: type {labels.dtype}; labels must be integers")
+        raise UsageError(f"{where}: type {labels.dtype}; labels must be integers")
     columns = classes if multi_label else 1
     if not multi_label and labels.ndim == 1:
         labels = labels[:, None]
     if labels.ndim != 2 or labels.shape[1] != columns:
-        raise InputError(f"{where}: shape {labels.shape}; {name} needs (n, {columns})")
+        raise UsageError(f"{where}: shape {labels.shape}; {name} needs (n, {columns})")
     top = 1 if multi_label else classes - 1
     outside = labels[(labels < 0) | (labels > top)]
     if outside.size:
-        raise InputError(
+        raise UsageError(
             f"{where}: {outside.size} labels outside 0 to {top}, the first of them {outside[0]}; "
             f"{name} has {classes} classes, so this is another subset's file or a damaged one"
         )

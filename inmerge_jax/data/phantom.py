@@ -1,4 +1,4 @@
-"""A procedural chest phantom: radiographs of nobody, with findings that are known because drawn."""
+"""A procedural chest phantom: synthetic radiographs with known findings."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from inmerge_jax.data.anatomy import FINDINGS, NORMALS, TEXTURE_GRIDS, UNIFORMS, Draws, render
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 NO_FINDING = "no finding"
 SMALLEST = 16
@@ -18,7 +18,7 @@ _PREVALENCE = 0.3
 
 
 class _Randomness(NamedTuple):
-    """Every random number of a few images; row i depends on (seed, split, i), grain on size too."""
+    """Random numbers of some images; row i depends on (seed, split, i), the grain also on size."""
 
     labels: np.ndarray
     draws: Draws
@@ -37,34 +37,33 @@ def make_phantom(
     difficulty: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
-    """Makes grey chest phantoms, the same for the same arguments.
+    """Generates grey chest phantoms, deterministically from the arguments.
 
-    Lungs, heart, mediastinum, spine, ribs, clavicles, diaphragm and vessels vary from image to
-    image, as do pose, exposure and noise. Findings reach from obvious to invisible, and ordinary
-    anatomy (nipple shadows, healed ribs, skin folds, breast shadows, fat pads, shallow
-    breathing) imitates them, so that no classifier can be perfect.
+    Anatomy (lungs, heart, mediastinum, spine, ribs, clavicles, diaphragm, vessels), pose, exposure
+    and noise vary between images. Findings range from obvious to invisible, and normal anatomy
+    imitates them (nipple shadows, healed ribs, skin folds, breast shadows, fat pads), so that no
+    classifier can be perfect.
 
-    Image i of a split depends on seed, split and i, and on the arguments below but the numbers of
-    images: more images leave the first ones as they are. Its anatomy does not depend on size.
+    Image i of a split depends on the seed, the split and i, not on the number of images. Its
+    anatomy does not depend on the size.
 
     Args:
       size: height and width in pixels, at least 16.
-      train: number of training images, at least 1; likewise `val` and `test`.
-      val: number of validation images.
-      test: number of test images.
-      findings: some of `FINDINGS`, each once.
-      multi_label: every finding present by itself with probability 0.3 (labels uint8 (n, k)),
-        instead of one finding or "no finding", equally often (labels int32 (n,), 0 is none).
-      difficulty: from 0.25 to 4; divides the findings' contrast or extent, and multiplies the
-        noise.
-      seed: at least 0.
+      train: number of training images, at least 1.
+      val: number of validation images, at least 1.
+      test: number of test images, at least 1.
+      findings: a subset of `FINDINGS`.
+      multi_label: each finding is present with probability 0.3 (labels uint8 (n, k)), instead of
+        one finding or "no finding" with equal probability (labels int32 (n,), 0 is none).
+      difficulty: 0.25 to 4; divides the contrast or extent of findings and multiplies the noise.
+      seed: random seed, at least 0.
 
     Returns:
-      Data set "phantom", images uint8 (n, size, size, 1). One finding and not `multi_label`
-      makes a binary-class task.
+      The data set "phantom", images uint8 (n, size, size, 1). With one finding and without
+      `multi_label` the task is binary-class.
 
     Raises:
-      InputError: for a number out of range, or an unknown or repeated finding.
+      UsageError: a number is out of range, or a finding is unknown or repeated.
     """
     counts = {"train": train, "val": val, "test": test}
     _check(size, counts, findings, difficulty, seed)
@@ -121,7 +120,7 @@ def _make_split(
 
 
 def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:
-    """Draws what does not depend on the size first, so that sizes share their anatomy."""
+    """Draws size-independent numbers first, so that all sizes share their anatomy."""
     labels, normals, uniforms, grain = [], [], [], []
     textures: list[list[np.ndarray]] = [[] for _ in TEXTURE_GRIDS]
     for index in range(rows.start, rows.stop):
@@ -144,22 +143,21 @@ def _check(
     size: int, counts: dict[str, int], findings: tuple[str, ...], difficulty: float, seed: int
 ) -> None:
     if size < SMALLEST:
-        raise InputError(f"size {size} (--size): the phantom needs at least {SMALLEST} px")
+        raise UsageError(f"`size` {size}: the phantom needs at least {SMALLEST} px")
     for split, count in counts.items():
         if count < 1:
-            raise InputError(f"{split} {count} (--phantom.{split}): a split needs 1 image or more")
+            raise UsageError(f"`{split}` {count}: a split needs 1 image or more")
     known = ", ".join(FINDINGS)
     if not findings:
-        raise InputError(f"no findings (--phantom.findings): name at least one of {known}")
+        raise UsageError(f"`findings` is empty: name at least one of {known}")
     for finding in findings:
         if finding not in FINDINGS:
-            raise InputError(f"unknown finding {finding!r} (--phantom.findings): there are {known}")
+            raise UsageError(f"`findings`: unknown finding {finding!r}; there are {known}")
     if len(set(findings)) < len(findings):
-        raise InputError(f"findings {', '.join(findings)} (--phantom.findings): name each once")
+        raise UsageError(f"`findings` {', '.join(findings)}: name each once")
     if not EASIEST <= difficulty <= HARDEST:
-        raise InputError(
-            f"difficulty {difficulty} (--phantom.difficulty): give a number from {EASIEST:g} to "
-            f"{HARDEST:g}; 1 is usual"
+        raise UsageError(
+            f"`difficulty` {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
         )
     if seed < 0:
-        raise InputError(f"seed {seed} (--phantom.seed): give a whole number of at least 0")
+        raise UsageError(f"`seed` {seed}: give a whole number of at least 0")

@@ -18,13 +18,13 @@ from inmerge_jax.merging.units import Kernel, PyTree, as_rows, from_rows, group_
 
 
 class MergeStats(NamedTuple):
-    """What one merge did: arrays of shape (layers,), in the order given; a group is one layer.
+    """Counts of a merge: arrays of shape (layers,), in the order given. A group is one layer.
 
     Attributes:
-      kernels: int32, how many units the layer has.
-      selected: int32, how many were selected.
-      merged: int32, how many were mixed with their partner.
-      similarity: float32, mean cosine similarity of the mixed pairs; 0 where none was mixed.
+      kernels: Number of units, int32.
+      selected: Number of selected units, int32.
+      merged: Number of units that were mixed with their partner, int32.
+      similarity: Mean cosine similarity of the mixed pairs, float32; 0 if there are none.
     """
 
     kernels: jax.Array
@@ -41,23 +41,23 @@ def merge_kernels(
     *,
     implementation: backends.Implementation = "auto",
 ) -> tuple[PyTree, MergeStats]:
-    r"""Mixes each selected unit with a similar one of its layer.
+    """Mixes each selected unit with a similar one of its layer.
 
-    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j
-              \quad\text{if}\quad \frac{k_i \cdot k_j}{\|k_i\| \|k_j\|} > \tau
+        K_i <- alpha K_i + (1 - alpha) K_j    if k_i . k_j / (|k_i| |k_j|) > threshold
 
-    for selected :math:`i`, with :math:`k` the flattened unit (arXiv 2502.20516). All reads are from
-    the weights as given. Arithmetic is float32 and the result has the weight's dtype; units that
-    are not mixed, and all other leaves, come back bit for bit. A zero unit has similarity 0 with
-    every other; a unit that holds a NaN or an infinity is never mixed, nor mixed in. A problem with
-    one unit is left alone.
+    for selected `i`, where `k` is the flattened unit (arXiv 2502.20516).
 
-    Pure, so it may be used inside `jit`, `vmap`, `pmap`, `shard_map` and `scan`. Under data
-    parallelism, give every replica the same key: they then merge alike, without communication.
-    Differentiable: the mix is linear in the weights, and which units merge, and the counts, are
-    constants to it.
+    - All units of a layer are mixed simultaneously: reads are from the weights as given.
+    - Arithmetic is float32; the result has the dtype of the weight.
+    - Units that are not mixed, and all other leaves, are returned bit for bit.
+    - A zero unit has similarity 0 with every other. A unit with a NaN or an infinity is never
+      mixed, nor is it a partner. A problem with one unit is left alone.
+    - The function is pure and works inside `jit`, `vmap`, `pmap`, `shard_map` and `scan`. In data
+      parallelism, give every replica the same key: they merge alike without communication.
+    - It is differentiable in the weights and alpha. Which units merge, and the counts, are
+      constants.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from inmerge_jax import Kernel
       >>> w = jnp.array([[1.0, 1.0], [0.0, 1.0]])       # two kernels, w[:, 0] and w[:, 1]
@@ -71,22 +71,22 @@ def merge_kernels(
       [2]
 
     Args:
-      params: a tree that holds the kernels' weights, of any floating dtype.
-      key: a typed PRNG key, or a seed; a layer's draws are folded from it and the layer's own
-        name, so that other layers, and their order, don't change them.
-      kernels: which weights to merge, from `find_kernels`, `deep_kernels` or `attention_heads`.
-      rule: when and how; its numbers may be traced scalars.
-      implementation: "auto" takes the form for the platform that the program is compiled for;
-        "reference" this module's; "cpu" the CPU form; "tpu" as "auto", with a Pallas kernel on TPUs
-        from v4 on. XLA cannot divide that kernel among devices: use it in `pmap`, in `shard_map`
-        with `check_vma=False`, or on one device. `jax.export` takes it for a TPU alone.
+      params: A parameter tree with the weights of the kernels, of any floating dtype.
+      key: A typed PRNG key, or a seed. The draws of a layer are folded from it and from the name of
+        the layer, so other layers and their order do not change them.
+      kernels: Weights to merge, from `find_kernels`, `deep_kernels` or `attention_heads`.
+      rule: The rule. Its numbers may be traced scalars.
+      implementation: `"auto"` chooses the form for the platform that the program is compiled for.
+        `"reference"` is the plain form, `"cpu"` the CPU form. `"tpu"` is `"auto"` with a Pallas
+        kernel on TPUs from v4 on. XLA cannot divide that kernel among devices: use it in `pmap`, in
+        `shard_map` with `check_vma=False`, or on one device; `jax.export` accepts it for TPU only.
 
     Returns:
       The merged tree, and the counts.
 
     Raises:
-      ValueError: no kernels, or one whose path or shape is not that of a leaf of `params`, or whose
-        weight is not of a floating dtype; a number of the rule out of range.
+      ValueError: No kernels; a kernel whose path or shape is not that of a leaf of `params`, or
+        whose weight is not of a floating dtype; a number of the rule out of range.
     """
     backends.check_implementation(implementation)
     check_rule(rule)

@@ -21,22 +21,22 @@ class Quantile:
 
 
 def quantile(share: float | jax.Array) -> Quantile:
-    """A threshold for `MergeRule`: merges the most similar of the pairs that a merge compares.
+    """A threshold for `MergeRule` that each layer sets by its own similarities.
 
     How similar units are depends on the layer, the network and the optimizer, so a fixed threshold
-    can merge everything in one network and nothing in another. With this one, a layer of which `m`
-    units are selected merges the `floor((1 - share) * m)` most similar of them (ties may lower
-    this). Its rate is about `probability * (1 - share)`.
+    can merge everything in one network and nothing in another. With `quantile(share)`, a layer with
+    `m` selected units merges the `floor((1 - share) * m)` most similar of them (ties may lower
+    this). The fraction of units that merge is about `probability * (1 - share)`.
 
-    Example:
+    Examples:
       >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")
 
     Args:
-      share: in [0, 1], or a traced scalar; in `in_model_merging` also a schedule. 0 merges every
-        selected unit, 1 none.
+      share: Number in [0, 1], or a traced scalar; in `in_model_merging` also a schedule. 0 merges
+        every selected unit, 1 none, 0.9 the most similar tenth.
 
     Raises:
-      ValueError: a number out of range.
+      ValueError: A number out of range.
     """
     if not callable(share):
         check_range("quantile", share, 0, 1)
@@ -46,14 +46,14 @@ def quantile(share: float | jax.Array) -> Quantile:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MergeRule:
-    r"""When and how units are mixed; a pytree whose three numbers can be traced.
+    """The rule of a merge: a pytree whose three numbers can be traced.
 
-    In each merge every unit :math:`K_i` is selected with `probability`. A selected unit gets a
-    partner :math:`K_j`, :math:`j \neq i`, and where their cosine similarity exceeds `threshold`,
+    In each merge every unit `K_i` is selected with `probability`. A selected unit gets a partner
+    `K_j`, `j != i`. If their cosine similarity exceeds `threshold`,
 
-    .. math:: K_i \leftarrow \alpha K_i + (1 - \alpha) K_j.
+        K_i <- alpha K_i + (1 - alpha) K_j
 
-    Example, a grid of rules as one pytree, and a schedule:
+    Examples: A grid of rules as one pytree, and a schedule
       >>> import jax.numpy as jnp
       >>> grid = MergeRule(*jnp.meshgrid(jnp.array([0.1, 0.3]), jnp.array([0.3]), jnp.array([0.8])))
       >>> grid.probability.shape
@@ -61,15 +61,15 @@ class MergeRule:
       >>> warm_up = lambda step: MergeRule(probability=0.3 * jnp.minimum(step / 1000, 1.0))
 
     Attributes:
-      probability: the chance that a unit is selected, in [0, 1]; the paper's p.
-      threshold: the similarity to exceed, in [-1, 1]; the paper's tau. Or `quantile(share)`, with
-        which each layer sets its own.
-      alpha: the fraction of the unit that is kept, in [0, 1].
-      partner: `"random"`, drawn uniformly from the layer's other units, as the released code does;
-        or `"nearest"`, the most similar other unit, as the paper's text says.
+      probability: Probability that a unit is selected, in [0, 1]; the paper's p.
+      threshold: Similarity to exceed, in [-1, 1]; the paper's tau. Or `quantile(share)`, with which
+        each layer sets its own.
+      alpha: Fraction of the unit that is kept, in [0, 1].
+      partner: `"random"`, drawn uniformly from the other units of the layer, as in the released
+        code; or `"nearest"`, the most similar other unit, as in the paper's text.
 
-    Numbers are checked where a rule is used (`merge_kernels`, `in_model_merging`), since
-    transformations of pytrees make rules of any numbers, such as a gradient by a rule.
+    Numbers are checked where a rule is used (`merge_kernels`, `in_model_merging`), because pytree
+    transformations make rules of any numbers, such as a gradient with respect to a rule.
 
     References:
       In-Model Merging for Enhancing the Robustness of Medical Imaging Classification Models,

@@ -20,18 +20,20 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """The cosine similarities of one layer's pairs of different units of the same problem.
+    """Cosine similarities of the pairs of units in one layer.
 
-    A layer whose problems have one unit has no pairs: every number is then NaN.
+    Pairs are of different units of the same problem. Without pairs every number is NaN.
 
     Attributes:
-      name: the layer's path, or the label of a group of weights.
-      kernels: how many units it has.
-      mean, minimum, maximum: over all pairs.
+      name: Path of the layer, or label of a group of weights.
+      kernels: Number of units.
+      mean: Mean over all pairs.
+      minimum: Minimum over all pairs.
+      maximum: Maximum over all pairs.
       quantiles: `{q: value}` over all pairs.
-      above: `{threshold: share}`, the share of pairs whose similarity exceeds a threshold: the
-        chance that a unit and a random partner merge, once selected.
-      nearest: mean over units of the similarity to the most similar other unit.
+      above: `{threshold: fraction}`, the fraction of pairs above a threshold: the probability that
+        a selected unit merges with a random partner.
+      nearest: Mean similarity of a unit to its most similar other unit.
     """
 
     name: str
@@ -44,7 +46,7 @@ class LayerSimilarity:
     nearest: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a JSON-ready dict, with numbers that are keys written as text."""
+        """The attributes as a JSON-serialisable dict; numeric keys become text."""
         return vars(self) | {
             "quantiles": {str(q): v for q, v in self.quantiles.items()},
             "above": {str(t): v for t, v in self.above.items()},
@@ -58,12 +60,12 @@ def kernel_similarity(
     quantiles: Sequence[float] = QUANTILES,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[LayerSimilarity, ...]:
-    """Measures how similar the units within each layer are.
+    """Measures the similarity of the units of each layer.
 
-    Goes layer by layer and waits for each: what is in memory at a time is one layer's C x C matrix
-    of cosines (C units of a problem, float32) and a few arrays of that size made of it.
+    Layers are measured one after the other. Peak memory is a few float32 matrices of C x C for a
+    layer of C units.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from inmerge_jax import Kernel
       >>> w = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
@@ -73,16 +75,16 @@ def kernel_similarity(
       (3, 0.471, 0.667)
 
     Args:
-      params: a tree that holds the kernels' weights.
-      kernels: which weights to measure, from `find_kernels`.
-      quantiles: which quantiles to give, each in [0, 1].
-      thresholds: for which similarities to give the share of pairs above.
+      params: A parameter tree with the weights of the kernels.
+      kernels: Weights to measure, from `find_kernels`.
+      quantiles: Quantiles to compute, each in [0, 1].
+      thresholds: Similarities for which to compute the fraction of pairs above.
 
     Returns:
-      One entry per layer, in the order of the kernels given; weights of one group are one layer.
+      One entry per layer, in the order given. Weights of one group are one layer.
 
     Raises:
-      ValueError: a kernel isn't in `params`, or a quantile lies outside [0, 1].
+      ValueError: A kernel is not in `params`, or a quantile is outside [0, 1].
     """
     wrong = [q for q in quantiles if not 0 <= q <= 1]
     if wrong:

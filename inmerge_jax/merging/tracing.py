@@ -52,20 +52,20 @@ def find_kernels(
     ops: Sequence[str] = ("conv",),
     **kwargs: Any,
 ) -> tuple[Kernel, ...]:
-    """Finds the convolution weights in `params`, in the order in which `forward` first uses them.
+    """Lists the convolution weights in `params` in the order of the forward pass.
 
-    Reads the jaxpr of `forward(params, *args, **kwargs)`: every leaf of `params` that reaches a
-    convolution as its weight is listed once, and its output axis comes from that operation's
-    dimension numbers. Casts, transpositions, reshapes that keep the output axis, and elementwise
-    changes (a mask, weight standardisation) on the way are followed, through nested `jit`, `remat`,
-    `cond`, `platform_dependent`, custom derivatives, loops and `vmap`. So no naming convention is
-    needed, and Flax Linen, Flax NNX, Equinox and Haiku parameters are alike to it.
+    Traces `forward(params, *args, **kwargs)` and reads its jaxpr. Every leaf of `params` that is
+    the weight of a convolution is listed once. The output axis comes from the dimension numbers of
+    that convolution, so no naming convention is needed: Flax, Equinox, Haiku and Keras parameters
+    all work. Casts, transpositions, reshapes that keep the output axis, and elementwise operations
+    (a mask, weight standardisation) are followed, through nested `jit`, `remat`, `cond`,
+    `platform_dependent`, custom derivatives, loops and `vmap`.
 
-    Kernels of different groups of a grouped or depthwise convolution read different inputs, so they
-    are different problems (`Kernel.groups`); so are the layers of a stack that is scanned or
-    indexed in a loop, and the members of a vmapped ensemble (`Kernel.batch_axes`).
+    Units of different groups of a grouped or depthwise convolution never merge with each other
+    (`Kernel.groups`), because they read different inputs. The same holds for the layers of a
+    scanned or indexed stack and the members of a vmapped ensemble (`Kernel.batch_axes`).
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> def forward(params, x):
       ...     dimensions = ("NHWC", "HWIO", "NHWC")
@@ -78,26 +78,26 @@ def find_kernels(
       [('conv_2', 8), ('conv_10', 16)]
 
     Args:
-      forward: a function of `(params, *args, **kwargs)`; it is traced, never run. One that needs a
-        mapped axis name (batch normalisation with `axis_name`) is traced inside
-        `jax.vmap(..., axis_name=...)` of the caller's. Give one without `jax.shard_map` if that
-        divides weights among devices.
-      params: a tree of arrays or `jax.ShapeDtypeStruct`s.
-      *args: the other arguments, concrete or abstract; bools and strings are not traced.
-      ops: "conv" for convolutions, "dense" for matrix products whose one operand is a parameter.
-      **kwargs: keyword arguments of `forward`; they are not traced, so `train=False` is a bool.
+      forward: The forward pass, a function of `(params, *args, **kwargs)`. It is traced, never
+        run. If it needs a mapped axis name (batch normalisation with `axis_name`), call
+        `find_kernels` inside `jax.vmap(..., axis_name=...)`. It must not divide weights among
+        devices with `jax.shard_map`.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`.
+      *args: Further arguments of `forward`, concrete or abstract. Bools and strings are not traced.
+      ops: `"conv"` for convolutions, `"dense"` for matrix products with a parameter as one operand.
+      **kwargs: Keyword arguments of `forward`. They are not traced, so `train=False` stays a bool.
 
     Returns:
-      The kernels in order of first use.
+      The kernels in the order of their first use.
 
     Warns:
-      UserWarning: a weight is computed from a parameter in a way that loses the output axis (a
-        matrix product, the result of a loop, branches that differ), or a parameter is used in ways
-        that disagree; it is not listed.
+      UserWarning: A weight is computed from a parameter in a way that loses the output axis (a
+        matrix product, the result of a loop, branches that differ), or the uses of a parameter
+        disagree. It is not listed.
 
     Raises:
-      ValueError: an unknown op; a leaf of `params` that is not an array; or no such operation takes
-        a parameter.
+      ValueError: An unknown op, a leaf of `params` that is not an array, or no operation that takes
+        its weight from `params`.
     """
     found = trace_kernels(forward, params, *args, ops=ops, **kwargs)
     for one in found.passed_over:
@@ -126,9 +126,21 @@ def trace_kernels(
     ops: Sequence[str] = OPS,
     **kwargs: Any,
 ) -> Trace:
-    """As `find_kernels`, and what was passed over, with the reason; warns of nothing.
+    """Lists weights like `find_kernels`, and the operations that were passed over.
 
-    An operation that `ops` leaves out is passed over for that reason.
+    Args:
+      forward: See `find_kernels`.
+      params: See `find_kernels`.
+      *args: See `find_kernels`.
+      ops: See `find_kernels`. Operations that `ops` leaves out are among those passed over.
+      **kwargs: See `find_kernels`.
+
+    Returns:
+      A `Trace` with `kernels` and `passed_over`, which has a name, an op and a reason for each
+      convolution and matrix product whose weight is not listed. There are no warnings.
+
+    Raises:
+      ValueError: An unknown op, or a leaf of `params` that is not an array.
     """
     if not ops or set(ops) - set(OPS):
         raise ValueError(f"ops is {tuple(ops)!r}; choose from {', '.join(OPS)}")

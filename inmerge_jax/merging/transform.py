@@ -20,13 +20,13 @@ Rule = MergeRule | Callable[[jax.Array], MergeRule]
 
 
 class InModelMergingState(NamedTuple):
-    """Plain arrays, which every checkpointing library can store.
+    """State of the transformation: plain arrays, which every checkpointing library can store.
 
     Attributes:
-      count: int32 (), how many updates were made.
-      key: uint32, the data of the key that every merge's key is folded from.
-      stats: of all merges so far: selected and merged are sums, similarity is the mean of all pairs
-        that were mixed.
+      count: Number of updates, int32 ().
+      key: Data of the key that each merge's key is folded from, uint32.
+      stats: Counts of all merges: `selected` and `merged` are sums, `similarity` is the mean over
+        all pairs that were mixed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's states name it so; tuple has a count
@@ -42,12 +42,12 @@ def with_merging(
     *,
     implementation: Implementation = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose every update is followed by a merge.
+    """Wraps an optimizer so that each update is followed by a merge.
 
-    The same as `optax.chain(tx, in_model_merging(...))`, in the only order that is right: a merge
-    before an optimizer would be taken for a gradient.
+    The same as `optax.chain(tx, in_model_merging(...))`. The other order is wrong: the optimizer
+    would take the merge for a gradient.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from inmerge_jax import MergeRule, find_kernels, merge_report, with_merging
       >>> forward = lambda params, x: jax.lax.conv(x, params["w"], (1, 1), "SAME")
@@ -62,11 +62,14 @@ def with_merging(
       w          8         8       8           -0.004
 
     Args:
-      tx: the optimizer, with everything that changes its updates.
-      kernels: see `in_model_merging`.
-      rule: see `in_model_merging`.
-      key: see `in_model_merging`.
-      implementation: see `in_model_merging`.
+      tx: The optimizer, with everything that changes its updates.
+      kernels: See `in_model_merging`.
+      rule: See `in_model_merging`.
+      key: See `in_model_merging`.
+      implementation: See `in_model_merging`.
+
+    Returns:
+      A gradient transformation whose state holds an `InModelMergingState` last.
     """
     return optax.chain(tx, in_model_merging(kernels, rule, key, implementation=implementation))
 
@@ -78,43 +81,43 @@ def in_model_merging(
     *,
     implementation: Implementation = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Merges similar units after every update; the last transformation of its chain.
+    """Merges similar units after every update; the last transformation of its chain.
 
-    Applies the updates :math:`u` that come in, merges, and returns the difference,
+    Applies the incoming updates, merges, and returns the difference,
 
-    .. math:: u' = \mathrm{merge}(\theta + u) - \theta
+        merge(params + updates) - params
 
-    so that `optax.apply_updates` yields merged parameters. This equals merging before every forward
-    pass, apart from the first and the last merge. Updates of units that are not merged are returned
-    bit for bit. Merged ones are exact to the rounding of that difference: with parameters and
-    updates in bfloat16, 5 to 17 % of the entries of a merged layer differed from those of explicit
-    merging in tests; with float32 updates none. Call `merge_kernels` at the start of the step
-    instead where that matters.
+    so that `optax.apply_updates` gives merged parameters. Apart from the first and the last merge,
+    this equals merging before each forward pass.
 
-    The last merge comes after the last forward pass, so running averages of batch normalisation
-    have not seen its weights. Where many units merge at every update, recompute them before an
-    evaluation, or call `merge_kernels` at the start of a step.
+    Updates of units that are not merged are returned bit for bit. Merged ones are exact to the
+    rounding of the difference. With float32 updates none differs from an explicit merge; with
+    parameters and updates in bfloat16, 5 to 17 % of the entries of a merged layer differ. Call
+    `merge_kernels` at the start of the step if that matters.
 
-    Only the leaves of the kernels are read, so the other leaves may be anything that the rest of
-    the chain takes: None, integers, masked nodes.
+    The last merge comes after the last forward pass, so the running averages of batch normalisation
+    lag behind. If many units merge in each step, recompute them before an evaluation, or call
+    `merge_kernels` at the start of the step.
+
+    Only the leaves of the kernels are read. Other leaves may be None, integers or masked nodes.
 
     Args:
-      kernels: which weights to merge, from `find_kernels` or `deep_kernels`; or a function from the
-        params to them.
-      rule: the rule, each of whose numbers may be a schedule; or a function from the count of
+      kernels: Weights to merge, from `find_kernels` or `deep_kernels`; or a function from the
+        parameters to them.
+      rule: The rule, with a number or a schedule in each field; or a function from the number of
         updates so far, int32 (), to the rule.
-      key: a typed PRNG key, or a seed; the same on all replicas. The merge after update number `n`,
+      key: A typed PRNG key, or a seed; the same on all replicas. The merge after update `n`,
         counted from 0, uses `fold_in(key, n)`.
-      implementation: see `merge_kernels`.
+      implementation: See `merge_kernels`.
 
     Returns:
-      A gradient transformation with an `InModelMergingState`; `merge_report` shows what merged.
-      Inside `optax.MultiSteps` it merges once per accumulated update.
+      A gradient transformation with an `InModelMergingState`, for `merge_report`. Inside
+      `optax.MultiSteps` it merges once per accumulated update.
 
     Raises:
-      ValueError: at `init`, when `params` does not hold the kernels (frozen by `optax.masked` or
-        `optax.partition`, say), there are none, or a number of the rule is out of range; at the
-        update, when `params` is not passed.
+      ValueError: At `init`, if `params` does not hold the kernels (because `optax.masked` or
+        `optax.partition` hides them), there are none, or a number of the rule is out of range. At
+        the update, if `params` is not passed.
 
     References:
       arXiv 2502.20516, section on the merging stage.
@@ -217,18 +220,22 @@ class MergeReport(tuple[LayerMerges, ...]):
 
 
 def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
-    """What `in_model_merging` has merged so far, by layer.
+    """The merges of `in_model_merging` so far, per layer.
 
     Args:
-      opt_state: an optimizer's state that holds an `InModelMergingState` somewhere; of a replicated
-        or vmapped state, the first is reported.
-      kernels: those of the transformation; if it was given a function, `kernels(params)`.
+      opt_state: An optimizer state that holds one `InModelMergingState`. Of a replicated or vmapped
+        state, the first entry is reported.
+      kernels: The kernels of the transformation; if it has a function, `kernels(params)`.
+
+    Returns:
+      A tuple with a row per layer: name, units, selected, merged, mean similarity of the merged.
+      `print` shows it as a table.
 
     Warns:
-      UserWarning: nothing has merged, though units were selected.
+      UserWarning: Nothing has merged, though units were selected.
 
     Raises:
-      ValueError: no such state, several, or one whose layers have other numbers of units.
+      ValueError: No such state, several, or one of other kernels.
     """
 
     def is_state(node: Any) -> bool:

@@ -20,21 +20,22 @@ class Kernel:
     that may merge with each other. The axes below are those of the weight, or of `view` if given.
 
     Attributes:
-      path: the weight's key path, as `jax.tree_util.tree_flatten_with_path` gives it.
-      shape: the weight's shape.
-      out_axis: the axis that indexes units.
-      batch_axes: axes that index independent problems: the layers of a scanned stack, say.
-      groups: consecutive blocks of units that are independent problems, since they read different
-        inputs: the groups of a grouped or depthwise convolution.
-      group: weights with the same label form one unit together; see `tie`.
-      compared: whether the weight counts in the similarity of its group; a weight that does not is
-        mixed along with the others (a bias, an output projection).
-      view: a shape that the weight is reshaped to first, such as (d, 3, H, h) of a fused QKV weight
+      path: Key path of the weight, from `jax.tree_util.tree_flatten_with_path`.
+      shape: Shape of the weight.
+      out_axis: Axis that indexes units.
+      batch_axes: Axes that index independent problems, such as the layers of a scanned stack.
+      groups: Number of consecutive blocks of units that are independent problems, because they read
+        different inputs: the groups of a grouped or depthwise convolution.
+      group: Label of the weights that form one unit together; see `tie`.
+      compared: Whether the weight is part of the similarity of its group. If not, it is only mixed
+        with the others (a bias, an output projection).
+      view: Shape that the weight is reshaped to first, such as (d, 3, H, h) for a fused QKV weight
         (d, 3 * H * h).
-      op: what reads the weight: "conv", "conv_transpose" or "dense". For predicates and reports.
+      op: Operation that reads the weight, `"conv"`, `"conv_transpose"` or `"dense"`, for predicates
+        and reports.
 
     Raises:
-      ValueError: an axis out of range or named twice, groups that do not divide the units, or a
+      ValueError: An axis out of range or named twice, groups that do not divide the units, or a
         view of another size.
     """
 
@@ -80,41 +81,47 @@ class Kernel:
 
     @classmethod
     def named(cls, params: PyTree, name: str, out_axis: int, **fields: Any) -> "Kernel":
-        """The leaf of `params` with this name, such as the bias that goes along in `tie`.
+        """A kernel for the leaf of `params` with this name, such as a bias for `tie`.
+
+        Args:
+          params: A parameter tree.
+          name: Path of the leaf as text, such as `"fc/bias"`.
+          out_axis: Axis that indexes units.
+          **fields: Other fields of the kernel.
 
         Raises:
-          ValueError: no leaf has this name, or a field does not suit its shape.
+          ValueError: No leaf has this name, or a field does not fit its shape.
         """
         return cls(*_leaf(params, name), out_axis, **fields)
 
     @property
     def name(self) -> str:
-        """The path as text, `"layer1/conv1/kernel"`; the same for all forms of a Flax NNX state."""
+        """Path as text, such as `"layer1/conv1/kernel"`; the same for all forms of an NNX state."""
         return path_name(self.path)
 
     @property
     def label(self) -> str:
-        """The label of the group, or the name of a weight that is in none; draws depend on it."""
+        """Label of the group, or the name of a weight without a group. Draws depend on it."""
         return self.name if self.group is None else self.group
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """The shape that the axes refer to."""
+        """Shape that the axes refer to: `view` if given, otherwise `shape`."""
         return self.shape if self.view is None else self.view
 
     @property
     def problems(self) -> int:
-        """How many independent problems the weight holds."""
+        """Number of independent problems in the weight."""
         return math.prod(self.dims[axis] for axis in self.batch_axes) * self.groups
 
     @property
     def units(self) -> int:
-        """Units of one problem."""
+        """Number of units of one problem."""
         return self.dims[self.out_axis] // self.groups
 
     @property
     def count(self) -> int:
-        """Units of all problems together."""
+        """Number of units of all problems together."""
         return self.problems * self.units
 
 
@@ -245,9 +252,9 @@ def group_weights(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
 def tie(
     kernels: Iterable[Kernel], name: str, compared: Callable[[Kernel], bool] | None = None
 ) -> tuple[Kernel, ...]:
-    """Weights whose units belong together: unit i of one merges with unit i of the others.
+    """Ties weights, so that unit i of one merges together with unit i of the others.
 
-    Example, a neuron with its bias:
+    Examples: A neuron with its bias
       >>> import jax.numpy as jnp
       >>> params = {"fc": {"kernel": jnp.ones((16, 32)), "bias": jnp.zeros(32)}}
       >>> weight = Kernel.named(params, "fc/kernel", out_axis=1, op="dense")
@@ -257,12 +264,15 @@ def tie(
       [('fc/kernel', 'fc', True), ('fc/bias', 'fc', False)]
 
     Args:
-      kernels: of equally many problems and units.
-      name: the label of the group.
-      compared: says of each weight whether it counts in the similarity; by default all do.
+      kernels: Kernels with the same number of problems and units.
+      name: Label of the group.
+      compared: Predicate that selects the weights that are part of the similarity; all by default.
+
+    Returns:
+      The kernels with the label.
 
     Raises:
-      ValueError: no kernels, kernels of different numbers of units, or none that is compared.
+      ValueError: No kernels, kernels with different numbers of units, or none that is compared.
     """
     tied = tuple(
         replace(kernel, group=name, compared=compared is None or compared(kernel))
@@ -273,16 +283,21 @@ def tie(
 
 
 def experts(params: PyTree, name: str, weights: Sequence[str], axis: int = 0) -> tuple[Kernel, ...]:
-    """The experts of a mixture layer: all named weights of each are compared and mixed.
+    """The experts of a mixture-of-experts layer as units.
+
+    All named weights of an expert are compared and mixed.
 
     Args:
-      params: the tree that holds the weights.
-      name: the label of the group.
-      weights: names of the weights, as `Kernel.name` gives them.
-      axis: the axis that indexes experts.
+      params: A parameter tree.
+      name: Label of the group.
+      weights: Names of the weights, such as `"moe/wi"`.
+      axis: Axis that indexes experts.
+
+    Returns:
+      A kernel for each weight, tied.
 
     Raises:
-      ValueError: a name that is not in `params`, or different numbers of experts.
+      ValueError: A name that is not in `params`, or different numbers of experts.
     """
     return tie([Kernel.named(params, weight, axis, op="dense") for weight in weights], name)
 
@@ -299,25 +314,28 @@ def attention_heads(
     biases: Sequence[str] = (),
     out_first: bool = False,
 ) -> tuple[Kernel, ...]:
-    """The heads of one attention layer: the query, key, value and output weights of each.
+    """The heads of one attention layer as units.
 
-    Two heads are compared by their query, key and value weights. The output weight, and biases, are
-    mixed along with them. For a fused QKV weight (d, 3 * H * h), name it as query, key and value.
+    Two heads are compared by their query, key and value weights. The output weight and the biases
+    are mixed with them. A fused QKV weight (d, 3 * H * h) is named three times, as query, key and
+    value. Below, d is the model width, H the number of heads and h the head width.
 
     Args:
-      params: the tree that holds the weights.
-      name: the label of the group.
-      query: name of the query's weight, as `Kernel.name` gives it: (d, H, h) as in Flax, or
-        (d, H * h) with `heads`.
-      key: likewise.
-      value: likewise.
-      out: name of the output weight: (H, h, d) as in Flax, or (H * h, d) with `heads`.
-      heads: H; needed where the weights have two axes.
-      biases: names of biases of the query, key and value, (H, h), (H * h,) or (3 * H * h,).
-      out_first: whether weights of two axes have their outputs first, as in PyTorch and Equinox.
+      params: A parameter tree.
+      name: Label of the group.
+      query: Name of the query weight: (d, H, h) as in Flax, or (d, H * h) with `heads`.
+      key: Name of the key weight, of the same form.
+      value: Name of the value weight, of the same form.
+      out: Name of the output weight: (H, h, d) as in Flax, or (H * h, d) with `heads`.
+      heads: Number of heads; required if the weights have two axes.
+      biases: Names of query, key and value biases: (H, h), (H * h,) or (3 * H * h,).
+      out_first: Whether two-axis weights have their output axis first, as in PyTorch and Equinox.
+
+    Returns:
+      A kernel for each weight, tied.
 
     Raises:
-      ValueError: a name that is not in `params`, or shapes that do not divide into heads.
+      ValueError: A name that is not in `params`, or shapes that do not divide into heads.
     """
     _, shape = _leaf(params, out)
     split = len(shape) == 3
@@ -366,15 +384,15 @@ def _leaf(params: PyTree, name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
 def deep_kernels(
     kernels: Sequence[Kernel], skip: int = 10, where: Callable[[Kernel], bool] | None = None
 ) -> tuple[Kernel, ...]:
-    """Selects the deep layers: all but the first `skip` in forward order.
+    """Selects the deep layers: all but the first `skip` in the order of the forward pass.
 
-    The paper's L_s is `skip` (arXiv 2502.20516; its released code's default is 10).
+    `skip` is the paper's L_s (arXiv 2502.20516). The default is that of its released code.
 
     Args:
-      kernels: what `find_kernels` returns.
-      skip: how many weights to leave alone, counted from the input.
-      where: keeps, of the others, those for which it returns true:
-        `deep_kernels(kernels, skip=0, where=lambda kernel: "conv2" in kernel.name)`.
+      kernels: Kernels from `find_kernels`.
+      skip: Number of weights to leave out, counted from the input.
+      where: Predicate on a `Kernel` that further selects the remaining ones, such as
+        `lambda kernel: "conv2" in kernel.name`.
 
     Returns:
       The selected kernels, in the same order.

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import Bottleneck, ResNet
 from inmerge_jax.models.vgg import VGG
@@ -69,20 +69,20 @@ def create_model(
       remat: keep less for the backward pass and compute it again; for DenseNets.
 
     Raises:
-      InputError: on an unknown name or stem, or a number out of range; `remat` for another network.
+      UsageError: on an unknown name or stem, or a number out of range; `remat` for another network.
     """
     if name not in _MODELS:
-        raise InputError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
+        raise UsageError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
     if stem not in STEMS:
-        raise InputError(
+        raise UsageError(
             f"unknown stem {stem!r} for model {name}: choose one of {', '.join(STEMS)}"
         )
     if not 0 < width < float("inf"):
-        raise InputError(f"width {width} for {name}: choose a positive factor, such as 1.0 or 0.25")
+        raise UsageError(f"width {width} for {name}: choose a positive factor, such as 1.0 or 0.25")
     if num_classes < 1:
-        raise InputError(f"num_classes {num_classes} for {name}: choose 1 or more")
+        raise UsageError(f"num_classes {num_classes} for {name}: choose 1 or more")
     if remat and not name.startswith("densenet"):
-        raise InputError(f"--remat is for densenet121, whose layers' inputs are large; not {name}")
+        raise UsageError(f"`remat` is for densenet121, whose layers' inputs are large; not {name}")
     return _MODELS[name](
         num_classes=num_classes,
         stem=stem,

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.layers import (
     BATCH_MOMENTS,
     BatchNorm,
-    Groups,
     Linear,
     at_least_float32,
     average_pool_2x2,
@@ -78,19 +77,17 @@ class DenseNet(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    axis_index_groups: Groups = None
     remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
         make_conv = partial(conv, kernel_init=_KAIMING_FAN_IN, dtype=self.dtype)
-        axis = self.axis_name, self.axis_index_groups
-        make_norm = partial(BatchNorm, train, self.dtype, *axis)
+        make_norm = partial(BatchNorm, train, self.dtype, self.axis_name)
         imagenet = self.stem == "imagenet"
         smallest = 32 if imagenet else 8
         if min(x.shape[1:3]) < smallest:
-            raise InputError(
+            raise UsageError(
                 f"images of {x.shape[1]}x{x.shape[2]} px vanish in the pools: give a DenseNet with "
                 f"the {self.stem} stem {smallest} px or more"
                 + (', or choose the stem "small"' if imagenet else "")

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.convolution import conv_general_dilated
 
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
@@ -24,7 +24,6 @@ BATCH_MOMENTS = "batch_moments"
 
 MOMENTUM, _EPSILON = 0.1, 1e-5
 
-Groups = tuple[tuple[int, ...], ...] | None
 """Of the devices of a mapped axis, as `jax.lax.pmean` has them: equally many in each."""
 
 
@@ -88,20 +87,18 @@ class BatchNorm(nn.Module):
       train: normalise with the batch's statistics and update the running ones.
       dtype: of the result; statistics are float32, or float64 where `x` is.
       axis_name: the mapped axis over whose devices batch statistics are averaged.
-      axis_index_groups: groups of these devices, each with statistics of its own; None for one.
     """
 
     train: bool
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    axis_index_groups: Groups = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises (batch, ..., channels).
 
         Raises:
-          InputError: in training, where a channel has one value only.
+          UsageError: in training, where a channel has one value only.
         """
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
@@ -112,7 +109,7 @@ class BatchNorm(nn.Module):
         if self.train and not self.is_initializing():
             mean, var, count = self._batch_statistics(x)
             if count < 2:
-                raise InputError(
+                raise UsageError(
                     f"batch normalisation of a batch of shape {x.shape}: one value per channel has "
                     "no variance; train with a larger batch or larger images"
                 )
@@ -128,9 +125,8 @@ class BatchNorm(nn.Module):
         moments = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
         count = x.size // x.shape[-1]
         if self.axis_name is not None:
-            groups = self.axis_index_groups
-            moments = lax.pmean(moments, self.axis_name, axis_index_groups=groups)
-            count *= lax.psum(1, self.axis_name, axis_index_groups=groups)
+            moments = lax.pmean(moments, self.axis_name)
+            count *= lax.psum(1, self.axis_name)
         mean, square = checkpoint_name(moments, BATCH_MOMENTS)
         return mean, jnp.maximum(square - jnp.square(mean), 0), count
 
@@ -168,13 +164,11 @@ class Dropout(nn.Module):
     """Dropout whose mask belongs to an example's place in the global batch.
 
     The mask of row r on device d is drawn from `fold_in(key, d * rows + r)`: a batch gets the same
-    masks on one device as when it is split over the devices of `axis_name`, or of one of its
-    `axis_index_groups`, in which d counts from 0.
+    masks on one device as when it is split over the devices of `axis_name`.
     """
 
     rate: float = 0.5
     axis_name: str | None = None
-    axis_index_groups: Groups = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -183,11 +177,7 @@ class Dropout(nn.Module):
             return x
         rows = jnp.arange(x.shape[0])
         if self.axis_name is not None and not self.is_initializing():
-            device = lax.axis_index(self.axis_name)
-            if self.axis_index_groups is not None:
-                places = {d: place for one in self.axis_index_groups for place, d in enumerate(one)}
-                device = jnp.array([places[d] for d in sorted(places)])[device]
-            rows += device * x.shape[0]
+            rows += lax.axis_index(self.axis_name) * x.shape[0]
         key = self.make_rng("dropout")
 
         def draw(row: jax.Array) -> jax.Array:

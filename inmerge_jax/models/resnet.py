@@ -12,7 +12,6 @@ from inmerge_jax.models.layers import (
     KAIMING_FAN_OUT,
     TORCH_DEFAULT,
     BatchNorm,
-    Groups,
     Linear,
     at_least_float32,
     before_stride,
@@ -91,7 +90,6 @@ class ResNet(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    axis_index_groups: Groups = None
     block: Callable[..., nn.Module] = BasicBlock
 
     @nn.compact
@@ -101,8 +99,7 @@ class ResNet(nn.Module):
         make_conv = partial(
             conv, kernel_init=KAIMING_FAN_OUT if imagenet else TORCH_DEFAULT, dtype=self.dtype
         )
-        axis = self.axis_name, self.axis_index_groups
-        make_norm = partial(BatchNorm, train, self.dtype, *axis)
+        make_norm = partial(BatchNorm, train, self.dtype, self.axis_name)
 
         channels = scaled(_STAGE_CHANNELS[0], self.width)
         x = make_conv(channels, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)

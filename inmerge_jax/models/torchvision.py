@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.weight_files import read_state_dict, unwrapped, write_state_dict
 
@@ -70,7 +70,7 @@ def from_state_dict(
       normalisation.
 
     Raises:
-      InputError: an unknown name or stem; entries that are missing, surplus or of another shape,
+      UsageError: an unknown name or stem; entries that are missing, surplus or of another shape,
         all of which are listed.
     """
     found = {_modern(key): value for key, value in unwrapped(state_dict).items()}
@@ -128,13 +128,13 @@ def to_state_dict(
       New C-contiguous arrays: float32, and int64 for "num_batches_tracked".
 
     Raises:
-      InputError: an unknown name; variables of another network, with what is missing and surplus;
+      UsageError: an unknown name; variables of another network, with what is missing and surplus;
         the benchmark's names for what it does not have.
     """
     leaves = flatten_dict(variables)
     stem = _stem_of_ours(name, leaves)
     if names == "medmnist" and not (name.startswith("resnet") and stem == "small"):
-        raise InputError(
+        raise UsageError(
             f"{name} with the {stem} stem has no names in the MedMNIST benchmark, whose networks "
             "are ResNets with the small stem; take torchvision's names"
         )
@@ -257,10 +257,10 @@ def _check(
     lines += [f"{key}: {found[key]} found, {expected[key]} expected" for key in misshapen]
     text = "\n  ".join(lines)
     if not missing and not surplus and {key.rpartition(".")[0] for key in misshapen} == {head}:
-        text += "\nonly the head differs: give head_key (--replace-head) to have a new one drawn"
+        text += "\nonly the head differs: give `head_key` to initialize a new one"
     else:
         text += "\nname the network, stem and width that it is of"
-    raise InputError(text)
+    raise UsageError(text)
 
 
 # ---- arrays

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.layers import (
     BatchNorm,
     Dropout,
-    Groups,
     Linear,
     adaptive_average_pool,
     at_least_float32,
@@ -38,15 +37,13 @@ class VGG(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    axis_index_groups: Groups = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
         imagenet = self.stem == "imagenet"
-        axis = self.axis_name, self.axis_index_groups
         if imagenet and min(x.shape[1:3]) < 32:
-            raise InputError(
+            raise UsageError(
                 f"images of {x.shape[1]}x{x.shape[2]} px vanish in five max-pools: give a VGG with "
                 'the imagenet stem 32 px or more, or choose the stem "small"'
             )
@@ -56,7 +53,7 @@ class VGG(nn.Module):
                 name = f"{stage}_{index}"
                 x = conv(channels, 3, use_bias=True, dtype=self.dtype, name=f"conv{name}")(x)
                 if self.batch_norm:
-                    x = BatchNorm(train, self.dtype, *axis, name=f"bn{name}")(x)
+                    x = BatchNorm(train, self.dtype, self.axis_name, name=f"bn{name}")(x)
                 x = nn.relu(x)
             if imagenet or min(x.shape[1:3]) >= 4:
                 x = max_pool_2x2(x)
@@ -83,6 +80,6 @@ class VGG(nn.Module):
                 kernel_init=nn.initializers.normal(0.01),
                 name=name,
             )(x)
-            dropout = Dropout(0.5, self.axis_name, self.axis_index_groups, name=f"dropout_{name}")
+            dropout = Dropout(0.5, self.axis_name, name=f"dropout_{name}")
             x = dropout(nn.relu(x), train=train)
         return x

@@ -1,1 +1,1 @@
-"""Tables (`tables`), plots (`plots`) and the HTML report (`html`) of a finished run's folder."""
+"""Tables (`tables`), figures (`plots`) and the HTML report (`html_report`) of a finished run."""

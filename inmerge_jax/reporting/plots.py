@@ -1,4 +1,4 @@
-"""A run's figures as inline SVG: one small panel each, so that they stack on a phone."""
+"""A run's figures as inline SVG, one panel each."""
 
 import io
 import re
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from inmerge_jax.reporting.runs import ARMS, Run, number
 from inmerge_jax.reporting.summary import class_columns
 
-# Okabe and Ito's colours, told apart with every common form of colour blindness.
+# From the palette of Okabe and Ito, which is safe for colour-blind readers.
 COLOURS = {"backbone": "#000000", "finetune": "#0072B2", "inmerge": "#D55E00"}
 MARKS = {"backbone": "-", "finetune": "--", "inmerge": "-"}
 BEFORE, GUIDE = "#009E73", "#767676"
@@ -42,7 +42,13 @@ SIZE = (4.8, 3.3)
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: `svg` markup, and a caption that says what to see."""
+    """One figure.
+
+    Attributes:
+      svg: markup of one `<svg>` element.
+      caption: what the marks and lines are.
+      label: what the figure shows, in a few words.
+    """
 
     svg: str
     caption: str
@@ -51,22 +57,21 @@ class Plot:
 
 def training_plots(run: Run) -> list[Plot]:
     """Loss, validation AUC and ACC of every arm and seed, the second stage after the backbone."""
-    loss, tested = "mean loss (nats)", "Dots: the epoch whose checkpoint was tested, by seed."
-    first = (
-        "Each seed is one line. The second stage starts from the backbone's best checkpoint (dots),"
-        " not from its last epoch."
-    )
     panels = (
-        ("train_loss", "Training loss", loss, first),
-        ("val_loss", "Validation loss", loss, "Rising while training loss falls: overfitting."),
-        ("val_auc", "Validation AUC", "AUC", tested),
-        ("val_acc", "Validation ACC", "ACC", tested),
+        ("train_loss", "Training loss", "mean loss (nats)"),
+        ("val_loss", "Validation loss", "mean loss (nats)"),
+        ("val_auc", "Validation AUC", "AUC"),
+        ("val_acc", "Validation ACC", "ACC"),
+    )
+    caption = (
+        "One line per seed. Dots: epoch of the tested checkpoint. The second stage starts from the "
+        "backbone's dot."
     )
     if not run.history:
         return []
     return [
         make_plot(partial(_curves, run=run, name=name, title=title, unit=unit), caption, title)
-        for name, title, unit, caption in panels
+        for name, title, unit in panels
     ]
 
 
@@ -79,103 +84,81 @@ def merge_plots(run: Run) -> list[Plot]:
     mean = np.mean([_merges(history)[:shortest] for history in lines.values()], axis=0)
     result = next(iter(run.arm("inmerge").values()))
     names = result.get("layers") or [f"layer {i}" for i in range(mean.shape[1])]
-    first = make_plot(
+    by_layer = make_plot(
         lambda axes: _merge_map(axes, mean, names),
-        "Kernels merged in a layer during an epoch, mean over seeds; logarithmic colours. Deeper "
-        "layers are lower. Brighter to the right: merged kernels grew alike and merge again; "
-        "darker: similar kernels run out.",
+        "Mean over seeds; logarithmic colours; layers by depth, the deepest at the bottom.",
         "Kernels merged per layer and epoch",
         (4.8, max(3.3, 1.2 + 0.24 * len(names))),
     )
-    second = make_plot(
+    totals = make_plot(
         lambda axes: _merge_totals(axes, lines),
-        "All layers together, one line per seed. A line on zero means that nothing was merged.",
+        "All layers, one line per seed.",
         "Kernels merged per epoch",
     )
-    return [first, second]
+    return [by_layer, totals]
 
 
 def similarity_plots(run: Run) -> list[Plot]:
-    """How alike each convolution's kernels are, before and after the second stage, by depth."""
-    plots = []
-    rule = run.results.get("rule") or {}
+    """Similarity of each convolution's kernels before and after the second stage, by depth."""
     arms = [arm for arm in ("inmerge", "finetune") if any(a == arm for _, a in run.similarity)]
-    for arm in arms:
-        layers = _similarity_levels(run, arm)
-        plots.append(
-            make_plot(
-                lambda axes, arm=arm, layers=layers: _bands(axes, arm, layers, rule),
-                f"Cosine between kernels of one layer, before and after the stage {arm}. Line: "
-                "median; band: the middle 90% of pairs; thin line: the 99% quantile. Merging "
-                "needs pairs above the threshold, right of the dotted line. Peaks are often 1x1 "
-                "shortcuts: kernels of few weights are alike by chance.",
-                f"Kernel similarity by depth: {arm}",
-            )
-        )
     if not arms:
-        return plots
-    level = min(_levels_of(run), key=lambda x: abs(x - float(rule.get("threshold", 0.3))))
-    more = (
-        (
-            "Nearest other kernel",
-            "cosine to the nearest",
-            lambda layer: number(layer["nearest"]),
-            "Mean over a layer's kernels of the similarity to their most similar other kernel. "
-            "Where the two arms part, merging and not the longer training moved the kernels.",
-        ),
-        (
-            f"Pairs above {level}",
-            "% of kernel pairs",
-            lambda layer: 100 * {float(k): v for k, v in layer["above"].items()}[level],
-            f"Share of a layer's kernel pairs with a cosine above {level}: the chance that a "
-            "random partner qualifies at that threshold.",
-        ),
+        return []
+    caption = (
+        "Cosine similarity of the kernel pairs of a layer. Thick lines: median; bands: 5% to 95% "
+        "quantile; thin lines: 99% quantile. Right of the dotted line: layers that may merge."
     )
-    for title, unit, value, caption in more:
+    plots = [
+        make_plot(partial(_bands, run=run, arm=arm), caption, f"Kernel similarity by depth: {arm}")
+        for arm in arms
+    ]
+    levels = next(iter(run.similarity.values()))["before"][0]["above"]
+    wanted = 0.3 if run.threshold is None else run.threshold
+    level = min(levels, key=lambda x: abs(x - wanted))
+    share = f"Share of a layer's kernel pairs with a cosine similarity above {level}."
+    if level != run.threshold:
+        own = "a quantile of each layer" if run.threshold is None else run.threshold
+        share += f" The run's threshold, {own}, was not measured."
+    nearest = "Mean over a layer's kernels of the similarity to the most similar other kernel."
+    panels = (
+        ("Nearest other kernel", "cosine to the nearest", lambda x: number(x["nearest"]), nearest),
+        (f"Pairs above {level}", "% of kernel pairs", lambda x: 100 * x["above"][level], share),
+    )
+    for title, unit, value, caption in panels:
         draw = partial(_by_depth, run=run, arms=arms, value=value, title=title, unit=unit)
         plots.append(make_plot(draw, caption, title))
     return plots
 
 
 def roc_plots(run: Run) -> list[Plot]:
-    """ROC curves of the arms on the test split, one panel per class."""
-    labels, scores = run.test_labels, run.test_scores
-    fitting = {k: s for k, s in scores.items() if labels is not None and len(s) == len(labels)}
-    if labels is None or not fitting:
+    """ROC curves of the arms on the test split, one panel per class and a line per seed."""
+    labels, task = run.test_labels, run.dataset.get("task", "")
+    if labels is None:
         return []
-    task = run.dataset.get("task", "")
-    classes = [index for index, *_ in class_columns(labels, next(iter(fitting.values())), task)]
+    fitting = {key: s for key, s in run.test_scores.items() if len(s) == len(labels)}
+    columns = [class_columns(labels, scores, task) for scores in fitting.values()]
     names = run.dataset.get("classes") or []
     plots = []
-    for place, index in enumerate(classes):
+    for of_class in zip(*columns, strict=True):
+        index, positive, _ = of_class[0]
         name = str(names[index]) if index < len(names) else f"class {index}"
-        columns = {k: class_columns(labels, s, task)[place][1:] for k, s in fitting.items()}
-        positive = next(iter(columns.values()))[0]
-        count = int(positive.sum())
-        if not 0 < count < positive.size:
-            caption = f"No curve: {count} of {positive.size} test images have this label."
-        else:
-            caption = f"{count} of {positive.size} test images have this label; a line per seed."
-        plots.append(
-            make_plot(
-                lambda axes, name=name, columns=columns: _roc(axes, name, columns),
-                caption,
-                f"ROC: {name}",
-                (3.6, 3.6),
-            )
-        )
+        caption = f"{positive.sum()} of {positive.size} test images have this label."
+        if not 0 < positive.sum() < positive.size:
+            caption = f"No curve: {caption}"
+        lines = {key: column[1:] for key, column in zip(fitting, of_class, strict=True)}
+        draw = partial(_roc, name=name, columns=lines)
+        plots.append(make_plot(draw, caption, f"ROC: {name}", (3.6, 3.6)))
     return plots
 
 
 def make_plot(
     draw: Callable[[Axes], None], caption: str, label: str, size: tuple[float, float] = SIZE
 ) -> Plot:
-    """Draws a figure as SVG that can stand in a page.
+    """Draws a figure as inline SVG.
 
     Args:
-      draw: fills the axes.
-      caption: what to see.
-      label: what it shows, in a few words.
+      draw: function that draws on the axes.
+      caption: caption of the figure.
+      label: short label of the figure.
       size: width and height in inches.
     """
     with matplotlib.rc_context(STYLE):
@@ -189,7 +172,7 @@ def make_plot(
 
 
 def _inline(svg: str) -> str:
-    """The <svg> element alone, sized by its viewBox, without what belongs to the page around it."""
+    """The <svg> element without size, style sheet and unused ids, for use inside a page."""
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
@@ -223,7 +206,7 @@ def _curves(axes: Axes, run: Run, name: str, title: str, unit: str) -> None:
     if start and any(arm != "backbone" for arm in run.arms):
         axes.axvline(start + 0.5, color=GUIDE, lw=1, ls=":")
     if not defined:
-        _say(axes, "undefined in every epoch")
+        _overlay(axes, "undefined in every epoch")
     _finish(axes, title, "epoch (second stage right of the dotted line)", unit)
 
 
@@ -234,7 +217,7 @@ def _merges(history: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def _merge_map(axes: Axes, mean: np.ndarray, names: Sequence[str]) -> None:
     if not mean.any():
-        _say(axes, "nothing was merged")
+        _overlay(axes, "nothing was merged")
     epochs, layers = mean.shape
     axes.grid(False)
     norm = SymLogNorm(linthresh=1, vmin=0, vmax=max(mean.max(), 1))
@@ -263,48 +246,34 @@ def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
             np.arange(1, len(totals) + 1), totals, styles[rank % 4], color=COLOURS["inmerge"],
             marker="o", ms=4, label=f"seed {seed}",
         )  # fmt: skip
+    axes.set_xlim(0.5, len(totals) + 0.5)
     axes.set_ylim(0, max(axes.get_ylim()[1], 1))
     _finish(axes, "All layers", "epoch of the merging stage", "kernels merged per epoch")
 
 
-def _similarity_levels(run: Run, arm: str) -> dict[str, dict[str, np.ndarray]]:
-    """Maps before and after -> quantile -> value per layer, mean over seeds."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for when in ("before", "after"):
-        runs = [s[when] for (_, a), s in run.similarity.items() if a == arm and s.get(when)]
-        if runs:
-            found[when] = {
-                str(float(q)): np.mean([[x["quantiles"][q] for x in one] for one in runs], axis=0)
-                for q in runs[0][0]["quantiles"]
-            }
-    return found
+def _mean_over_seeds(
+    run: Run, arm: str, when: str, value: Callable[[dict[str, Any]], float]
+) -> np.ndarray:
+    """`value` of each layer "before" or "after" the stage, mean over seeds: float (layers,)."""
+    stages = [found[when] for (_, a), found in run.similarity.items() if a == arm]
+    return np.mean([[value(layer) for layer in layers] for layers in stages], axis=0)
 
 
-def _bands(
-    axes: Axes, arm: str, levels: dict[str, dict[str, np.ndarray]], rule: dict[str, Any]
-) -> None:
-    for when, colour in (("before", BEFORE), ("after", COLOURS[arm])):
-        if when not in levels:
-            continue
-        quantiles = levels[when]
-        x = np.arange(1, len(quantiles["0.5"]) + 1)
-        axes.fill_between(x, quantiles["0.05"], quantiles["0.95"], color=colour, alpha=0.18, lw=0)
-        style = "--" if when == "before" else "-"
-        axes.plot(x, quantiles["0.5"], style, color=colour, lw=1.8, label=f"median {when}")
-        axes.plot(x, quantiles["0.99"], style, color=colour, lw=0.8, label=f"99% {when}")
-    if "threshold" in rule and "quantile" not in rule:
-        axes.axhline(rule["threshold"], color="black", lw=1, ls=(0, (5, 3)))
-        axes.annotate(
-            f"threshold {rule['threshold']}", (0, rule["threshold"]), (4, 3), fontsize=8,
-            xycoords=("axes fraction", "data"), textcoords="offset points",
-        )  # fmt: skip
-    _depth_axis(axes, rule)
+def _bands(axes: Axes, run: Run, arm: str) -> None:
+    for when, colour, style in (("before", BEFORE, "--"), ("after", COLOURS[arm], "-")):
+        low, middle, high, top = (
+            _mean_over_seeds(run, arm, when, lambda layer, q=q: layer["quantiles"][q])
+            for q in (0.05, 0.5, 0.95, 0.99)
+        )
+        x = np.arange(1, len(middle) + 1)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(x, middle, style, color=colour, lw=1.8, label=f"median {when}")
+        axes.plot(x, top, style, color=colour, lw=0.8, label=f"99% {when}")
+    if run.threshold is not None:
+        label = f"threshold {run.threshold}"
+        axes.axhline(run.threshold, color="black", lw=1, ls=(0, (5, 3)), label=label)
+    _depth_axis(axes, run)
     _finish(axes, f"Before and after {arm}", "convolution, by depth", "cosine of kernel pairs")
-
-
-def _levels_of(run: Run) -> list[float]:
-    layers = next(stage for found in run.similarity.values() for stage in found.values())
-    return [float(level) for level in layers[0]["above"]]
 
 
 def _by_depth(
@@ -315,20 +284,19 @@ def _by_depth(
     title: str,
     unit: str,
 ) -> None:
-    def mean(arm: str, when: str) -> np.ndarray:
-        runs = [s[when] for (_, a), s in run.similarity.items() if a == arm and s.get(when)]
-        return np.mean([[value(layer) for layer in one] for one in runs], axis=0)
-
-    before = mean(arms[0], "before")
+    before = _mean_over_seeds(run, arms[0], "before", value)
     x = np.arange(1, len(before) + 1)
     axes.plot(x, before, "--", color=BEFORE, lw=1.8, label="before")
     for arm in reversed(arms):
-        axes.plot(x, mean(arm, "after"), color=COLOURS[arm], lw=1.8, marker=".", label=arm)
-    _depth_axis(axes, run.results.get("rule") or {})
+        after = _mean_over_seeds(run, arm, "after", value)
+        axes.plot(x, after, color=COLOURS[arm], lw=1.8, marker=".", label=arm)
+    _depth_axis(axes, run)
     _finish(axes, title, "convolution, by depth", unit)
 
 
-def _depth_axis(axes: Axes, rule: dict[str, Any]) -> None:
+def _depth_axis(axes: Axes, run: Run) -> None:
+    """A dotted line left of the first layer that may merge."""
+    rule = run.results.get("rule") or {}
     if "skip" in rule:
         axes.axvline(rule["skip"] + 0.5, color=GUIDE, lw=1, ls=":")
 
@@ -349,7 +317,7 @@ def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]])
                 label=None if rank else f"{arm} {np.mean(areas):.3f}",
             )  # fmt: skip
     if len(axes.get_lines()) == 1:
-        _say(axes, "one label only: no curve")
+        _overlay(axes, "one label only: no curve")
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
     axes.set_aspect("equal")
@@ -358,7 +326,7 @@ def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]])
     _finish(axes, name, "false positive rate", "true positive rate", legend=False)
 
 
-def _say(axes: Axes, text: str) -> None:
+def _overlay(axes: Axes, text: str) -> None:
     axes.text(
         0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center",
         fontsize=12, weight="bold", color="white", zorder=9,
@@ -370,8 +338,8 @@ def _finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if axes.get_xlim()[1] > 1.5:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_xlim()[1] >= 1.5:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = axes.get_legend_handles_labels()
     if legend and labels:
         axes.figure.legend(

@@ -1,11 +1,11 @@
-"""Published numbers that a table can stand beside; data only, and never mixed with a run's own."""
+"""Published results, for comparison with a run's own."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published result: test AUC and ACC, and where they were printed."""
+    """One published result: test AUC and ACC, and their source."""
 
     label: str
     auc: float
@@ -37,75 +37,63 @@ MEDMNIST_28: dict[str, dict[str, tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class PublishedFindings:
-    """Published test AUROCs of the 14 findings of ChestX-ray14, and their mean as it was printed.
+    """Published test AUROCs of the 14 findings of ChestX-ray14.
 
     Attributes:
-      label: whose they are.
-      split: which images they were tested on.
-      same_as: the split by name that has these very test images; None where no split here has.
-      auc: in the order of the data set's classes.
-      mean: of them.
-      images: how many test images the split `same_as` has.
-      names_sha256: `inmerge_jax.data.dataset.names_sha256` of them.
+      label: authors and network.
+      split: description of the test images.
+      values: AUROCs in the order of the data set's classes, and their mean as printed.
+      same_as: name of the split with the same test images; None if there is none.
+      images: number of test images of that split.
+      names_sha256: `inmerge_jax.data.dataset.names_sha256` of its test images.
     """
 
     label: str
     split: str
-    same_as: str | None
-    auc: tuple[float, ...]
-    mean: float
+    values: tuple[float, ...]
+    same_as: str | None = None
     images: int | None = None
     names_sha256: str = ""
 
 
+# fmt: off
 CHESTXRAY14 = (
     PublishedFindings(
         "reproduce-chexnet, DenseNet-121",
         "test images of chexnet",
-        "chexnet",
-        (
-            *(0.8180, 0.9090, 0.8827, 0.7156, 0.8377, 0.7756, 0.7617),
-            *(0.8776, 0.8002, 0.8945, 0.9316, 0.8251, 0.7889, 0.9175),
-        ),
-        0.838,
+        (.8180, .9090, .8827, .7156, .8377, .7756, .7617, .8776, .8002, .8945, .9316, .8251, .7889,
+         .9175, .838),
+        same_as="chexnet",
         images=22_433,
         names_sha256="a20c79828a7825d1d5ac7e8e1b2eccdb21db7e87f9449415f40896116264d55a",
     ),
     PublishedFindings(
         "CheXNet",
         "its authors' own",
-        None,
-        (
-            *(0.8094, 0.9248, 0.8638, 0.7345, 0.8676, 0.7802, 0.7680),
-            *(0.8887, 0.7901, 0.8878, 0.9371, 0.8047, 0.8062, 0.9164),
-        ),
-        0.841,
+        (.8094, .9248, .8638, .7345, .8676, .7802, .7680, .8887, .7901, .8878, .9371, .8047, .8062,
+         .9164, .841),
     ),
     PublishedFindings(
         "Wang 2017, as CheXNet quotes it",
         "its authors' own",
-        None,
-        (
-            *(0.716, 0.807, 0.784, 0.609, 0.706, 0.671, 0.633),
-            *(0.806, 0.708, 0.835, 0.815, 0.769, 0.708, 0.767),
-        ),
-        0.738,
+        (.716, .807, .784, .609, .706, .671, .633, .806, .708, .835, .815, .769, .708, .767, .738),
     ),
 )
+# fmt: on
 
 
 def comparable_findings(dataset: dict) -> tuple[PublishedFindings, ...]:
-    """The published rows that were tested on exactly this run's test images, by their names."""
+    """Published rows with the same test images as this run, compared by file names."""
     digest = dataset.get("test_names_sha256")
     return tuple(row for row in CHESTXRAY14 if digest and row.names_sha256 == digest)
 
 
 def published_reference(dataset: dict, model: dict) -> Published | None:
-    """The benchmark's number for this data set and network, or None where there is none.
+    """The benchmark's result for this data set and network; None if there is none.
 
-    Only 28 px, full width and the small stem match the benchmark's networks. Its "224 px" column
-    is the 28 px image enlarged, which no run here trains on, so it is not listed. A data set whose
-    title has a note, such as one from an unverified file, need not have the benchmark's images.
+    Only networks of full width with the small stem, at 28 px, match the benchmark's. Its "224 px"
+    column is the enlarged 28 px image and is not listed. A data set whose title has a note, such as
+    one from an unverified file, may have other images than the benchmark.
     """
     if dataset.get("title", dataset["name"]) != dataset["name"]:
         return None

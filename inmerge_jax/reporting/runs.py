@@ -1,9 +1,8 @@
-"""Reading a run folder: everything the tables, plots and report are made from, and nothing else."""
+"""Reads the files of a run folder that the tables, figures and report are made from."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
-from inmerge_jax.training.scores import read_scores
+from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
 
@@ -24,17 +23,34 @@ class Run:
 
     Attributes:
       folder: the run folder.
-      results: `results.json`.
-      config: `config.json`, or {} where it is missing.
-      environment: `environment.json`, or the copy in the results.
-      missing: what the folder lacks, in words a reader of the report understands.
+      results: contents of `results.json`.
     """
 
     folder: Path
     results: dict[str, Any]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    missing: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Contents of `config.json`; {} where it is missing."""
+        return self._optional("config.json", _read_json) or {}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Contents of `environment.json`, or the copy in the results."""
+        found = self._optional("environment.json", _read_json)
+        return found or self.results.get("environment") or {}
+
+    @property
+    def missing(self) -> list[str]:
+        """Arms and files that the folder lacks, as phrases for the report."""
+        found = [f"arm {arm} was not run" for arm in ARMS if arm not in self.arms]
+        files = ("config.json", "environment.json")
+        found += [f"the file {x} is missing" for x in files if not (self.folder / x).exists()]
+        scores = self._score_files().items()
+        lost = [f"{arm}, seed {seed}" for (seed, arm), path in scores if not path.is_file()]
+        if lost:
+            found.append(f"no test scores of {'; '.join(lost)}, so no margin over test images")
+        return found
 
     @property
     def dataset(self) -> dict[str, Any]:
@@ -43,55 +59,67 @@ class Run:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed any arm was trained with, ascending."""
+        """Seeds of all arms, ascending."""
         return tuple(sorted({r["seed"] for arm in ARMS for r in self.arm(arm).values()}))
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms with at least one result, in their fixed order."""
+        """Arms with at least one result, in the order of `ARMS`."""
         return tuple(arm for arm in ARMS if self.arm(arm))
 
     def arm(self, arm: str) -> dict[int, dict[str, Any]]:
         """The results of one arm by seed; empty if it was not run."""
         return {r["seed"]: r for r in self.results["arms"].get(arm) or ()}
 
+    @property
+    def threshold(self) -> float | None:
+        """The merge rule's threshold; None for a rule with a quantile, or without a rule."""
+        rule = self.results.get("rule") or {}
+        return None if "quantile" in rule else rule.get("threshold")
+
     @cached_property
     def history(self) -> dict[tuple[int, str], list[dict[str, Any]]]:
-        """The lines of `metrics.jsonl` by (seed, arm), where there are any."""
+        """Lines of `metrics.jsonl` by (seed, arm)."""
         return self._gather("metrics.jsonl", _read_lines)
 
     @cached_property
     def similarity(self) -> dict[tuple[int, str], dict[str, list[dict[str, Any]]]]:
-        """`similarity.json` by (seed, arm): every convolution before and after the stage."""
-        return self._gather("similarity.json", _read_json)
+        """`similarity.json` by (seed, arm): "before" and "after" -> one entry per convolution.
+
+        An entry's "quantiles" and "above" have floats as keys.
+        """
+        found = self._gather("similarity.json", _read_json)
+        for layer in (x for stages in found.values() for layers in stages.values() for x in layers):
+            for name in ("quantiles", "above"):
+                layer[name] = {float(key): value for key, value in layer[name].items()}
+        return found
 
     @cached_property
     def test_labels(self) -> np.ndarray | None:
         """Labels of the test split, (n,) or (n, classes); None where the folder has none."""
-        arrays = self._labels
-        if arrays is None:
+        if self._labels is None:
             return None
-        labels = arrays["test"]
+        labels = self._labels["test"]
         return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
     @cached_property
     def test_patients(self) -> np.ndarray | None:
-        """Whose each test image is, int (n,); None where the folder does not say."""
+        """Patient of each test image, int (n,); None where the folder does not name them."""
         return None if self._labels is None else self._labels.get("test_patients")
 
     @cached_property
     def _labels(self) -> dict[str, np.ndarray] | None:
-        return self._arrays("labels.npz")
+        return self._optional("labels.npz", self._read_arrays)
 
     @cached_property
     def test_scores(self) -> dict[tuple[int, str], np.ndarray]:
-        """Test scores (n, classes) by (seed, arm), read from the score files."""
+        """Test scores, float (n, classes), by (seed, arm)."""
         paths = self._score_files()
         return {key: read_scores(path) for key, path in paths.items() if path.is_file()}
 
     @property
     def scored(self) -> bool:
-        """Whether there are test labels, and finite scores of them by every seed and arm."""
+        """Whether the folder has test labels and finite test scores of every seed and arm."""
         labels, scores = self.test_labels, self.test_scores
         return labels is not None and all(
             key in scores and len(scores[key]) == len(labels) and np.isfinite(scores[key]).all()
@@ -100,33 +128,33 @@ class Run:
 
     def _score_files(self) -> dict[tuple[int, str], Path]:
         return {
-            (seed, arm): self.folder
-            / f"seed{seed}"
-            / arm
-            / ((result.get("scores") or {}).get("test") or "")
+            (seed, arm): self._stage(seed, arm) / (result.get("scores") or {}).get("test", "")
             for arm in self.arms
             for seed, result in self.arm(arm).items()
         }
 
+    def _stage(self, seed: int, arm: str) -> Path:
+        return self.folder / f"seed{seed}" / arm
+
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
-        """A few images with labels and names, from `samples.npz`."""
-        return self._arrays("samples.npz")
+        """Images, labels and names of `samples.npz`; None where it is missing."""
+        return self._optional("samples.npz", self._read_arrays)
 
-    def _arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        path = self.folder / name
-        remedy = (
-            f"put it back as it was written, or delete {self.folder / 'results.json'} and give the "
-            "run's command with --resume, which writes both again and trains nothing"
+    def _read_arrays(self, path: Path) -> dict[str, np.ndarray]:
+        return read_arrays(
+            path,
+            f"restore the original file, or delete {self.folder / 'results.json'} and run the "
+            "command with --resume, which writes both again without training",
         )
-        return read_arrays(path, remedy) if path.exists() else None
 
-    def _gather(self, name: str, read: Any) -> dict[tuple[int, str], Any]:
-        paths = {
-            (seed, arm): self.folder / f"seed{seed}" / arm / name
-            for arm in self.arms
-            for seed in self.arm(arm)
-        }
+    def _optional(self, name: str, read: Callable[[Path], Any]) -> Any:
+        path = self.folder / name
+        return read(path) if path.exists() else None
+
+    def _gather(self, name: str, read: Callable[[Path], Any]) -> dict[tuple[int, str], Any]:
+        keys = [(seed, arm) for arm in self.arms for seed in self.arm(arm)]
+        paths = {key: self._stage(*key) / name for key in keys}
         return {key: read(path) for key, path in paths.items() if path.exists()}
 
 
@@ -134,37 +162,24 @@ def read_run(folder: Path | str) -> Run:
     """Reads a finished run's folder.
 
     Raises:
-      InputError: the folder holds no `results.json` (the run is not finished), or one that cannot
+      UsageError: the folder holds no `results.json` (the run is not finished), or one that cannot
         be read.
     """
     folder = Path(folder)
     path = folder / "results.json"
     if not path.exists():
-        raise InputError(
+        raise UsageError(
             f"{folder} holds no results.json, so it is not a finished run; finish it with "
             "`inmerge train --resume` and the same options, or name another folder"
         )
     results = _read_json(path)
     if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():
-        raise InputError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
-    missing = [f"arm {arm} was not run" for arm in ARMS if not results["arms"].get(arm)]
-    optional = {}
-    for name in ("config.json", "environment.json"):
-        present = (folder / name).exists()
-        optional[name] = _read_json(folder / name) if present else {}
-        if not present:
-            missing.append(f"the file {name} is missing")
-    environment = optional["environment.json"] or results.get("environment") or {}
-    run = Run(folder, dict(results), optional["config.json"], environment, tuple(missing))
-    lost = [f"{a}, seed {s}" for (s, a), path in run._score_files().items() if not path.is_file()]
-    if lost:
-        lacks = f"no test scores of {'; '.join(lost)}, so no interval over test images"
-        run = dataclasses.replace(run, missing=(*missing, lacks))
-    return run
+        raise UsageError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
+    return Run(folder, dict(results))
 
 
 def number(value: Any) -> float:
-    """A JSON number as float; None (how some writers store NaN) becomes NaN."""
+    """A JSON number as float; null is read as NaN."""
     return math.nan if value is None else float(value)
 
 
@@ -172,7 +187,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
+        raise UsageError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -180,7 +195,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise InputError(
-            f"{path} is damaged ({error}): put it back as it was written, or delete it, and the "
-            "report has no curves of it"
+        raise UsageError(
+            f"{path} is damaged ({error}): restore the original file, or delete it, and the "
+            "report omits its curves"
         ) from error

@@ -1,27 +1,19 @@
-"""A run's numbers: arms over seeds, paired differences, how far test images move them, merges."""
+"""A run's numbers: metrics over seeds, paired differences, margins over test images, merges."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from inmerge_jax.reporting.published import Published, published_reference
 from inmerge_jax.reporting.resampling import patient_index
 from inmerge_jax.reporting.runs import Run, number
 
 METRICS = ("auc", "acc")
 PAIRS = (("inmerge", "finetune"), ("finetune", "backbone"))
 CONFIDENCE = 0.95
-RELEASED_RULE = {
-    "probability": 0.3,
-    "threshold": 0.3,
-    "alpha": 0.8,
-    "partner": "random",
-    "skip": 10,
-}
 
 
 @dataclass(frozen=True)
@@ -29,15 +21,14 @@ class Spread:
     """Values of one quantity over seeds.
 
     Attributes:
-      seeds: the seeds, paired with `values`; NaN stays in `values` and out of mean and sd.
-      mean: mean of the finite values, NaN if there is none.
-      sd: sample standard deviation (n - 1) of the finite values, None for fewer than two.
-      interval: two-sided 95 % t-interval of the mean, None for fewer than two, and for values that
-        are all the same: two seeds can coincide, and no width at all would pretend to certainty.
+      values: seed -> value. NaN is left out of mean, sd and interval.
+      mean: mean of the finite values; NaN if there is none.
+      sd: sample standard deviation (n - 1) of the finite values; None for fewer than two.
+      interval: two-sided 95 % t-interval of the mean; None for fewer than two values, and for equal
+        values, whose interval of width zero would understate the uncertainty.
     """
 
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
+    values: Mapping[int, float]
     mean: float
     sd: float | None
     interval: tuple[float, float] | None
@@ -45,65 +36,81 @@ class Spread:
     @property
     def count(self) -> int:
         """Number of finite values."""
-        return sum(map(math.isfinite, self.values))
+        return sum(map(math.isfinite, self.values.values()))
 
 
 @dataclass(frozen=True)
-class Resolution:
-    """What the test images can tell apart, apart from any spread over seeds.
+class SamplingError:
+    """Uncertainty from the choice of test images, without the variation over seeds.
 
     Attributes:
-      images: number of test images.
-      patients: whose images these are, where that is known.
-      error: metric -> standard error of one arm's mean over seeds (the last arm that was run).
-      smallest: (left, right) -> metric -> 1.96 standard errors of their paired difference.
+      standard_error: metric -> standard error of one arm's mean over seeds (the last arm run).
+      margin: (left, right) -> metric -> 1.96 standard errors of the paired difference.
     """
 
-    images: int
-    patients: int | None
-    error: dict[str, float]
-    smallest: dict[tuple[str, str], dict[str, float]]
+    standard_error: dict[str, float]
+    margin: dict[tuple[str, str], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class LayerMerges:
-    """Merges of one layer over the whole merging stage, by seed."""
+    """Merges of one layer over the merging stage, by seed."""
 
     name: str
     kernels: int
     selected: tuple[int, ...]
     merged: tuple[int, ...]
 
-    @property
-    def share(self) -> float:
-        """Share of the selected kernels that found a partner above the threshold."""
-        return sum(self.merged) / max(sum(self.selected), 1)
-
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that the tables and the report's headline state."""
+    """The numbers of the tables.
+
+    Attributes:
+      arms: arm -> metric -> test values.
+      differences: (left, right) -> metric -> paired differences of the test values.
+      sampling: uncertainty from the choice of test images; None without labels or scores.
+      layers: layers that could merge, in order of depth.
+      undefined: number of classes whose test AUC is undefined.
+      val_merged: kernels merged in validation, by seed; None where validation does not merge.
+    """
 
     arms: dict[str, dict[str, Spread]]
     differences: dict[tuple[str, str], dict[str, Spread]]
-    resolution: Resolution | None
+    sampling: SamplingError | None
     layers: tuple[LayerMerges, ...]
-    published: Published | None
     undefined: int
-    val_merged: tuple[int, ...] | None = None
-    """Kernels merged in validation, by seed; None where validation did not merge."""
+    val_merged: tuple[int, ...] | None
 
     @property
     def merged(self) -> tuple[int, ...]:
-        """Kernels merged over all layers, by seed."""
+        """Kernels merged in training, over all layers, by seed."""
         return tuple(map(sum, zip(*(layer.merged for layer in self.layers), strict=True)))
+
+    @property
+    def all_merged(self) -> tuple[int, ...]:
+        """Kernels merged in training and validation, by seed."""
+        in_validation = self.val_merged or (0,) * len(self.merged)
+        return tuple(map(sum, zip(self.merged, in_validation, strict=True)))
+
+    @property
+    def shortcut_share(self) -> float:
+        """Share of the merges that are in 1x1 convolutions of residual shortcuts."""
+        inside = sum(sum(x.merged) for x in self.layers if "shortcut_conv" in x.name)
+        return inside / max(sum(self.merged), 1)
 
 
 def summarize(run: Run) -> Summary:
     """Computes a run's summary from its results, test scores and labels."""
-    arms = {arm: {metric: arm_spread(run, arm, metric) for metric in METRICS} for arm in run.arms}
+    arms = {
+        arm: {
+            metric: spread({s: number(r["test"][metric]) for s, r in sorted(run.arm(arm).items())})
+            for metric in METRICS
+        }
+        for arm in run.arms
+    }
     differences = {
-        (left, right): {metric: _difference(arms, left, right, metric) for metric in METRICS}
+        (left, right): {m: _difference(arms[left][m], arms[right][m]) for m in METRICS}
         for left, right in PAIRS
         if left in arms and right in arms
     }
@@ -111,52 +118,41 @@ def summarize(run: Run) -> Summary:
     return Summary(
         arms=arms,
         differences=differences,
-        resolution=resolve(run),
+        sampling=sampling_error(run),
         layers=layer_merges(run),
-        published=published_reference(run.dataset, run.results.get("model", {})),
         undefined=max((int(test.get("undefined") or 0) for test in tests), default=0),
         val_merged=_val_merged(run),
     )
 
 
-def spread(seeds: Sequence[int], values: Sequence[float]) -> Spread:
-    """Mean, sample sd and t-interval over the finite ones of `values`."""
-    finite = np.array([value for value in values if math.isfinite(value)], np.float64)
+def spread(values: Mapping[int, float]) -> Spread:
+    """Mean, sample standard deviation and t-interval of the finite values over seeds."""
+    finite = np.array([value for value in values.values() if math.isfinite(value)], np.float64)
     mean = float(finite.mean()) if finite.size else math.nan
     sd = interval = None
     if finite.size >= 2:
         sd = float(finite.std(ddof=1))
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, finite.size - 1)) * sd / finite.size**0.5
         interval = (mean - half, mean + half) if sd > 1e-9 else None
-    return Spread(tuple(seeds), tuple(values), mean, sd, interval)
+    return Spread(values, mean, sd, interval)
 
 
-def arm_spread(run: Run, arm: str, metric: str) -> Spread:
-    """One arm's test metric over its seeds."""
-    results = run.arm(arm)
-    return spread(sorted(results), [number(results[s]["test"][metric]) for s in sorted(results)])
-
-
-def _difference(arms: dict[str, dict[str, Spread]], left: str, right: str, metric: str) -> Spread:
-    first, second = (
-        dict(zip(arms[arm][metric].seeds, arms[arm][metric].values, strict=True))
-        for arm in (left, right)
-    )
-    seeds = sorted(first.keys() & second.keys())
-    return spread(seeds, [first[seed] - second[seed] for seed in seeds])
+def _difference(left: Spread, right: Spread) -> Spread:
+    seeds = sorted(left.values.keys() & right.values.keys())
+    return spread({seed: left.values[seed] - right.values[seed] for seed in seeds})
 
 
 def auc_influence(positive: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray]:
-    """One class's AUC and each image's pull on it, after DeLong, DeLong & Clarke-Pearson (1988).
+    """One class's AUC and each image's influence on it (DeLong, DeLong & Clarke-Pearson 1988).
 
     Args:
       positive: bool (n,).
       scores: float (n,), higher meaning more likely positive.
 
     Returns:
-      The AUC, and values (n,) of which `sum(values**2) / n**2` is DeLong's variance of the AUC;
-      for two arms on the same images the values' difference gives that of the AUCs' difference.
-      NaN where a class has fewer than two images on either side, as the variance is then unknown.
+      The AUC, and values (n,) of which `sum(values**2) / n**2` is DeLong's variance of the AUC.
+      For two arms on the same images, the values' difference gives the variance of the AUCs'
+      difference. NaN where a class has fewer than two images on either side.
     """
     count, ones = positive.size, int(positive.sum())
     zeros = count - ones
@@ -182,8 +178,8 @@ def class_columns(labels: np.ndarray, scores: np.ndarray, task: str) -> list[tup
     return [(k, labels == k, scores[:, k]) for k in range(scores.shape[1])]
 
 
-def _pulls(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, np.ndarray]:
-    """Each test image's pull on the mean AUC and on ACC; NaN where it cannot be estimated."""
+def _influence(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, np.ndarray]:
+    """Each test image's influence on the mean AUC and on ACC; NaN where it is undefined."""
     columns = class_columns(labels, scores, task)
     known = [(y, s) for _, y, s in columns if 0 < y.sum() < y.size]
     auc = np.mean([auc_influence(y, s)[1] for y, s in known], axis=0) if known else np.nan
@@ -196,40 +192,31 @@ def _pulls(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, np.nd
     return {"auc": np.broadcast_to(auc, labels.shape[:1]), "acc": right - right.mean()}
 
 
-def resolve(run: Run) -> Resolution | None:
-    """Standard errors from the test images; None without labels and all arms' and seeds' scores."""
+def sampling_error(run: Run) -> SamplingError | None:
+    """Standard errors over the test images; None without labels and every arm's scores."""
     labels, task = run.test_labels, run.dataset.get("task", "")
     if labels is None or not run.scored:
         return None
-    pulls = {key: _pulls(labels, scores, task) for key, scores in run.test_scores.items()}
+    found = {key: _influence(labels, scores, task) for key, scores in run.test_scores.items()}
     index = patient_index(len(labels), run.test_patients)
 
     def error(values: list[np.ndarray]) -> float:
-        # A patient's images are drawn together, so their pulls add up.
-        of_patients = np.bincount(index, np.mean(values, axis=0))
-        return float(np.sqrt((of_patients**2).sum()) / len(labels))
+        # A patient's images are sampled together, so their influences add up.
+        by_patient = np.bincount(index, np.mean(values, axis=0))
+        return float(np.sqrt((by_patient**2).sum()) / len(labels))
 
-    last = [arm for arm in run.arms if any(a == arm for _, a in pulls)][-1]
-    smallest = {}
+    margin = {}
     for left, right in PAIRS:
-        seeds = [s for s in run.seeds if (s, left) in pulls and (s, right) in pulls]
+        seeds = [s for s in run.seeds if (s, left) in found and (s, right) in found]
         if seeds:
-            smallest[left, right] = {
+            margin[left, right] = {
                 metric: stats.norm.ppf((1 + CONFIDENCE) / 2)
-                * error([pulls[s, left][metric] - pulls[s, right][metric] for s in seeds])
+                * error([found[s, left][metric] - found[s, right][metric] for s in seeds])
                 for metric in METRICS
             }
-    single = {m: error([v[m] for (_, arm), v in pulls.items() if arm == last]) for m in METRICS}
-    patients = None if run.test_patients is None else int(index.max()) + 1
-    return Resolution(len(labels), patients, single, smallest)
-
-
-def any_merged(run: Run) -> bool:
-    """Whether the arm inmerge has merged a kernel, in training or in validation."""
-    return any(
-        any(result["merged"]) or any(result.get("val_merged") or ())
-        for result in run.arm("inmerge").values()
-    )
+    last = [value for (_, arm), value in found.items() if arm == run.arms[-1]]
+    single = {metric: error([value[metric] for value in last]) for metric in METRICS}
+    return SamplingError(single, margin)
 
 
 def _val_merged(run: Run) -> tuple[int, ...] | None:
@@ -253,3 +240,17 @@ def layer_merges(run: Run) -> tuple[LayerMerges, ...]:
         )
         for index, name in enumerate(results[0]["layers"])
     )
+
+
+def pairs_above(run: Run) -> dict[str, float]:
+    """Layer -> share of kernel pairs above the run's threshold before merging, mean over seeds.
+
+    Empty where the rule has no threshold (a quantile instead) or the run did not measure at it.
+    """
+    before = [x["before"] for (_, arm), x in run.similarity.items() if arm == "inmerge"]
+    if not all(run.threshold in layer["above"] for layers in before for layer in layers):
+        return {}
+    return {
+        layers[0]["name"]: float(np.mean([layer["above"][run.threshold] for layer in layers]))
+        for layers in zip(*before, strict=True)
+    }

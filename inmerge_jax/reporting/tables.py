@@ -1,31 +1,57 @@
-"""A run's tables, for the terminal, for Markdown and for the report.
+"""A run's tables and notes, for the terminal, for Markdown and for the HTML report."""
 
-`python -m inmerge_jax.reporting.tables RUN_FOLDER` prints them as Markdown.
-"""
-
-import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 
+import numpy as np
 from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from inmerge_jax.errors import InputError
-from inmerge_jax.reporting import wording
-from inmerge_jax.reporting.findings import Findings, rank_findings
+from inmerge_jax.reporting.formatting import (
+    MINUS,
+    counts,
+    describe_images,
+    interval,
+    mean_sd,
+    plain,
+    signed,
+)
+from inmerge_jax.reporting.published import (
+    CHESTXRAY14,
+    PublishedFindings,
+    published_reference,
+)
+from inmerge_jax.reporting.ranking import Ranking, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
-from inmerge_jax.reporting.summary import METRICS, Spread, Summary, summarize
+from inmerge_jax.reporting.summary import (
+    METRICS,
+    PAIRS,
+    LayerMerges,
+    Summary,
+    pairs_above,
+    summarize,
+)
+
+RELEASED_RULE = {
+    "probability": 0.3,
+    "threshold": 0.3,
+    "alpha": 0.8,
+    "partner": "random",
+    "skip": 10,
+}
+"""The merge rule of the released code, the reference of every run's rule."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of finished cells, the same for every output.
+    """A table of formatted cells, the same for every output.
 
     Attributes:
-      kinds: one per row: "arm", "difference", "published", "layer", "finding" or "total".
+      kinds: one per row: "arm", "difference", "seed", "published", "finding", "rule", "layer"
+        or "total".
     """
 
     title: str
@@ -36,150 +62,237 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """The tables of a run, and the sentences that belong to them."""
+    """The tables of a run, the main result above them and the notes below."""
 
     headline: str
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
 
 
-def make_report(run: Run, summary: Summary | None = None) -> Report:
-    """The tables and sentences of a run."""
-    summary = summary or summarize(run)
-    tables = [comparison_table(run, summary), seed_table(run, summary)]
-    findings = rank_findings(run)
-    if findings is not None:
-        tables.append(findings_table(run, findings))
+def make_report(run: Run) -> Report:
+    """The tables and notes of a run."""
+    summary, ranking = summarize(run), rank_findings(run)
+    tables = [comparison_table(run, summary)]
+    if summary.differences:
+        tables.append(difference_table(summary))
+    tables.append(seed_table(run, summary))
+    if ranking is not None:
+        tables += ranking_tables(ranking)
+    if run.results.get("rule"):
+        tables.append(rule_table(run))
     if summary.layers:
-        tables.append(layer_table(summary))
-    notes = (
-        wording.interval_note(summary),
-        wording.resolution_note(summary),
-        wording.undefined_note(summary),
-        wording.merges_note(summary),
-        wording.rule_note(run),
-        f"Published row: {summary.published.source}." if summary.published else "",
-        *(wording.findings_notes(run, findings) if findings is not None else ()),
-    )
-    return Report(wording.headline(run, summary), tuple(tables), tuple(filter(None, notes)))
+        tables.append(layer_table(run, summary))
+    notes = (*summary_notes(run, summary), *(ranking.notes if ranking is not None else ()))
+    return Report(headline(run, summary), tuple(tables), notes)
+
+
+def headline(run: Run, summary: Summary) -> str:
+    """The main result: mean paired difference, interval, number of seeds, kernels merged."""
+    title = run.dataset.get("title") or run.dataset["name"]
+    pair = summary.differences.get(PAIRS[0])
+    text = f"{title}: no paired difference, arms that were run: {', '.join(run.arms) or 'none'}"
+    if pair is not None:
+        text = (
+            f"{title}: test AUC of inmerge {MINUS} finetune, mean paired difference "
+            f"{signed(pair['auc'].mean)}, 95% interval {interval(pair['auc'])}; "
+            f"seeds: {pair['auc'].count}"
+        )
+    if any(summary.all_merged):
+        return f"{text}; kernels merged by seed: {counts(summary.all_merged)}"
+    return f"{text}. {merges_note(summary)}" if "inmerge" in summary.arms else text
+
+
+def merges_note(summary: Summary) -> str:
+    """Number of kernels merged, or that there were none."""
+    if not summary.layers:
+        return "NOTHING WAS MERGED: there was no layer to merge in."
+    if not any(summary.all_merged):
+        return "NOTHING WAS MERGED: no selected kernel had a partner above the threshold."
+    text = f"Kernels merged in training, by seed: {counts(summary.merged)}."
+    if summary.val_merged is not None:
+        text += f" Kernels merged in validation, by seed: {counts(summary.val_merged)}."
+    return text
+
+
+def summary_notes(run: Run, summary: Summary) -> list[str]:
+    """How the intervals were made, what was merged, and the source of the published row."""
+    notes, sampling = [], summary.sampling
+    if summary.differences:
+        notes.append("95% interval: t-interval over seeds of the differences paired by seed.")
+        margin = "n/a, the run folder lacks test labels or score files."
+        if sampling is not None:
+            images = describe_images(len(run.test_labels), run.test_patients)
+            margin = (
+                f"1.96 paired standard errors over the {images} (AUC: DeLong et al. 1988); the "
+                f"standard error of one arm's AUC is {plain(sampling.standard_error['auc'])}."
+            )
+        notes.append(f"Margin: {margin}")
+    if summary.undefined:
+        notes.append(
+            f"Classes left out of the mean AUC, with one label only in the test split: "
+            f"{summary.undefined}."
+        )
+    if "inmerge" in summary.arms:
+        notes.append(merges_note(summary))
+    if summary.shortcut_share > 0.5:
+        notes.append(
+            f"Share of the merges in 1x1 shortcut convolutions: {summary.shortcut_share:.0%}."
+        )
+    published = published_reference(run.dataset, run.results.get("model", {}))
+    if published is not None:
+        notes.append(f"Published row: {published.source}.")
+    return notes
 
 
 def comparison_table(run: Run, summary: Summary) -> Table:
-    """Test AUC and ACC of the arms, their paired differences, and the published number."""
-    rows, kinds = [], []
+    """Test AUC and ACC of the arms, and the published result."""
+    rows = []
     for arm in ARMS:
-        cells = ("not run", "not run")
+        cells = ["not run"] * len(METRICS)
         if arm in summary.arms:
-            cells = tuple(wording.mean_sd(summary.arms[arm][metric]) for metric in METRICS)
+            cells = [mean_sd(summary.arms[arm][metric]) for metric in METRICS]
         rows.append((arm, *cells))
-        kinds.append("arm")
-    for pair, values in summary.differences.items():
-        rows.append((_pair_name(pair), *(wording.difference(values[m]) for m in METRICS)))
-        kinds.append("difference")
-    if summary.published is not None:
-        known = summary.published
-        rows.append((known.label, wording.plain(known.auc), wording.plain(known.acc)))
+    kinds = ["arm"] * len(rows)
+    known = published_reference(run.dataset, run.results.get("model", {}))
+    if known is not None:
+        rows.append((known.label, plain(known.auc), plain(known.acc)))
         kinds.append("published")
-    title = (
-        f"{run.dataset.get('title') or run.dataset['name']}: mean \u00b1 sd over seeds; "
-        "differences with 95% intervals"
-    )
+    title = f"{run.dataset.get('title') or run.dataset['name']}: mean \u00b1 sd over seeds"
     return Table(title, ("arm", "test AUC", "test ACC"), tuple(rows), tuple(kinds))
 
 
+def difference_table(summary: Summary) -> Table:
+    """Paired differences with the interval over seeds and the margin over test images."""
+    margins = summary.sampling.margin if summary.sampling is not None else {}
+    rows = tuple(
+        (
+            f"{_pair_name(pair)}, {metric.upper()}",
+            signed(values.mean),
+            interval(values),
+            plain(margins.get(pair, {}).get(metric, nan)),
+        )
+        for pair, by_metric in summary.differences.items()
+        for metric, values in by_metric.items()
+    )
+    columns = ("paired difference", "mean", "95% interval", "margin (\u00b1)")
+    return Table("Paired differences", columns, rows, ("difference",) * len(rows))
+
+
 def seed_table(run: Run, summary: Summary) -> Table:
-    """Every seed's test AUC and ACC, and their paired differences."""
-
-    def cells(values: dict[str, Spread], show: Callable[[float], str]) -> list[str]:
-        by_seed = [dict(zip(values[m].seeds, values[m].values, strict=True)) for m in METRICS]
-        return [" / ".join(show(found.get(seed, nan)) for found in by_seed) for seed in run.seeds]
-
-    rows = [(arm, *cells(values, wording.plain)) for arm, values in summary.arms.items()]
-    kinds = ["arm"] * len(rows)
-    for pair, values in summary.differences.items():
-        rows.append((_pair_name(pair), *cells(values, wording.signed)))
-        kinds.append("difference")
-    columns = ("arm", *(f"seed {seed}" for seed in run.seeds))
-    return Table("Each seed's test AUC / ACC", columns, tuple(rows), tuple(kinds))
-
-
-def findings_table(run: Run, findings: Findings) -> Table:
-    """The 14 AUROCs and their mean, each arm with its interval and rank, beside published ones."""
-    rows = []
-    for index, name in enumerate(findings.names):
-        cells = (wording.ranked(findings.arms[arm][index]) for arm in findings.arms)
-        published = (wording.plain(row.values[index], 4) for row in findings.published)
-        rows.append((name, *cells, *published))
-    firsts = [sum(cell.rank == 1 for cell in cells) for cells in findings.arms.values()]
-    blank = ("" for _ in findings.published)
-    total = (f"first of {len(findings.names)}", *(str(count) for count in firsts), *blank)
-    columns = (
-        "test AUROC",
-        *findings.arms,
-        *(f"{row.label} ({row.split})" for row in findings.published),
+    """Test AUC and ACC of every seed, and their differences between inmerge and finetune."""
+    shown = [(arm, found, plain) for arm, found in summary.arms.items()]
+    pair = summary.differences.get(PAIRS[0])
+    if pair is not None:
+        shown.append((_pair_name(PAIRS[0]), pair, signed))
+    rows = tuple(
+        (
+            str(seed),
+            *(
+                " / ".join(show(found[metric].values.get(seed, nan)) for metric in METRICS)
+                for _, found, show in shown
+            ),
+        )
+        for seed in run.seeds
     )
-    return Table(
-        f"{run.dataset['name']}, {len(findings.names)} ranks: mean over seeds [bootstrap 95% "
-        "interval] (rank)",
-        columns,
-        (*rows, total),
-        (*("finding" for _ in rows), "total"),
-    )
+    columns = ("seed", *(name for name, *_ in shown))
+    return Table("Test AUC / ACC by seed", columns, rows, ("seed",) * len(rows))
 
 
 def _pair_name(pair: tuple[str, str]) -> str:
-    return f" {wording.MINUS} ".join(pair)
+    return f" {MINUS} ".join(pair)
 
 
-def layer_table(summary: Summary) -> Table:
-    """Kernels merged per layer over the whole stage, mean over seeds."""
-    seeds = len(summary.layers[0].merged)
-    rows = [
-        (
-            layer.name.removesuffix("/kernel"),
-            f"{layer.kernels:,}",
-            f"{sum(layer.selected) / seeds:,.0f}",
-            f"{sum(layer.merged) / seeds:,.0f}",
-            f"{layer.share:.2%}",
+def ranking_tables(ranking: Ranking) -> list[Table]:
+    """AUROC by finding: the arms and comparable published rows, then the other published rows."""
+
+    def published(rows: Sequence[PublishedFindings], index: int) -> Iterable[str]:
+        return (plain(row.values[index], 4) for row in rows)
+
+    same, arms = ranking.comparable, ranking.arms
+    rows: list[tuple[str, ...]] = []
+    for index, name in enumerate(ranking.names):
+        cells = (
+            f"{plain(x.auc)} [{plain(x.low)}, {plain(x.high)}] ({x.rank})" if x.rank else "n/a"
+            for x in (cells[index] for cells in arms.values())
         )
-        for layer in summary.layers
+        rows.append((name, *cells, *published(same, index)))
+    firsts = (str(sum(x.rank == 1 for x in cells)) for cells in arms.values())
+    rows.append((f"first of {len(ranking.names)}", *firsts, *[""] * len(same)))
+    kinds = ("finding",) * len(ranking.names)
+    title = "AUROC by finding: mean over seeds [bootstrap 95% interval] (rank)"
+    columns = ("finding", *arms, *(row.label for row in same))
+    tables = [Table(title, columns, tuple(rows), (*kinds, "total"))]
+    if others := [row for row in CHESTXRAY14 if row not in same]:
+        columns = ("finding", *(f"{row.label} ({row.split})" for row in others))
+        rows = [(name, *published(others, index)) for index, name in enumerate(ranking.names)]
+        tables.append(Table("Published AUROC on other test images", columns, tuple(rows), kinds))
+    return tables
+
+
+def rule_table(run: Run) -> Table:
+    """The merge rule of the run beside that of the released code."""
+    rule = dict(run.results["rule"])
+    if "quantile" in rule:
+        rule["threshold"] = f"quantile {rule.pop('quantile')} of each layer"
+    rows = tuple((n, str(rule[n]), str(RELEASED_RULE[n])) for n in RELEASED_RULE if n in rule)
+    columns = ("setting", "this run", "released code")
+    return Table("Merge rule", columns, rows, ("rule",) * len(rows))
+
+
+def layer_table(run: Run, summary: Summary) -> Table:
+    """Kernels merged per layer over the merging stage, mean over seeds."""
+    seeds, above = len(summary.merged), pairs_above(run)
+    columns = ["layer, by depth", "kernels", "selected", "merged", "merged of selected"]
+    if above:
+        columns.append(f"pairs above {run.threshold} before")
+
+    def row(name: str, layers: Sequence[LayerMerges], *more: str) -> tuple[str, ...]:
+        kernels, selected, merged = (
+            sum(np.sum(getattr(layer, field)) for layer in layers)
+            for field in ("kernels", "selected", "merged")
+        )
+        means = (f"{selected / seeds:,.0f}", f"{merged / seeds:,.0f}")
+        return name, f"{kernels:,}", *means, f"{merged / max(selected, 1):.2%}", *more
+
+    rows = [
+        row(x.name.removesuffix("/kernel"), [x], *([f"{above[x.name]:.2%}"] if above else ()))
+        for x in summary.layers
     ]
-    chances, merged = (
-        sum(sum(getattr(layer, name)) for layer in summary.layers)
-        for name in ("selected", "merged")
-    )
-    total = (
-        "all layers",
-        f"{sum(layer.kernels for layer in summary.layers):,}",
-        f"{chances / seeds:,.0f}",
-        f"{merged / seeds:,.0f}",
-        f"{merged / max(chances, 1):.2%}",
-    )
-    return Table(
-        "Kernels merged per layer (mean over seeds of the whole stage)",
-        ("layer, by depth", "kernels", "selected", "merged", "merged of selected"),
-        (*rows, total),
-        (*("layer" for _ in rows), "total"),
-    )
+    rows.append(row("all layers", summary.layers, *([""] if above else ())))
+    kinds = ("layer",) * len(summary.layers) + ("total",)
+    return Table("Kernels merged per layer, mean over seeds", tuple(columns), tuple(rows), kinds)
 
 
 def to_markdown(report: Report) -> str:
-    """Markdown for a README: headline, tables, notes."""
+    """Markdown: headline, tables, notes."""
     parts = [report.headline, *map(markdown_table, report.tables)]
     parts.append("\n".join(f"- {note}" for note in report.notes))
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(table: Table) -> str:
-    """One table, with its title above."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    lines = [table.columns, rule, *(map(_escape, row) for row in table.rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table.title}:\n\n{text}"
+    """A table in Markdown, with its title above."""
+    return f"{table.title}:\n\n{markdown_rows(table.columns, table.rows)}"
+
+
+def markdown_rows(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None
+) -> str:
+    """A table in Markdown.
+
+    Args:
+      columns: headings.
+      rows: cells, as many per row as there are headings. A "|" in a cell is escaped.
+      align: "l" or "r" for each column. None: the first to the left, the others to the right.
+    """
+    align = align or "l" + "r" * (len(columns) - 1)
+    rule = ["---:" if one == "r" else "---" for one in align]
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *cells))
 
 
 def to_rich(report: Report) -> Group:
-    """The same for a terminal."""
+    """The report for a terminal."""
     parts: list[RichTable | Text] = []
     for table in report.tables:
         drawn = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
@@ -197,24 +310,3 @@ def to_rich(report: Report) -> Group:
 def markdown(folder: Path | str) -> str:
     """The Markdown of a run folder; see `to_markdown`."""
     return to_markdown(make_report(read_run(folder)))
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")
-
-
-def main(arguments: list[str]) -> int:
-    """Prints a run folder's tables as Markdown; status 2 for bad input."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m inmerge_jax.reporting.tables RUN_FOLDER", file=sys.stderr)
-        return 2
-    try:
-        print(markdown(arguments[0]), end="")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

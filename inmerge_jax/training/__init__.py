@@ -1,1 +1,1 @@
-"""Training: steps, the loop, and the evidence that a run leaves behind."""
+"""Training: configuration, step, loop, checkpoints, and the files of a run."""

@@ -1,4 +1,4 @@
-"""The options of a training run, as nested frozen dataclasses that tyro turns into flags."""
+"""The configuration of a training run, and its command line."""
 
 import dataclasses
 import json
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from inmerge_jax.data import DEFAULT_SIZE, DataConfig
-from inmerge_jax.errors import InputError
+from inmerge_jax.data import DEFAULT_SIZE, DataConfig, PhantomConfig
+from inmerge_jax.data.medmnist import MEDMNIST_DIR
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
+from inmerge_jax.training.environment import COMPILATION_CACHE
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
 
@@ -20,33 +22,57 @@ except ModuleNotFoundError:  # Only the command line needs it.
     OmitArgPrefixes = None
 
     def arg(**shown: Any) -> None:
-        """How the command line shows an option."""
+        """Stands in for tyro's annotation of a command-line option."""
 
 
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
 DEFAULT_THRESHOLD = MergeRule.threshold
-_NOT_COMPARED = ("output", "steps_per_call", "workers", "resume", "overwrite", "cache")
-_NOT_COMPARED += ("coordinator", "num_processes", "process_id")
+_NOT_COMPARED = ("output", "steps_per_execution", "workers", "resume", "overwrite")
+_NOT_COMPARED += ("compilation_cache_dir", "coordinator", "num_processes", "process_id")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
-def _of_recipe(metavar: str) -> Any:
-    return arg(metavar=metavar, help_behavior_hint="(default: the recipe's)")
+def _optional(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
+_FLAG = arg(help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class PhantomOptions(PhantomConfig):
+    """`PhantomConfig` for the command line."""
+
+    train: Annotated[int, arg(name="phantom.train")] = PhantomConfig.train
+    val: Annotated[int, arg(name="phantom.val")] = PhantomConfig.val
+    test: Annotated[int, arg(name="phantom.test")] = PhantomConfig.test
+    findings: Annotated[
+        tuple[str, ...],
+        arg(name="phantom.findings", metavar="NAME ...", help_behavior_hint="(default: all)"),
+    ] = PhantomConfig.findings
+    multi_label: Annotated[bool, arg(name="phantom.multi-label", help_behavior_hint="")] = False
+    difficulty: Annotated[float, arg(name="phantom.difficulty")] = PhantomConfig.difficulty
+    seed: Annotated[int, arg(name="phantom.seed")] = PhantomConfig.seed
 
 
 @dataclass(frozen=True)
 class DataOptions(DataConfig):
-    """`DataConfig` whose name is the option --data.
+    """`DataConfig` for the command line.
 
     Attributes:
-      name: "phantom" (made on the spot: no file, no network), chestxray14 (built from NIH's files
-        by inmerge data build) or a 2-D MedMNIST subset, such as breastmnist,
-        chestmnist or bloodmnist.
+      name: phantom (generated, no files), chestxray14 (see inmerge data build) or a 2-D MedMNIST
+        subset such as breastmnist.
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
+    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 28)")] = None
+    data_dir: Annotated[Path, arg(metavar="FOLDER")] = MEDMNIST_DIR
+    file: Annotated[Path | None, _optional("FILE")] = None
+    download: Annotated[bool, _FLAG] = True
+    allow_unverified: Annotated[bool, _FLAG] = False
+    phantom: Annotated[PhantomOptions, arg(name="")] = field(default_factory=PhantomOptions)
 
 
 @dataclass(frozen=True)
@@ -54,55 +80,44 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      name: resnet18, resnet34, resnet50, densenet121, vgg11, vgg13, vgg16 or vgg19; the last four
-        also with batch normalisation: vgg11_bn and so on.
-      stem: small is the form for images of about 28 to 64 px (the MedMNIST benchmark's ResNet; a
-        DenseNet whose stem is changed likewise; a VGG with a pooled linear head), imagenet is
-        torchvision's network.
-      width: Factor on the number of channels of every layer.
-      dtype: What activations are computed in. Weights are always float32.
-      remat: Keep less of the forward pass in memory and compute it again for the backward pass; for
-        densenet121 on GPU and TPU (on CPU, XLA undoes it).
-      init_from: Start the backbone from the weights in this file (.safetensors, .pth or .pt: a
-        state dict of torchvision's network or a checkpoint of the MedMNIST benchmark) instead of
-        from random ones.
-      replace_head: Draw a new last layer where that of the file has another number of outputs.
+      name: resnet18, resnet34, resnet50, densenet121, or vgg11, vgg13, vgg16, vgg19 (with batch
+        normalisation: vgg11_bn).
+      stem: small for images of 28 to 64 px, imagenet for torchvision's network.
+      width: Factor on the number of channels.
+      init_from: Weight file to start from (.safetensors, .pth, .pt; torchvision, MedMNIST).
+      replace_head: Initialize a new last layer if the file's has another number of outputs.
+      dtype: Dtype of activations; weights are float32.
+      remat: Recompute activations in the backward pass (densenet121 on GPU and TPU).
     """
 
     name: Annotated[str, arg(name="model", metavar="NAME")] = "resnet18"
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
+    init_from: Annotated[Path | None, _optional("FILE")] = None
+    replace_head: Annotated[bool, _FLAG] = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
-    init_from: Annotated[Path | None, arg(metavar="FILE")] = None
-    replace_head: bool = False
+    remat: Annotated[bool, _FLAG] = False
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How the network is trained: by a recipe, and by what is given here in place of its values.
+    """A training recipe, and values that replace the recipe's own.
 
     Attributes:
-      name: medmnist, the MedMNIST v2 benchmark's recipe (Adam 1e-3, batch 128, 100 epochs, rate
-        x0.1 at 1/2 and 3/4 of a stage, best validation AUC), or released, the recipe of the
-        released InMerge code (SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 324, 30
-        epochs, flips, ImageNet normalisation, rate x0.1 at every epoch that is 8 or more past the
-        lowest validation loss, which also chooses the checkpoint). Both have 10 merging epochs.
+      name: medmnist (the benchmark's: Adam 1e-3, batch 128, 100 epochs) or released (InMerge's:
+        SGD 0.1, batch 324, 30 epochs).
       epochs: Epochs of the backbone stage.
-      merging_epochs: Epochs of the second stage, of the arms finetune and inmerge.
-      batch_size: Examples of one update, over all devices together.
-      learning_rate: Learning rate at the start of the backbone stage.
-      merging_learning_rate: Learning rate at the start of the second stage.
-      optimizer: The optimizer, as PyTorch computes it.
-      momentum: Momentum of sgd.
-      weight_decay: Coupled L2: this share of a weight is added to its gradient.
-      schedule: When the rate falls to a tenth: at 1/2 and 3/4 of a stage, or at every epoch 8 or
-        more past the lowest validation loss.
-      select: What makes a checkpoint the best: highest validation AUC or lowest validation loss.
-      flip: Mirror training images left to right with probability 1/2.
-      positive_weights: For data of several labels per image: a label that is present counts as
-        often in the loss as there are training images without it for each one with it, but at most
-        this often. By default each counts once.
+      merging_epochs: Epochs of the second stage (finetune, inmerge).
+      batch_size: Examples per update, over all devices.
+      learning_rate: Initial learning rate of the backbone stage.
+      merging_learning_rate: Initial learning rate of the second stage.
+      optimizer: Optimizer, as in PyTorch.
+      momentum: Momentum of SGD.
+      weight_decay: Coefficient of coupled L2 regularization.
+      schedule: Divide the rate by 10 at 1/2 and 3/4 of a stage, or on a loss plateau.
+      select: Criterion for the best checkpoint.
+      flip: Flip training images left to right with probability 1/2.
+      pos_weight: Weight positive labels by negatives / positives, at most by this.
     """
 
     name: Annotated[
@@ -110,174 +125,193 @@ class RecipeConfig:
         arg(
             name="recipe",
             metavar="NAME",
-            help_behavior_hint="(default: medmnist, with a preset released)",
+            help_behavior_hint="(default: medmnist; presets: released)",
         ),
     ] = None
-    epochs: Annotated[int | None, _of_recipe("INT")] = None
-    merging_epochs: Annotated[int | None, _of_recipe("INT")] = None
-    batch_size: Annotated[int | None, _of_recipe("INT")] = None
-    learning_rate: Annotated[float | None, _of_recipe("FLOAT")] = None
+    epochs: Annotated[int | None, _optional("INT")] = None
+    merging_epochs: Annotated[int | None, _optional("INT")] = None
+    batch_size: Annotated[int | None, _optional("INT")] = None
+    learning_rate: Annotated[float | None, _optional("FLOAT")] = None
     merging_learning_rate: Annotated[
         float | None,
-        arg(
-            metavar="FLOAT",
-            help_behavior_hint="(default: that of the backbone's best epoch)",
-        ),
+        arg(metavar="FLOAT", help_behavior_hint="(default: the backbone's)"),
     ] = None
-    optimizer: Annotated[Literal["adam", "sgd"] | None, _of_recipe("{adam,sgd}")] = None
-    momentum: Annotated[float | None, _of_recipe("FLOAT")] = None
-    weight_decay: Annotated[float | None, _of_recipe("FLOAT")] = None
+    optimizer: Annotated[Literal["adam", "sgd"] | None, _optional("{adam,sgd}")] = None
+    momentum: Annotated[float | None, _optional("FLOAT")] = None
+    weight_decay: Annotated[float | None, _optional("FLOAT")] = None
     schedule: Annotated[
-        Literal["milestones", "plateau"] | None, _of_recipe("{milestones,plateau}")
+        Literal["milestones", "plateau"] | None, _optional("{milestones,plateau}")
     ] = None
-    select: Annotated[Literal["val_auc", "val_loss"] | None, _of_recipe("{val_auc,val_loss}")] = (
-        None
-    )
-    flip: Annotated[bool | None, _of_recipe("{True,False}")] = None
-    positive_weights: Annotated[float | None, _of_recipe("FLOAT")] = None
+    select: Annotated[Literal["val_auc", "val_loss"] | None, _optional("{val_auc,val_loss}")] = None
+    flip: Annotated[bool | None, _optional("{True,False}")] = None
+    pos_weight: Annotated[float | None, _optional("FLOAT")] = None
 
 
 @dataclass(frozen=True)
 class RuleConfig:
-    """In-model merging: K_i <- alpha K_i + (1 - alpha) K_j, before every step of the arm inmerge.
+    """In-model merging, K_i <- alpha K_i + (1 - alpha) K_j, before each step of the arm inmerge.
 
     Attributes:
-      probability: Chance of a kernel to be selected at a step.
-      threshold: The cosine similarity with its partner above which a selected kernel merges.
-      quantile: In place of --threshold, not beside it: each layer merges those of its selected
-        kernels whose similarity is above this quantile, so 0.9 merges one in ten of them whatever
-        the network.
-      alpha: Share of the kernel that stays.
-      partner: random is any other kernel of the layer, as in the released code; nearest is the most
-        similar one.
-      skip: Number of convolutions, counted from the input, that are left alone; of residual blocks
-        with the preset released_intent and a ResNet.
+      threshold: Cosine similarity above which a selected kernel merges.
+      quantile: Instead of a threshold: 0.9 merges the most similar tenth.
+      partner: A random other kernel of the layer, or the nearest (most similar) one.
+      probability: Probability that a kernel is selected at a step.
+      alpha: Fraction of the kernel that is kept.
+      skip: Number of convolutions, from the input, that are not merged.
     """
 
-    probability: float = 0.3
     threshold: Annotated[
         float | None,
-        arg(
-            metavar="FLOAT",
-            help_behavior_hint=f"(default: {DEFAULT_THRESHOLD}, without --quantile)",
-        ),
+        arg(metavar="FLOAT", help_behavior_hint=f"(default: {DEFAULT_THRESHOLD})"),
     ] = None
-    quantile: Annotated[float | None, arg(metavar="FLOAT")] = None
-    alpha: float = 0.8
+    quantile: Annotated[float | None, _optional("FLOAT")] = None
     partner: Annotated[
         Literal["random", "nearest"] | None,
-        arg(
-            metavar="{random,nearest}",
-            help_behavior_hint="(default: random, with the preset paper nearest)",
-        ),
+        arg(metavar="{random,nearest}", help_behavior_hint="(default: random)"),
     ] = None
+    probability: float = 0.3
+    alpha: float = 0.8
     skip: int = 10
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Trains a classifier, then goes on training it with and without in-model merging.
-
-    For every seed: the arm backbone is trained from random weights; finetune and inmerge go on from
-    its best checkpoint, with the same batches in the same order, so that merging alone is what
-    differs between them. Each arm reads the test images once, at its end, with its best checkpoint.
-    The output folder gets the configuration, the environment, metrics, scores and checkpoints of
-    every arm, results.json and report.html.
-
-    SIGTERM and Ctrl-C end it after the update under way, with a checkpoint of it; the exit status
-    is then 143 or 130, and the same command with --resume goes on. Other statuses: 0 done, 1
-    training diverged or one of several processes broke, 2 bad input or a disk that is full, 3
-    another process of the run was lost.
+class OutputConfig:
+    """What to train, and where the results go.
 
     Attributes:
-      preset: A reading of the method, which decides what merges, when, and the defaults of --recipe
-        and --partner. paper: the convolutions after the first --skip, with the most similar
-        partner, in training only. released: the released code as it runs, with a random partner
-        and one merge more before each validation image, before the checkpoint is written; it merges
-        nothing in a ResNet, and in a DenseNet at most the stem. released_intent: the same, but in a
-        ResNet it merges conv2 of the blocks after the first --skip, as the code meant to, and a
-        DenseNet is refused. None: the convolutions after the first --skip, in training only.
-      output: Folder for all that the run writes: a new or empty one, unless --resume or --overwrite
-        is given.
-      seeds: One backbone, and one of each other arm, per seed, such as 0 1 2.
-      arms: Arms to train: backbone, finetune, inmerge. The backbone is always among them, because
-        the others start from it.
-      devices: Number of local devices that share every batch; with several processes, all do.
-      accumulate: Parts that each device's share of a batch is cut into, for less memory: their
-        gradients are averaged into one update, which merges once. A network without batch
-        normalisation and dropout trains the same; batch normalisation sees each part on its own.
-      steps_per_call: Updates in one dispatch, on GPU and TPU, where a small step would wait for the
-        host; an epoch's last few updates go one by one.
-      fused: On TPUs from v4 on, merge each layer in one Pallas kernel, which moves a fifth of the
-        bytes; --no-fused merges by XLA's own operations, as is done elsewhere.
-      workers: Processes that read and decode images; 0 for threads of the training process. Only
-        for data that is read from files while it trains (chestxray14). By default one for every
-        three CPU cores there, at most 16.
-      coordinator: Address of process 0 as HOST:PORT, where several processes share every batch.
-        Each is started with this, --num-processes and --process-id; process 0 alone writes the
-        output folder. On a TPU pod, start the same command on every host without these three.
-      num_processes: How many processes there are.
-      process_id: Which of them this one is, from 0.
-      resume: Continue the unfinished run in the output folder, on CPU to the same results bit for
-        bit.
-      overwrite: Empty the output folder first, if it holds a run; other files in it go too.
-      cache: Folder of compiled programs, so that a second start compiles nothing anew; None for no
-        such folder.
+      output: Folder of the run.
+      seeds: Seeds; every arm is trained once per seed.
+      arms: The backbone and: finetune (without merging), inmerge.
+      resume: Continue the run in the output folder.
+      overwrite: Replace the run in the output folder.
+      compilation_cache_dir: JAX's compilation cache; None disables it.
     """
 
-    data: Annotated[DataConfig, arg(name="", constructor=DataOptions)] = field(
-        default_factory=DataOptions
-    )
-    model: Annotated[ModelConfig, OmitArgPrefixes] = field(default_factory=ModelConfig)
-    recipe: Annotated[RecipeConfig, OmitArgPrefixes] = field(default_factory=RecipeConfig)
-    rule: Annotated[RuleConfig, OmitArgPrefixes] = field(default_factory=RuleConfig)
-    preset: Annotated[PresetName | None, arg(metavar="{paper,released,released_intent}")] = None
-    output: Path = Path("runs/train")
+    output: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
     seeds: Annotated[tuple[int, ...], arg(metavar="INT ...")] = (0,)
-    arms: Annotated[tuple[Arm, ...], arg(metavar="ARM ...")] = ARMS
-    devices: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: all of them)")
-    ] = None
-    accumulate: int = 1
-    steps_per_call: int = 1
-    fused: bool = True
+    arms: Annotated[
+        tuple[Arm, ...], arg(metavar="ARM ...", help_behavior_hint="(default: all)")
+    ] = ARMS
+    resume: Annotated[bool, _FLAG] = False
+    overwrite: Annotated[bool, _FLAG] = False
+    compilation_cache_dir: Annotated[Path | None, arg(metavar="FOLDER")] = COMPILATION_CACHE
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """How the work is divided over devices and processes.
+
+    Attributes:
+      devices: Number of devices that share each batch.
+      workers: Processes that read image files; 0 for threads.
+      grad_accum_steps: Microbatches per device and update, to save memory.
+      steps_per_execution: Updates per dispatch, for small steps on GPU and TPU.
+      fused: On TPU v4 and newer one Pallas kernel merges a layer, unless this is off.
+      coordinator: Address of process 0; for several processes, not needed on a TPU pod.
+      num_processes: Number of processes.
+      process_id: Number of this process, from 0.
+    """
+
+    devices: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None
     workers: Annotated[
-        int | None,
-        arg(metavar="INT", help_behavior_hint="(default: by the number of CPU cores)"),
+        int | None, arg(metavar="INT", help_behavior_hint="(default: cores / 3)")
     ] = None
-    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    num_processes: Annotated[int | None, arg(metavar="INT")] = None
-    process_id: Annotated[int | None, arg(metavar="INT")] = None
-    resume: bool = False
-    overwrite: bool = False
-    cache: Annotated[Path | None, arg(metavar="PATH")] = Path("~/.cache/inmerge_jax/xla")
+    grad_accum_steps: int = 1
+    steps_per_execution: int = 1
+    fused: Annotated[bool, _FLAG] = True
+    coordinator: Annotated[str | None, _optional("HOST:PORT")] = None
+    num_processes: Annotated[int | None, _optional("INT")] = None
+    process_id: Annotated[int | None, _optional("INT")] = None
+
+
+@dataclass(frozen=True)
+class TrainConfig(OutputConfig, DeviceConfig):
+    """The configuration of a run.
+
+    Attributes:
+      data: the data set.
+      model: the network.
+      recipe: the training recipe.
+      rule: the merging rule.
+      preset: name of a reading of the method, see `presets`; None merges all convolutions after
+        the first `rule.skip`, in training only.
+    """
+
+    data: DataConfig = field(default_factory=DataOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    rule: RuleConfig = field(default_factory=RuleConfig)
+    preset: PresetName | None = None
+
+
+@dataclass(frozen=True)
+class _MergingOptions(RuleConfig):
+    __doc__ = RuleConfig.__doc__
+
+    preset: Annotated[
+        PresetName | None,
+        arg(
+            metavar="{paper,released,released_intent}",
+            help="A reading of the method: the paper's text, the released code as it runs "
+            "(merges nothing in a ResNet), or as it was meant.",
+            help_behavior_hint="",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    """Trains a backbone, then fine-tunes its best checkpoint with and without in-model merging.
+
+    Ctrl-C or SIGTERM saves a checkpoint after the current update; --resume continues.
+    """
+
+    data: Annotated[DataOptions, OmitArgPrefixes, arg(help="")]
+    model: Annotated[ModelConfig, OmitArgPrefixes, arg(help="")]
+    recipe: Annotated[RecipeConfig, OmitArgPrefixes]
+    merging: Annotated[_MergingOptions, OmitArgPrefixes]
+    output: Annotated[OutputConfig, OmitArgPrefixes, arg(help="")]
+    devices_and_processes: Annotated[DeviceConfig, OmitArgPrefixes, arg(help="")]
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The command line of `inmerge train`; None for this process's own.
+    """Parses the command line of `inmerge train`.
+
+    Args:
+      arguments: the arguments; None for those of this process.
 
     Raises:
-      SystemExit: 0 after --help; 2, with a message, for an unknown option or value.
+      SystemExit: with status 0 after --help, 2 for an unknown option or value.
     """
     import tyro
 
-    config = tyro.cli(
-        TrainConfig,
+    options = tyro.cli(
+        _CommandLine,
         prog="inmerge train",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    rule = {name: value for name, value in vars(options.merging).items() if name != "preset"}
+    config = TrainConfig(
+        data=options.data,
+        model=options.model,
+        recipe=options.recipe,
+        rule=RuleConfig(**rule),
+        preset=options.merging.preset,
+        **vars(options.output),
+        **vars(options.devices_and_processes),
     )
     return apply_preset(config)
 
 
 def apply_preset(config: TrainConfig) -> TrainConfig:
-    """`config` with the defaults of its preset and data; applied again, it changes nothing.
+    """Fills in the defaults of the preset and the data set; idempotent.
 
-    These are the preset's recipe and partner, the threshold, and the size of images; that of
-    ChestX-ray14 stays None, which stands for the size of its build.
+    These are the preset's recipe and partner, the threshold, and the image size. For ChestX-ray14
+    the size stays None, which means the size of the build.
 
     Raises:
-      InputError: on an unknown preset.
+      UsageError: the preset is unknown.
     """
     preset = find_preset(config.preset)
     recipe = dataclasses.replace(config.recipe, name=config.recipe.name or preset.recipe)
@@ -291,13 +325,13 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_recipe(config: RecipeConfig) -> Recipe:
-    """The named recipe with the options that were given in its place; see `apply_preset` first.
+    """The named recipe, with the given values in place of its own; call `apply_preset` first.
 
     Raises:
-      InputError: on an unknown name, a number out of range, or a momentum for Adam.
+      UsageError: the name is unknown, a number is out of range, or Adam has a momentum.
     """
     if config.name is None or config.name not in RECIPES:
-        raise InputError(f"--recipe {config.name}: unknown; choose one of {', '.join(RECIPES)}")
+        raise UsageError(f"`recipe` {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[config.name], **given)
@@ -309,23 +343,23 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         _require(valid, name, rate, "choose a positive number, such as 0.001")
     _require(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "choose a number in [0, 1)")
     if config.momentum is not None and recipe.optimizer != "sgd":
-        raise InputError(
-            f"--momentum {config.momentum}: {recipe.optimizer} has none; leave it out, or add "
-            "--optimizer sgd"
+        raise UsageError(
+            f"`momentum` {config.momentum}: {recipe.optimizer} has none; leave it out, or give "
+            "`optimizer=sgd`"
         )
-    cap = recipe.positive_weights
+    cap = recipe.pos_weight
     valid = cap is None or (cap > 0 and math.isfinite(cap))
-    _require(valid, "positive_weights", cap, "choose a positive number, such as 10")
+    _require(valid, "pos_weight", cap, "choose a positive number, such as 10")
     valid = 0 <= recipe.weight_decay < math.inf
     _require(valid, "weight_decay", recipe.weight_decay, "choose 0 or more")
     return recipe
 
 
 def resolve_rule(config: RuleConfig) -> MergeRule:
-    """The merging rule; see `apply_preset` first.
+    """The merging rule; call `apply_preset` first.
 
     Raises:
-      InputError: on a number out of range, or a threshold and a quantile.
+      UsageError: a number is out of range, or both a threshold and a quantile are given.
     """
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
@@ -336,53 +370,63 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     if config.quantile is None:
         return MergeRule(config.probability, threshold, config.alpha, partner)
     if config.threshold is not None:
-        raise InputError(
-            f"--threshold {config.threshold} and --quantile {config.quantile} contradict each "
-            "other: give one of them"
+        raise UsageError(
+            f"`threshold` {config.threshold} and `quantile` {config.quantile} exclude each other: "
+            "give one of them"
         )
     return MergeRule(config.probability, quantile(config.quantile), config.alpha, partner)
 
 
 def check_run(config: TrainConfig) -> None:
-    """Checks the options that are of no other group.
+    """Checks the options that no other function checks.
 
     Raises:
-      InputError: on no seed, a seed below 0 or named twice, no arm, or contradicting flags.
+      UsageError: no seed, a negative or repeated seed, no arm, a path that is a bucket, or options
+        that exclude each other.
     """
     seeds = " ".join(map(str, config.seeds))
-    _require(bool(config.seeds), "seeds", seeds, "name at least one, such as --seeds 0 1 2")
+    _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
-        raise InputError("--replace-head is for the head of a file: give --init-from too")
-    places = {"output": config.output, "cache": config.cache, "data_dir": config.data.data_dir}
+        raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
+    places = {
+        "output": config.output,
+        "compilation_cache_dir": config.compilation_cache_dir,
+        "data_dir": config.data.data_dir,
+    }
     for name, path in (places | {"init_from": config.model.init_from}).items():
-        # A Path has made one slash of the two, and would make a local folder of that name.
+        # Path collapses the two slashes of gs://, and a local folder of that name would be made.
         _require(
             path is None or not path.parts[:1] or not path.parts[0].endswith(":"),
             name,
             path,
-            "buckets can't be read or written; mount it, and give the folder where it is",
+            "buckets are not supported; mount it, and give the folder of the mount",
         )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")
-    _require(config.accumulate >= 1, "accumulate", config.accumulate, "choose 1 or more")
+    _require(
+        config.grad_accum_steps >= 1,
+        "grad_accum_steps",
+        config.grad_accum_steps,
+        "choose 1 or more",
+    )
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite contradict each other: give one of them")
+        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
 
 
-def check_steps_per_call(steps: int, platform: str) -> None:
-    """Checks --steps-per-call for the platform that the run is on.
+def check_steps_per_execution(steps: int, platform: str) -> None:
+    """Checks `steps_per_execution` for the platform of the run.
 
     Raises:
-      InputError: below 1, or above 1 on CPU.
+      UsageError: `steps` is below 1, or above 1 on CPU.
     """
-    _require(steps >= 1, "steps_per_call", steps, "choose 1 or more")
+    _require(steps >= 1, "steps_per_execution", steps, "choose 1 or more")
     if steps > 1 and platform == "cpu":
-        raise InputError(
-            f"--steps-per-call {steps}: leave it out on CPU, where XLA's convolutions are about 45 "
-            "times slower inside the loop that would hold the steps; it is for GPU and TPU"
+        raise UsageError(
+            f"`steps_per_execution` {steps}: leave it out on CPU, where XLA's convolutions are "
+            "about 45 times slower inside a loop; it is for GPU and TPU"
         )
 
 
@@ -393,10 +437,10 @@ def config_dict(
     init_sha256: str | None = None,
     data_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """What config.json holds: the options that decide the results, resolved, JSON-ready.
+    """The content of config.json: the resolved options that determine the results.
 
-    `init_sha256` is that of the file --init-from, and `data_sha256` that of images that were built
-    from files: their content decides the results too.
+    `init_sha256` is the hash of the file `init_from`; `data_sha256` is that of a data set that was
+    built from files. The content of both determines the results.
     """
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
@@ -408,8 +452,8 @@ def config_dict(
     del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if not config.model.remat:
         del values["model"]["remat"]
-    if config.accumulate == 1:
-        del values["accumulate"]
+    if config.grad_accum_steps == 1:
+        del values["grad_accum_steps"]
     if config.fused:
         del values["fused"]
     if data_sha256:
@@ -422,4 +466,4 @@ def config_dict(
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise InputError(f"--{name.replace('_', '-')} {value}: {remedy}")
+        raise UsageError(f"`{name}` {value}: {remedy}")

@@ -1,4 +1,4 @@
-"""Scores of a whole split, with the weights as they are, or with a merge before every image."""
+"""Evaluation of a split: with fixed weights, or with a merge before every image."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,21 +8,37 @@ import jax
 import numpy as np
 
 from inmerge_jax.data import Split, eval_batches
-from inmerge_jax.training.hosts import gather_rows
-from inmerge_jax.training.parallel import replicate, split, unreplicate
-from inmerge_jax.training.stage import Setup
-from inmerge_jax.training.state import TrainState
-from inmerge_jax.training.steps import Totals
-from inmerge_jax.training.stopping import Stopped, never
+from inmerge_jax.training.multihost import gather_rows
+from inmerge_jax.training.parallel import replicate, shard_batch, unreplicate
+from inmerge_jax.training.preemption import TrainingInterrupted
+from inmerge_jax.training.train_step import Totals, TrainState
 
 
-def evaluate(setup: Setup, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
-    """Scores of a whole split, float32 (n, classes), and its mean loss; `state` is replicated.
+def evaluate(
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]],
+    state: TrainState,
+    images: Split,
+    *,
+    batch_size: int,
+    devices: tuple[jax.Device, ...],
+    workers: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, float]:
+    """Scores of a whole split, float32 (n, classes), and its mean loss.
 
-    Each process evaluates its rows of every batch, and gets the results of all.
+    Each process evaluates its rows of every batch, and gets the results of all processes.
+
+    Args:
+      eval_step: the result of `train_step.make_eval_step`.
+      state: replicated train state.
+      images: the split.
+      batch_size: examples per batch, over all devices.
+      devices: the devices that the step runs on.
+      workers: number of processes that read images; 0 for none.
+      should_stop: called before every batch.
 
     Raises:
-      Stopped: `setup.should_stop` said so.
+      TrainingInterrupted: `should_stop` returned True.
     """
     scores, losses, in_flight = [], [], deque()
 
@@ -33,16 +49,16 @@ def evaluate(setup: Setup, state: TrainState, images: Split) -> tuple[np.ndarray
 
     batches = eval_batches(
         images,
-        setup.recipe.batch_size,
+        batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),
-        workers=setup.workers,
+        workers=workers,
     )
     for batch in batches:
-        if setup.should_stop():
-            raise Stopped("stopped in an evaluation")
-        batch = split(batch, setup.devices)
-        in_flight.append(setup.eval_step(state.params, state.batch_stats, batch))
+        if should_stop():
+            raise TrainingInterrupted("stopped in an evaluation")
+        batch = shard_batch(batch, devices)
+        in_flight.append(eval_step(state.params, state.batch_stats, batch))
         if len(in_flight) > 2:
             fetch()
     while in_flight:
@@ -59,33 +75,33 @@ def evaluate_merging(
     images: Split,
     root: jax.Array,
     devices: tuple[jax.Device, ...],
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, Totals, np.ndarray, float]:
-    """Merges before every image and evaluates it: image k sees weights after k merges.
+    """Merges before every image, then evaluates it: image k sees the weights after k merges.
 
     Args:
-      step: of `steps.make_merging_eval_step`.
-      state: replicated; given away.
+      step: the result of `train_step.make_merging_eval_step`.
+      state: replicated train state; it is donated.
       totals: replicated zeros.
-      images: the split, of which every device of every process evaluates every image.
+      images: the split; every device of every process evaluates every image.
       root: the stage's key.
-      devices: what the step runs on.
-      should_stop: asked before every image.
+      devices: the devices that the step runs on.
+      should_stop: called before every image.
 
     Returns:
-      The state with the merged weights; the totals, as NumPy arrays; scores, float32 (n, classes);
-      the mean loss.
+      The state with the merged weights; the totals, as NumPy arrays; the scores, float32
+      (n, classes); the mean loss.
 
     Raises:
-      Stopped: `should_stop` said so.
+      TrainingInterrupted: `should_stop` returned True.
     """
     kept: list[tuple[jax.Array, jax.Array]] = []
     for batch in eval_batches(images, 1):
         if should_stop():
-            raise Stopped("stopped in an evaluation")
+            raise TrainingInterrupted("stopped in an evaluation")
         state, totals, scored = step(state, totals, replicate(batch, devices), root)
         kept.append(scored)
-        if len(kept) > 2:  # No device waits for the host, and no queue grows without bound.
+        if len(kept) > 2:  # Bounds the queue; no device waits for the host.
             jax.block_until_ready(kept[-3])
     scores, losses = (
         np.concatenate(column) for column in zip(*map(unreplicate, kept), strict=True)

@@ -1,24 +1,32 @@
-"""AUC and accuracy as the MedMNIST benchmark computes them."""
+"""AUC and accuracy as the MedMNIST benchmark computes them, and score files in its format.
+
+A score file is named `{flag}{_size}_{split}_[AUC]{auc:.3f}_[ACC]{acc:.3f}@{run}.csv` (no size at
+28 px). Each line holds an image's index in the split and its scores. There is no header.
+"""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
+from inmerge_jax.data.dataset import TASKS
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_text
+from inmerge_jax.training.workdir import write_error
 
 
 class Metrics(NamedTuple):
-    """The figures of one split.
+    """AUC and accuracy on one split.
 
     Attributes:
-      auc: mean of the defined entries of `auc_per_class`; NaN where none is defined.
-      acc: share of right answers: argmax for multi-class and ordinal tasks, a score above 0.5 for
-        binary ones, averaged over labels for multi-label ones.
-      auc_per_class: one AUROC per class or label, in [0, 1]; NaN where the split holds one kind of
-        answer only. Both classes of a binary task have the same.
-      undefined: how many entries of `auc_per_class` are NaN.
+      auc: mean of the defined entries of `auc_per_class`; NaN if none is defined.
+      acc: accuracy in [0, 1]: of the argmax for multi-class and ordinal tasks, at threshold 0.5 for
+        binary tasks, averaged over labels for multi-label tasks.
+      auc_per_class: one AUROC per class or label, in [0, 1]; NaN if the split has only positives or
+        only negatives. Both classes of a binary task have the same value.
+      undefined: number of NaN entries in `auc_per_class`.
     """
 
     auc: float
@@ -27,25 +35,25 @@ class Metrics(NamedTuple):
     undefined: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a dict that JSON can hold."""
+        """The metrics as a JSON-serializable dict."""
         return {**self._asdict(), "auc_per_class": list(self.auc_per_class)}
 
 
 def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
-    """AUC and accuracy of `scores`, equal to `medmnist.Evaluator`'s wherever that is defined.
+    """AUC and accuracy of `scores`, equal to those of `medmnist.Evaluator` where defined.
 
     Args:
       labels: integers (n,) or (n, 1); for "multi-label, binary-class" 0 or 1, (n, labels).
-      scores: finite floats, (n, classes), for binary tasks also (n,) or (n, 1), of which the last
-        column counts; for multi-label tasks (n, labels). Ties count half.
-      task: one of medmnist's words, see `TASKS`.
+      scores: finite floats (n, classes); for binary tasks the last column is used, and (n,) and
+        (n, 1) are accepted; for multi-label tasks (n, labels). Ties count half.
+      task: one of `TASKS`.
 
     Raises:
-      ValueError: for another task, shapes that don't belong together, no rows, or a score that is
-        not finite.
+      ValueError: the task is unknown, the shapes do not match, there are no rows, or a score is not
+        finite.
 
-    Source: `medmnist.evaluator`, whose mean fails or becomes NaN where a class has one label only;
-    here that class is left out of the mean and counted.
+    Source: `medmnist.evaluator`. Its mean fails or is NaN if a class has only positives or only
+    negatives; here such a class is excluded from the mean and counted.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -67,13 +75,13 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
 
 
 def json_metrics(metrics: Metrics) -> dict[str, Any]:
-    """`Metrics` as a dict for JSON, with None in place of NaN."""
+    """`Metrics` as a JSON-serializable dict, with None for NaN."""
     per_class = [json_number(auc) for auc in metrics.auc_per_class]
     return {**metrics.to_dict(), "auc": json_number(metrics.auc), "auc_per_class": per_class}
 
 
 def json_number(value: float) -> float | None:
-    """`value`, or None in place of NaN, which JSON lacks."""
+    """`value`, or None if it is NaN, which JSON cannot represent."""
     return None if math.isnan(value) else value
 
 
@@ -85,9 +93,9 @@ def _two_dimensional(labels: Any, scores: Any, task: str) -> tuple[np.ndarray, n
     if labels.ndim != 2 or scores.ndim != 2 or len(labels) != len(scores) or not labels.size:
         raise ValueError(f"labels and scores need the same number of rows, at least one: {given}")
     if labels.shape[1] != (scores.shape[1] if task.startswith("multi-label") else 1):
-        raise ValueError(f"labels of the wrong width for this task: {given}")
+        raise ValueError(f"labels have the wrong number of columns for this task: {given}")
     if task in ("multi-class", "ordinal-regression") and scores.shape[1] < 2:
-        raise ValueError(f"one column of scores per class is needed: {given}")
+        raise ValueError(f"scores need one column per class: {given}")
     highest = scores.shape[1] - 1 if task in ("multi-class", "ordinal-regression") else 1
     if labels.min() < 0 or labels.max() > highest:
         raise ValueError(f"labels outside 0..{highest}: {labels.min()}..{labels.max()}; {given}")
@@ -104,3 +112,66 @@ def _auroc(positive: np.ndarray, scores: np.ndarray) -> float:
 
 def _share(right: np.ndarray) -> float:
     return float(np.mean(right))
+
+
+_SPLITS = ("train", "val", "test")
+
+
+def write_scores(
+    folder: Path, flag: str, size: int, split: str, scores: Any, metrics: Metrics, run: str
+) -> Path:
+    """Writes the scores of one split and returns the file's path.
+
+    Numbers have enough digits to be read back exactly, so `medmnist.Evaluator.parse_and_evaluate`
+    reproduces `metrics` from the file.
+
+    Args:
+      folder: folder of the file; created if missing.
+      flag: name of the data set, without "_", "@" and "/".
+      size: image size in pixels.
+      split: "train", "val" or "test".
+      scores: floats (n,) or (n, columns), in the order of the split.
+      metrics: metrics of these scores, which are part of the file name.
+      run: name of the run, without "@", "." and "/".
+
+    Raises:
+      UsageError: the file cannot be written.
+      ValueError: medmnist could not parse the file name, or the scores have another shape.
+    """
+    scores = np.asarray(scores)
+    scores = scores[:, None] if scores.ndim == 1 else scores
+    if scores.ndim != 2:
+        raise ValueError(f"scores of shape {scores.shape}; needed: (n,) or (n, columns)")
+    if split not in _SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}")
+    if not flag or set(flag) & set("_@/"):
+        raise ValueError(f"the data set's name must be non-empty, without '_', '@', '/': {flag!r}")
+    if not run or set(run) & set("@./"):
+        raise ValueError(f"the run's name must be non-empty, without '@', '.', '/': {run!r}")
+    pixels = "" if size == 28 else f"_{size}"
+    figures = f"[AUC]{metrics.auc:.3f}_[ACC]{metrics.acc:.3f}"
+    path = Path(folder) / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
+    lines = (",".join([str(index), *map(str, row)]) for index, row in enumerate(scores))
+    try:
+        write_text(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise write_error(path, error) from error
+    return path
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """The scores of one file, float64 (n, columns), in the order of their indices.
+
+    Raises:
+      UsageError: the file is missing, or its lines are not an index and scores.
+    """
+    try:
+        lines = Path(path).read_text().splitlines() or ["empty"]
+        table = np.loadtxt(lines, delimiter=",", ndmin=2, dtype=np.float64)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no score file {path}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not a score file: {error}") from error
+    if table.shape[1] < 2:
+        raise UsageError(f"{path} is not a score file: an index and scores per line are needed")
+    return table[np.argsort(table[:, 0], kind="stable"), 1:]

@@ -1,4 +1,4 @@
-"""Data parallelism: which devices, and how a tree or a batch is laid out over them."""
+"""Data parallelism: choice of devices, and placement of trees and batches on them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
-AXIS = "devices"
-"""The axis name that every per-device step averages over."""
+DATA_AXIS = "devices"
+"""Name of the mapped axis over which the steps average."""
 
 
 def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
-    """The first `count` local devices, or all for None; with several processes, all of them.
+    """The first `count` local devices, or all of them for None.
 
-    Those of process 0 come first, then those of process 1, and so on.
+    In a run of several processes these are the devices of all processes, those of process 0 first.
 
     Raises:
-      InputError: `count` is below 1 or above the number of local devices; with several processes,
-        it is not the number of all devices, or they do not have equally many.
+      UsageError: `count` is below 1 or above the number of local devices. With several processes:
+        `count` is not the number of all devices, or processes have different numbers of devices.
     """
     available = jax.local_devices()
     if jax.process_count() > 1:
@@ -32,8 +32,8 @@ def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
         hint = ""
         if available[0].platform == "cpu":
             hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates more"
-        raise InputError(
-            f"--devices {count}: choose 1 to {len(available)}, the number of local "
+        raise UsageError(
+            f"`devices` {count}: choose 1 to {len(available)}, the number of local "
             f"{available[0].platform} devices{hint}"
         )
     return tuple(available[:count])
@@ -43,24 +43,24 @@ def _of_all_processes(count: int | None) -> tuple[jax.Device, ...]:
     groups = [jax.local_devices(number) for number in range(jax.process_count())]
     numbers = [len(group) for group in groups]
     if len(set(numbers)) > 1:
-        raise InputError(
-            f"the processes have {', '.join(map(str, numbers))} devices: give each the same number"
+        raise UsageError(
+            f"the processes have {', '.join(map(str, numbers))} devices: give all the same number"
         )
     if count not in (None, sum(numbers)):
-        raise InputError(
-            f"--devices {count}: {len(groups)} processes train on all of their {sum(numbers)} "
+        raise UsageError(
+            f"`devices` {count}: {len(groups)} processes train on all of their {sum(numbers)} "
             "devices; leave it out"
         )
     return tuple(device for group in groups for device in group)
 
 
 def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
-    """One copy per device of every array: shape (...) becomes (devices, ...), for `jax.pmap`.
+    """One copy of every array per device, for `jax.pmap`: shape (...) becomes (devices, ...).
 
-    As `jax.pmap` has it, what a process holds is the part of its own devices: here and in the
-    other functions, an axis of devices is as long as this process has of them.
+    As in `jax.pmap`, a process holds the part of its own devices. Here and in the other functions,
+    the device axis is as long as the number of devices of this process.
     """
-    spread = _sharding(devices, PartitionSpec(AXIS))
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def copy(x: Any) -> jax.Array:
@@ -71,19 +71,21 @@ def replicate(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy as NumPy arrays; the inverse of `replicate`."""
+    """The first device's copy as NumPy arrays: the inverse of `replicate`."""
     first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
     return jax.tree.map(lambda x: x[0], jax.device_get(first))
 
 
-def broadcast(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
-    """Arrays that every device holds whole, for arguments that `jax.pmap` maps with axis None."""
+def broadcast_to_devices(tree: Any, devices: tuple[jax.Device, ...]) -> Any:
+    """A full copy on every device, for arguments that `jax.pmap` maps with axis None."""
     return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
-def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict[str, jax.Array]:
-    """This process's rows of a batch, (n, ...), as (devices, n / devices, ...), one block each."""
-    spread = _sharding(devices, PartitionSpec(AXIS))
+def shard_batch(
+    batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]
+) -> dict[str, jax.Array]:
+    """Splits this process's rows (n, ...) over its devices: (devices, n / devices, ...)."""
+    spread = _sharding(devices, PartitionSpec(DATA_AXIS))
     count = spread.mesh.size
 
     def divide(x: np.ndarray) -> jax.Array:
@@ -92,22 +94,22 @@ def split(batch: dict[str, np.ndarray], devices: tuple[jax.Device, ...]) -> dict
     return {name: divide(x) for name, x in batch.items()}
 
 
-def ahead(
+def prefetch_to_device(
     batches: Iterator[dict[str, np.ndarray]], devices: tuple[jax.Device, ...], count: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches on the devices, see `split`, each put there up to `count` batches in advance.
+    """Yields batches on the devices, see `shard_batch`, each copied `count` batches in advance.
 
-    So the copy to the devices, and the reading before it, go on while a step runs.
+    The copy to the devices, and the reading before it, overlap with the running step.
     """
     waiting: deque[dict[str, jax.Array]] = deque()
     for batch in batches:
-        waiting.append(split(batch, devices))
+        waiting.append(shard_batch(batch, devices))
         if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
 
 
 def _sharding(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
-    """Over those of `devices` that this process has."""
+    """A sharding over those of `devices` that belong to this process."""
     local = [device for device in devices if device.process_index == jax.process_index()]
-    return NamedSharding(Mesh(np.array(local), (AXIS,)), spec)
+    return NamedSharding(Mesh(np.array(local), (DATA_AXIS,)), spec)

@@ -1,7 +1,6 @@
-"""Readings of the method: which kernels merge, with what partner, when, under which recipe.
+"""Presets: readings of the method that fix kernels, partner, time of merging and recipe.
 
-The paper's text and its released code say different things; a preset names one reading.
-docs/fidelity.md sets them side by side.
+The paper's text and its released code differ; docs/fidelity.md compares them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, deep_kernels
 
 PresetName = Literal["paper", "released", "released_intent"]
@@ -20,12 +19,13 @@ class Preset:
     """One reading of the method.
 
     Attributes:
-      recipe: the recipe, unless another is named.
-      partner: of the rule, unless another is named.
-      selection: "forward", the convolutions after the first L_s in the order of the forward pass;
-        "released", what the released code reaches; "intent", what it set out to reach.
-      merge_in_validation: whether the merging stage also merges before every single validation
-        image, before the epoch's checkpoint is written.
+      recipe: default recipe.
+      partner: default partner of the rule.
+      selection: kernels to merge. "forward": the convolutions after the first L_s in execution
+        order; "released": those that the released code reaches; "intent": those that it was meant
+        to reach.
+      merge_in_validation: whether the merging stage also merges before every validation image,
+        before the epoch's checkpoint is written.
     """
 
     recipe: str
@@ -36,7 +36,7 @@ class Preset:
 
 PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
     {
-        # The text gives no recipe that could be had, so it borrows the released code's.
+        # The paper gives no complete recipe; this uses the released code's.
         "paper": Preset("released", "nearest", "forward", merge_in_validation=False),
         "released": Preset("released", "random", "released", merge_in_validation=True),
         "released_intent": Preset("released", "random", "intent", merge_in_validation=True),
@@ -44,68 +44,69 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
 )
 
 NO_PRESET = Preset("medmnist", "random", "forward", merge_in_validation=False)
-"""What holds where no preset is named."""
+"""The defaults without a preset."""
 
 
 def find_preset(name: PresetName | None) -> Preset:
-    """The preset of that name; `NO_PRESET` for None.
+    """The preset called `name`; `NO_PRESET` for None.
 
     Raises:
-      InputError: on an unknown name.
+      UsageError: the name is unknown.
     """
     if name is None:
         return NO_PRESET
     if name not in PRESETS:
-        raise InputError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+        raise UsageError(f"`preset` {name}: unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def select_kernels(
     preset: Preset, model: str, kernels: Sequence[Kernel], skip: int
 ) -> tuple[tuple[Kernel, ...], str]:
-    """The kernels that merge, in the order of the forward pass, and why there are none.
+    """Selects the kernels to merge, in execution order.
 
     Args:
-      preset: its `selection` decides.
-      model: a name that `create_model` knows.
-      kernels: all of the network's convolutions, in the order of the forward pass.
-      skip: L_s: counts convolutions, or with "intent" a ResNet's blocks.
+      preset: supplies `selection`.
+      model: name of the network, see `create_model`.
+      kernels: all convolution kernels of the network, in execution order.
+      skip: L_s, the number of convolutions that are not merged; for "intent" and a ResNet, the
+        number of blocks.
 
     Returns:
-      The kernels, and "" or, where the released code merges nothing in such a network, the reason.
+      The kernels, and "" or the reason why the released code merges nothing in this network.
 
     Raises:
-      InputError: `skip` leaves nothing, or nothing is known of what was intended.
+      UsageError: `skip` leaves nothing to merge, or the intent for this network is unknown.
     """
     family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
     if preset.selection == "released" and family == "resnet":
         return (), (
             f"the released code merges nothing in {model}, whatever its options: it looks for "
-            "convolutions in containers nested one level deeper than a ResNet's are. So the arm "
-            "inmerge is plain training here. --preset released_intent merges what it set out to."
+            "convolutions one level deeper than a ResNet nests them. The arm inmerge is plain "
+            "fine-tuning here. The preset released_intent merges the layers that were meant."
         )
     if preset.selection == "released" and family == "densenet":
         if skip == 0:
             return tuple(kernels[:1]), ""
         return (), (
-            f"the released code merges nothing in {model} at --skip {skip}: of a DenseNet it "
-            "reaches the first convolution alone, and any --skip above 0 leaves that out. So the "
-            "arm inmerge is plain training here."
+            f"the released code merges nothing in {model} at skip {skip}: it reaches only a "
+            "DenseNet's first convolution, which any skip above 0 leaves out. The arm inmerge is "
+            "plain fine-tuning here."
         )
     if preset.selection == "intent" and family == "resnet":
         second = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
         return _after(second, skip, f"{model} has {len(second)} residual blocks"), ""
     if preset.selection == "intent" and family == "densenet":
-        raise InputError(
-            f"--preset released_intent: what the released code meant to merge in {model} is not "
-            "known; choose --preset released or paper"
+        raise UsageError(
+            f"`preset` released_intent: the layers that the released code meant to merge in "
+            f"{model} are unknown; choose released or paper"
         )
     return _after(kernels, skip, f"{model} has {len(kernels)} convolutions"), ""
 
 
 def _after(kernels: Sequence[Kernel], skip: int, count: str) -> tuple[Kernel, ...]:
     if skip >= len(kernels):
-        raise InputError(
-            f"--skip {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
+        raise UsageError(
+            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
         )
     return deep_kernels(kernels, skip=skip)

@@ -1,4 +1,4 @@
-"""Training recipes as data, and the rules that read a stage's history."""
+"""Training recipes, learning-rate schedules and checkpoint selection."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,30 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Both stages follow it, each over its own epochs.
+    """A training recipe for both stages.
 
     Attributes:
-      optimizer: "adam" (eps 1e-8) or "sgd", each as PyTorch computes it.
-      learning_rate: rate of the backbone stage's first epoch.
-      batch_size: examples of one update, over all devices.
+      optimizer: "adam" (eps 1e-8) or "sgd", as in PyTorch.
+      learning_rate: initial learning rate of the backbone stage.
+      batch_size: examples per update, over all devices.
       epochs: epochs of the backbone stage.
-      merging_epochs: epochs of the second stage (the arms finetune and inmerge).
-      schedule: "milestones" multiplies the rate by `factor` once each of the shares `milestones` of
-        the stage's epochs is done. "plateau" multiplies it after every epoch that lies `tolerance`
-        or more epochs behind the one of lowest validation loss, and starts a fresh optimizer each
-        time: after the first cut it fires again at every further epoch without a new lowest loss.
-      select: what the best checkpoint has most of ("val_auc") or least of ("val_loss").
-      merging_learning_rate: rate of the second stage's first epoch; None for the rate that the
-        backbone's best epoch was trained with.
-      momentum: of sgd.
-      weight_decay: coupled L2: added to the gradient, before momentum or Adam's moments.
-      flip: mirror training images left to right with probability 1/2.
-      positive_weights: None, or the most that a label of 1 may count in a multi-label loss: the
-        training images without the label by those with it, as in CheXNet (arXiv 1711.05225), whose
-        two weights have that ratio.
-      mean: per channel, subtracted from images in [0, 1]. Three values make grey images RGB.
-      std: per channel, by which images are then divided.
+      merging_epochs: epochs of the second stage (arms finetune and inmerge).
+      schedule: "milestones" multiplies the rate by `factor` at each of the fractions `milestones`
+        of the stage. "plateau" multiplies it, and resets the optimizer, after every epoch that is
+        `tolerance` or more epochs past the lowest validation loss; it fires again at every further
+        epoch without a new lowest loss.
+      select: criterion for the best checkpoint: highest "val_auc" or lowest "val_loss".
+      merging_learning_rate: initial learning rate of the second stage; None for that of the
+        backbone's best epoch.
+      momentum: momentum of SGD.
+      weight_decay: coefficient of coupled L2 regularization, added to the gradient before momentum
+        or Adam's moments.
+      flip: flip training images left to right with probability 1/2.
+      pos_weight: None, or the upper bound on the weight of positive labels in a multi-label loss.
+        The weight is negatives / positives, as in CheXNet (arXiv 1711.05225).
+      mean: per-channel mean, subtracted from images in [0, 1]. Three values turn grey images into
+        RGB.
+      std: per-channel standard deviation, by which images are divided.
     """
 
     optimizer: Literal["adam", "sgd"]
@@ -47,7 +48,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     flip: bool = False
-    positive_weights: float | None = None
+    pos_weight: float | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -89,12 +90,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 def next_learning_rate(
     recipe: Recipe, start: float, epochs: int, history: Sequence[Mapping[str, Any]]
 ) -> tuple[float, bool]:
-    """The rate of a stage's next epoch, and whether a fresh optimizer starts with it.
+    """The learning rate of a stage's next epoch, and whether the optimizer is reset.
 
     Args:
-      recipe: its `schedule` decides.
-      start: rate of the stage's first epoch.
-      epochs: how many epochs the stage has in all.
+      recipe: supplies the schedule.
+      start: learning rate of the stage's first epoch.
+      epochs: number of epochs of the stage.
       history: one mapping per finished epoch, with "learning_rate" and "val_loss".
     """
     if recipe.schedule == "milestones":
@@ -108,26 +109,26 @@ def next_learning_rate(
     return rate, False
 
 
-def positive_weights(recipe: Recipe, labels: np.ndarray) -> np.ndarray | None:
-    """How often a label of 1 counts in the loss: float32 (k,), None where the recipe says nothing.
+def label_pos_weights(recipe: Recipe, labels: np.ndarray) -> np.ndarray | None:
+    """Weights of positive labels in the loss.
 
     Args:
-      recipe: its `positive_weights` is the most.
-      labels: of the training split, (n, k) of 0 and 1.
+      recipe: supplies the upper bound `pos_weight`.
+      labels: labels of the training split, (n, k) of 0 and 1.
 
     Returns:
-      (n - m) / m for a label that m of the n images have, at most the recipe's number; 1 for a
-      label that no image has.
+      float32 (k,): (n - m) / m for a label with m positives, at most the bound; 1 for a label
+      without positives. None if the recipe has no `pos_weight`.
     """
-    if recipe.positive_weights is None:
+    if recipe.pos_weight is None:
         return None
     ones = labels.sum(0, dtype=np.int64)
-    weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.positive_weights)
+    weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.pos_weight)
     return np.where(ones > 0, weights, 1).astype(np.float32)
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]], select: str) -> int:
-    """The 1-based epoch with the highest "val_auc" or the lowest "val_loss"; the first of equals.
+    """The 1-based epoch with the highest "val_auc" or the lowest "val_loss"; the first of ties.
 
     An undefined value (None or NaN) is worse than any number.
     """

@@ -9,10 +9,9 @@ from jax import export
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices, replicate, shard_batch
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.long import long_unless
 from tests.training import tiny
 
@@ -21,21 +20,19 @@ SHAPE = (16, 16, 3)
 
 
 def network(name):
-    model = create_model(name, tiny.CLASSES, width=0.05, axis_name=AXIS)
-    return model, *random_weights(model, SHAPE, seed=0)
+    model = create_model(name, tiny.CLASSES, width=0.05, axis_name=DATA_AXIS)
+    return model, *init_variables(model, SHAPE, seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "partner"),
-    long_unless(
-        lambda case: case == ("vgg16", "nearest"),
-        itertools.product(["resnet18", "vgg16"], ["random", "nearest"]),
-    ),
+    itertools.product(["resnet18", "vgg16"], ["random", "nearest"]),
 )
 def test_the_exported_training_step_is_the_step(name, partner):
     devices = tuple(jax.local_devices()[:1])
     model, params, batch_stats = network(name)
-    kernels = deep_kernels(convolutions(model, SHAPE), skip=4)
+    kernels = deep_kernels(conv_kernels(model, SHAPE), skip=4)
     optimizer = make_optimizer(tiny.RECIPE)
     step = make_train_step(
         model,
@@ -56,7 +53,7 @@ def test_the_exported_training_step_is_the_step(name, partner):
     def arguments():
         state = replicate(new_state(params, batch_stats, optimizer, 0.05), devices)
         totals = replicate(zero_totals(len(kernels)), devices)
-        return state, totals, split(batch, devices), jax.random.key_data(jax.random.key(3))
+        return state, totals, shard_batch(batch, devices), jax.random.key_data(jax.random.key(3))
 
     def with_key_data(state, totals, batch, data):
         return jax.tree.leaves(step(state, totals, batch, jax.random.wrap_key_data(data)))
@@ -65,7 +62,7 @@ def test_the_exported_training_step_is_the_step(name, partner):
     assert exported.platforms == PLATFORMS
     found = exported.call(*arguments())
     state, totals, batch, _ = arguments()
-    root = broadcast(jax.random.key(3), devices)
+    root = broadcast_to_devices(jax.random.key(3), devices)
     state, totals = step(state, totals, batch, root)
     assert int(totals.merged.sum()) > 0
     for a, b in zip(found, jax.tree.leaves((state, totals)), strict=True):

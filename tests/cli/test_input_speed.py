@@ -8,7 +8,7 @@ from inmerge_jax.cli import input_speed
 from inmerge_jax.cli.data import main
 from inmerge_jax.data.chestxray14.images import find_images
 from inmerge_jax.data.chestxray14.records import load_chestxray14
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import make, make_nih
 
 
@@ -105,5 +105,5 @@ def die(*_):
 def test_a_killed_process_is_told(folders, monkeypatch):
     monkeypatch.setattr(input_speed, "_reduced_bytes", die)
     paths = sorted(find_images(folders[0]).values())[:2]
-    with pytest.raises(InputError, match="one of the 1 processes .* was killed"):
+    with pytest.raises(UsageError, match="one of the 1 processes .* was killed"):
         input_speed.reduce_rate(paths, 32, 1, 0.1)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli import export, train
-from inmerge_jax.training.arms import plan_run
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.scores import read_scores
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.train_step import normalise
 
 torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
@@ -22,7 +22,8 @@ from experiments.oracles.torch_networks import create_network  # noqa: E402
 CLASSES = 3
 DATA = (
     "--phantom.train 4 --phantom.val 4 --phantom.test 4 --phantom.findings mass effusion "
-    "--batch-size 4 --devices 1 --epochs 1 --merging-epochs 1 --arms inmerge --cache None"
+    "--batch-size 4 --devices 1 --epochs 1 --merging-epochs 1 --arms inmerge "
+    "--compilation-cache-dir None"
 ).split()
 RESNET = (
     "--model resnet18 --width 0.125 --size 16 --arms finetune "
@@ -84,7 +85,7 @@ def test_a_file_that_does_not_fit_is_named_before_anything_is_written(tmp_path, 
     assert train.main([*options, "--replace-head"]) == 2
     assert "--init-from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    plan = plan_run(parse_config([*options, *given, "--replace-head"]))
+    plan = make_run_spec(parse_config([*options, *given, "--replace-head"]))
     assert plan.init_sha256 is not None
 
 
@@ -115,7 +116,7 @@ def test_the_finetune_arm_goes_to_the_benchmarks_resnet_with_its_scores(resnet_r
     network = create_network("resnet18", CLASSES, stem="small", size=16, width=0.125)
     network.load_state_dict(checkpoint["net"], strict=True)
 
-    plan = plan_run(parse_config([*DATA, *RESNET]))
+    plan = make_run_spec(parse_config([*DATA, *RESNET]))
     images = np.asarray(normalise(plan.dataset.test.images, plan.recipe))
     with torch.no_grad():
         logits = network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))

@@ -1,5 +1,7 @@
 """The forms for CPU and TPU agree with the reference, and each is in its platform's program."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile
 from inmerge_jax.merging.backends import cpu, tpu
 from inmerge_jax.merging.merge import draw_pairs, merge_layer
+from tests.long import LONG, long_unless
 
 # The sixth has several blocks of rows with some left over, several groups of selected kernels, and
 # more chosen ones than are written singly; the last two are whole tiles of a TPU's memory.
@@ -37,21 +40,28 @@ def run(form, weight, layer, rule, key=3):
     return np.asarray(merged), int(count), float(total)
 
 
+RULES = [
+    # Two kernels that are each other's nearest have one similarity: at a quantile, rounding
+    # decides between them.
+    ("float32", "random", "number"),
+    ("float32", "random", "quantile"),
+    ("float32", "nearest", "number"),
+    ("bfloat16", "random", "quantile"),
+    ("bfloat16", "nearest", "number"),
+]
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "partner", "threshold"),
-    [
-        # Two kernels that are each other's nearest have one similarity: at a quantile, rounding
-        # decides between them.
-        ("float32", "random", "number"),
-        ("float32", "random", "quantile"),
-        ("float32", "nearest", "number"),
-        ("bfloat16", "random", "quantile"),
-        ("bfloat16", "nearest", "number"),
-    ],
+    ("shape", "rule"),
+    # Every rule at the shape with rows left over, every shape with one rule.
+    long_unless(
+        lambda case: case[0] == SHAPES[5] or (case[1] == RULES[0] and case[0] in SHAPES[::3]),
+        itertools.product(SHAPES, RULES),
+    ),
 )
-def test_a_form_merges_as_the_reference_does(form, shape, dtype, partner, threshold):
+def test_a_form_merges_as_the_reference_does(form, shape, rule):
+    dtype, partner, threshold = rule
     weight, layer = example(shape, dtype), kernel(shape)
     rule = MergeRule(0.6, THRESHOLDS[threshold], 0.8, partner)
     expected, count, total = run(merge_layer, weight, layer, rule)
@@ -80,7 +90,9 @@ def test_any_axis_on_tpu(axis):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [s if s in SHAPES[::5] else pytest.param(s, marks=LONG) for s in SHAPES]
+)
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 def test_a_nan_stays_in_its_own_kernel(form, shape, partner):
     weight = example(shape, "float32").at[..., 1].set(jnp.nan).at[..., 2].set(jnp.inf)
@@ -208,7 +220,7 @@ def test_on_tpus_alone_large_layers_wait_for_the_one_before(channels, waiting):
 # ---- JAX's own settings
 
 
-@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("partner", ["nearest", pytest.param("random", marks=LONG)])
 def test_debugging_settings_change_nothing(partner):
     shape = (3, 3, 8, 16)
     weight, layer = {"w": example(shape, "float32")}, kernel(shape)
@@ -226,7 +238,7 @@ def test_debugging_settings_change_nothing(partner):
     assert stats.merged[0] > 0
 
 
-@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("partner", ["nearest", pytest.param("random", marks=LONG)])
 def test_inside_shard_map_with_its_default_checks(partner):
     """Weights that differ by device, as those of an ensemble that is trained on several."""
     from jax.sharding import PartitionSpec

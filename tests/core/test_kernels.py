@@ -14,6 +14,7 @@ from inmerge_jax import (
     trace_kernels,
 )
 from tests.core import networks
+from tests.long import LONG
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -378,7 +379,7 @@ def transformer(scan):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=LONG)])
 def test_a_transformer(scan, batch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         net, x = transformer(scan), jnp.ones((batch, 8, 8, 3))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from inmerge_jax import MergeRule, in_model_merging, merge_kernels, quantile
 from inmerge_jax.merging import Kernel, backends
 from inmerge_jax.merging.backends import pallas
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 
 needs_lowering = pytest.mark.skipif(
     tuple(map(int, jax.__version__.split(".")[:2])) > (0, 10),
@@ -72,7 +72,7 @@ def merge(weight, rule, key=3, is_fused=True):
 @pytest.mark.parametrize(
     ("shape", "dtype", "partner", "threshold"),
     long_unless(
-        lambda case: CASES.index(case) in (0, 3, 9, 14, 18, 23),  # each shape, dtype and rule
+        lambda case: CASES.index(case) in (0, 9, 23),  # each dtype, partner and kind of rule
         CASES,
     ),
 )
@@ -96,8 +96,15 @@ def test_merges_as_the_other_forms_do(shape, dtype, partner, threshold, request)
     np.testing.assert_array_equal(np.asarray(merged)[..., same], np.asarray(weight)[..., same])
 
 
-@pytest.mark.parametrize("partner", ["random", "nearest"])
-@pytest.mark.parametrize("threshold", [-1.0, quantile(0.0)])
+@pytest.mark.parametrize(
+    ("partner", "threshold"),
+    [
+        ("random", quantile(0.0)),
+        ("nearest", -1.0),
+        pytest.param("random", -1.0, marks=LONG),
+        pytest.param("nearest", quantile(0.0), marks=LONG),
+    ],
+)
 def test_a_broken_kernel_stays_alone(on_tpu, partner, threshold):
     weight = case((1, 1, 16, 128)).at[..., 1].set(jnp.nan).at[..., 2].set(jnp.inf)
     merged, stats = merge(weight, MergeRule(1.0, threshold, 0.8, partner))

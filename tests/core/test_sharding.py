@@ -1,5 +1,6 @@
 """Sharded parameters under `jit` merge as unsharded ones, and keep their shardings."""
 
+import itertools
 import re
 
 import jax
@@ -18,6 +19,7 @@ from inmerge_jax import (
     tie,
     with_merging,
 )
+from tests.long import long_unless
 
 SHAPE = (3, 3, 16, 32)
 KEY = jax.random.key(3)
@@ -55,14 +57,21 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("specs", SPECS)
-@pytest.mark.parametrize("partner", ["random", "nearest"])
+CASES = list(itertools.product(("Auto", "Explicit"), SPECS, ("random", "nearest")))
+QUICK = [
+    ("Auto", "both", "nearest"),
+    ("Auto", "units", "random"),
+    ("Explicit", "both", "random"),
+    ("Explicit", "inputs", "nearest"),
+]
+
+
+@pytest.mark.parametrize(("kind", "specs", "partner"), long_unless(QUICK.__contains__, CASES))
 def test_sharded_weights_merge_as_unsharded_ones(kind, specs, partner):
     params, rule = params_of(), MergeRule(0.6, 0.2, 0.8, partner)
     merge = jax.jit(lambda params: merge_kernels(params, KEY, KERNELS, rule))
     expected, stats = merge(params)
-    mesh = mesh_of(kind)
+    mesh = mesh_of(AxisType[kind])
     shardings = {
         name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in SPECS[specs].items()
     }
@@ -152,8 +161,13 @@ def test_similarities_of_explicitly_sharded_weights():
         assert found.mean == pytest.approx(expected.mean, abs=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
-@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize(
+    ("implementation", "partner"),
+    long_unless(
+        [("auto", "nearest"), ("reference", "random")].__contains__,
+        itertools.product(("auto", "reference"), ("random", "nearest")),
+    ),
+)
 def test_unsharded_weights_under_an_explicit_mesh(implementation, partner):
     params, rule = {"w": np.asarray(params_of()["conv"])}, MergeRule(0.6, 0.2, 0.8, partner)
 

@@ -1,5 +1,7 @@
 """Units beyond the kernels of a plain convolution, against the NumPy oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,11 @@ def weights_of(kernels, seed, spread=1.0):
     return params
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def draw_and_merge(params, key, kernels, rule):
+    return draw_pairs(key, kernels[0], rule), merge_kernels(params, key, kernels, rule)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.sampled_from(sorted(CASES)),
@@ -92,8 +99,9 @@ def test_every_kind_of_unit_agrees_with_the_oracle(case, seed, threshold, partne
     kernels = CASES[case]
     params = weights_of(kernels, seed)
     rule = MergeRule(0.7, threshold, 0.75, partner)
-    key = jax.random.key(seed)
-    selected, partners = draw_pairs(key, kernels[0], rule)
+    (selected, partners), (merged, stats) = draw_and_merge(
+        params, jax.random.key(seed), tuple(kernels), rule
+    )
     expected, mixed = merging_numpy.merge_units(
         [params[k.name] for k in kernels],
         kernels,
@@ -102,7 +110,6 @@ def test_every_kind_of_unit_agrees_with_the_oracle(case, seed, threshold, partne
         threshold,
         0.75,
     )
-    merged, stats = merge_kernels(params, key, kernels, rule)
     if stats.merged[0] != mixed.sum():
         # Rounding may decide where a similarity is as good as equal to the threshold.
         near = kernel_similarity(params, kernels, thresholds=(threshold - 1e-5, threshold + 1e-5))

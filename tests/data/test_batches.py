@@ -14,7 +14,7 @@ from inmerge_jax.data import (
     train_batch,
     train_batches,
 )
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.long import long_unless
 
 
@@ -96,11 +96,11 @@ def test_steps_per_epoch_rounds_up():
 
 
 def test_batch_size_that_does_not_fit_is_named():
-    with pytest.raises(InputError, match="batch size 31 is larger than the training split of 30"):
+    with pytest.raises(UsageError, match="`batch_size` 31 exceeds the training split of 30"):
         train_batch(numbered(30), seed=0, step=0, batch_size=31)
-    with pytest.raises(InputError, match="batch size 0: --batch-size must be at least 1"):
+    with pytest.raises(UsageError, match="`batch_size` 0: choose 1 or more"):
         steps_per_epoch(30, 0)
-    with pytest.raises(InputError, match="batch size 0"):
+    with pytest.raises(UsageError, match="`batch_size` 0"):
         eval_batches(numbered(30), 0)
 
 
@@ -127,7 +127,7 @@ class Lazy:
 
     def __getitem__(self, index):
         if 99 in np.atleast_1d(index):
-            raise InputError("image 99 is damaged")
+            raise UsageError("image 99 is damaged")
         # Workers must not take the accelerator: it belongs to the training process.
         assert not jax_has_devices() or os.getpid() == self.parent
         return (
@@ -214,18 +214,18 @@ def test_hosts_share_an_evaluation(hosts):
 
 
 def test_hosts_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="--batch-size 8 cannot be shared by 3 hosts"):
+    with pytest.raises(UsageError, match="`batch_size` 8 cannot be split over 3 hosts"):
         eval_batches(lazy(21), 8, hosts=3)
-    with pytest.raises(InputError, match="--batch-size 8 cannot be shared by 3 hosts"):
+    with pytest.raises(UsageError, match="`batch_size` 8 cannot be split over 3 hosts"):
         next(train_batches(lazy(21), seed=0, batch_size=8, hosts=3))
     with pytest.raises(ValueError, match="host 2 of 2"):
         train_batch(lazy(21), seed=0, step=0, batch_size=8, host=2, hosts=2)
-    with pytest.raises(InputError, match="batch size 22 is larger"):
+    with pytest.raises(UsageError, match="`batch_size` 22 exceeds"):
         train_batches(lazy(21), seed=0, batch_size=22)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_read_stops_the_batches(workers):
     row = train_batches(lazy(120), seed=0, batch_size=8, stop=40, workers=workers)
-    with pytest.raises(InputError, match="image 99 is damaged"):
+    with pytest.raises(UsageError, match="image 99 is damaged"):
         list(row)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from inmerge_jax.data import load_medmnist
 from inmerge_jax.data.medmnist import SIZES, SPLITS, medmnist_info, medmnist_names
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.paths import MEDMNIST, needs
 
 COUNTS = {"train": 9, "val": 4, "test": 5}
@@ -40,13 +40,13 @@ def make_arrays(name: str, size: int = 28) -> dict[str, np.ndarray]:
 
 def load(path: Path, name: str, size: int = 28):
     """Loads a synthetic file; that it is said to be unverified is tested elsewhere."""
-    with pytest.warns(UserWarning, match="allow-unverified"):
+    with pytest.warns(UserWarning, match="allow_unverified"):
         return load_medmnist(name, size=size, file=path, allow_unverified=True)
 
 
 def refusal(path: Path, name: str = "breastmnist", **options) -> str:
     """What the loader says of a file that it must refuse, whatever is allowed."""
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_medmnist(name, **{"file": path, "allow_unverified": True, **options})
     return str(caught.value)
 
@@ -141,10 +141,10 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
     np.savez(path, **make_arrays("breastmnist"))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     for place in ({"file": path}, {"data_dir": tmp_path}):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UsageError) as caught:
             load_medmnist("breastmnist", **place)
         message = str(caught.value)
-        assert str(path) in message and md5 in message and "--allow-unverified" in message
+        assert str(path) in message and md5 in message and "allow_unverified" in message
         assert medmnist_info()["breastmnist"]["MD5"] in message
         with pytest.warns(UserWarning, match=md5):
             data = load_medmnist("breastmnist", **place, allow_unverified=True)
@@ -165,7 +165,7 @@ def test_an_unverified_file_is_refused_then_loaded_and_named(tmp_path):
     ],
 )
 def test_an_unknown_name_is_answered_with_the_closest(name, guess):
-    with pytest.raises(InputError, match=rf"'{name}' \(--data\): did you mean {guess}\?"):
+    with pytest.raises(UsageError, match=rf"'{name}': did you mean {guess}\?"):
         load_medmnist(name)
 
 
@@ -177,18 +177,18 @@ def test_an_unknown_name_is_answered_with_all(tmp_path):
 
 
 def test_an_unknown_size_is_answered_with_the_known():
-    with pytest.raises(InputError, match=r"size 32 \(--size\).*28, 64, 128, 224"):
+    with pytest.raises(UsageError, match=r"`size` 32: .*28, 64, 128, 224"):
         load_medmnist("breastmnist", size=32)
 
 
 def test_a_missing_file_is_named(tmp_path):
     assert f"{tmp_path / 'x.npz'} is missing" in refusal(tmp_path / "x.npz")
     assert "is missing or is no file" in refusal(tmp_path)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_medmnist("breastmnist", size=64, data_dir=tmp_path / "no", download=False)
     message = str(caught.value)
     assert str(tmp_path / "no" / "breastmnist_64.npz") in message
-    assert "downloading is off" in message and "--data-dir" in message
+    assert "downloading is off" in message and "`data_dir`" in message
     assert medmnist_info()["breastmnist"]["MD5_64"] in message
     assert not (tmp_path / "no").exists()
 
@@ -218,7 +218,7 @@ def test_a_damaged_file_is_never_half_loaded(place, bit, compressed, tmp_path_fa
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = load_medmnist("breastmnist", file=path, allow_unverified=True)
-    except InputError as error:
+    except UsageError as error:
         assert "flip.npz" in str(error)
     else:
         # A few bits mean nothing: times of day, say, or those after the end of compressed data.
@@ -261,7 +261,7 @@ def test_pickled_arrays_are_refused(tmp_path):
         ("breastmnist", "val_images", lambda a: a.repeat(3)[:, None], "shape (9408, 1)"),
         ("breastmnist", "val_images", lambda a: a[:0], "val_images holds 0 images"),
         ("retinamnist", "val_images", lambda a: a[..., 0], "shape (4, 28, 28); retinamnist"),
-        ("breastmnist", "test_images", lambda a: a[:, 4:], "24 x 28 px, but --size 28"),
+        ("breastmnist", "test_images", lambda a: a[:, 4:], "24 x 28 px, but `size` is 28"),
         ("breastmnist", "test_images", lambda a: a[1:], "4 images but test_labels 5 labels"),
         ("breastmnist", "train_labels", lambda a: a + 2, "outside 0 to 1, the first of them"),
         ("breastmnist", "train_labels", lambda a: a.astype(int) - 2, "outside 0 to 1"),
@@ -298,7 +298,7 @@ def test_an_empty_split_is_named(tmp_path):
 
 def test_a_file_of_another_size_is_named(tmp_path):
     np.savez(tmp_path / "big.npz", **make_arrays("breastmnist", 64))
-    assert "64 x 64 px, but --size 28" in refusal(tmp_path / "big.npz")
+    assert "64 x 64 px, but `size` is 28" in refusal(tmp_path / "big.npz")
 
 
 class _FakeSubset:
@@ -317,7 +317,7 @@ def _install(monkeypatch, subset) -> None:
 def test_an_absent_file_is_downloaded_through_medmnist(tmp_path, monkeypatch):
     _install(monkeypatch, _FakeSubset)
     folder = tmp_path / "new" / "folder"
-    with pytest.warns(UserWarning, match="allow-unverified"):
+    with pytest.warns(UserWarning, match="allow_unverified"):
         data = load_medmnist("breastmnist", size=64, data_dir=folder, allow_unverified=True)
     assert data.train.images.shape == (9, 64, 64, 1)
     assert [path.name for path in folder.iterdir()] == ["breastmnist_64.npz"]
@@ -338,7 +338,7 @@ def test_a_download_that_fails_leaves_nothing(failure, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             load_medmnist("breastmnist", data_dir=tmp_path)
     else:
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UsageError) as caught:
             load_medmnist("breastmnist", data_dir=tmp_path)
         message, info = str(caught.value), medmnist_info()["breastmnist"]
         assert "OSError: No route to host" in message
@@ -373,7 +373,7 @@ def test_a_file_is_not_taken_for_another_subset():
 @needs(MEDMNIST / "pneumoniamnist_rebuilt.npz")
 def test_real_rebuilt_pneumoniamnist_is_loaded_only_when_allowed():
     path = MEDMNIST / "pneumoniamnist_rebuilt.npz"
-    with pytest.raises(InputError, match="--allow-unverified"):
+    with pytest.raises(UsageError, match="allow_unverified"):
         load_medmnist("pneumoniamnist", file=path)
     data = load(path, "pneumoniamnist")
     assert [len(s) for s in (data.train, data.val, data.test)] == [4708, 524, 624]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from inmerge_jax.data import make_phantom
 from inmerge_jax.data.phantom import FINDINGS, NO_FINDING
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:
@@ -157,17 +157,17 @@ def test_neither_trivial_nor_hopeless():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 15}, r"size 15 \(--size\).*at least 16"),
-        ({"train": 0}, r"train 0 \(--phantom.train\)"),
-        ({"test": -3}, r"test -3 \(--phantom.test\)"),
-        ({"findings": ()}, "no findings.*at least one of nodule"),
+        ({"size": 15}, "`size` 15: .*at least 16"),
+        ({"train": 0}, "`train` 0"),
+        ({"test": -3}, "`test` -3"),
+        ({"findings": ()}, "`findings` is empty.*at least one of nodule"),
         ({"findings": ("nodul",)}, "unknown finding 'nodul'.*nodule, mass"),
         ({"findings": ("mass", "mass")}, "mass, mass.*each once"),
-        ({"difficulty": 0.0}, r"difficulty 0.0 \(--phantom.difficulty\).*0.25 to 4"),
-        ({"difficulty": float("nan")}, "difficulty nan"),
-        ({"seed": -1}, r"seed -1 \(--phantom.seed\)"),
+        ({"difficulty": 0.0}, "`difficulty` 0.0.*0.25 to 4"),
+        ({"difficulty": float("nan")}, "`difficulty` nan"),
+        ({"seed": -1}, "`seed` -1"),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UsageError, match=message):
         make_phantom(**{"train": 1, "val": 1, "test": 1, **options})

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 from tests.oracles.images import load_image
 from tests.paths import SHARED, needs
 
@@ -48,7 +48,7 @@ def test_any_shape_equals_torchvision(tmp_path, shape, size, resize):
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+    with pytest.raises(UsageError, match=r"a\.png cannot be read"):
         load_image(tmp_path / "a.png", 8)
     with pytest.raises(ValueError, match="size 9, resize 8"):
         load_image(tmp_path / "a.png", 9, resize=8)

@@ -1,6 +1,5 @@
 """Processes that read images: killed, sent signals, and whose."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -11,12 +10,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from inmerge_jax.data import train_batch, train_batches
-from inmerge_jax.data.workers import WorkerLostError, watched
-from inmerge_jax.errors import InputError
+from inmerge_jax.data import train_batch, train_batches, workers
+from inmerge_jax.errors import UsageError
 from tests.data.test_batches import Lazy, lazy, same
 from tests.long import long_unless
 
@@ -39,7 +38,7 @@ def test_a_killed_worker_ends_the_batches(images, workers):
     victim = multiprocessing.active_children()[-1]
     time.sleep(1)  # By now it has begun to write what nobody reads.
     victim.kill()
-    with pytest.raises(InputError, match=r"signal 9 \(SIGKILL\).*fewer --workers"):
+    with pytest.raises(UsageError, match=r"signal 9 \(SIGKILL\).*fewer `workers`"):
         list(row)
     for worker in multiprocessing.active_children():
         worker.join(10)
@@ -54,7 +53,7 @@ import dataclasses, multiprocessing, sys, time
 from tests.data.test_batches import lazy
 from tests.data.test_workers import Large
 from inmerge_jax.data import train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 if __name__ == "__main__":
     split = dataclasses.replace(lazy(40), images=Large(40))
@@ -64,7 +63,7 @@ if __name__ == "__main__":
     multiprocessing.active_children()[-1].kill()
     try:
         list(row)
-    except InputError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 """
@@ -78,7 +77,7 @@ def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
         [sys.executable, script], env=here, timeout=200, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert re.search(r"signal 9 \(SIGKILL\).*fewer --workers.*--resume", done.stderr)
+    assert re.search(r"signal 9 \(SIGKILL\).*fewer `workers`.*`resume`", done.stderr)
 
 
 def test_a_worker_killed_as_it_starts_ends_the_batches():
@@ -91,35 +90,38 @@ def test_a_worker_killed_as_it_starts_ends_the_batches():
         killed.set()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(InputError, match="(SIGKILL|exit code -9).*fewer --workers"):
+    with pytest.raises(UsageError, match="SIGKILL.*fewer `workers`"):
         list(train_batches(lazy(40), seed=1, batch_size=6, workers=2))
     assert killed.is_set()
 
 
-@pytest.mark.parametrize("name", ["another", "grain-process-prefetch-1"])
-def test_only_grains_processes_are_watched(name):
-    class Rows:
-        process = None
+def test_a_worker_that_hangs_is_not_waited_for():
+    (reading, _writing), (alive, _other) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    with pytest.raises(UsageError, match="a worker process read no batch in 0.1 s.*`workers`"):
+        workers._receive(reading, SimpleNamespace(sentinel=alive), 0.1)
 
-        def __next__(self):
-            if self.process:
-                self.process.kill()
-                time.sleep(1.5)
-                return 1
-            context = multiprocessing.get_context("spawn")
-            self.process = context.Process(target=time.sleep, args=(60,), name=name, daemon=True)
-            self.process.start()
-            time.sleep(0.2)
-            return 0
 
-        def close(self):
-            pass
+ABANDONED = """
+import sys
 
-    rows = Rows()
-    lost = pytest.raises(WorkerLostError, match="SIGKILL")
-    with lost if name != "another" else contextlib.nullcontext(), watched(rows) as elements:
-        assert [next(elements), next(elements)] == [0, 1]
-    rows.process.join(10)
+from tests.data.test_batches import lazy
+from inmerge_jax.data import train_batches
+
+if __name__ == "__main__":
+    row = train_batches(lazy(40), seed=1, batch_size=6, workers=2)
+    next(row)
+    sys.exit("an error elsewhere")
+"""
+
+
+def test_workers_end_with_a_command_that_leaves_them_alone(tmp_path):
+    script = tmp_path / "leaving.py"
+    script.write_text(ABANDONED)
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script], env=here, timeout=100, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == "an error elsewhere\n"
 
 
 def test_signals_to_the_whole_group_do_not_reach_workers():

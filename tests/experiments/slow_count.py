@@ -15,7 +15,7 @@ def main():
     for name in ("config.json", "environment.json"):
         (folder / name).touch()
     if resume:
-        print(f"count: goes on from epoch {count.read_text()} of 10")
+        print(f"count: resumes from epoch {count.read_text()} of 10")
     train_stage(count, int(count.read_text()))
     (folder / "done").touch()
 

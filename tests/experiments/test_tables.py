@@ -8,7 +8,7 @@ import pytest
 from experiments import tables
 from experiments.study.questions import QUESTIONS
 from experiments.study.statistics import MARGIN
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 NUMBER = re.compile(
@@ -31,7 +31,7 @@ def test_a_number_typed_by_hand_is_noticed():
 
 
 def test_a_missing_place_is_an_error():
-    with pytest.raises(InputError, match="no lines <!-- begin main -->"):
+    with pytest.raises(UsageError, match="needs the lines <!-- begin main -->"):
         tables.render("# nothing")
 
 

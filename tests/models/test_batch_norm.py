@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models.layers import BatchNorm
 
 CHANNELS = 5
@@ -91,7 +91,7 @@ def test_one_value_has_no_variance():
     x = jnp.ones((1, 1, 1, CHANNELS))
     layer = BatchNorm(train=True)
     given = layer.init(jax.random.key(0), x)  # initialisation needs no statistics
-    with pytest.raises(InputError, match="one value per channel.*larger batch"):
+    with pytest.raises(UsageError, match="one value per channel.*larger batch"):
         layer.apply(given, x, mutable=["batch_stats"])
     _, written = layer.apply(given, jnp.stack([x[0], x[0] + 2]), mutable=["batch_stats"])
     np.testing.assert_allclose(written["batch_stats"]["var"], 0.9 + 0.1 * 2, rtol=1e-6)

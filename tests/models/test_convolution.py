@@ -117,7 +117,7 @@ def lowered_text(convolve, x, w, platform):
     return step.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("case", long_unless(BRIEFLY.__contains__, SHAPES))
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_only_the_cpu_leaves_the_native_convolution(case, platform):
     *sizes, stride, padding = SHAPES[case]
@@ -152,7 +152,12 @@ def test_anything_but_a_plain_convolution_is_native(options):
     assert "platform_index" not in str(jax.make_jaxpr(route)(x, w))
 
 
-@pytest.mark.parametrize("case", ["two pixels", "several blocks of rows", "odd tiles"])
+MAPPED = long_unless(
+    lambda case: case == "odd tiles", ["two pixels", "several blocks of rows", "odd tiles"]
+)
+
+
+@pytest.mark.parametrize("case", MAPPED)
 def test_vmap_over_images_and_over_weights(case):
     *sizes, stride, padding = SHAPES[case]
     with jax.enable_x64(True):  # How float32 rounds differs from one processor to the next.
@@ -166,7 +171,7 @@ def test_vmap_over_images_and_over_weights(case):
                 assert relative_error(a[i], e) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["two pixels", "several blocks of rows", "odd tiles"])
+@pytest.mark.parametrize("case", MAPPED)
 def test_remat_and_pmap(case):
     *sizes, stride, padding = SHAPES[case]
     x, w = draw(*sizes)

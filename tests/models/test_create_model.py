@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax import find_kernels
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import ResNet
@@ -287,6 +287,7 @@ def test_batch_statistics_and_gradients_are_those_of_one_device():
         np.testing.assert_array_equal(b[0], b[3])
 
 
+@pytest.mark.long
 def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     images = random_images(8, 32)
 
@@ -308,6 +309,7 @@ def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     assert np.abs(whole[0] - whole[1]).max() > 1e-3 * scale
 
 
+@pytest.mark.long
 def test_initial_values_of_a_densenet_have_torchvisions_spread():
     params = initial_parameters(DenseNet((2,), num_classes=500))
     layer = params["denseblock1_denselayer1"]
@@ -352,18 +354,18 @@ def test_initial_values_have_pytorchs_spread():
     ],
 )
 def test_bad_arguments_say_what_there_is(arguments, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UsageError, match=message):
         create_model(**{"name": "resnet18", "num_classes": 2} | arguments)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "densenet121"])
 def test_imagenet_stem_refuses_images_that_vanish(name):
-    with pytest.raises(InputError, match="28x28.*small"):
+    with pytest.raises(UsageError, match="28x28.*small"):
         abstract_variables(create_model(name, 2, stem="imagenet"), 28)
 
 
 def test_small_densenet_refuses_images_that_vanish():
-    with pytest.raises(InputError, match="7x7.*small stem 8 px or more"):
+    with pytest.raises(UsageError, match="7x7.*small stem 8 px or more"):
         abstract_variables(create_model("densenet121", 2), 7)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.torchvision import (
     from_state_dict,
@@ -140,7 +140,7 @@ def test_files_hold_what_was_written(tmp_path, suffix):
     assert_same(read_state_dict(path), state_dict)
     if suffix != ".safetensors":
         assert_same(torch.load(path, weights_only=True), state_dict)
-    with pytest.raises(InputError, match="exists; .*--overwrite"):
+    with pytest.raises(UsageError, match="exists; .*`overwrite`"):
         write_state_dict(path, {})
     write_state_dict(path, {"a": np.ones(2, np.float32)}, overwrite=True)
     assert_same(read_state_dict(path), {"a": np.ones(2, np.float32)})
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_listed():
     del state_dict["layer1.0.conv1.weight"], state_dict["bn1.running_mean"]
     state_dict["layer9.weight"] = state_dict["layer8.num_batches_tracked"] = torch.zeros(1)
     state_dict["layer2.0.bn1.bias"] = torch.zeros(7)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UsageError) as raised:
         from_state_dict("resnet18", state_dict)
     lines = str(raised.value).splitlines()
     assert "resnet18 with the small stem, 3 image channels and 3 classes" in lines[0]
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_listed():
 def test_a_head_of_another_size_is_replaced_only_when_asked():
     state_dict = theirs().state_dict()
     with pytest.raises(
-        InputError, match=r"(?s)linear.weight: \(3, 512\) found, \(7, 512\).*head_key"
+        UsageError, match=r"(?s)linear.weight: \(3, 512\) found, \(7, 512\).*head_key"
     ):
         from_state_dict("resnet18", state_dict, num_classes=7)
     key = jax.random.key(5)
@@ -211,19 +211,19 @@ def test_a_head_of_another_size_is_replaced_only_when_asked():
 def test_a_mismatch_of_stem_or_channels_is_an_error():
     state_dict = theirs().state_dict()
     expected = r"conv1.weight: \(64, 3, 3, 3\) found, "
-    with pytest.raises(InputError, match=expected + r"\(64, 3, 7, 7\)"):
+    with pytest.raises(UsageError, match=expected + r"\(64, 3, 7, 7\)"):
         from_state_dict("resnet18", state_dict, stem="imagenet")
-    with pytest.raises(InputError, match=expected + r"\(64, 1, 3, 3\)"):
+    with pytest.raises(UsageError, match=expected + r"\(64, 1, 3, 3\)"):
         from_state_dict("resnet18", state_dict, channels=1)
-    with pytest.raises(InputError, match="unknown model 'resnet19'"):
+    with pytest.raises(UsageError, match="unknown model 'resnet19'"):
         from_state_dict("resnet19", state_dict)
 
 
 def test_variables_of_another_network_are_refused():
     variables = from_state_dict("resnet18", theirs().state_dict())
-    with pytest.raises(InputError, match="not those of resnet34.*\n  missing: .*layer1_2/bn1"):
+    with pytest.raises(UsageError, match="not those of resnet34.*\n  missing: .*layer1_2/bn1"):
         to_state_dict("resnet34", variables)
-    with pytest.raises(InputError, match="vgg11.*no names in the MedMNIST benchmark"):
+    with pytest.raises(UsageError, match="vgg11.*no names in the MedMNIST benchmark"):
         variables = from_state_dict("vgg11", theirs("vgg11").state_dict())
         to_state_dict("vgg11", variables, names="medmnist")
 
@@ -252,7 +252,7 @@ class Unsafe:
 def test_files_that_hold_no_weights_are_refused(tmp_path, name, write, message):
     path = tmp_path / name
     write(path)
-    with pytest.raises(InputError, match=message) as raised:
+    with pytest.raises(UsageError, match=message) as raised:
         read_state_dict(path)
     assert str(path) in str(raised.value)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 def load_image(path: Path | str, size: int, *, resize: int | None = None) -> np.ndarray:
@@ -23,7 +23,7 @@ def load_image(path: Path | str, size: int, *, resize: int | None = None) -> np.
       uint8 (size, size, 3).
 
     Raises:
-      InputError: `path` is missing or no image.
+      UsageError: `path` is missing or no image.
       ValueError: `resize` is smaller than `size`, or `size` below 1.
     """
     shorter = size if resize is None else resize
@@ -33,7 +33,7 @@ def load_image(path: Path | str, size: int, *, resize: int | None = None) -> np.
         with Image.open(path) as file:
             image = file.convert("RGB")
     except OSError as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+        raise UsageError(f"{path} cannot be read as an image: {error}") from error
     width, height = image.size
     if width <= height:
         scaled = (shorter, int(shorter * height / width))

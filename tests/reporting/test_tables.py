@@ -2,17 +2,21 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
+from inmerge_jax.reporting.formatting import signed
 from inmerge_jax.reporting.runs import read_run
-from inmerge_jax.reporting.tables import main, make_report, markdown, to_rich
+from inmerge_jax.reporting.summary import summarize
+from inmerge_jax.reporting.tables import make_report, markdown, markdown_rows, to_rich
 from tests.reporting.folder import edit, write_run
 
 
-def row(text, name, table=0):
-    lines = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
-    return [cell.strip() for cell in lines[table].strip("|").split("|")]
+def row(text, name):
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def set_auc(value, arms=("backbone", "finetune", "inmerge")):
@@ -32,10 +36,11 @@ def folder(tmp_path_factory):
 def test_markdown_prints_the_stored_numbers(folder):
     stored = json.loads((folder / "results.json").read_text())["arms"]
     text = markdown(folder)
-    for arm, results in stored.items():
-        tests = [result["test"] for result in results]
-        expected = [f"{test['auc']:.3f} / {test['acc']:.3f}" for test in tests]
-        assert row(text, arm, table=1)[1:] == expected
+    for column, results in enumerate(stored.values(), 1):
+        for result in results:
+            test = result["test"]
+            expected = f"{test['auc']:.3f} / {test['acc']:.3f}"
+            assert row(text, result["seed"])[column] == expected
     merged = [sum(layer) / 3 for layer in zip(*(r["merged"] for r in stored["inmerge"]))]  # noqa: B905
     for name, count in zip(stored["inmerge"][0]["layers"], merged, strict=True):
         assert row(text, name.removesuffix("/kernel"))[3] == f"{count:,.0f}"
@@ -56,39 +61,61 @@ def test_terminal_table_has_the_same_cells(folder):
             assert all(cell in printed for cell in cells)
 
 
-def test_headline_says_when_the_interval_includes_zero(folder, tmp_path):
-    assert "interval includes zero" in markdown(folder)
-    clear = write_run(tmp_path / "clear")
-
-    def lift(results):
-        for index, result in enumerate(results["arms"]["inmerge"]):
-            other = results["arms"]["finetune"][index]["test"]["auc"]
-            result["test"]["auc"] = other + 0.002 + 0.0001 * index
-
-    edit(clear, lift)
-    text = markdown(clear)
-    assert "interval excludes zero: over these seeds merging did better" in text
-    assert "it is smaller than that, so other test images may show otherwise" in text
+def test_headline_states_difference_interval_seeds_and_merges(folder):
+    stored = json.loads((folder / "results.json").read_text())["arms"]
+    aucs = {arm: [result["test"]["auc"] for result in found] for arm, found in stored.items()}
+    interval = stats.ttest_rel(aucs["inmerge"], aucs["finetune"]).confidence_interval(0.95)
+    mean = np.mean(np.subtract(aucs["inmerge"], aucs["finetune"]))
+    ends = f"[{signed(interval.low)}, {signed(interval.high)}]"
+    merged = " ".join(f"{sum(result['merged']):,}" for result in stored["inmerge"])
+    assert markdown(folder).splitlines()[0] == (
+        "phantom: test AUC of inmerge \u2212 finetune, mean paired difference "
+        f"{signed(mean)}, 95% interval {ends}; seeds: 3; kernels merged by seed: {merged}"
+    )
 
 
-def test_one_seed_claims_nothing(tmp_path):
+def test_differences_have_an_interval_over_seeds_and_a_margin_over_images(folder):
+    summary = summarize(read_run(folder))
+    low, high = summary.differences["finetune", "backbone"]["acc"].interval
+    margin = summary.sampling.margin["finetune", "backbone"]["acc"]
+    cells = row(markdown(folder), "finetune \u2212 backbone, ACC")
+    assert cells[2:] == [f"[{signed(low)}, {signed(high)}]", f"{margin:.3f}"]
+
+
+def test_one_seed_has_no_interval(tmp_path):
     text = markdown(write_run(tmp_path / "run", seeds=(5,)))
-    assert "(one seed: no interval)" in row(text, "inmerge \u2212 finetune")[1]
-    assert "That shows no effect either way" in text
+    assert row(text, "inmerge \u2212 finetune, AUC")[2] == "n/a (one seed)"
     assert "\u00b1" not in row(text, "inmerge")[1]
 
 
 def test_seeds_that_coincide_get_no_interval(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0, 1))
     edit(folder, set_auc(0.75))
-    text = markdown(folder)
-    assert row(text, "inmerge \u2212 finetune")[1] == "+0.000 (equal by chance: no interval)"
+    cells = row(markdown(folder), "inmerge \u2212 finetune, AUC")
+    assert cells[1:3] == ["+0.000", "n/a (equal seeds)"]
 
 
-def test_nothing_merged_is_said_first(tmp_path):
+def test_nothing_merged_is_said_in_headline_and_note(tmp_path):
     text = markdown(write_run(tmp_path / "run", merging=False))
-    assert text.splitlines()[0].startswith("phantom: nothing was merged")
-    assert "NOTHING WAS MERGED" in text
+    assert "NOTHING WAS MERGED" in text.splitlines()[0]
+    assert "\n- NOTHING WAS MERGED: no selected kernel had a partner" in text
+    alone = markdown(write_run(tmp_path / "alone", arms=("inmerge",), merging=False))
+    assert "NOTHING WAS MERGED" in alone.splitlines()[0]
+
+
+def test_merges_mostly_in_shortcuts_are_noted(folder, tmp_path):
+    assert "shortcut" not in markdown(folder)
+    other = write_run(tmp_path / "run")
+
+    def rename(results):
+        for result in results["arms"]["inmerge"]:
+            result["layers"][0] = "Block_2/shortcut_conv/kernel"
+            result["merged"] = [60, 20, 10, 10]
+
+    edit(other, rename)
+    for path in other.rglob("similarity.json"):
+        path.unlink()
+    assert "- Share of the merges in 1x1 shortcut convolutions: 60%." in markdown(other)
 
 
 def test_undefined_auc_is_shown_not_dropped(tmp_path):
@@ -96,14 +123,14 @@ def test_undefined_auc_is_shown_not_dropped(tmp_path):
     edit(folder, set_auc(None, ("inmerge",)))
     text = markdown(folder)
     assert row(text, "inmerge")[1] == "n/a (0 of 3 seeds defined)"
-    assert row(text, "inmerge \u2212 finetune")[1].startswith("n/a")
-    assert "the test AUC is undefined for every seed" in text
+    assert row(text, "inmerge \u2212 finetune, AUC")[1:3] == ["n/a", "n/a"]
+    assert "mean paired difference n/a" in text.splitlines()[0]
 
 
 def test_a_missing_arm_is_shown_as_not_run(tmp_path):
     text = markdown(write_run(tmp_path / "run", arms=("backbone", "inmerge")))
     assert row(text, "finetune")[1:3] == ["not run", "not run"]
-    assert "no comparison is possible" in text
+    assert "no paired difference, arms that were run: backbone, inmerge" in text
 
 
 def test_published_row_is_labelled(tmp_path):
@@ -113,28 +140,24 @@ def test_published_row_is_labelled(tmp_path):
     assert row(markdown(folder), "resnet18 28 px, published")[1:3] == ["0.901", "0.863"]
 
 
-def test_rule_that_is_not_the_papers_is_explained(folder):
+def test_rule_stands_beside_the_released_codes(folder):
     text = markdown(folder)
-    assert "threshold 0.1 (there 0.3), skip 4 (there 10)" in text
-    assert "0.40% of the median layer's kernel pairs" in text
-
-
-def test_a_threshold_that_adapts_is_explained(folder):
+    assert row(text, "threshold")[1:] == ["0.1", "0.3"]
+    assert row(text, "skip")[1:] == ["4", "10"]
     edit(folder, lambda results: results["rule"].update(quantile=0.9))
-    text = markdown(folder)
-    assert "skip 4 (there 10), each layer's quantile 0.9 as its threshold (there 0.3)" in text
-    assert "threshold 0.1" not in text and "above 0.3." in text
+    assert row(markdown(folder), "threshold")[1:] == ["quantile 0.9 of each layer", "0.3"]
 
 
-def test_the_released_codes_rule_is_named_so(tmp_path):
+def test_pairs_above_are_counted_at_the_runs_own_threshold(tmp_path):
     folder = write_run(tmp_path / "run")
-    edit(folder, lambda results: results["rule"].update(threshold=0.3, skip=10))
-    assert "The rule is the released code's" in markdown(folder)
+    (layers,) = (t for t in make_report(read_run(folder)).tables if "layer" in t.kinds)
+    assert layers.columns[-1] == "pairs above 0.1 before" and layers.rows[0][-1] == "21.00%"
+    edit(folder, lambda results: results["rule"].update(threshold=0.15))
+    (layers,) = (t for t in make_report(read_run(folder)).tables if "layer" in t.kinds)
+    assert layers.columns[-1] == "merged of selected"
 
 
-def test_command_line(folder, tmp_path, capsys):
-    assert main([str(folder)]) == 0
-    assert capsys.readouterr().out == markdown(folder)
-    assert main([str(tmp_path / "absent")]) == 2
-    assert "no results.json" in capsys.readouterr().err
-    assert main([]) == 2
+def test_markdown_rows_align_and_escape():
+    assert markdown_rows(("a", "b", "c"), [("1|2", "", "x")], "rll") == (
+        "| a | b | c |\n| ---: | --- | --- |\n| 1\\|2 |  | x |"
+    )

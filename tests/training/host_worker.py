@@ -9,21 +9,31 @@ import jax
 import numpy as np
 
 from inmerge_jax.data import train_batches
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import hosts
-from inmerge_jax.training.evaluation import evaluate, evaluate_merging
-from inmerge_jax.training.meeting import meet
-from inmerge_jax.training.parallel import broadcast, choose_devices, replicate, split, unreplicate
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_merging_eval_step, zero_totals
-from inmerge_jax.training.stopping import StopSignals
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import multihost
+from inmerge_jax.training.evaluation import evaluate_merging
+from inmerge_jax.training.multihost import rendezvous
+from inmerge_jax.training.parallel import (
+    broadcast_to_devices,
+    choose_devices,
+    replicate,
+    shard_batch,
+    unreplicate,
+)
+from inmerge_jax.training.preemption import PreemptionHandler
+from inmerge_jax.training.train_step import (
+    make_merging_eval_step,
+    make_optimizer,
+    new_state,
+    zero_totals,
+)
 from tests.training import tiny
 
 STEPS = 6
 RECIPE = dataclasses.replace(tiny.RECIPE, flip=False)
 
 
-def message(function, *args, kind=InputError):
+def message(function, *args, kind=UsageError):
     """What the error says that `function` raises."""
     try:
         function(*args)
@@ -34,33 +44,35 @@ def message(function, *args, kind=InputError):
 
 def check_agreement():
     process = jax.process_index()
-    large = hosts.by_first(lambda: np.arange(2**23, dtype=np.int32) if process == 0 else None)
-    assert large.nbytes > hosts._CHUNK and np.array_equal(large, np.arange(2**23))
-    zero = hosts.by_first(lambda: -np.zeros(3, np.float32))
+    large = multihost.run_on_primary(
+        lambda: np.arange(2**23, dtype=np.int32) if process == 0 else None
+    )
+    assert large.nbytes > multihost._CHUNK and np.array_equal(large, np.arange(2**23))
+    zero = multihost.run_on_primary(lambda: -np.zeros(3, np.float32))
     assert np.signbit(zero).all(), "to the bit"
     calls = []
-    assert hosts.by_first(lambda: calls.append(1) or process) == 0
+    assert multihost.run_on_primary(lambda: calls.append(1) or process) == 0
     assert len(calls) == (1 if process == 0 else 0)
 
     def refuse(wrong):
         if process == wrong:
-            raise InputError(f"process {process} said no")
+            raise UsageError(f"process {process} said no")
         return process
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "file")
 
-    assert message(hosts.by_first, refuse, 0) == "process 0 said no"
-    assert "No space" in message(hosts.by_first, full, kind=OSError)
-    assert hosts.together(refuse, 7) == process
-    assert "process 1 said no" in message(hosts.together, refuse, 1)
-    assert "process 0 said no" in message(hosts.together, refuse, 0)
-    hosts.require_same({"rule": {"alpha": 0.8}})
-    different = message(hosts.require_same, {"rule": {"alpha": 0.8 + process / 10}})
-    assert "process 1 was started with other options" in different
-    assert "rule.alpha: 0.8 there, 0.9 here" in different
-    stop, answers = StopSignals(), []
-    alike = hosts.StopTogether(stop)
+    assert message(multihost.run_on_primary, refuse, 0) == "process 0 said no"
+    assert "No space" in message(multihost.run_on_primary, full, kind=OSError)
+    assert multihost.run_synced(refuse, 7) == process
+    assert "process 1 said no" in message(multihost.run_synced, refuse, 1)
+    assert "process 0 said no" in message(multihost.run_synced, refuse, 0)
+    multihost.require_same_config({"rule": {"alpha": 0.8}})
+    different = message(multihost.require_same_config, {"rule": {"alpha": 0.8 + process / 10}})
+    assert "configuration of process 1 differs from process 0" in different
+    assert "rule.alpha: 0.8 in process 0, 0.9 here" in different
+    stop, answers = PreemptionHandler(), []
+    alike = multihost.SyncedPreemption(stop)
     for number in range(20):
         if number == 3 and process == 1:
             stop.signal = signal.SIGTERM
@@ -72,8 +84,8 @@ def check_agreement():
 
 def check_late_comer(coordinator):
     """JAX's service at the port does not take a second process 1 in, and is not disturbed by it."""
-    assert "its run has begun without this process" in message(meet, coordinator, 2, 1, 10.0)
-    assert "cannot use port" in message(meet, coordinator, 2, 0, 10.0)
+    assert "its run started without this process" in message(rendezvous, coordinator, 2, 1, 10.0)
+    assert "cannot use port" in message(rendezvous, coordinator, 2, 0, 10.0)
 
 
 def train(devices, host=0, count=1):
@@ -84,15 +96,15 @@ def train(devices, host=0, count=1):
     state = new_state(*tiny.init(), make_optimizer(RECIPE), RECIPE.learning_rate)
     state = replicate(state, devices)
     zeros = replicate(zero_totals(len(tiny.kernels())), devices)
-    root = broadcast(jax.random.key(3), devices)
+    root = broadcast_to_devices(jax.random.key(3), devices)
     step, totals, losses = tiny.train_step(devices, RECIPE, tiny.ALWAYS), zeros, []
     batches = train_batches(
         setup.dataset.train, seed=1, batch_size=16, stop=STEPS, host=host, hosts=count
     )
     for batch in batches:
-        state, totals = step(state, totals, split(batch, devices), root)
+        state, totals = step(state, totals, shard_batch(batch, devices), root)
         losses.append(float(unreplicate(totals).loss))
-    scores, loss = evaluate(setup, state, setup.dataset.val)
+    scores, loss = setup.evaluate(state, setup.dataset.val)
     merge_and_score = make_merging_eval_step(
         tiny.Net(),
         RECIPE,
@@ -119,7 +131,7 @@ def train(devices, host=0, count=1):
 if __name__ == "__main__":
     port, process, output = sys.argv[1:]
     coordinator = f"127.0.0.1:{port}"
-    hosts.connect(coordinator, 2, int(process))
+    multihost.connect(coordinator, 2, int(process))
     assert jax.process_count() == 2 and jax.local_device_count() == 2
     check_late_comer(coordinator)
     check_agreement()

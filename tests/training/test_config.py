@@ -8,8 +8,7 @@ import pytest
 from inmerge_jax import quantile
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import (
     ModelConfig,
     RecipeConfig,
@@ -20,6 +19,7 @@ from inmerge_jax.training.config import (
     resolve_recipe,
     resolve_rule,
 )
+from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.recipes import RECIPES
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
@@ -69,7 +69,7 @@ def test_a_quantile_stands_in_place_of_the_threshold():
     kept = config_dict(plain, resolve_recipe(plain.recipe), 1)["rule"]
     assert kept["threshold"] == 0.3 and "quantile" not in kept
     both = parse_config("--threshold 0.5 --quantile 0.9".split())
-    with pytest.raises(InputError, match=r"--threshold 0\.5 and --quantile 0\.9 contradict"):
+    with pytest.raises(UsageError, match=r"`threshold` 0\.5 and `quantile` 0\.9 exclude"):
         resolve_rule(both.rule)
 
 
@@ -80,16 +80,20 @@ def test_a_configuration_made_in_python_needs_no_command_line():
         recipe=RecipeConfig(batch_size=8),
         devices=1,
     )
-    plan = plan_run(config)
+    plan = make_run_spec(config)
     assert len(plan.kernels) == 13 and len(plan.deep) == 3
     assert plan.deep == plan.kernels[10:]
 
 
-def test_help_names_every_option(capsys):
+def test_help_names_every_option_in_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         parse_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert text.count("\n") <= 120
+    groups = re.findall(r"^\W*([\w-]+) options\W*$", text, re.MULTILINE)
+    assert groups == "data model recipe merging output devices-and-processes".split()
     for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig):
         for field in dataclasses.fields(section):
             name = field.name.replace("_", "-")
@@ -145,14 +149,14 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         (["--epochs", "0"], r"--epochs 0.*1 or more"),
         (["--merging-epochs", "0"], r"--merging-epochs 0.*1 or more"),
         (["--batch-size", "0"], r"--batch-size 0.*1 or more"),
-        (["--batch-size", "41", "--devices", "1"], r"41.*40.*--batch-size"),
+        (["--batch-size", "41", "--devices", "1"], r"--batch-size 41.*40 examples"),
         (["--batch-size", "12"], r"--batch-size 12.*8 devices"),
         (["--devices", "9"], r"--devices 9.*1 to 8"),
         (["--devices", "0"], r"--devices 0"),
         (["--learning-rate", "0"], r"--learning-rate 0.*positive"),
         (["--merging-learning-rate", "inf"], r"--merging-learning-rate inf.*positive"),
         ("--optimizer sgd --momentum 1".split(), r"--momentum 1"),
-        (["--momentum", "0.5"], r"--momentum 0\.5: adam has none.*add --optimizer sgd"),
+        (["--momentum", "0.5"], r"--momentum 0\.5: adam has none.*give --optimizer sgd"),
         (["--weight-decay", "-1"], r"--weight-decay -1"),
         (["--seeds", "1", "1"], r"--seeds 1 1.*once"),
         (["--seeds", "-1"], r"--seeds -1"),
@@ -166,7 +170,9 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
 )
 def test_bad_input_is_named_and_nothing_is_written(arguments, pattern, tmp_path, capsys):
     output = tmp_path / "run"
-    assert main([*TINY, "--output", str(output), "--cache", "None", *arguments]) == 2
+    assert (
+        main([*TINY, "--output", str(output), "--compilation-cache-dir", "None", *arguments]) == 2
+    )
     message = capsys.readouterr().err
     assert re.search(pattern, message, re.DOTALL), message
     assert "Traceback" not in message
@@ -175,26 +181,30 @@ def test_bad_input_is_named_and_nothing_is_written(arguments, pattern, tmp_path,
 
 def test_an_output_folder_with_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert main([*TINY, "--output", str(tmp_path), "--cache", "None", "--overwrite"]) == 2
+    assert (
+        main([*TINY, "--output", str(tmp_path), "--compilation-cache-dir", "None", "--overwrite"])
+        == 2
+    )
     assert "holds files but no run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_channels_follow_the_recipes_normalisation():
     config = parse_config([*TINY, "--recipe", "released"])
-    assert plan_run(config).shape == (16, 16, 3)
-    assert plan_run(parse_config(TINY)).shape == (16, 16, 1)
+    assert make_run_spec(config).shape == (16, 16, 3)
+    assert make_run_spec(parse_config(TINY)).shape == (16, 16, 1)
 
 
 def test_a_rule_out_of_range_is_an_input_error_for_python_too():
-    with pytest.raises(InputError, match="--alpha 2"):
+    with pytest.raises(UsageError, match="`alpha` 2"):
         resolve_rule(RuleConfig(alpha=2))
     assert jax.local_device_count() == 8
 
 
-@pytest.mark.parametrize("option", ["--output", "--cache", "--data-dir", "--init-from"])
-def test_a_bucket_is_not_taken_for_a_folder(option, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["output", "compilation_cache_dir", "data_dir", "init_from"])
+def test_a_bucket_is_not_taken_for_a_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=rf"{option} gs:/bucket/run: .* mount it"):
-        plan_run(parse_config([*TINY, option, "gs://bucket/run"]))
+    with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/run: .* mount it"):
+        option = "--" + name.replace("_", "-")
+        make_run_spec(parse_config([*TINY, option, "gs://bucket/run"]))
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from inmerge_jax.training.environment import _git, changes, environment, processor
+from inmerge_jax.training.environment import _git, diff_environments, environment, processor
 
 
 def test_environment_describes_this_process():
@@ -75,18 +75,18 @@ def test_environment_without_git(monkeypatch):
 def test_what_may_change_the_bits_is_told_and_nothing_else():
     before = environment() | {"git": {"commit": "a", "dirty": False}}
     before["variables"] = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    assert changes(before, before) == ()
+    assert diff_environments(before, before) == ()
     now = copy.deepcopy(before)
     now |= {"started": "later", "command": "another", "python": "4", "platform": "another"}
     now["devices"] |= {"count": 4}
     now["variables"] = {"JAX_PLATFORMS": "cpu"}
     now["packages"] |= {"torch": "1"}
-    assert changes(before, now) == ()
+    assert diff_environments(before, now) == ()
     now["git"]["dirty"] = True
-    assert changes(before, now) == ("commit: a there, a with changes now",)
+    assert diff_environments(before, now) == ("commit: a there, a with changes now",)
     now["git"]["dirty"] = False
     now["devices"] |= {"processes": 2}
-    assert changes(before, now) == ("processes: 1 there, 2 now",)
+    assert diff_environments(before, now) == ("processes: 1 there, 2 now",)
     now["devices"] |= {"processes": 1}
     now |= {"cpus": 96, "processor": "Z80"}
     now["devices"] |= {"kinds": ["TPU v5e"]}
@@ -95,7 +95,7 @@ def test_what_may_change_the_bits_is_told_and_nothing_else():
     del now["packages"]["optax"]
     now["git"]["commit"] = "b"
     del before["processor"]
-    assert changes(before, now) == (
+    assert diff_environments(before, now) == (
         f"cores: {before['cpus']} there, 96 now",
         "devices: cpu there, TPU v5e now",
         f"flax: {before['packages']['flax']} there, 1 now",

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import checkpoints, loop
-from inmerge_jax.training.checkpoints import checkpoint_epochs, newest_whole, save_checkpoint
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import checkpointing, train
+from inmerge_jax.training.checkpointing import (
+    checkpoint_epochs,
+    latest_valid_checkpoint,
+    save_checkpoint,
+)
 from tests.training import tiny
 from tests.training.disk import small_disk
-from tests.training.test_loop import evidence, run
-from tests.training.test_stopping import after
+from tests.training.test_preemption import after
+from tests.training.test_train import evidence, run
 
 COMMAND = (
     "--size 16 --phantom.train 32 --phantom.val 8 --phantom.test 8 --model vgg11 --width 0.1 "
@@ -26,7 +30,7 @@ COMMAND = (
 
 def full_at(monkeypatch, save):
     """Lets the disk be full at the end of that write of arrays, counted from 1."""
-    write, calls = checkpoints._write_arrays, []
+    write, calls = checkpointing._write_arrays, []
 
     def failing(path, arrays):
         write(path, arrays)
@@ -34,7 +38,7 @@ def full_at(monkeypatch, save):
         if len(calls) == save:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "_write_arrays", failing)
+    monkeypatch.setattr(checkpointing, "_write_arrays", failing)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "mid-epoch"])
@@ -44,19 +48,19 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
     full_at(monkeypatch, 2)
     setup = dataclasses.replace(setup, should_stop=after(8)) if stopped else setup
     place = folder / "mid_epoch" / "4" if stopped else folder / "checkpoints" / "2"
-    with pytest.raises(InputError, match=f"cannot write {place}: No space left.*make room"):
+    with pytest.raises(UsageError, match=f"cannot write {place}: No space left.*make room"):
         run(folder, setup=setup)
-    assert newest_whole(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
+    assert latest_valid_checkpoint(folder / "checkpoints") == (folder / "checkpoints" / "1", ())
     assert os.listdir(place.parent) == ([] if stopped else ["1"])
     _, text = run(folder)
-    assert "goes on from epoch 1 of 3\n" in text and "damaged" not in text
+    assert "resumes from epoch 1 of 3\n" in text and "damaged" not in text
     assert evidence(folder) == evidence(tmp_path / "whole")
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once: one that finds no room must not end the wait for the others.
-    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
+    monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
     sizes = (10, 1_000, 20_000, 50_000) * 8
     tree = {f"a{i}": np.arange(size, dtype=np.float32) for i, size in enumerate(sizes)}
     with small_disk(tmp_path / "disk", megabytes=6) as disk:
@@ -64,21 +68,21 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
         for room in (0, 100_000, 1_000_000, 2_000_000):
             ballast.unlink(missing_ok=True)
             ballast.write_bytes(bytes(os.statvfs(disk).f_bfree * os.statvfs(disk).f_frsize - room))
-            with pytest.raises(InputError, match="No space left"):
+            with pytest.raises(UsageError, match="No space left"):
                 save_checkpoint(folder, 1, tree, {})
             time.sleep(0.1)
             assert os.listdir(folder) == []
         ballast.unlink()
         save_checkpoint(folder, 1, tree, {})
-        assert newest_whole(folder) == (folder / "1", ())
+        assert latest_valid_checkpoint(folder) == (folder / "1", ())
     gc.collect()  # Of tasks that ended in an error nobody saw, asyncio speaks when they are freed.
     assert not caplog.records
 
 
 def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys):
     # Nobody looks for room first, so the disk is full in the middle of the write.
-    monkeypatch.setattr(checkpoints, "_check_room", lambda *_: None)
-    append = loop.append_metrics
+    monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
+    append = train.append_metrics
 
     def fill_up(path, line):
         append(path, line)
@@ -90,14 +94,14 @@ def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsy
         ballast, output = disk / "ballast", disk / "run"
         command = [*COMMAND, "--output", str(output)]
         with monkeypatch.context() as patched:
-            patched.setattr(loop, "append_metrics", fill_up)
+            patched.setattr(train, "append_metrics", fill_up)
             assert main(command) == 2
         said = capsys.readouterr().err
         place = output / "seed0" / "backbone" / "checkpoints"
         assert f"error: cannot write {place / '2'}: No space left" in said
-        assert "make room" in said and "--resume goes on" in said
-        assert os.listdir(place) == ["1"] and newest_whole(place) == (place / "1", ())
+        assert "make room" in said and "--resume continues" in said
+        assert os.listdir(place) == ["1"] and latest_valid_checkpoint(place) == (place / "1", ())
         ballast.unlink()
         assert main([*command, "--resume"]) == 0
-        assert "goes on from epoch 1 of 3" in capsys.readouterr().out
+        assert "resumes from epoch 1 of 3" in capsys.readouterr().out
         assert 3 in checkpoint_epochs(place)

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from inmerge_jax.merging.backends import supports_pallas
-from inmerge_jax.training import arms, steps
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training import experiment, train_step
 from inmerge_jax.training.config import config_dict, parse_config
-from inmerge_jax.training.parallel import broadcast, replicate
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
 
 SMALL = ["--size", "16", "--phantom.train", "32", "--phantom.val", "16", "--phantom.test", "16"]
@@ -41,11 +40,11 @@ def test_which_devices_can(platform, kind, can):
 )
 def test_the_option_reaches_every_step_that_merges(options, fused, preset, monkeypatch):
     config = parse_config([*SMALL, *preset, *options])
-    plan = plan_run(config)
+    plan = make_run_spec(config)
     given = []
     for name in ("make_train_step", "make_merging_eval_step"):
-        monkeypatch.setattr(arms, name, lambda *args, **rest: given.append(rest))
-    arms._steps(plan, tiny.make_setup())
+        monkeypatch.setattr(experiment, name, lambda *args, **rest: given.append(rest))
+    experiment._steps(plan, tiny.make_setup())
     merging = [rest for rest in given if "rule" in rest]
     assert len(merging) == 1 + bool(preset)
     assert all(rest["fused"] == fused for rest in merging)
@@ -61,9 +60,9 @@ def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
         asked.append(implementation)
         return merge_kernels(*args, implementation=implementation)
 
-    merge_kernels = steps.merge_kernels
-    monkeypatch.setattr(steps, "merge_kernels", merge)
-    monkeypatch.setattr(steps, "supports_pallas", lambda device: able)
+    merge_kernels = train_step.merge_kernels
+    monkeypatch.setattr(train_step, "merge_kernels", merge)
+    monkeypatch.setattr(train_step, "supports_pallas", lambda device: able)
     devices = tuple(jax.local_devices()[:2])
     optimizer = make_optimizer(tiny.RECIPE)
     step = make_train_step(
@@ -85,5 +84,5 @@ def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
     batch = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
     state = replicate(new_state(*tiny.init(), optimizer, 0.05), devices)
     totals = replicate(zero_totals(len(tiny.kernels())), devices)
-    step.lower(state, totals, batch, broadcast(jax.random.key(0), devices))
+    step.lower(state, totals, batch, broadcast_to_devices(jax.random.key(0), devices))
     assert asked == ["tpu" if able and fused else "auto"]

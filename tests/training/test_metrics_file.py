@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax.errors import InputError
-from inmerge_jax.training import runfolder
-from inmerge_jax.training.runfolder import append_metrics, read_metrics, truncate_metrics
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import workdir
+from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics
 
 
 def records(count):
@@ -66,7 +66,7 @@ def test_a_lost_line_is_named_and_not_made_up_for(metrics, lost):
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
     left = [epoch for epoch in (1, 2, 3, 4) if epoch != lost + 1]
-    with pytest.raises(InputError, match=re.escape(f"lines of the epochs {left}")):
+    with pytest.raises(UsageError, match=re.escape(f"has the epochs {left}")):
         truncate_metrics(metrics, 4)
 
 
@@ -74,13 +74,13 @@ def test_damage_inside_is_named(metrics):
     data = metrics.read_bytes().split(b"\n")
     metrics.write_bytes(b"\n".join([data[0], b"oops", *data[2:]]))
     for read in (read_metrics, lambda path: truncate_metrics(path, 1)):
-        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is damaged"):
+        with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2 is damaged"):
             read(metrics)
 
 
 def test_line_without_epoch_is_named(metrics):
     append_metrics(metrics, {"loss": 1})
-    with pytest.raises(InputError, match="without its epoch"):
+    with pytest.raises(UsageError, match="without its epoch"):
         truncate_metrics(metrics, 1)
 
 
@@ -90,11 +90,11 @@ def test_full_disk_leaves_metrics_as_they_were(metrics, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runfolder.os, "fsync", full)
-    with pytest.raises(InputError, match=f"{metrics}: No space left on device.*make room"):
+    monkeypatch.setattr(workdir.os, "fsync", full)
+    with pytest.raises(UsageError, match=f"{metrics}: No space left on device.*make room"):
         append_metrics(metrics, {"epoch": 5})
     assert metrics.read_bytes() == before
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         truncate_metrics(metrics, 2)
     assert metrics.read_bytes() == before and os.listdir(metrics.parent) == ["metrics.jsonl"]
 
@@ -106,7 +106,7 @@ def test_partly_written_line_is_taken_back(metrics):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
     try:
-        with pytest.raises(InputError, match="File too large"):
+        with pytest.raises(UsageError, match="File too large"):
             append_metrics(metrics, {"epoch": 5})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,30 +10,30 @@ import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
 from inmerge_jax.cli.train import main
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
-from inmerge_jax.training import loop
-from inmerge_jax.training.arms import plan_run
+from inmerge_jax.training import train as loop
 from inmerge_jax.training.config import parse_config, resolve_recipe, resolve_rule
 from inmerge_jax.training.evaluation import evaluate_merging
-from inmerge_jax.training.parallel import broadcast, replicate, unreplicate
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, unreplicate
 from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import new_state
-from inmerge_jax.training.steps import (
+from inmerge_jax.training.train_step import (
     VALIDATION,
     example_losses,
     make_merging_eval_step,
+    new_state,
     normalise,
     zero_totals,
 )
 from tests.long import long_unless
 from tests.training import tiny
-from tests.training.test_loop import evidence, interrupt_at, run
+from tests.training.test_train import evidence, interrupt_at, run
 
 TINY = (
     "--phantom.train 32 --phantom.val 6 --phantom.test 8 --size 16 --width 0.05 --batch-size 8 "
-    "--epochs 1 --merging-epochs 1 --learning-rate 0.001 --devices 1 --cache None"
+    "--epochs 1 --merging-epochs 1 --learning-rate 0.001 --devices 1 --compilation-cache-dir None"
 ).split()
 
 
@@ -91,12 +91,12 @@ def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
     places = [kernel.name.split("/")[0] for kernel in chosen]
     assert places == sorted(places)
     assert places[0] == ("layer4_0" if name == "resnet18" else "layer2_3")
-    with pytest.raises(InputError, match=f"{name} has {blocks} residual blocks"):
+    with pytest.raises(UsageError, match=f"{name} has {blocks} residual blocks"):
         select_kernels(PRESETS["released_intent"], name, kernels_of(name), blocks)
 
 
 def test_what_was_meant_for_a_densenet_is_not_made_up():
-    with pytest.raises(InputError, match="not known"):
+    with pytest.raises(UsageError, match="are unknown"):
         select_kernels(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)
 
 
@@ -122,7 +122,7 @@ def test_image_k_is_evaluated_after_k_merges(count):
         replicate(fresh, devices),
         replicate(zero_totals(len(tiny.kernels())), devices),
         images,
-        broadcast(root, devices),
+        broadcast_to_devices(root, devices),
         devices,
     )
     key = jax.random.fold_in(jax.random.fold_in(root, 7), VALIDATION)
@@ -172,6 +172,7 @@ def test_validation_merges_are_in_the_checkpoint_and_counted(tmp_path):
     assert second[0]["train_loss"] != second[1]["train_loss"]
 
 
+@pytest.mark.long
 def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     step = merging_eval(tuple(jax.local_devices()[:1]))
     run(tmp_path / "whole", rule=tiny.ALWAYS, merging_eval_step=step)
@@ -207,5 +208,5 @@ def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys)
 
 
 def test_an_intent_that_leaves_nothing_is_refused():
-    with pytest.raises(InputError, match=r"--skip 10.*8 residual blocks; choose 0 to 7"):
-        plan_run(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))
+    with pytest.raises(UsageError, match=r"`skip` 10.*8 residual blocks; choose 0 to 7"):
+        make_run_spec(parse_config([*TINY, "--model", "resnet18", "--preset", "released_intent"]))

@@ -15,14 +15,22 @@ import pytest
 from experiments.reliability import fault_injection, jobs
 from inmerge_jax.cli import export
 from inmerge_jax.cli.train import main
-from inmerge_jax.training.runfolder import read_metrics
+from inmerge_jax.training.workdir import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def command(output, *options):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    start = [sys.executable, "-m", "experiments.train", "--output", str(output), "--cache", cache]
+    start = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "--output",
+        str(output),
+        "--compilation-cache-dir",
+        cache,
+    ]
     return [*start, *jobs.TRAINING, *options]
 
 
@@ -75,7 +83,7 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert not (output / "results.json").exists()
     done = train(output, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "seed 7 inmerge: goes on from epoch" in done.stdout
+    assert "seed 7 inmerge: resumes from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
     assert jobs.run_evidence(output) == jobs.run_evidence(whole)
 
@@ -99,7 +107,7 @@ def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     (kept,) = (output / "seed7" / "backbone" / "mid_epoch").iterdir()
     assert 30 < int(kept.name) < 90 and f"kept in {kept}" in said
     said = kill_mid_epoch(output, "inmerge", "--resume", signals=(signal.SIGINT,), epoch=2)
-    assert "seed 7 backbone: goes on from epoch" in said and "of the next" in said
+    assert "seed 7 backbone: resumes from epoch" in said and "of the next" in said
     assert "seed 7 inmerge: stopped" in said
     done = train(output, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -120,7 +128,7 @@ def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, caps
     file.write_bytes(kept)
     done = train(parts, *options, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "seed 7 backbone: goes on from epoch 1" in done.stdout
+    assert "seed 7 backbone: resumes from epoch 1" in done.stdout
     assert main(command(tmp_path / "whole", *options)[3:]) == 0
     assert jobs.run_evidence(parts) == jobs.run_evidence(tmp_path / "whole")
     first = [read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (parts, whole)]
@@ -153,6 +161,7 @@ def test_a_finished_run_is_not_touched(whole, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     for name in ("report.html", "table.md"):
@@ -162,6 +171,7 @@ def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
     assert (output / "report.html").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_path, capsys):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     (output / "results.json").unlink()
@@ -169,7 +179,7 @@ def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_
     text = result.read_text()
     result.write_text(text.replace('"best_epoch": ', '"best_epoch": 1'))
     assert main(command(output, "--resume")[3:]) == 2
-    assert f"{result} was changed" in capsys.readouterr().err
+    assert f"{result} is damaged: its content is not" in capsys.readouterr().err
     assert not (output / "results.json").exists()
     result.write_text(text)
     assert main(command(output, "--resume")[3:]) == 0
@@ -190,6 +200,7 @@ def test_resuming_with_another_configuration_names_the_difference(whole, tmp_pat
     assert "rule.alpha: 0.8 there, 0.5 now" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, tmp_path, capsys):
     output = Path(shutil.copytree(whole, tmp_path / "run"))
     (output / "results.json").unlink()
@@ -201,7 +212,7 @@ def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, 
     assert main(command(output, "--resume")[3:]) == 0
     change = f"jax: 0.1.2 there, {now} now"
     said = " ".join(capsys.readouterr().out.split())
-    assert "WARNING: resumed under other conditions" in said and change in said
+    assert "WARNING: the environment changed" in said and change in said
     arms = json.loads((output / "results.json").read_text())["arms"]
     assert arms["backbone"][0]["warnings"] == []
     (warning,) = arms["inmerge"][0]["warnings"]

@@ -4,9 +4,8 @@ import pandas as pd
 import pytest
 from medmnist.info import INFO
 
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.metrics import Metrics, compute_metrics
-from inmerge_jax.training.scores import read_scores, write_scores
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.metrics import Metrics, compute_metrics, read_scores, write_scores
 from tests.paths import MEDMNIST, needs
 
 SOME = Metrics(0.75, 0.5, (0.75,), 0)
@@ -119,11 +118,11 @@ def test_refuses_to_read_another_file(tmp_path, text):
     path = tmp_path / "scores.csv"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(InputError, match="score"):
+    with pytest.raises(UsageError, match="score"):
         read_scores(path)
 
 
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(UsageError, match="cannot write"):
         write_scores(tmp_path / "file" / "in", "phantom", 28, "val", np.zeros(2), SOME, "a")

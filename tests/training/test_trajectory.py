@@ -23,22 +23,22 @@ from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
-from inmerge_jax.training.checkpoints import restore_checkpoint
-from inmerge_jax.training.loop import train_stage
-from inmerge_jax.training.parallel import AXIS, unreplicate
-from inmerge_jax.training.progress import ProgressLine
+from inmerge_jax.progress import Progress
+from inmerge_jax.training.checkpointing import restore_checkpoint
+from inmerge_jax.training.parallel import DATA_AXIS, unreplicate
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.runfolder import read_metrics
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import (
+from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
+from inmerge_jax.training.train_step import (
     FLIPPING,
     MERGING,
     flip,
     make_eval_step,
+    make_optimizer,
     make_train_step,
+    new_state,
     normalise,
 )
+from inmerge_jax.training.workdir import read_metrics
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
@@ -174,7 +174,7 @@ def run_ours(folder, dataset, case, variables):
     devices, recipe = tuple(jax.local_devices()[:1]), case.ours
     params, stats = variables["params"], variables.get("batch_stats", {})
     model = create_model(
-        case.name, CLASSES, width=WIDTH, dtype=jnp.dtype(case.dtype), axis_name=AXIS
+        case.name, CLASSES, width=WIDTH, dtype=jnp.dtype(case.dtype), axis_name=DATA_AXIS
     )
     kernels = find_kernels(
         lambda p, x: model.apply({"params": p, "batch_stats": stats}, x, train=False),
@@ -199,7 +199,7 @@ def run_ours(folder, dataset, case, variables):
         sums.append(float(unreplicate(totals).loss))
         return state, totals
 
-    setup = Setup(
+    setup = TrainContext(
         dataset=dataset,
         recipe=recipe,
         devices=devices,
@@ -207,7 +207,7 @@ def run_ours(folder, dataset, case, variables):
         eval_step=make_eval_step(model, recipe, multi_label=False, devices=devices),
         kernels=kernels[:1],  # whose similarity is told, which takes time and isn't looked at
     )
-    stage = Stage(
+    stage = StageConfig(
         arm="inmerge" if case.rule else "backbone",
         seed=0,
         number=0,
@@ -217,7 +217,7 @@ def run_ours(folder, dataset, case, variables):
         train_step=watched,
         deep=deep,
     )
-    with ProgressLine(0, Console(file=io.StringIO())) as progress:
+    with Progress(0, Console(file=io.StringIO())) as progress:
         train_stage(setup, stage, params, stats, progress)
     fresh = new_state(params, stats, optimizer, 0.1)
     state, _ = restore_checkpoint(folder / "checkpoints" / str(EPOCHS), fresh)

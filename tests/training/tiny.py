@@ -10,11 +10,10 @@ import numpy as np
 
 from inmerge_jax import MergeRule, find_kernels
 from inmerge_jax.data import Dataset, Split
-from inmerge_jax.training.parallel import AXIS
+from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.stage import Setup, Stage
-from inmerge_jax.training.state import make_optimizer
-from inmerge_jax.training.steps import make_eval_step, make_train_step
+from inmerge_jax.training.train import StageConfig, TrainContext
+from inmerge_jax.training.train_step import make_eval_step, make_optimizer, make_train_step
 
 CLASSES = 3
 RECIPE = dataclasses.replace(
@@ -37,7 +36,7 @@ class Net(nn.Module):
     def __call__(self, x, *, train):
         for _ in range(2):
             x = nn.Conv(8, (3, 3), (2, 2))(x)
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=AXIS)(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=DATA_AXIS)(x)
             x = nn.relu(x)
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
@@ -97,7 +96,7 @@ def eval_step(devices, recipe=RECIPE):
 
 def make_setup(recipe=RECIPE, dataset=None):
     devices = tuple(jax.local_devices()[:1])
-    return Setup(
+    return TrainContext(
         dataset=dataset or make_dataset(),
         recipe=recipe,
         devices=devices,
@@ -108,7 +107,7 @@ def make_setup(recipe=RECIPE, dataset=None):
 
 
 def make_stage(folder, recipe=RECIPE, rule=None, **changes):
-    stage = Stage(
+    stage = StageConfig(
         arm="backbone" if rule is None else "inmerge",
         seed=0,
         number=0 if rule is None else 1,

@@ -22,9 +22,8 @@ from experiments.benchmarks.accelerator.session import (
     describe_machine,
     say,
 )
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.memory import keep_freed_memory
-from inmerge_jax.training.programs import keep_programs
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.environment import configure_malloc, enable_compilation_cache
 
 _DESCRIPTION = """
 Checks and measures the project on this machine's accelerator within a given time.
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.imported is not None:
             return page.import_folder(options.imported)
         return run(options)
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -112,21 +111,21 @@ def run(options: argparse.Namespace) -> int:
     """Checks the options, runs the parts, and prints the summary.
 
     Raises:
-      InputError: bad options, missing data, or a folder that does not fit.
+      UsageError: bad options, missing data, or a folder that does not fit.
     """
     if not (options.minutes > 0 and math.isfinite(options.minutes)):
-        raise InputError(f"--minutes {options.minutes:g}: choose a positive number")
+        raise UsageError(f"--minutes {options.minutes:g}: choose a positive number")
     if options.grid not in GRIDS:
-        raise InputError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
+        raise UsageError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
     grid = GRIDS[options.grid]
     if "trials" in options.parts:
         trials.check_data(grid, options.data_dir)
     session = Session(options.output, 60 * options.minutes, options.tiny)
     session.around = describe_machine(options.tiny)
     check_folder(session.folder, session.around)
-    keep_programs(options.cache or session.folder / "cache")
+    enable_compilation_cache(options.cache or session.folder / "cache")
     if session.around["platform"] == "cpu":
-        keep_freed_memory()
+        configure_malloc()
     run_part = {
         "correctness": lambda: correctness.measure(session),
         "merge": lambda: merge_cost.measure(session),

@@ -23,11 +23,16 @@ from inmerge_jax import (
 from inmerge_jax.data import make_phantom
 from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions, random_weights
-from inmerge_jax.training.parallel import AXIS, broadcast, replicate, split, unreplicate
+from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.parallel import (
+    DATA_AXIS,
+    broadcast_to_devices,
+    replicate,
+    shard_batch,
+    unreplicate,
+)
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
-from inmerge_jax.training.steps import make_train_step, zero_totals
+from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
 PART = "correctness"
 MODEL, TINY_MODEL = "resnet18", "vgg11"
@@ -338,9 +343,9 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
     batch_size = -(-batch_size // len(devices)) * len(devices)
     recipe = dataclasses.replace(RECIPES["released"], learning_rate=0.01, flip=False)
     name, width = (TINY_MODEL, 0.125) if tiny else (MODEL, 1.0)
-    model = create_model(name, classes, width=width, axis_name=AXIS)
+    model = create_model(name, classes, width=width, axis_name=DATA_AXIS)
     shape = (size, size, 3)
-    kernels = convolutions(model, shape)
+    kernels = conv_kernels(model, shape)
     kernels = kernels[min(10, len(kernels) // 2) :]
     optimizer = make_optimizer(recipe)
     with jax.default_device(devices[0]), jax.default_matmul_precision(precision):
@@ -358,14 +363,14 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
             rule=MergeRule(threshold=0.0),
         )
         totals = replicate(zero_totals(len(kernels)), devices)
-        root = broadcast(jax.random.key(3), devices)
+        root = broadcast_to_devices(jax.random.key(3), devices)
         images = make_phantom(size=max(size, 16), train=batch_size, val=1, test=1).train
         batch = {
             "image": images.images[:, :size, :size],
             "label": images.labels % classes,
             "index": np.arange(batch_size, dtype=np.int32),
         }
-        batch = split(batch, devices)
+        batch = shard_batch(batch, devices)
         losses, merged, kept = [], [], []
         for number in range(10):
             state, totals = step(state, totals, batch, root)
@@ -384,4 +389,4 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
 @functools.lru_cache(maxsize=2)
 def _first_weights(model: Any, shape: tuple[int, int, int]) -> tuple[Any, Any]:
     """Drawn once: backends need not draw the same bits of a normal distribution."""
-    return random_weights(model, shape, seed=0)
+    return init_variables(model, shape, seed=0)

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from experiments.benchmarks.accelerator import pytorch, train_step
 from experiments.benchmarks.accelerator.session import PARTS, read_part, say
 from experiments.benchmarks.accelerator.source import ROOT, commit_of
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_json, write_text
 from inmerge_jax.reporting.tables import Table, markdown_table
 
@@ -32,12 +32,12 @@ def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """What a folder holds, by part.
 
     Raises:
-      InputError: it holds nothing of this command, or a file is damaged.
+      UsageError: it holds nothing of this command, or a file is damaged.
     """
     found = {part: read_part(folder, part) for part in PARTS}
     found = {part: value for part, value in found.items() if value is not None}
     if not found:
-        raise InputError(f"{folder} holds no results of python -m experiments.accelerator")
+        raise UsageError(f"{folder} holds no results of python -m experiments.accelerator")
     return found
 
 
@@ -295,7 +295,7 @@ def import_folder(folder: Path, results: Path = RESULTS, *, tiny: bool = False) 
       0.
 
     Raises:
-      InputError: the folder holds nothing, a damaged file, tiny sizes, or results of source code
+      UsageError: the folder holds nothing, a damaged file, tiny sizes, or results of source code
         that no commit of this checkout has.
     """
     from experiments.benchmarks.accelerator import trials as trials_part
@@ -304,12 +304,12 @@ def import_folder(folder: Path, results: Path = RESULTS, *, tiny: bool = False) 
     first = next(iter(found.values()))
     for part, value in found.items():
         if value["tiny"] and not tiny:
-            raise InputError(f"{folder}: {part}.json was measured at tiny sizes, for a check only")
+            raise UsageError(f"{folder}: {part}.json was measured at tiny sizes, for a check only")
         if (value["source"], value["device"]) != (first["source"], first["device"]):
-            raise InputError(f"{folder}: {part}.json is of other source code or another device")
+            raise UsageError(f"{folder}: {part}.json is of other source code or another device")
     commit = commit_of(first["source"])
     if commit is None:
-        raise InputError(
+        raise UsageError(
             f"{folder}: measured with source code that none of this checkout's last commits has; "
             "commit before you measure, and import where that commit is"
         )
@@ -319,7 +319,7 @@ def import_folder(folder: Path, results: Path = RESULTS, *, tiny: bool = False) 
         arrays = read_arrays(folder / "trials.npz", "copy the folder again")
         missing = [one for one in new if f"scores-{one}" not in arrays]
         if missing:
-            raise InputError(f"{folder}: trials.npz has no scores of {', '.join(missing)}")
+            raise UsageError(f"{folder}: trials.npz has no scores of {', '.join(missing)}")
     place = results / "accelerator" / f"{_slug(first['device'])}-{commit[:10]}"
     for part in PUBLISHED:
         if part in found:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.accelerator.source import source_digest
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_json_object, write_json
 from inmerge_jax.training.environment import environment
 
 PARTS = {"correctness": 0.25, "merge": 0.4, "step": 0.8, "trials": 1.0}
@@ -146,15 +146,15 @@ def read_part(folder: Path, part: str) -> dict[str, Any] | None:
     traceback; "skipped", by name the reason.
 
     Raises:
-      InputError: the file is damaged.
+      UsageError: the file is damaged.
     """
     path = folder / f"{part}.json"
     if not path.exists():
         return None
-    found = read_object(path, "remove it, or choose another folder")
+    found = read_json_object(path, "remove it, or choose another folder")
     missing = {*_MACHINE, "cases", "failed", "skipped"} - set(found)
     if missing:
-        raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is not of this command")
+        raise UsageError(f"{path} has no {', '.join(sorted(missing))}: it is not of this command")
     return found
 
 
@@ -162,14 +162,14 @@ def check_folder(folder: Path, around: Mapping[str, Any]) -> None:
     """Checks that results can be added to a folder.
 
     Raises:
-      InputError: it can't be written, or holds results of other source code or another device.
+      UsageError: it can't be written, or holds results of other source code or another device.
     """
     for part in PARTS:
         kept = read_part(folder, part)
         for name in ("source", "device", "tiny") if kept else ():
             if kept[name] != around[name]:
                 other = kept.get("commit") or "unknown"
-                raise InputError(
+                raise UsageError(
                     f"--output {folder}: {part}.json has {name} {kept[name]} (commit {other}), but "
                     f"this is {around[name]} (commit {around['commit'] or 'unknown'}): choose "
                     "another folder"
@@ -180,7 +180,7 @@ def check_folder(folder: Path, around: Mapping[str, Any]) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from error
+        raise UsageError(f"--output {folder}: cannot be written ({error.strerror})") from error
 
 
 def to_json(value: Any) -> Any:

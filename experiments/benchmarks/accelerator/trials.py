@@ -1,7 +1,7 @@
 """Part 4: trials of the study, as many as fit into the time.
 
 A trial is what `experiments.study.main_effect` trains: the same step, batches, keys, recipe and
-choice of the best epoch as in `training.loop.train_stage`. It keeps the best weights in memory and
+choice of the best epoch as in `training.train.train_stage`. It keeps the best weights in memory and
 writes no checkpoint, since a checkpoint takes longer than an epoch of a small data set. Several
 seeds may train at once; see `choose_together`.
 """
@@ -28,18 +28,22 @@ from experiments.study.treatments import Numbers, make_treatment, numbers, selec
 from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
 from inmerge_jax.data import steps_per_epoch, train_batches
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.arms import Plan, initial_weights, make_setup, step_options
-from inmerge_jax.training.evaluation import evaluate
-from inmerge_jax.training.loop import NonFiniteLossError
+from inmerge_jax.training.experiment import RunSpec, initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
-from inmerge_jax.training.parallel import broadcast, replicate, split, unreplicate
+from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
-from inmerge_jax.training.stage import Setup, batch_seed, root_key
-from inmerge_jax.training.state import TrainState, new_state, set_learning_rate
-from inmerge_jax.training.steps import Totals, make_train_step, zero_totals
+from inmerge_jax.training.train import NonFiniteLossError, TrainContext, batch_seed, root_key
+from inmerge_jax.training.train_step import (
+    Totals,
+    TrainState,
+    make_train_step,
+    new_state,
+    set_learning_rate,
+    zero_totals,
+)
 
 PART = "trials"
 TOGETHER, TINY_TOGETHER = (1, 4), (1, 2)
@@ -52,7 +56,7 @@ def check_data(grid: Grid, folder: Path) -> None:
     """Checks that the files of a grid's data sets exist.
 
     Raises:
-      InputError: one is missing.
+      UsageError: one is missing.
     """
     for name in grid.data:
         config = datasets.config_of(name, folder, folder)
@@ -60,7 +64,7 @@ def check_data(grid: Grid, folder: Path) -> None:
             continue
         path = config.file or config.data_dir / f"{config.name}.npz"
         if not path.is_file():
-            raise InputError(
+            raise UsageError(
                 f"--data-dir {folder}: {path} is missing; give the folder that holds it, choose "
                 "another --grid, or leave the trials out with --parts correctness merge step"
             )
@@ -143,11 +147,11 @@ def import_records(
       The number of new trials.
 
     Raises:
-      InputError: a trial is in no grid of this version, or its data set's labels differ.
+      UsageError: a trial is in no grid of this version, or its data set's labels differ.
     """
     known = {trial.hash: trial for grid in GRIDS.values() for trial in grid.trials()}
     if unknown := sorted(set(records) - set(known)):
-        raise InputError(f"the trials {', '.join(unknown)} are of no grid of this version")
+        raise UsageError(f"the trials {', '.join(unknown)} are of no grid of this version")
     stored = archive.read(results).records
     new = {one: record for one, record in records.items() if one not in stored}
     if not new:
@@ -244,8 +248,8 @@ class Program:
       together: seeds that it trains at once.
     """
 
-    plan: Plan
-    setup: Setup
+    plan: RunSpec
+    setup: TrainContext
     deep: tuple[Kernel, ...]
     kinds: tuple[tuple[str, bool], ...]
     step: Callable[..., Any]
@@ -260,7 +264,7 @@ class Program:
 def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
     """Loads a data set and makes the step that trains `together` seeds at once."""
     plan = plan_of(grid.backbone(data, 0), paths)
-    setup = make_setup(plan)
+    setup = make_context(plan)
     treatments = list(grid.arms.values())
     kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
     merging = next(one for one in treatments if one.kind != "none")
@@ -271,8 +275,8 @@ def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
         plan.recipe,
         **step_options(plan),
         kernels=deep,
-        treatment=shared_treatment(deep, kinds),
-        numbers=shared_numbers(Treatment(), kinds, 1),
+        param_transform=shared_treatment(deep, kinds),
+        hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
     return Program(plan, setup, deep, kinds, step, together)
@@ -300,14 +304,14 @@ def choose_together(
 def _timed_updates(program: Program) -> Callable[[int], float]:
     """A function that makes some updates and returns the seconds that each took."""
     plan, count = program.plan, program.together
-    start = initial_weights(plan, 0)
+    start = initial_variables(plan, 0)
     fresh = new_state(*start, program.setup.optimizer, 1e-3)
     state = replicate(stack([fresh] * count), plan.devices)
     totals = replicate(stack([zero_totals(len(program.deep))] * count), plan.devices)
-    roots = broadcast(stack([root_key(0, 0)] * count), plan.devices)
+    roots = broadcast_to_devices(stack([root_key(0, 0)] * count), plan.devices)
     given = shared_numbers(Treatment(), program.kinds, 1)
     stream = train_batches(plan.dataset.train, seed=0, batch_size=plan.recipe.batch_size)
-    batch = split(join([next(stream)] * count, len(plan.devices)), plan.devices)
+    batch = shard_batch(join([next(stream)] * count, len(plan.devices)), plan.devices)
 
     def run(updates: int) -> float:
         nonlocal state
@@ -335,7 +339,7 @@ def train_unit(
     """
     before = time.monotonic()
     chosen = program(data, len(seeds))
-    starts = [initial_weights(chosen.plan, seed) for seed in seeds]
+    starts = [initial_variables(chosen.plan, seed) for seed in seeds]
     records = {}
     best = None
     for arm in (None, *grid.arms):
@@ -367,7 +371,7 @@ def train_unit(
 
 
 class Trained(NamedTuple):
-    """One finished trial: `loop.train_stage`'s result and similarities, test scores, weights."""
+    """One finished trial: `train.train_stage`'s result and similarities, test scores, weights."""
 
     result: dict[str, Any]
     similarity: dict[str, Any]
@@ -389,11 +393,13 @@ def train_together(
     seeds, number = [c.backbone.seed for c in trials], int(not trial.is_backbone)
     epochs = trial.epochs or trial.backbone.epochs
     first_rate = trial.backbone.rate if trial.is_backbone else trial.learning_rate
-    given = broadcast(shared_numbers(trial.treatment, program.kinds, program.updates), devices)
+    given = broadcast_to_devices(
+        shared_numbers(trial.treatment, program.kinds, program.updates), devices
+    )
     states = [new_state(*start, setup.optimizer, first_rate) for start in starts]
     state = replicate(stack(states), devices)
     zeros = replicate(stack([zero_totals(len(program.deep))] * count), devices)
-    roots = broadcast(stack([root_key(seed, number) for seed in seeds]), devices)
+    roots = broadcast_to_devices(stack([root_key(seed, number) for seed in seeds]), devices)
     streams = [
         train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
         for seed in seeds
@@ -406,13 +412,13 @@ def train_together(
         rate, _ = next_learning_rate(recipe, first_rate, epochs, histories[0])
         state, totals = set_learning_rate(state, rate), zeros
         for _ in range(program.updates):
-            batch = split(join([next(stream) for stream in streams], len(devices)), devices)
+            batch = shard_batch(join([next(stream) for stream in streams], len(devices)), devices)
             state, totals = program.step(state, totals, batch, roots, given)
         sums = unreplicate(totals)
         for i in range(count):
             one = pick(state, i, count)
             total = sums if count == 1 else Totals(*(x[i] for x in sums))
-            scores, loss = evaluate(setup, one, data.val)
+            scores, loss = setup.evaluate(one, data.val)
             if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
                 raise NonFiniteLossError(f"{trials[i].name}: diverged in epoch {epoch}")
             auc = compute_metrics(data.val.labels, scores, data.task).auc
@@ -439,7 +445,7 @@ def finish(
     plan, setup, data = program.plan, program.setup, program.plan.dataset
     found, scores = {}, {}
     for name, images in (("val", data.val), ("test", data.test)):
-        scores[name], _ = evaluate(setup, state, images)
+        scores[name], _ = setup.evaluate(state, images)
         found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
     weights = unreplicate((state.params, state.batch_stats))
     merges = trial.treatment.kind != "none"

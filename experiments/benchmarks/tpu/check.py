@@ -1,7 +1,7 @@
-"""Compiles the training step for real TPUs, on a machine without one, and shows what merging adds.
+"""Compiles the training step for TPUs, on a machine without one, and shows what merging adds.
 
-Nothing runs on a TPU, so nothing here is a time: memory, operations, bytes moved and collectives
-are the compiler's own counts for one chip.
+Memory, FLOPs, bytes accessed and collectives are the compiler's counts for one chip. Nothing is
+timed.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ from rich.console import Console
 from experiments.benchmarks.tpu.compile import Case, environment, fingerprints
 from experiments.benchmarks.tpu.limits import Row, failures
 from experiments.benchmarks.tpu.table import tables
-from inmerge_jax.errors import InputError
-from inmerge_jax.files import read_object, write_json
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_json_object, write_json
 
 STEPS = ("plain", "random", "nearest")
 STACK = 512 * 2**20
@@ -48,20 +48,20 @@ CASES = tuple(replace(base, step=step) for base in STEPS_BASE for step in STEPS)
 class TpuCheckConfig:
     """Compiles the training step for TPU topologies and compares it with and without merging.
 
-    Needs libtpu, but no TPU: `make tpu-check` installs it into a folder of its own. A case that the
-    output file already holds for the same program and versions is not compiled again, so that an
-    interrupted run goes on. Exit status 1 means that merging adds more than it may.
+    Needs libtpu, but no TPU; `make tpu-check` installs it into a separate folder. Cases with a
+    stored row of the same program and versions are skipped, so an interrupted run can be repeated.
+    The exit status is 1 if a limit is exceeded.
 
     Attributes:
       output: JSON file for the results.
-      only: Cases to compile, each named by a part of its name, such as resnet18 or v6e:2x2; of the
-        others the output file keeps what it holds.
+      only: Parts of the names of the cases to compile, such as resnet18 or v6e:2x2. The output file
+        keeps the rows of other cases.
       small: Only ResNet-18 at 28 px on four v5e chips.
-      overwrite: Compile again what the output file holds.
-      jobs: Cases compiled at a time. Each takes one core, and up to 8 GB for DenseNet-121.
-      dry_run: Compile nothing; judge and print what the output file holds.
-      stale: Compile nothing; fail where a case is missing from the output file, or its program or
-        the compiler's versions are no longer those that it holds.
+      overwrite: Compile cases that have a stored row again.
+      jobs: Cases compiled at once. Each takes one core, and up to 8 GB for DenseNet-121.
+      dry_run: Compile nothing; check and print the stored rows.
+      stale: Compile nothing; fail if a case has no stored row, or one of another program or other
+        compiler versions.
     """
 
     output: Path = Path("experiments/results/tpu_check.json")
@@ -74,30 +74,30 @@ class TpuCheckConfig:
 
 
 def chosen_cases(config: TpuCheckConfig) -> list[Case]:
-    """The cases that the options name, at least one.
+    """The cases that the options select.
 
     Raises:
-      InputError: on a name that no case has, or that none of the small ones has.
+      UsageError: a part of a name matches no case, or no case is selected.
     """
     for part in config.only:
         if not any(part in case.name for case in CASES):
-            raise InputError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
+            raise UsageError(f"--only {part}: no case has it in its name, such as {CASES[0].name}")
     cases = CASES[: len(STEPS)] if config.small else CASES
     chosen = [c for c in cases if not config.only or any(part in c.name for part in config.only)]
     if not chosen:
-        raise InputError(f"--only {' '.join(config.only)}: none of the --small cases has it")
+        raise UsageError(f"--only {' '.join(config.only)}: none of the --small cases has it")
     return chosen
 
 
 def compile_cases(config: TpuCheckConfig) -> None:
-    """Compiles each case in a process of its own and saves its row as it finishes.
+    """Compiles each case in a separate process and saves its row when it finishes.
 
     Raises:
-      InputError: libtpu is missing, `jobs` is none, or the output file can't be read or written.
-      RuntimeError: a process failed otherwise than by the compiler refusing the program.
+      UsageError: libtpu is missing, `jobs` is below 1, or the output file can't be read or written.
+      RuntimeError: a process failed for another reason than a compilation error.
     """
     if config.jobs < 1:
-        raise InputError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
+        raise UsageError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
     _need_libtpu()
     _deep_stack()
     stored = {} if config.overwrite else read(config.output)
@@ -114,7 +114,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
                 if done.cancelled():
                     continue
                 if error := done.exception():
-                    # Those under way may have run for long: their rows are kept.
+                    # Running compilations may have taken long, so their rows are kept.
                     errors.append(error)
                     pool.shutdown(wait=False, cancel_futures=True)
                     continue
@@ -126,10 +126,10 @@ def compile_cases(config: TpuCheckConfig) -> None:
 
 
 def _compiled(case: Case, config: TpuCheckConfig, known: str) -> Row | None:
-    """The row that a process gives of a case; None where its program is the `known` one.
+    """The row of a case, compiled in a process; None if its program is `known`.
 
     Raises:
-      RuntimeError: as `compile_cases`.
+      RuntimeError: the process failed for another reason than a compilation error.
     """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "row.json"
@@ -159,10 +159,10 @@ def _compiled(case: Case, config: TpuCheckConfig, known: str) -> Row | None:
 
 
 def _save(row: Row | None, name: str, output: Path) -> None:
-    """Puts a row, if there is one, into the output file, in the order of `CASES`, and says so.
+    """Adds a row to the output file, in the order of `CASES`, and prints it; None: no change.
 
     Raises:
-      InputError: it can't be read or written.
+      UsageError: the file can't be read or written.
     """
     if row is None:
         print(f"{name}: unchanged", flush=True)
@@ -172,16 +172,16 @@ def _save(row: Row | None, name: str, output: Path) -> None:
     try:
         write_json(output, ordered)
     except OSError as error:
-        raise InputError(f"--output {output}: {error}; choose another file") from error
+        raise UsageError(f"--output {output}: {error}; choose another file") from error
     said = f"{row['compile_seconds']} s" if row["compiles"] else row["reason"]
     print(f"{name}: {said}", flush=True)
 
 
 def stale_cases(config: TpuCheckConfig) -> list[str]:
-    """The chosen cases that the output file does not hold as this code lowers them.
+    """Names of the chosen cases without a stored row of the current program.
 
     Raises:
-      InputError: libtpu is missing, or the output file can't be read.
+      UsageError: libtpu is missing, or the output file can't be read.
     """
     _need_libtpu()
     os.environ.update(environment(os.environ))
@@ -194,43 +194,40 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
 
 
 def _need_libtpu() -> None:
-    """Raises InputError where libtpu is missing."""
+    """Raises UsageError where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
+        raise UsageError(
             "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
             "or put such a folder on PYTHONPATH"
         )
 
 
 def _deep_stack() -> None:
-    """Lets the threads of processes started from here recurse deeper.
-
-    The compiler recurses deeply on large programs.
-    """
+    """Raises the stack limit of child processes; the compiler recurses deeply on large programs."""
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK if most == resource.RLIM_INFINITY else min(STACK, most)
     resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows that a file holds, by name; none where there is no such file.
+    """The rows of a file by name; {} if the file does not exist.
 
     Raises:
-      InputError: the file isn't JSON, or can't be read.
+      UsageError: the file isn't JSON, or can't be read.
     """
     try:
-        return read_object(path, "remove it, or choose another --output")
+        return read_json_object(path, "remove it, or choose another --output")
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise InputError(f"--output {path}: {error}; remove it or choose another file") from error
+        raise UsageError(f"--output {path}: {error}; remove it or choose another file") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      0, 1 where merging adds too much or a stored row is stale, or 2 on bad input.
+      0; 1 if a limit is exceeded or a stored row is stale; 2 on bad input.
     """
     config = tyro.cli(
         TpuCheckConfig, prog="python -m experiments.benchmarks.tpu.check", args=arguments
@@ -241,15 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in stale:
                 print(f"STALE: {name}: run make tpu-check", file=sys.stderr)
             if not stale:
-                print(f"{config.output} holds the programs of today")
+                print(f"{config.output}: all rows are up to date")
             return int(bool(stale))
         if not config.dry_run:
             compile_cases(config)
         rows = read(config.output)
         missing = [case.name for case in chosen_cases(config) if case.name not in rows]
         if missing:
-            raise InputError(f"{config.output} has no row of {missing[0]}: leave --dry-run out")
-    except InputError as error:
+            raise UsageError(f"{config.output} has no row of {missing[0]}: leave --dry-run out")
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for table in tables(rows, [case.name for case in chosen_cases(config)]):

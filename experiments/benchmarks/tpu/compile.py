@@ -1,6 +1,6 @@
-"""Compiles one training step with the TPU compiler, which needs no TPU, and says what it counts.
+"""Compiles one training step with the TPU compiler and reports its counts. Needs no TPU.
 
-A process of its own for each case: `experiments.benchmarks.tpu.check` starts them.
+`experiments.benchmarks.tpu.check` starts one such process for each case.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.benchmarks.tpu.listing import collectives, main_memory_bytes
+from experiments.benchmarks.tpu.collectives import collectives
 from inmerge_jax.files import write_json
 
 WITHOUT_TPU = {
@@ -25,7 +25,7 @@ WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "",
-    # No chip is opened, so several compilers may run, and a lock that a killed one left is nothing.
+    # Several compilers may run at once, because none opens a chip; a stale lock does no harm.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 CLASSES = 14
@@ -36,13 +36,13 @@ class Case:
     """A training step, and the chips that it is compiled for.
 
     Attributes:
-      model: network.
-      stem: of it.
-      size: height and width of the images.
+      model: name of the network.
+      stem: first layers of the network.
+      size: height and width of the images, in pixels.
       topology: chip generation and layout, such as v5e:2x2.
-      step: without merging, or with the partner of the merging rule.
-      images: of one step on one chip.
-      steps_per_call: steps in one dispatch.
+      step: "plain" without merging, or the partner of the merge rule.
+      images: batch size per chip.
+      steps_per_call: training steps in one dispatch.
     """
 
     model: str
@@ -55,24 +55,24 @@ class Case:
 
     @property
     def network(self) -> str:
-        """For people."""
+        """Name of the network and image size."""
         return f"{self.model} {self.size} px"
 
     @property
     def name(self) -> str:
-        """Names the case among all others."""
+        """Unique name of the case."""
         calls = "" if self.steps_per_call == 1 else f", {self.steps_per_call} steps a call"
         return f"{self.network}, {self.topology}{calls}, {self.step}"
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """Compiles one training step and writes what the compiler counts.
+    """Compiles one training step and writes the compiler's counts.
 
     Attributes:
       output: JSON file for the result.
-      known: fingerprint of a program whose result is known: if it is still this one, nothing is
-        compiled or written.
+      known: fingerprint of a program with a stored result. The same program is not compiled again,
+        and nothing is written.
     """
 
     case: tyro.conf.OmitArgPrefixes[Case]
@@ -81,15 +81,15 @@ class CompileConfig:
 
 
 def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
-    """Lowers the step and, unless it is the `known` program, compiles it.
+    """Lowers the step and, unless its fingerprint is `known`, compiles it.
 
     Returns:
-      What the compiler counts, per chip; with "compiles": False and its words where it can't. None
-      where the program is known.
+      The compiler's counts for one chip; "compiles": False and the compiler's message for a program
+      that does not compile; None for the `known` program.
     """
     import jax
 
-    lowered, chips, layers = _lower(case)
+    lowered, chips, largest = _lower(case)
     program, versions = _fingerprint(case, lowered)
     if program == known:
         return None
@@ -97,9 +97,7 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         "fingerprint": program,
         "versions": versions,
         "chips": chips,
-        "merged_layers": len(layers),
-        "largest_merged_layer_bytes": max(layers, default=0),
-        "merged_bytes": sum(layers),
+        "largest_merged_layer_bytes": largest,
     }
     started = time.monotonic()
     try:
@@ -112,7 +110,6 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
         name: getattr(memory, f"{name}_size_in_bytes")
         for name in ("argument", "output", "alias", "temp", "generated_code")
     }
-    listing = compiled.as_text()
     held = sizes["argument"] + sizes["output"] - sizes["alias"]
     return row | {
         "compiles": True,
@@ -124,20 +121,19 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
             "total": held + sizes["temp"] + sizes["generated_code"],
             "peak": memory.peak_memory_in_bytes,
         },
-        "main_memory_bytes": main_memory_bytes(listing),
-        "collectives": collectives(listing),
+        "collectives": collectives(compiled.as_text()),
     }
 
 
 def fingerprint(case: Case) -> str:
-    """The hash of the case's program, as this code lowers it, and of the compiler's versions."""
+    """SHA-256 of the case, its lowered program and the compiler's versions."""
     return _fingerprint(case, _lower(case)[0])[0]
 
 
 def fingerprints(cases: Sequence[Case]) -> list[str]:
-    """The `fingerprint` of each case, by processes side by side.
+    """The `fingerprint` of each case, computed by several processes.
 
-    The caller's environment is to be that of `environment`.
+    Requires the caller to have set the variables of `environment`.
     """
     processes = min(os.cpu_count() or 1, len(cases))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -159,8 +155,8 @@ def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:
     return program.hexdigest(), versions
 
 
-def _lower(case: Case) -> tuple[Any, int, list[int]]:
-    """The lowered step, the number of chips, and the bytes of each layer that is merged."""
+def _lower(case: Case) -> tuple[Any, int, int]:
+    """The lowered step, the number of chips, and the size in bytes of the largest merged layer."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -168,22 +164,26 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
 
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.initial import convolutions
-    from inmerge_jax.training.parallel import AXIS
+    from inmerge_jax.training.init import conv_kernels
+    from inmerge_jax.training.parallel import DATA_AXIS
     from inmerge_jax.training.recipes import RECIPES
-    from inmerge_jax.training.state import TrainState, make_optimizer
-    from inmerge_jax.training.steps import make_train_step, zero_totals
+    from inmerge_jax.training.train_step import (
+        TrainState,
+        make_optimizer,
+        make_train_step,
+        zero_totals,
+    )
 
     topology = topologies.get_topology_desc(case.topology, platform="tpu")
     devices = tuple(topology.devices)
-    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=AXIS)
+    model = create_model(case.model, CLASSES, stem=case.stem, axis_name=DATA_AXIS)
     image = jax.ShapeDtypeStruct((1, case.size, case.size, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
     )
     params, rest = variables["params"], variables.get("batch_stats", {})
 
-    deep = deep_kernels(convolutions(model, image.shape[1:]), skip=10)
+    deep = deep_kernels(conv_kernels(model, image.shape[1:]), skip=10)
     merging = case.step != "plain"
     recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
     optimizer = make_optimizer(recipe)
@@ -207,19 +207,19 @@ def _lower(case: Case) -> tuple[Any, int, list[int]]:
         devices=devices,
         kernels=deep if merging else (),
         rule=MergeRule(partner=case.step) if merging else None,
-        steps_per_call=case.steps_per_call,
+        steps_per_execution=case.steps_per_call,
     )
     root = jax.eval_shape(lambda: jax.random.key(0))
-    # A Pallas kernel is in the program as bytes, with the files and lines that it was written in:
-    # without them the fingerprint is the same in every checkout.
+    # The bytes of a Pallas kernel contain source files and lines. Without these, the fingerprint is
+    # the same in every checkout.
     frames = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)
-    layers = [4 * int(np.prod(kernel.shape)) for kernel in deep] if merging else []
-    return lowered, len(devices), layers
+    sizes = [4 * int(np.prod(kernel.shape)) for kernel in deep] if merging else []
+    return lowered, len(devices), max(sizes, default=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables that keep libtpu from looking for a TPU, over `inherited`."""
+    """`inherited` with the variables that keep libtpu from looking for a TPU."""
     return {**inherited, **WITHOUT_TPU}
 
 

@@ -1,4 +1,4 @@
-"""Compiles the merge alone for a TPU in each of its forms, and stores what the compiler counts.
+"""Compiles each implementation of the merge for TPU, without a step, and stores the counts.
 
 Run `PYTHONPATH=build/tpu-check python -m experiments.benchmarks.tpu.forms` after `make tpu-check`.
 """
@@ -18,7 +18,8 @@ from experiments.benchmarks.tpu.compile import CLASSES, WITHOUT_TPU
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.reporting.tables import markdown_rows
+from inmerge_jax.training.init import conv_kernels
 
 RESULTS = Path(__file__).parents[2] / "results"
 OUTPUT = RESULTS / "tpu_forms.json"
@@ -28,11 +29,11 @@ FORMS = {"reference": "reference", "rows": "auto", "Pallas": "tpu"}
 
 
 def count(model: str, stem: Any, size: int, partner: Any, form: Any, device: Any) -> dict[str, Any]:
-    """What the compiler counts for one merge of all but the first ten convolutions, p 0.3."""
+    """The compiler's counts for one merge of all but the first ten convolutions."""
     network = create_model(model, CLASSES, stem=stem)
     kernels = [
         dataclasses.replace(kernel, path=(jax.tree_util.DictKey(kernel.name),))
-        for kernel in deep_kernels(convolutions(network, (size, size, 3)), skip=10)
+        for kernel in deep_kernels(conv_kernels(network, (size, size, 3)), skip=10)
     ]
     sharding = jax.sharding.SingleDeviceSharding(device)
     params = {
@@ -50,26 +51,34 @@ def count(model: str, stem: Any, size: int, partner: Any, form: Any, device: Any
 
 
 def markdown(path: Path = OUTPUT) -> str:
-    """The stored counts beside those of the training step that the merge is part of."""
+    """The stored counts, also as shares of the plain training step's."""
     stored = json.loads(path.read_bytes())
     steps = json.loads((RESULTS / "tpu_check.json").read_bytes())
-    lines = [
-        "| merge | form | passes over the weights | GB moved | of the step | GFLOP | of the step |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = (
+        *("merge", "form", "passes over the weights"),
+        *("GB moved", "of the step", "GFLOP", "of the step"),
+    )
+    lines = []
     for row in stored["rows"]:
         step = steps[f"{row['model']} {row['size']} px, {TOPOLOGY}, plain"]
         shares = (row["bytes"] / step["bytes_moved"], row["flops"] / step["flops"])
         lines.append(
-            f"| {row['model']} {row['size']} px, {row['partner']} | {row['form']} "
-            f"| {row['bytes'] / row['weights']:.1f} | {row['bytes'] / 1e9:.2f} | {shares[0]:.2%} "
-            f"| {row['flops'] / 1e9:.2f} | {shares[1]:.2%} |"
+            (
+                f"{row['model']} {row['size']} px, {row['partner']}",
+                row["form"],
+                f"{row['bytes'] / row['weights']:.1f}",
+                f"{row['bytes'] / 1e9:.2f}",
+                f"{shares[0]:.2%}",
+                f"{row['flops'] / 1e9:.2f}",
+                f"{shares[1]:.2%}",
+            )
         )
-    return "\n".join(lines) + f"\n\nCompiled on {measured_on([stored['machine']])}.\n"
+    table = markdown_rows(columns, lines, "llrrrrr")
+    return f"{table}\n\nCompiled on {measured_on([stored['machine']])}.\n"
 
 
 def main() -> int:
-    """Compiles every form of every network and partner."""
+    """Compiles every implementation for every network and partner; returns 0."""
     os.environ.update(WITHOUT_TPU)
     from jax.experimental import topologies
 

@@ -19,7 +19,7 @@ from scipy import stats
 from experiments.study.archive import RESULTS, Archive
 from experiments.study.questions.question import Found, Overview, Question
 from experiments.study.render import dot_plot, markdown
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import model_names
 from inmerge_jax.reporting.plots import Plot
@@ -225,12 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures what is not stored yet, stores and prints it; returns 0.
 
     Raises:
-      InputError: an unknown network.
+      UsageError: an unknown network.
     """
     config = tyro.cli(CostConfig, prog="python -m experiments.study cost", args=arguments)
     for model in config.models:
         if model not in model_names():
-            raise InputError(f"--models {model}: unknown; choose from {', '.join(model_names())}")
+            raise UsageError(f"--models {model}: unknown; choose from {', '.join(model_names())}")
     stored = read(config.results)
     if stored["config"] != config.options:
         stored = {"config": config.options, "models": {}}

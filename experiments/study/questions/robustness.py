@@ -36,7 +36,7 @@ def measure(trial: Trial, paths: Paths) -> None:
     """Predicts the corrupted test images with a finished trial's best weights; stores the classes.
 
     Raises:
-      InputError: its checkpoint is gone.
+      UsageError: its checkpoint is gone.
     """
     predict = weights_of(trial, paths)
     images = _corrupted(trial.backbone.data, paths)

@@ -14,7 +14,7 @@ from experiments.study.render import heat_map, markdown, share
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.models import create_model
 from inmerge_jax.reporting.plots import Plot
-from inmerge_jax.training.initial import convolutions
+from inmerge_jax.training.init import conv_kernels
 
 DATA, WIDTH, EPOCHS, MORE = "breastmnist", 0.25, 8, 3
 MODELS = (
@@ -61,11 +61,11 @@ def grid() -> tuple[Trial, ...]:
 
 @functools.cache
 def pointwise(model: str) -> frozenset[str]:
-    """Names of a network's 1x1 convolutions: shortcuts, bottlenecks and transitions."""
+    """Names of a network's 1x1 conv_kernels: shortcuts, bottlenecks and transitions."""
     if model.startswith("vgg"):
         return frozenset()
     network = create_model(model, 2, stem="small", width=WIDTH)
-    return frozenset(k.name for k in convolutions(network, (28, 28, 1)) if k.shape[:2] == (1, 1))
+    return frozenset(k.name for k in conv_kernels(network, (28, 28, 1)) if k.shape[:2] == (1, 1))
 
 
 def spatial(model: str, layers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -193,7 +193,7 @@ def figure(found: Found) -> Plot:
     rows = {name: one["bins"]["backbone"] for name, one in found["networks"].items()}
     values = np.array([[np.nan if x is None else x for x in row] for row in rows.values()])
     title = "99 % quantile of kernel similarity after the backbone"
-    return heat_map(title, list(rows), values, "cosine", "depth, in tenths of the convolutions")
+    return heat_map(title, list(rows), values, "cosine", "depth, in tenths of the conv_kernels")
 
 
 def overview(found: Found) -> Overview:

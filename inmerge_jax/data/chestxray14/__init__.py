@@ -1,5 +1,5 @@
-"""ChestX-ray14: from NIH's own folder to ArrayRecord shards, and from these to batches.
+"""ChestX-ray14: from NIH's files to ArrayRecord shards to batches.
 
-`build` makes the data set, `records.load_chestxray14` reads it. Labels, split lists and images are
-the user's own: nothing of NIH's is shipped.
+`build` builds the data set and `records.load_chestxray14` reads it. Users provide NIH's labels,
+split lists and images.
 """

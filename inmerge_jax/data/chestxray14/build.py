@@ -1,8 +1,8 @@
-"""Builds the data set: reduce in parallel, write shards, verify; and all of it again after a kill.
+"""Builds the data set: reduces images in parallel, writes shards, verifies; resumable.
 
-The output folder has the TFDS folder, `index.npz` (names, labels and patients in the order of the
-records) and `manifest.json`, without which it is not finished; then `speed.json`, of a build that
-was not interrupted.
+The output folder holds the TFDS folder, `index.npz` (names, labels and patients in the order of
+the records), `manifest.json`, which marks a finished build, and `speed.json`, if the build was not
+interrupted.
 """
 
 import contextlib
@@ -37,31 +37,31 @@ from inmerge_jax.data.chestxray14.manifest import (
     metadata_hashes,
     read_index,
     read_manifest,
-    sealed,
+    write_manifest,
 )
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.chestxray14.reduce import Part, Reduced, plan_parts, reduce_parts
 from inmerge_jax.data.chestxray14.splits import PARTS, assign, check_patients
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_json
-from inmerge_jax.locking import hold
+from inmerge_jax.locking import lock
+from inmerge_jax.progress import Progress
 
 REDUCED, RECORDS, SPEED = "reduced", "records", "speed.json"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to build.
+    """The data set to build.
 
     Attributes:
       images: NIH's folder, `images_*/images/*.png` or flat.
-      labels: Data_Entry_2017*.csv(.gz), or the folder that holds it.
+      labels: Data_Entry_2017*.csv(.gz), or its folder.
       split: chexnet, nih_official or patient_hash.
       lists: folder of the split's lists; None for patient_hash.
-      size: height and width in pixels to reduce to.
+      size: height and width of the reduced images in pixels.
       output: folder for the data set.
-      workers: processes that reduce images.
-      allow_missing: build what there is, where images are missing.
+      workers: number of processes that reduce images.
+      allow_missing: build without the images that are missing.
     """
 
     images: Path
@@ -76,12 +76,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build has made, and how fast.
+    """The result of a build.
 
     Attributes:
-      manifest: what manifest.json holds.
-      reduced: None where the data set was finished before.
-      write_seconds: spent on writing the shards and verifying them.
+      manifest: the content of manifest.json.
+      reduced: the reduction of images; None if the data set was already finished.
+      write_seconds: duration of writing and verifying the shards.
     """
 
     manifest: dict[str, Any]
@@ -90,7 +90,7 @@ class Built:
 
     @property
     def rates(self) -> dict[str, Any] | None:
-        """Images per second of reducing, of writing and verifying; None where none was reduced."""
+        """Images per second of reducing, and of writing with verifying; None without any."""
         if self.reduced is None or not self.reduced.images:
             return None
         images = sum(self.manifest["counts"].values())
@@ -103,38 +103,37 @@ class Built:
         }
 
     def verified(self) -> str:
-        """What was verified, and when."""
+        """Describes what was verified, and when."""
         images = f"{sum(self.manifest['counts'].values()):,} images and their labels"
         if self.reduced is None:
             return (
-                f"{images} were verified when they were built; the shards have their lengths since "
-                "then, the other files their hashes"
+                f"{images} were verified by the build; lengths of shards and hashes of the other "
+                "files are unchanged"
             )
         return f"verified: {images}, no patient in two splits"
 
     def speed(self) -> str:
-        """Images per second, and what all of ChestX-ray14 would take at that rate."""
+        """Describes the speed, extrapolated to all of ChestX-ray14."""
         if self.rates is None or self.reduced is None:
-            return "no image was reduced now: the build was finished, or went on after that"
+            return "no image was reduced: all were reduced before"
         reducing, writing = self.rates["reducing"], self.rates["writing"]
         hours = ALL_IMAGES * (1 / reducing + 1 / writing) / 3600
         return (
             f"reduced {self.reduced.images:,} images at {reducing:,.1f} images/s in "
-            f"{self.reduced.workers} processes (without their start), wrote and verified "
+            f"{self.reduced.workers} processes (start-up not counted), wrote and verified "
             f"{writing:,.0f} images/s; extrapolated, {ALL_IMAGES:,} such images take {hours:.1f} h"
         )
 
 
 def build(request: Request, console: Console) -> Built:
-    """Builds the data set in `request.output`, or what an interrupted build has left to do.
+    """Builds the data set in `request.output`, or completes an interrupted build.
 
     Raises:
-      InputError: anything about labels, lists, images or the folder that the user can mend;
-        another build at work in it.
+      UsageError: labels, lists, images or the folder are invalid, or another build uses the folder.
     """
     if request.workers < 1 or request.size < 1:
-        raise InputError(
-            f"--workers {request.workers}, --size {request.size}: each must be 1 or more"
+        raise UsageError(
+            f"`workers` {request.workers}, `size` {request.size}: each must be 1 or more"
         )
     output = Path(request.output).expanduser()
     labels = read_labels(find_labels(request.labels))
@@ -147,7 +146,7 @@ def build(request: Request, console: Console) -> Built:
         return Built(manifest, None, 0.0)
     with contextlib.ExitStack() as stack:
         with _writing(output):
-            stack.enter_context(hold(output, functools.partial(_say, console)))
+            stack.enter_context(lock(output, functools.partial(_say, console)))
         return _build(request, output, labels, rows, parts, identity, console)
 
 
@@ -164,7 +163,7 @@ def _build(
     identity: Mapping[str, Any],
     console: Console,
 ) -> Built:
-    """What is left to do, which is asked again: another build may just have ended."""
+    """Completes the build, unless another process has just finished it."""
     manifest = _finished(output, identity)
     if manifest is not None:
         shutil.rmtree(output / REDUCED, ignore_errors=True)
@@ -172,9 +171,10 @@ def _build(
     reduced = reduce_parts(parts, request.size, workers=request.workers, console=console)
     started = time.perf_counter()
     folder = _write_records(request, output, labels, reduced, console)
-    manifest = sealed({**identity, **_verify(folder, output, labels, rows, console)})
+    content = {**identity, **_verify(folder, output, labels, rows, console)}
     with _writing(output):
-        write_json(output / MANIFEST, manifest)
+        write_manifest(output, content)
+    manifest = read_manifest(output)
     seconds = time.perf_counter() - started
     shutil.rmtree(output / REDUCED)
     built = Built(manifest, reduced, seconds)
@@ -185,7 +185,7 @@ def _build(
 
 
 def summary(manifest: Mapping[str, Any]) -> Table:
-    """Images, patients and positive images per finding of every split, for the terminal."""
+    """Table of images, patients and positive images per finding in every split."""
     table = Table(
         title=f"ChestX-ray14, split {manifest['split']}, {manifest['size']} px",
         title_justify="left",
@@ -206,7 +206,7 @@ def summary(manifest: Mapping[str, Any]) -> Table:
 def _present(
     request: Request, labels: Labels, wanted: Mapping[str, np.ndarray], console: Console
 ) -> tuple[dict[str, np.ndarray], list[Path | None]]:
-    """The rows that have an image, and each row's file; complains about the others."""
+    """The rows that have an image, and each row's file; raises if images are missing."""
     found = find_images(request.images)
     sources = [found.get(name) for name in labels.names]
     rows, missing = {}, []
@@ -216,15 +216,15 @@ def _present(
         missing += [labels.names[row] for row in chosen[~there].tolist()]
     total = sum(map(len, wanted.values()))
     if missing and not request.allow_missing:
-        raise InputError(
-            f"--images {request.images}: {some(missing, 'image')} of the {total:,} in the split "
-            f"{request.split} are missing; fetch them, or build what there is with --allow-missing"
+        raise UsageError(
+            f"`images` {request.images}: {some(missing, 'image')} of the {total:,} in the split "
+            f"{request.split} are missing; fetch them, or build without them (`allow_missing`)"
         )
     empty = [part for part, chosen in rows.items() if not len(chosen)]
     if empty:
-        raise InputError(
-            f"--images {request.images} has no image of {' and '.join(empty)} in the split "
-            f"{request.split}; give more images, or choose another --split"
+        raise UsageError(
+            f"`images` {request.images} has no image of {' and '.join(empty)} in the split "
+            f"{request.split}; give more images, or choose another `split`"
         )
     used = sum(map(len, rows.values()))
     unused = f"; {len(found) - used:,} other PNGs are not used" if len(found) > used else ""
@@ -243,7 +243,7 @@ def _identity(
     rows: Mapping[str, np.ndarray],
     parts: Mapping[str, Sequence[Part]],
 ) -> dict[str, Any]:
-    """What makes two requests the same data set; of the images, name, size and time of change."""
+    """Identifies the data set; images by name, size and modification time."""
     digest = hashlib.sha256()
     for part in PARTS:
         digest.update(part.encode())
@@ -264,17 +264,17 @@ def _identity(
 
 
 def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished build of the same data set; None where it is not finished."""
+    """The manifest of a finished build of the same data set; None if it is not finished."""
     path = output / MANIFEST
     if not path.exists():
         known = {REDUCED, RECORDS, INDEX}
         if output.exists() and not output.is_dir():
-            raise InputError(f"--output {output} is a file; choose a folder")
+            raise UsageError(f"`output` {output} is a file; choose a folder")
         there = {entry.name for entry in output.iterdir()} if output.exists() else set()
         strange = sorted(name for name in there - known if not name.startswith("."))
         if strange:
-            raise InputError(
-                f"--output {output} holds {some(strange, 'other file')}; choose an empty folder"
+            raise UsageError(
+                f"`output` {output} holds {some(strange, 'other file')}; choose an empty folder"
             )
         return None
     manifest = read_manifest(output)
@@ -282,14 +282,13 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if differing:
         name = differing[0]
         if name == "files_sha256":
-            raise InputError(
-                f"--output {output} was built from other files of these images: since then the "
-                "size or the time of change of one became another; delete it to build it anew, or "
-                "train on it as it is"
+            raise UsageError(
+                f"`output` {output} was built from other versions of these image files (size or "
+                "modification time differ); delete it to build it again, or train on it as it is"
             )
-        raise InputError(
-            f"--output {output} holds another data set: its {name} is {manifest[name]}, asked "
-            f"for is {identity[name]}; choose another folder, or delete it"
+        raise UsageError(
+            f"`output` {output} holds another data set: its {name} is {manifest[name]}, not "
+            f"{identity[name]}; choose another folder, or delete it"
         )
     check_metadata(output, manifest)
     check_shards(output, manifest)
@@ -300,7 +299,7 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
 def _write_records(
     request: Request, output: Path, labels: Labels, reduced: Reduced, console: Console
 ) -> Path:
-    """Has TFDS write the shards anew, and returns their folder; one cut short is thrown away."""
+    """Writes the shards with TFDS and returns their folder; discards an interrupted write."""
     import tensorflow_datasets as tfds
 
     from inmerge_jax.data.chestxray14.builder import ChestXray14
@@ -308,13 +307,14 @@ def _write_records(
     shutil.rmtree(output / RECORDS, ignore_errors=True)
     images = sum(len(part) for parts in reduced.parts.values() for part in parts)
     tfds.disable_progress_bar()
-    # TFDS announces what it does by plain prints.
+    # TFDS reports what it does with print.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with Meter("writing shards", images, 0, console) as meter:
+    with Progress(images, console, description="writing shards") as progress:
 
         def advance(count: int) -> None:
-            meter.advance(count)
-            meter.show()
+            progress.advance(count)
+            if progress.due():
+                progress.milestone()
 
         builder = ChestXray14(
             labels=labels,
@@ -325,6 +325,7 @@ def _write_records(
         )
         with _writing(output), quiet:
             builder.download_and_prepare(file_format="array_record")
+        progress.finish()
     return Path(builder.data_dir)
 
 
@@ -335,13 +336,13 @@ def _verify(
     rows: Mapping[str, np.ndarray],
     console: Console,
 ) -> dict[str, Any]:
-    """Reads every record back, compares it with the labels, and writes the index."""
+    """Reads every record, compares it with the labels, and writes the index."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
     skip = {"image": tfds.decode.SkipDecoding()}
     content, arrays, shards = hashlib.sha256(), {}, {}
-    with Meter("verifying", sum(map(len, rows.values())), 0, console) as meter:
+    with Progress(sum(map(len, rows.values())), console, description="verifying") as progress:
         for part in PARTS:
             source = builder.as_data_source(part, decoders=skip)
             _require(len(source) == len(rows[part]), f"{len(source)} {part} images", output)
@@ -353,8 +354,9 @@ def _verify(
                 _require(same, f"{part} record {index}, {name}", output)
                 content.update(f"{part} {name} ".encode() + example["labels"].tobytes())
                 content.update(example["image"])
-                meter.advance(1)
-                meter.show()
+                progress.advance(1)
+                if progress.due():
+                    progress.milestone()
             arrays[f"{part}_names"] = np.array([labels.names[row] for row in rows[part].tolist()])
             arrays[f"{part}_labels"] = labels.findings[rows[part]]
             arrays[f"{part}_patients"] = labels.patients[rows[part]]
@@ -365,6 +367,7 @@ def _verify(
                     "records": instruction.examples_in_shard,
                     "bytes": path.stat().st_size,
                 }
+        progress.finish()
     check_patients({part: arrays[f"{part}_patients"] for part in PARTS}, str(output))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -387,16 +390,16 @@ def _verify(
 
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """A full disk, say, is told as an `InputError`."""
+    """Turns an OSError, for example of a full disk, into a UsageError."""
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"cannot write to {output}: {error.strerror or error}; make room or give rights "
-            "there, then build again: what is done is kept"
+            "there, then build again, which keeps what is done"
         ) from error
 
 
 def _require(valid: bool, what: str, output: Path) -> None:
     if not valid:
-        raise InputError(f"{output} was not written as it should be: {what}; delete it, build anew")
+        raise UsageError(f"{output} was written incorrectly: {what}; delete it and build again")

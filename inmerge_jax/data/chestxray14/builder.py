@@ -1,4 +1,4 @@
-"""The TensorFlow Datasets builder; it neither needs nor imports TensorFlow."""
+"""The TensorFlow Datasets builder; it does not need TensorFlow."""
 
 import functools
 import io
@@ -17,7 +17,7 @@ from inmerge_jax.data.chestxray14.splits import SPLITS
 
 SIZES = (224, 256, 512)
 SHARD_BYTES = 64 << 20
-"""A shard is full at this many bytes of parts; TFDS holds one in memory while it writes."""
+"""Size at which a shard is full; TFDS holds one shard in memory while it writes."""
 
 _DESCRIPTION = """\
 ChestX-ray14: 112,120 frontal chest radiographs of 30,805 patients, labelled with 14 findings that
@@ -37,7 +37,7 @@ _CITATION = """\
 
 @dataclass(kw_only=True)
 class ChestXray14Config(tfds.core.BuilderConfig):
-    """Which split, and the images' height and width in pixels."""
+    """The split, and the height and width of the images in pixels."""
 
     split: str = "chexnet"
     size: int = 224
@@ -51,7 +51,7 @@ def _config(split: str, size: int) -> ChestXray14Config:
 
 
 class _Writer(tfds.core.ExampleWriter):
-    """Raises OSError where ArrayRecord gives the system's error as a RuntimeError's text."""
+    """Raises OSError where ArrayRecord reports a system error as a RuntimeError."""
 
     def write(self, path: Path, examples: Iterable[Any]) -> Any:
         try:
@@ -62,13 +62,13 @@ class _Writer(tfds.core.ExampleWriter):
             raise
 
 
-# Shard by shard, because a GeneratorBasedBuilder sorts each split first: in memory, and above 1 GB
-# by way of files that only TensorFlow writes.
+# Shard by shard, because a GeneratorBasedBuilder sorts each split first, above 1 GB in files that
+# only TensorFlow can write.
 class ChestXray14(tfds.core.ShardBasedBuilder):
-    """Writes reduced images and their labels; `build.build` makes and verifies the whole.
+    """Writes reduced images and their labels; `build.build` runs and verifies it.
 
-    Examples have "image", the PNG of 8-bit grey; "labels", uint8 (14,) in the order of `FINDINGS`;
-    "name", that of NIH's file; and "patient", NIH's number. They are in the order of the names.
+    Examples, ordered by name, have "image", an 8-bit grey PNG; "labels", uint8 (14,) in the order
+    of `FINDINGS`; "name", NIH's file name; and "patient", NIH's patient number.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -82,20 +82,20 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
         advance: Callable[[int], None] = lambda images: None,
         **options: Any,
     ) -> None:
-        """Prepares to write.
+        """Creates the builder.
 
         Args:
-          labels: of every image.
-          parts: of `reduce.reduce_parts`, all of them done, by split.
-          advance: is called with 1 after each example.
-          **options: of TFDS, data_dir and config among them.
+          labels: labels of all images.
+          parts: finished parts by split, see `reduce.reduce_parts`.
+          advance: called with 1 after each example.
+          **options: options of TFDS, such as data_dir and config.
         """
         self._labels, self._parts, self._advance = labels, parts, advance
         super().__init__(**options)
 
     @classmethod
     def config_for(cls, split: str, size: int) -> ChestXray14Config:
-        """The configuration of one split and size, any size."""
+        """The configuration of a split and any size."""
         config = _config(split, size)
         return cls.builder_configs.get(config.name, config)
 
@@ -123,9 +123,11 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
     def _shard_iterators_per_split(
         self, dl_manager: Any
     ) -> dict[str, list[Callable[[], Iterator[tuple[int, Any]]]]]:
-        del dl_manager  # NIH's files come from the user.
+        del dl_manager  # Users provide NIH's files.
         if self._labels is None or self._parts is None:
-            raise ValueError("the builder needs labels and parts: inmerge_jax's `build` gives them")
+            raise ValueError(
+                "the builder needs labels and parts: use inmerge_jax.data.chestxray14.build"
+            )
         return {
             split: [functools.partial(self._examples, shard) for shard in _shards(parts)]
             for split, parts in self._parts.items()
@@ -138,7 +140,7 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
                 yield (
                     row,
                     {
-                        # An open file, because TFDS would need TensorFlow to encode an array.
+                        # A file object, because TFDS needs TensorFlow to encode an array.
                         "image": io.BytesIO(png),
                         "labels": self._labels.findings[row],
                         "name": self._labels.names[row],
@@ -149,7 +151,7 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
 
 
 def _shards(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts in their order, cut where `SHARD_BYTES` are reached."""
+    """The parts in order, grouped into shards of about `SHARD_BYTES`."""
     shards: list[list[Part]] = [[]]
     size = 0
     for part in parts:

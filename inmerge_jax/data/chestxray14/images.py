@@ -1,4 +1,4 @@
-"""NIH's image files: where they lie, and how one becomes a small grey PNG."""
+"""NIH's image files: finding them, and reducing one to a small grey PNG."""
 
 import io
 import struct
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
-# What Pillow raises on files that are cut short or damaged.
+# Exceptions of Pillow on truncated or damaged files.
 _DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
     Image.DecompressionBombError,
@@ -20,24 +20,24 @@ _PATTERNS = ("*.png", "images/*.png", "images_*/*.png", "images_*/images/*.png")
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Every PNG of NIH's layout `images_*/images/*.png`, or of a flat folder, by its name.
+    """All PNGs of NIH's layout `images_*/images/*.png`, or of a flat folder, by name.
 
     Raises:
-      InputError: no such folder, no PNG in it, or one name in two places.
+      UsageError: there is no such folder or no PNG in it, or a name occurs twice.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise InputError(f"--images {folder}: there is no such folder")
+        raise UsageError(f"`images` {folder}: there is no such folder")
     found: dict[str, Path] = {}
     for path in _files(folder):
         if path.name in found:
-            raise InputError(
+            raise UsageError(
                 f"{path.name} is there twice, as {found[path.name]} and {path}; remove one"
             )
         found[path.name] = path
     if not found:
-        raise InputError(
-            f"--images {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
+        raise UsageError(
+            f"`images` {folder}: there is no PNG in it; looked for {', '.join(_PATTERNS)}"
         )
     return found
 
@@ -51,29 +51,29 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the file's header.
 
     Raises:
-      InputError: the file is damaged or no image.
+      UsageError: the file is not an image, or is damaged.
     """
     try:
         with Image.open(path) as image:
             return image.size
     except _DAMAGED as error:
-        raise InputError(_message(path, error)) from error
+        raise UsageError(_message(path, error)) from error
 
 
 def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
-    """Decodes one image whole and makes it an 8-bit grey PNG of `size` x `size` pixels.
+    """Reduces one image to an 8-bit grey PNG of `size` x `size` pixels.
 
-    Colours become their luma, an alpha channel is dropped, and 16 bits are scaled to 8. Reduced
-    bilinearly with antialiasing, as torchvision's Resize does; a grey image of that size already is
-    kept byte for byte.
+    Colours are converted to luma, alpha is dropped, and 16 bits are scaled to 8. The reduction is
+    bilinear with antialiasing, like torchvision's Resize. A grey image of that size is kept byte
+    for byte.
 
     Args:
-      path: of a PNG; every checksum in it is verified.
-      size: height and width of the result.
-      expected: width and height that the file must have.
+      path: path of a PNG; its checksums are verified.
+      size: height and width of the result in pixels.
+      expected: required width and height of the file in pixels.
 
     Raises:
-      InputError: the file is cut short, damaged, of another size, or smaller than `size`.
+      UsageError: the file is truncated, damaged, of another size, or smaller than `size`.
     """
     try:
         data = path.read_bytes()
@@ -83,15 +83,15 @@ def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
             image.load()
             grey, plain = to_grey(image), image.mode == "L" and image.format == "PNG"
     except _DAMAGED as error:
-        raise InputError(_message(path, error)) from error
+        raise UsageError(_message(path, error)) from error
     width, height = grey.size
     if (width, height) != expected:
-        raise InputError(
+        raise UsageError(
             f"{path} has {width} x {height} pixels, the others {expected[0]} x {expected[1]}; "
             "fetch it again"
         )
     if width != height or width < size:
-        raise InputError(
+        raise UsageError(
             f"{path} has {width} x {height} pixels; a square of at least {size} is needed"
         )
     if width == size and plain:
@@ -103,24 +103,24 @@ def to_grey(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit grey (mode L)."""
     if image.mode == "L":
         return image
-    if image.mode.startswith(("I", "F")):  # 16 bits of grey; Pillow's own conversion would clip.
+    if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip.
         return Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).astype(np.uint8))
-    # By way of RGB: a palette's or an alpha channel's own conversion to L would not drop the alpha.
+    # Via RGB: a direct conversion of a palette or an alpha channel would not drop the alpha.
     return image.convert("RGB").convert("L")
 
 
 def encode(image: Image.Image) -> bytes:
-    """The image as the bytes of a PNG, the same for the same pixels."""
+    """Encodes the image as a PNG, deterministically."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
-    """The pixels of a grey PNG, reduced to `size` where it is larger: uint8 (size, size).
+    """Decodes a grey PNG and reduces it to `size` if it is larger: uint8 (size, size).
 
     Raises:
-      ValueError: it is damaged, not square, not 8-bit grey, or smaller than `size`.
+      ValueError: the PNG is damaged, not square, not 8-bit grey, or smaller than `size`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -1,4 +1,4 @@
-"""NIH's label file: which findings each image shows, and of which patient it is."""
+"""NIH's label file: findings and patient of each image."""
 
 import csv
 import gzip
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 FINDINGS = (
     "Atelectasis",
@@ -29,22 +29,22 @@ FINDINGS = (
     "Pleural_Thickening",
     "Hernia",
 )
-"""The 14 findings in the order of the published tables, and of the columns of every label array."""
+"""The 14 findings, in the order of the published tables and of the label columns."""
 NO_FINDING = "No Finding"
 ALL_IMAGES = 112_120
-"""Images in the whole data set."""
+"""Number of images in the complete data set."""
 _NAME, _FINDINGS, _PATIENT = "Image Index", "Finding Labels", "Patient ID"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label file's rows, sorted by the image's name.
+    """The rows of the label file, sorted by image name.
 
     Attributes:
-      names: of the image files, "00000001_000.png"; n of them, no two alike.
-      findings: uint8 (n, 14), 1 where the image shows the finding of `FINDINGS`.
-      patients: int64 (n,), the patient's number.
-      path: what they were read from.
+      names: n distinct file names, such as "00000001_000.png".
+      findings: uint8 (n, 14), 1 if the image shows the finding, in the order of `FINDINGS`.
+      patients: int64 (n,), patient numbers.
+      path: path of the file.
     """
 
     names: tuple[str, ...]
@@ -57,22 +57,22 @@ class Labels:
 
 
 def find_labels(place: Path) -> Path:
-    """The label file that `place` is, or the one Data_Entry_2017*.csv or .csv.gz in that folder.
+    """Finds the label file: `place` itself, or Data_Entry_2017*.csv(.gz) in that folder.
 
     Raises:
-      InputError: there is none, or more than one.
+      UsageError: there is none, or more than one.
     """
     place = Path(place).expanduser()
     if place.is_file():
         return place
     if not place.is_dir():
-        raise InputError(f"there are no labels at {place}; give NIH's Data_Entry_2017*.csv(.gz)")
+        raise UsageError(f"there are no labels at {place}; give NIH's Data_Entry_2017*.csv(.gz)")
     found = sorted([*place.glob("Data_Entry_2017*.csv"), *place.glob("Data_Entry_2017*.csv.gz")])
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
-        raise InputError(
+        raise UsageError(
             f"{place} should hold one Data_Entry_2017*.csv or .csv.gz; there: {there}. Name the "
-            "label file itself with --labels"
+            "file itself with `labels`"
         )
     return found[0]
 
@@ -81,25 +81,25 @@ def read_labels(path: Path) -> Labels:
     """Reads NIH's Data_Entry_2017*.csv, plain or gzipped.
 
     Raises:
-      InputError: the file cannot be read, lacks a column, holds no row, names an image twice, or a
-        finding that is none of the 14; the message names the file, the row and the value.
+      UsageError: the file cannot be read, lacks a column, has no rows, names an image twice, or
+        has an unknown finding; the message names the file, the row and the value.
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         columns, rows = reader.fieldnames or (), list(_numbered(reader))
     except csv.Error as error:
-        raise InputError(
+        raise UsageError(
             f"{path}, from line {reader.line_num} on: {error}; look for a quotation mark that "
             "is not closed, or fetch it again"
         ) from error
     absent = [name for name in (_NAME, _FINDINGS, _PATIENT) if name not in columns]
     if absent:
-        raise InputError(
+        raise UsageError(
             f"{path} lacks the column {' and '.join(map(repr, absent))}; its header is "
             f"{', '.join(columns) or 'empty'}. Give NIH's Data_Entry_2017*.csv"
         )
     if not rows:
-        raise InputError(f"{path} holds a header and no image")
+        raise UsageError(f"{path} holds a header and no image")
     parsed = sorted(_parse(path, line, row) for line, row in rows)
     names = tuple(name for name, _, _ in parsed)
     refuse_duplicates(path, names)
@@ -111,7 +111,7 @@ def read_labels(path: Path) -> Labels:
 
 
 def _numbered(reader: csv.DictReader) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Each row after the line that it ends on."""
+    """Yields each row with the number of its last line."""
     for row in reader:
         yield reader.line_num, row
 
@@ -120,30 +120,30 @@ def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tupl
     name, found, patient = (row[column] for column in (_NAME, _FINDINGS, _PATIENT))
     where = f"{path}, line {line}"
     if not name or found is None or patient is None:
-        raise InputError(f"{where} is cut short or empty: it needs an image, findings, a patient")
+        raise UsageError(f"{where} is cut short or empty: it needs an image, findings, a patient")
     findings = tuple(found.split("|"))
     if findings == (NO_FINDING,):
         findings = ()
     for finding in findings:
         if finding not in FINDINGS:
-            raise InputError(
+            raise UsageError(
                 f"{where}: {name} has the unknown finding {finding!r}; known: "
                 f"{', '.join(FINDINGS)}, or {NO_FINDING} alone"
             )
     try:
         return name, findings, int(np.int64(int(patient)))
     except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where}: the patient of {name} is {patient!r}, no number of 64 bits; mend it, or "
+        raise UsageError(
+            f"{where}: the patient of {name} is {patient!r}, no number of 64 bits; correct it, or "
             "fetch the file again"
         ) from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, plain or gzipped by its content.
+    """Reads a text file, plain or gzipped.
 
     Raises:
-      InputError: it is absent, damaged or no text.
+      UsageError: the file is missing, damaged or not text.
     """
     try:
         data = Path(path).read_bytes()
@@ -151,19 +151,21 @@ def read_text(path: Path) -> str:
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}") from error
+        raise UsageError(f"there is no file {path}") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; fetch it again") from error
+        raise UsageError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
 def refuse_duplicates(path: Path, names: Sequence[str]) -> None:
-    """Raises InputError where `names`, read from `path`, holds one twice."""
+    """Raises UsageError if `names`, read from `path`, has duplicates."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{path} names {some(twice, 'image')} more than once; remove the surplus")
+        raise UsageError(
+            f"{path} names {some(twice, 'image')} more than once; remove the duplicates"
+        )
 
 
 def some(names: Sequence[str], what: str) -> str:
-    """How many there are, and the first few: "7 images (a, b, c, ...)"."""
+    """The number of names and the first few, such as "7 images (a, b, c, ...)"."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names):,} {what}{'s' if len(names) != 1 else ''} ({shown})"

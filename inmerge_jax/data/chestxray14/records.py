@@ -1,4 +1,4 @@
-"""Reading a built data set: labels in memory, images from the shards one by one."""
+"""Reads a built data set: labels in memory, images from the shards on demand."""
 
 import io
 import threading
@@ -19,24 +19,23 @@ from inmerge_jax.data.chestxray14.manifest import (
 )
 from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split, names_sha256
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
-BUILD = "inmerge data build"
-# TFDS imports most of itself at first use, which deadlocks where two threads do so at once.
+# TFDS imports most of itself at first use, which deadlocks if two threads do so at once.
 _OPENING = threading.Lock()
 
 
 def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
-    """Opens what `build` made.
+    """Opens a built data set.
 
     Args:
-      folder: the build's output.
-      size: height and width in pixels to reduce images to as they are read; None for those of the
-        build.
+      folder: output folder of the build.
+      size: height and width in pixels to which images are reduced on reading; None for the size of
+        the build.
 
     Raises:
-      InputError: the folder is no finished build; the manifest, the index or TFDS's JSON was
-        changed since, or a shard cut short; `size` exceeds the build's.
+      UsageError: the folder is not a finished build; the manifest, the index or TFDS's JSON files
+        were changed; a shard is truncated; or `size` exceeds that of the build.
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
@@ -45,9 +44,9 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         arrays = {name: index[name] for name in index.files}
     size = manifest["size"] if size is None else size
     if not 1 <= size <= manifest["size"]:
-        raise InputError(
-            f"--size {size}: {folder} was built at {manifest['size']} px; choose 1 to "
-            f"{manifest['size']}, or build another folder with a larger --size"
+        raise UsageError(
+            f"`size` {size}: {folder} was built at {manifest['size']} px; choose 1 to "
+            f"{manifest['size']}, or build another folder with a larger size"
         )
     splits = {
         part: Split(
@@ -58,7 +57,7 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
         for part in PARTS
     }
     for split in splits.values():
-        split.images.open()  # Here, while no thread that reads in advance imports anything.
+        split.images.open()  # Here, before threads that read in advance import anything.
     here = sum(manifest["counts"].values())
     subset = f", a subset: {here:,} of its {ALL_IMAGES:,} images" if here < ALL_IMAGES else ""
     return Dataset(
@@ -78,14 +77,14 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
 
 @dataclass(frozen=True)
 class RecordImages:
-    """The images of one split as an array of uint8 (n, size, size, 1) that is read on indexing.
+    """The images of one split, uint8 (n, size, size, 1), read on indexing.
 
-    It can be pickled, for worker processes: each opens the shards for itself.
+    The object can be pickled for worker processes; each opens the shards itself.
 
     Attributes:
-      folder: of TFDS's files.
+      folder: folder of TFDS's files.
       split: "train", "val" or "test".
-      names: of the images, in the order of the records.
+      names: names of the images, in the order of the records.
       size: height and width in pixels.
     """
 
@@ -100,7 +99,7 @@ class RecordImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """As a NumPy array's."""
+        """Shape of the array."""
         return (len(self.names), self.size, self.size, 1)
 
     def __len__(self) -> int:
@@ -110,7 +109,7 @@ class RecordImages:
         """One image (size, size, 1) for an integer, else (k, size, size, 1).
 
         Raises:
-          InputError: a record cannot be read, or is another image than it was.
+          UsageError: a record cannot be read, or holds another image.
         """
         if isinstance(index, int | np.integer):
             return self._read(range(len(self))[index])
@@ -131,17 +130,17 @@ class RecordImages:
         try:
             example = self.open()[row]
         except RuntimeError as error:
-            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+            raise UsageError(f"{where} is damaged: {error}; build the data set again") from error
         found = example["name"].decode()
         if found != self.names[row]:
-            raise InputError(f"{where} is {found} instead; build the data set anew")
+            raise UsageError(f"{where} is {found} instead; build the data set again")
         try:
             return decode(example["image"], self.size)[..., None]
         except ValueError as error:
-            raise InputError(f"{where} is damaged: {error}. Build the data set anew") from error
+            raise UsageError(f"{where} is damaged: {error}; build the data set again") from error
 
     def open(self) -> Any:
-        """TFDS's data source of the shards; threads that ask at once get the same one."""
+        """Opens TFDS's data source of the shards, once for all threads."""
         if "source" not in self._opened:
             with _OPENING:
                 if "source" not in self._opened:
@@ -159,9 +158,9 @@ class RecordImages:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(
-            f"--data-dir {folder}: there is no finished ChestX-ray14 in it ({MANIFEST} is "
-            f"missing); build it with {BUILD} --output {folder}, which goes on where it stopped"
+        raise UsageError(
+            f"`data_dir` {folder} holds no finished ChestX-ray14 ({MANIFEST} is missing); build it "
+            "with the command inmerge data build, which continues an interrupted build"
         )
     manifest = read_manifest(folder)
     check_metadata(folder, manifest)

@@ -1,7 +1,7 @@
-"""Reducing images in parallel processes, in parts that a killed build does not lose.
+"""Reduces images in parallel processes, in parts that survive an interruption.
 
-A part is one zip file of up to `IMAGES_PER_PART` finished PNGs, written whole or not at all. Its
-name is a hash of what it was made from, so a part that is there is a part that is done.
+A part is a zip file of up to `IMAGES_PER_PART` reduced PNGs, written atomically. Its name is a hash
+of its sources, so an existing part is a finished part.
 """
 
 import hashlib
@@ -21,24 +21,24 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data.chestxray14.images import image_size, reduce_image
-from inmerge_jax.data.chestxray14.meter import Meter
 from inmerge_jax.data.workers import end_with_parent
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE, write_bytes
+from inmerge_jax.progress import Progress
 
 IMAGES_PER_PART = 64
 _FORMAT = 1
-"""Raise it whenever the same files would make other PNGs."""
+"""Version of the reduction; increment it when the same files give other PNGs."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of one split, and the zip file that has them, or will.
+    """Some images of one split, and the zip file of the reduced images.
 
     Attributes:
-      rows: int64, of the labels.
-      sources: the images' files, in the order of `rows`.
-      path: of the zip file.
+      rows: int64, rows of the labels.
+      sources: files of the images, in the order of `rows`.
+      path: path of the zip file.
     """
 
     rows: np.ndarray
@@ -49,28 +49,30 @@ class Part:
         return len(self.sources)
 
     def read(self) -> Iterator[bytes]:
-        """The finished PNGs, in the order of `rows`; zip checks the checksum of each.
+        """Yields the reduced PNGs in the order of `rows`, with verified checksums.
 
         Raises:
-          InputError: the file was damaged since it was written.
+          UsageError: the file is damaged.
         """
         try:
             with zipfile.ZipFile(self.path) as archive:
                 for source in self.sources:
                     yield archive.read(source.name)
         except (*DAMAGED_ARCHIVE, KeyError) as error:
-            raise InputError(f"{self.path} is damaged: {error}; delete it, build again") from error
+            raise UsageError(
+                f"{self.path} is damaged: {error}; delete it and build again"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What the reduction did.
+    """The result of the reduction.
 
     Attributes:
-      parts: by split.
-      images: how many were reduced now; those of an earlier, interrupted build are not counted.
-      busy: seconds that the processes spent on these, all of them together.
-      workers: how many processes there were.
+      parts: parts by split.
+      images: number of images that were reduced, without those of an earlier, interrupted build.
+      busy: time that all processes together spent on them, in seconds.
+      workers: number of processes.
     """
 
     parts: Mapping[str, Sequence[Part]]
@@ -80,20 +82,20 @@ class Reduced:
 
     @property
     def images_per_second(self) -> float:
-        """Of all processes together while they work, without their start; NaN for no image."""
+        """Throughput of all processes together, without start-up; NaN if none was reduced."""
         return self.images * self.workers / self.busy if self.busy else float("nan")
 
 
 def plan_parts(
     rows: Mapping[str, np.ndarray], sources: Sequence[Path | None], size: int, folder: Path
 ) -> dict[str, list[Part]]:
-    """Cuts each split into parts.
+    """Divides each split into parts.
 
     Args:
-      rows: int64, by split.
-      sources: the image's file by row; None only for rows that are not in `rows`.
-      size: of the PNGs, in pixels.
-      folder: for the zip files.
+      rows: int64 rows by split.
+      sources: file of each row; None only for rows that are not in `rows`.
+      size: height and width of the PNGs in pixels.
+      folder: folder for the zip files.
     """
     parts: dict[str, list[Part]] = {}
     for split, chosen in rows.items():
@@ -111,11 +113,11 @@ def plan_parts(
 def reduce_parts(
     parts: Mapping[str, Sequence[Part]], size: int, *, workers: int, console: Console
 ) -> Reduced:
-    """Makes every part that is not there yet, in `workers` processes.
+    """Creates all missing parts, in `workers` processes.
 
     Raises:
-      InputError: an image is damaged or of the wrong size, or a process was killed; parts that
-        were done stay.
+      UsageError: an image is damaged or has the wrong size, or a process was killed; finished parts
+        are kept.
     """
     every = [part for some in parts.values() for part in some]
     todo = [part for part in every if not part.path.exists()]
@@ -124,23 +126,28 @@ def reduce_parts(
     expected = _usual_size([source for part in every for source in part.sources])
     done = sum(map(len, every)) - sum(map(len, todo))
     workers, busy = min(workers, len(todo)), 0.0
-    with Meter("reducing images", sum(map(len, every)), done, console) as meter:
+    total, what = sum(map(len, every)), "reducing images"
+    with Progress(total, console, description=what, done=done) as progress:
+        if done:
+            progress.say(f"{what}: {done:,} of {total:,} are there already")
         for images, seconds in _results(todo, size, expected, workers):
             busy += seconds
-            meter.advance(images)
-            meter.show()
+            progress.advance(images)
+            if progress.due():
+                progress.milestone()
+        progress.finish()
     return Reduced(parts, sum(map(len, todo)), busy, workers)
 
 
 def _usual_size(sources: Sequence[Path]) -> tuple[int, int]:
-    """The most frequent width and height of nine images, so that one wrong image is no measure."""
+    """The most frequent width and height of nine images, robust to a wrong one."""
     return statistics.mode(map(image_size, sources[:: -(-len(sources) // 9)]))
 
 
 def _results(
     todo: Sequence[Part], size: int, expected: tuple[int, int], workers: int
 ) -> Iterator[tuple[int, float]]:
-    """What `reduce_part` returns for each part, as they get done; one worker is this process."""
+    """Yields the results of `reduce_part` as they finish; one worker is this process."""
     if workers == 1:
         yield from (reduce_part(part, size, expected) for part in todo)
         return
@@ -152,32 +159,32 @@ def _results(
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise InputError(
-                f"one of the {workers} processes that reduce images was killed, mostly for want of "
-                "memory; build again with fewer --workers: what is done is kept"
+            raise UsageError(
+                f"one of the {workers} processes that reduce images was killed, usually for lack "
+                "of memory; build again with fewer `workers`, which keeps what is done"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def reduce_part(part: Part, size: int, expected: tuple[int, int]) -> tuple[int, float]:
-    """Makes one part; returns how many images it has, and the seconds that they took.
+    """Creates one part; returns its number of images and the duration in seconds.
 
     Raises:
-      InputError: see `images.reduce_image`; or the file cannot be written.
+      UsageError: see `images.reduce_image`; or the file cannot be written.
     """
     started = time.perf_counter()
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for source in part.sources:
-            # A fixed time stamp: the same images make the same bytes.
+            # A fixed time stamp, so that the same images give the same bytes.
             name = zipfile.ZipInfo(source.name, (1980, 1, 1, 0, 0, 0))
             archive.writestr(name, reduce_image(source, size, expected))
     try:
         write_bytes(part.path, buffer.getvalue())
     except OSError as error:
-        raise InputError(
+        raise UsageError(
             f"cannot write {part.path}: {error.strerror or error}; make room or give rights there, "
-            "then build again: what is done is kept"
+            "then build again, which keeps what is done"
         ) from error
     return len(part), time.perf_counter() - started

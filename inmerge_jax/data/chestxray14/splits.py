@@ -1,4 +1,4 @@
-"""Who trains, who validates, who tests: three named splits, each checked to share no patient."""
+"""Three named splits into training, validation and test, checked to share no patient."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from inmerge_jax.data.chestxray14.labels import Labels, read_text, refuse_duplicates, some
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 SplitName = Literal["chexnet", "nih_official", "patient_hash"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -16,25 +16,25 @@ PARTS = ("train", "val", "test")
 
 
 def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarray]:
-    """The rows of `labels` that each part has, ascending.
+    """Assigns the rows of `labels` to training, validation and test.
 
     Args:
-      split: chexnet, the user's train_list.txt, val_list.txt and test_list.txt; nih_official, the
-        user's train_val_list.txt and test_list.txt, an eighth of the former's patients validating;
-        patient_hash, 70, 10 and 20 % of the patients by a hash of their number, without a list.
-      labels: every image.
-      lists: folder of the lists, plain or with the ending .gz; None for patient_hash.
+      split: "chexnet": train_list.txt, val_list.txt and test_list.txt. "nih_official":
+        train_val_list.txt and test_list.txt; an eighth of the former's patients validate.
+        "patient_hash": 70, 10 and 20 % of the patients by a hash of their number.
+      labels: labels of all images.
+      lists: folder of the lists, plain or gzipped (.gz); None for patient_hash.
 
     Returns:
-      int64 rows by "train", "val" and "test". Images that no list names are in none.
+      Ascending int64 rows by "train", "val" and "test". Images on no list are left out.
 
     Raises:
-      InputError: an unknown split; a list that is absent, damaged, or names an image twice or one
-        that the labels lack; a patient in two parts; a folder of lists where none is read.
+      UsageError: the split is unknown; a list is missing or damaged, names an image twice or an
+        image without labels; a patient is in two parts; or `lists` is given for patient_hash.
     """
     if split == "patient_hash":
         if lists is not None:
-            raise InputError(f"--lists {lists}: the split patient_hash reads no list; leave it out")
+            raise UsageError(f"`lists` {lists}: the split patient_hash reads no list; leave it out")
         place = hash_places(labels.patients)
         bounds = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
         return {
@@ -42,9 +42,9 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
             for part, (low, high) in bounds.items()
         }
     if split not in SPLITS:
-        raise InputError(f"--split {split}: unknown; choose one of {', '.join(SPLITS)}")
+        raise UsageError(f"`split` {split}: unknown; choose one of {', '.join(SPLITS)}")
     if lists is None:
-        raise InputError(f"the split {split} needs --lists, the folder of its lists of images")
+        raise UsageError(f"the split {split} needs `lists`, the folder of its lists of images")
     rows = {name: row for row, name in enumerate(labels.names)}
     if split == "chexnet":
         parts = {part: _read_list(Path(lists), f"{part}_list.txt", rows, labels) for part in PARTS}
@@ -58,7 +58,7 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
 
 
 def hash_places(patients: np.ndarray) -> np.ndarray:
-    """For every patient's number a place in [0, 1), float64 (n,), the same wherever it is asked."""
+    """Maps patient numbers to [0, 1) by a hash, float64 (n,); platform-independent."""
     numbers, inverse = np.unique(patients, return_inverse=True)
     digests = (hashlib.sha256(str(number).encode()).digest() for number in numbers.tolist())
     places = [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
@@ -66,15 +66,15 @@ def hash_places(patients: np.ndarray) -> np.ndarray:
 
 
 def check_patients(patients: dict[str, np.ndarray], source: str) -> None:
-    """Raises InputError where a patient's number is in two parts."""
+    """Raises UsageError if a patient is in two parts."""
     parts = list(patients)
     for index, first in enumerate(parts):
         for second in parts[index + 1 :]:
             shared = np.intersect1d(patients[first], patients[second])
             if shared.size:
-                raise InputError(
+                raise UsageError(
                     f"{source}: {some([str(p) for p in shared.tolist()], 'patient')} in both "
-                    f"{first} and {second}; a network may not be tested on whom it was trained on"
+                    f"{first} and {second}; each patient may be in one part only"
                 )
 
 
@@ -82,12 +82,12 @@ def _read_list(folder: Path, name: str, rows: dict[str, int], labels: Labels) ->
     folder = folder.expanduser()
     found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not found:
-        raise InputError(f"--lists {folder}: there is neither {name} nor {name}.gz in it")
+        raise UsageError(f"`lists` {folder}: there is neither {name} nor {name}.gz in it")
     names = read_text(found[0]).split()
     refuse_duplicates(found[0], names)
     unknown: Sequence[str] = [image for image in names if image not in rows]
     if unknown:
-        raise InputError(f"{found[0]} names {some(unknown, 'image')} that {labels.path} lacks")
+        raise UsageError(f"{found[0]} names {some(unknown, 'image')} that {labels.path} lacks")
     if not names:
-        raise InputError(f"{found[0]} names no image")
+        raise UsageError(f"{found[0]} names no image")
     return np.array(sorted(rows[image] for image in names), np.int64)

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from inmerge_jax.data.chestxray14.build import Request, build
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
+from inmerge_jax.data.chestxray14.manifest import read_manifest
 from inmerge_jax.data.chestxray14.splits import assign
 
 IMAGES, PATIENTS, PIXELS = 60, 20, 40
@@ -86,7 +86,7 @@ def make(folder, output, **changes):
 
 
 def content(output):
-    """The manifest, with its hash of all that is in the records, and the records' bytes."""
-    manifest = json.loads((output / "manifest.json").read_text())
+    """The manifest without its checksum, and the records' bytes."""
+    manifest = read_manifest(output)
     folder = output / manifest["records"]
     return manifest, {name: (folder / name).read_bytes() for name in manifest["shards"]}

@@ -27,7 +27,7 @@ from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
 from inmerge_jax.data.chestxray14.records import RecordImages, load_chestxray14
 from inmerge_jax.data.chestxray14.splits import assign
 from inmerge_jax.data.dataset import names_sha256
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import content, make, pixels, write_labels, write_lists
 from tests.paths import SHARED, needs
 
@@ -63,7 +63,7 @@ def test_images_may_be_reduced_as_they_are_read(built):
     expected = np.asarray(whole.resize((16, 16), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(data.val.images[2][..., 0], expected)
     assert data.channels == 1 and data.size == 16
-    with pytest.raises(InputError, match=r"--size 64: .* was built at 32 px; choose 1 to 32"):
+    with pytest.raises(UsageError, match=r"`size` 64: .* was built at 32 px; choose 1 to 32"):
         load_chestxray14(built, size=64)
 
 
@@ -82,7 +82,7 @@ def test_tfds_reads_the_folder_without_tensorflow(built):
 @pytest.mark.parametrize("split", ["chexnet", "nih_official"])
 def test_lists_processes_and_a_second_call_change_nothing(nih, built, tmp_path, split):
     first, said = make(nih, tmp_path / "a", split=split, lists=nih, workers=2)
-    assert "60 of the 60 images" in said and "reducing images: 60 of 60" in said
+    assert "60 of the 60 images" in said and "reducing images  60 of 60" in said
     again, said = make(nih, tmp_path / "a", split=split, lists=nih)
     assert again.manifest == first.manifest and again.reduced is None
     assert "reducing" not in said and "no image was reduced now" in again.speed()
@@ -99,7 +99,7 @@ def test_lists_processes_and_a_second_call_change_nothing(nih, built, tmp_path, 
     assert speed == first.rates and again.rates is None
     assert speed["images"] == speed["reduced"] == 60 and speed["workers"] == 2
     assert min(speed["reducing"], speed["writing"]) > 0
-    with pytest.raises(InputError, match=rf"holds another data set: its split is {split}"):
+    with pytest.raises(UsageError, match=rf"holds another data set: its split is {split}"):
         make(nih, tmp_path / "a")
 
 
@@ -124,7 +124,7 @@ def test_missing_images_are_counted_and_named_or_allowed(nih, tmp_path):
     gone = sorted(find_images(place).values())[:4]
     for path in gone:
         path.unlink()
-    with pytest.raises(InputError, match=rf"4 images \({gone[0].name}, .*\.\.\.\) of the 60"):
+    with pytest.raises(UsageError, match=rf"4 images \({gone[0].name}, .*\.\.\.\) of the 60"):
         make(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     made, said = make(place, tmp_path / "out", allow_missing=True)
@@ -140,30 +140,30 @@ def test_a_link_to_nothing_is_a_missing_image(nih, tmp_path):
     path = sorted(find_images(place).values())[0]
     path.unlink()
     path.symlink_to(tmp_path / "gone.png")
-    with pytest.raises(InputError, match=rf"1 image \({path.name}\) of the 60"):
+    with pytest.raises(UsageError, match=rf"1 image \({path.name}\) of the 60"):
         make(place, tmp_path / "out")
 
 
 def test_a_finished_build_is_looked_at_before_it_is_said_to_be_whole(nih, copy):
     made, _ = make(nih, copy)
-    assert made.verified().startswith("60 images and their labels were verified when")
+    assert made.verified().startswith("60 images and their labels were verified by")
     shard = next(path for path in copy.rglob("*train*array_record*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"{shard.name} was cut short"):
+    with pytest.raises(UsageError, match=f"{shard.name} was cut short"):
         make(nih, copy)
     shard.unlink()
-    with pytest.raises(InputError, match=f"{shard.name} is missing"):
+    with pytest.raises(UsageError, match=f"{shard.name} is missing"):
         make(nih, copy)
 
 
 def test_a_finished_build_without_its_index_is_refused(nih, copy):
     (copy / "index.npz").unlink()
-    with pytest.raises(InputError, match=r"index\.npz is missing"):
+    with pytest.raises(UsageError, match=r"index\.npz is missing"):
         make(nih, copy)
 
 
 def test_training_needs_the_folder_of_a_build():
-    with pytest.raises(InputError, match="--data chestxray14 needs --data-dir"):
+    with pytest.raises(UsageError, match="chestxray14 needs `data_dir`"):
         load_dataset(DataConfig(name="chestxray14"))
 
 
@@ -174,7 +174,7 @@ def test_a_split_without_images_is_refused(nih, tmp_path):
     train = (nih / "train_list.txt").read_text().split()
     for name in train[:3]:
         shutil.copy(find_images(nih)[name], few)
-    with pytest.raises(InputError, match="has no image of val and test in the split chexnet"):
+    with pytest.raises(UsageError, match="has no image of val and test in the split chexnet"):
         make(few, tmp_path / "out", labels=nih, split="chexnet", lists=nih, allow_missing=True)
     assert set(train[:3]) <= set(labels.names)
 
@@ -185,12 +185,12 @@ def test_a_damaged_image_stops_the_build_and_is_named(nih, tmp_path, workers):
     victim = sorted(find_images(place).values())[7]
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"{victim.name} is cut short or damaged"):
+    with pytest.raises(UsageError, match=rf"{victim.name} is cut short or damaged"):
         make(place, tmp_path / "out", workers=workers)
-    with pytest.raises(InputError, match="there is no finished ChestX-ray14"):
+    with pytest.raises(UsageError, match="holds no finished ChestX-ray14"):
         load_chestxray14(tmp_path / "out")
     Image.fromarray(pixels(0, 39)).save(victim)
-    with pytest.raises(InputError, match=rf"{victim.name} has 39 x 39 pixels, the others 40 x 40"):
+    with pytest.raises(UsageError, match=rf"{victim.name} has 39 x 39 pixels, the others 40 x 40"):
         make(place, tmp_path / "out", workers=workers)
     victim.write_bytes(whole)
     made, _ = make(place, tmp_path / "out", workers=1)
@@ -201,11 +201,11 @@ def test_a_first_image_of_another_size_is_the_one_that_is_named(nih, tmp_path):
     place = shutil.copytree(nih, tmp_path / "nih")
     first = sorted(find_images(place).values())[0]
     Image.fromarray(pixels(0, 48)).save(first)
-    with pytest.raises(InputError, match=rf"{first.name} has 48 x 48 pixels, the others 40 x 40"):
+    with pytest.raises(UsageError, match=rf"{first.name} has 48 x 48 pixels, the others 40 x 40"):
         make(place, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", ["_write_records", "_verify", "write_json"])
+@pytest.mark.parametrize("stage", ["_write_records", "_verify", "write_manifest"])
 def test_a_build_that_stops_late_is_as_if_it_had_not(nih, built, tmp_path, monkeypatch, stage):
     def stop(*_):
         raise KeyboardInterrupt
@@ -245,7 +245,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
     time.sleep(0.5)  # A worker that had begun to write may end that.
     parts = len(list(reduced.glob("*.zip")))
     assert 0 < parts < 8 and not (tmp_path / "killed" / "manifest.json").exists()
-    with pytest.raises(InputError, match="there is no finished"):
+    with pytest.raises(UsageError, match="holds no finished"):
         load_chestxray14(tmp_path / "killed")
 
     assert main(options(tmp_path / "killed", 1)) == 0
@@ -255,11 +255,11 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(nih, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds 1 other file \(thesis\.txt\)"):
+    with pytest.raises(UsageError, match=r"holds 1 other file \(thesis\.txt\)"):
         make(nih, tmp_path)
-    with pytest.raises(InputError, match="is a file; choose a folder"):
+    with pytest.raises(UsageError, match="is a file; choose a folder"):
         make(nih, tmp_path / "thesis.txt")
-    with pytest.raises(InputError, match="--workers 0"):
+    with pytest.raises(UsageError, match="`workers` 0"):
         make(nih, tmp_path / "out", workers=0)
 
 
@@ -273,7 +273,7 @@ def test_a_shard_cut_short_is_refused_before_training(copy, tmp_path, capsys):
 
     path = shard(copy)
     path.write_bytes(path.read_bytes()[:-4096])
-    with pytest.raises(InputError, match=rf"{path.name} was cut short or changed"):
+    with pytest.raises(UsageError, match=rf"{path.name} was cut short or changed"):
         load_chestxray14(copy)
     status = train(
         ["--data", "chestxray14", "--data-dir", str(copy), "--output", str(tmp_path / "o")]
@@ -281,7 +281,7 @@ def test_a_shard_cut_short_is_refused_before_training(copy, tmp_path, capsys):
     assert status == 2 and "cut short" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     path.unlink()
-    with pytest.raises(InputError, match=rf"{path.name} is missing"):
+    with pytest.raises(UsageError, match=rf"{path.name} is missing"):
         load_chestxray14(copy)
 
 
@@ -295,7 +295,7 @@ def test_a_flipped_byte_in_a_shard_stops_reading(copy, workers):
     data[place] ^= 1
     path.write_bytes(data)
     split = load_chestxray14(copy).train
-    with pytest.raises(InputError, match=r"record \d+ of train, \w+\.png, is damaged"):
+    with pytest.raises(UsageError, match=r"record \d+ of train, \w+\.png, is damaged"):
         for _ in train_batches(split, seed=0, batch_size=4, stop=len(split), workers=workers):
             pass
 
@@ -336,14 +336,14 @@ def test_records_of_another_build_are_noticed(copy):
     data = load_chestxray14(copy)
     names = data.train.images.names[::-1]
     swapped = type(data.train.images)(data.train.images.folder, "train", names, 32)
-    with pytest.raises(InputError, match=rf"record 0 of train, {names[0]}, is .*\.png instead"):
+    with pytest.raises(UsageError, match=rf"record 0 of train, {names[0]}, is .*\.png instead"):
         swapped[0]
 
 
 def test_a_damaged_index_is_refused(copy):
     index = copy / "index.npz"
     index.write_bytes(index.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"index\.npz is missing or damaged"):
+    with pytest.raises(UsageError, match=r"index\.npz is missing or damaged"):
         load_chestxray14(copy)
 
 
@@ -360,7 +360,7 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
     victim = sorted(find_images(place).values())[7]
     whole, times = victim.read_bytes(), victim.stat()
     change(victim)
-    with pytest.raises(InputError, match="out was built from other files .* delete it"):
+    with pytest.raises(UsageError, match="out was built from other versions .* delete it"):
         make(place, tmp_path / "out")
     victim.write_bytes(whole)
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -369,17 +369,17 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
 
 def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     from inmerge_jax.cli.train import main as train
-    from inmerge_jax.training.arms import plan_run, train_arms
     from inmerge_jax.training.config import parse_config
-    from inmerge_jax.training.stopping import Stopped
+    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.preemption import TrainingInterrupted
 
     place = shutil.copytree(nih, tmp_path / "nih")
     data, output = tmp_path / "data", tmp_path / "run"
     make(place, data)
     options = ["--data", "chestxray14", "--data-dir", str(data), "--output", str(output)]
     options += "--model vgg11 --width 0.05 --skip 4 --batch-size 8 --devices 1 --workers 0".split()
-    with pytest.raises(Stopped):
-        train_arms(plan_run(parse_config(options)), lambda: True)
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(make_run_spec(parse_config(options)), lambda: True)
     change(sorted(find_images(place).values())[7])
     shutil.rmtree(data)
     make(place, data)
@@ -388,7 +388,8 @@ def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "module, write", [(reduce, "write_bytes"), (building, "write_bytes"), (building, "write_json")]
+    "module, write",
+    [(reduce, "write_bytes"), (building, "write_bytes"), (building, "write_manifest")],
 )
 def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch, module, write):
     def full(path, data):
@@ -396,7 +397,7 @@ def test_a_full_disk_is_said_and_loses_nothing(nih, built, tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(module, write, full)
-        with pytest.raises(InputError, match=r"cannot write .*out.*: No space left.*what is done"):
+        with pytest.raises(UsageError, match=r"cannot write .*out.*: No space left.*what is done"):
             make(nih, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     make(nih, tmp_path / "out")
@@ -450,7 +451,7 @@ def test_no_flipped_bit_of_a_reduced_part_is_read_or_a_traceback(tmp_path):
         path.write_bytes(damaged)
         try:
             assert list(part.read()) == list(images.values()), bit
-        except InputError as error:
+        except UsageError as error:
             assert "build again" in str(error)
             refused += 1
     assert refused > 4 * len(whole)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from inmerge_jax.data.chestxray14.images import decode, encode, find_images, reduce_image
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import make_nih, pixels
 from tests.oracles.images import load_image
 from tests.paths import SHARED, needs
@@ -32,14 +32,14 @@ def test_both_layouts_are_found(tmp_path, flat):
 
 
 def test_folders_that_cannot_be_right(tmp_path):
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(UsageError, match="there is no such folder"):
         find_images(tmp_path / "none")
-    with pytest.raises(InputError, match="there is no PNG in it"):
+    with pytest.raises(UsageError, match="there is no PNG in it"):
         find_images(tmp_path)
     make_nih(tmp_path)
     name = next(iter(find_images(tmp_path)))
     save(tmp_path / name, pixels(0))
-    with pytest.raises(InputError, match=rf"{name} is there twice"):
+    with pytest.raises(UsageError, match=rf"{name} is there twice"):
         find_images(tmp_path)
 
 
@@ -77,22 +77,22 @@ def test_damaged_and_wrong_files_are_named(tmp_path, monkeypatch):
     path = tmp_path / "damaged.png"
     for length in (0, 7, 30, len(whole) // 2, len(whole) - 14):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"damaged\.png is cut short or damaged"):
+        with pytest.raises(UsageError, match=r"damaged\.png is cut short or damaged"):
             reduce_image(path, 20, SIZE)
     for place in (20, len(whole) // 2, len(whole) - 20):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(InputError, match=r"damaged\.png is cut short or damaged"):
+        with pytest.raises(UsageError, match=r"damaged\.png is cut short or damaged"):
             reduce_image(path, 20, SIZE)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"exceeds limit .*again"):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"exceeds limit .*again"):
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         reduce_image(tmp_path / "a.png", 20, SIZE)
     save(path, pixels(0, 41))
-    with pytest.raises(InputError, match=r"damaged\.png has 41 x 41 pixels, the others 40 x 40"):
+    with pytest.raises(UsageError, match=r"damaged\.png has 41 x 41 pixels, the others 40 x 40"):
         reduce_image(path, 20, SIZE)
     save(path, np.zeros((40, 30), np.uint8))
-    with pytest.raises(InputError, match=r"30 x 40 pixels; a square of at least 20"):
+    with pytest.raises(UsageError, match=r"30 x 40 pixels; a square of at least 20"):
         reduce_image(path, 20, (30, 40))
-    with pytest.raises(InputError, match=r"40 x 40 pixels; a square of at least 64"):
+    with pytest.raises(UsageError, match=r"40 x 40 pixels; a square of at least 64"):
         reduce_image(tmp_path / "a.png", 64, SIZE)
 
 

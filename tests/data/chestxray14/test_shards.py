@@ -17,8 +17,8 @@ from inmerge_jax.data.chestxray14.builder import ChestXray14
 from inmerge_jax.data.chestxray14.labels import read_labels
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.chestxray14.reduce import Part
-from inmerge_jax.errors import InputError
-from inmerge_jax.locking import LOCK, hold
+from inmerge_jax.errors import UsageError
+from inmerge_jax.locking import LOCK, lock
 from tests.data.chestxray14.nih import content, make
 from tests.training.disk import small_disk
 
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_while_shards_are_written(nih, built, tmp_path, monk
         ballast, output = disk / "ballast", disk / "out"
         with monkeypatch.context() as patched:
             patched.setattr(building, "_write_records", fill_up)
-            with pytest.raises(InputError, match=r"cannot write to .*out: No space left .*is kept"):
+            with pytest.raises(UsageError, match=r"cannot write to .*out: No space left .*is kept"):
                 make(nih, output)
         assert sorted(entry.name for entry in output.iterdir()) == ["records", "reduced"]
         ballast.unlink()
@@ -95,7 +95,7 @@ def test_what_array_record_says_of_a_disk_is_told(nih, tmp_path, monkeypatch):
         raise RuntimeError(said)
 
     monkeypatch.setattr(tfds.core.ExampleWriter, "write", full)
-    with pytest.raises(InputError, match=r"out: No space left on device; make room"):
+    with pytest.raises(UsageError, match=r"out: No space left on device; make room"):
         make(nih, tmp_path / "out")
     said = "another fault"
     with pytest.raises(RuntimeError, match="another fault"):
@@ -104,9 +104,9 @@ def test_what_array_record_says_of_a_disk_is_told(nih, tmp_path, monkeypatch):
 
 def test_a_second_build_is_refused_while_the_first_is_at_work(nih, built, tmp_path):
     output = tmp_path / "out"
-    with hold(output):
+    with lock(output):
         (output / "records").mkdir()
-        with pytest.raises(InputError, match=rf"out is in use: process {os.getpid()} on .* writes"):
+        with pytest.raises(UsageError, match=rf"out is in use: process {os.getpid()} on .* writes"):
             make(nih, output)
         assert (output / "records").is_dir()
     (output / LOCK).write_text("process 1 on a machine that lost its power")
@@ -131,7 +131,7 @@ def test_a_folder_without_locks_is_built_in_with_a_warning(nih, tmp_path, monkey
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(locking.fcntl, "flock", none)
-    assert "has no locks: start nothing else there" in make(nih, tmp_path / "out")[1]
+    assert "has no locks: start no second process there" in make(nih, tmp_path / "out")[1]
     assert fcntl.flock is none and not (tmp_path / "out" / LOCK).exists()
 
 
@@ -142,5 +142,5 @@ def die(*_):
 def test_a_killed_process_is_told_with_a_remedy(nih, tmp_path, monkeypatch):
     monkeypatch.setattr(reduce, "IMAGES_PER_PART", 30)
     monkeypatch.setattr(reduce, "reduce_part", die)
-    with pytest.raises(InputError, match=r"of the 2 processes .* was killed.* fewer --workers"):
+    with pytest.raises(UsageError, match=r"of the 2 processes .* was killed.* fewer `workers`"):
         make(nih, tmp_path / "out", workers=2)

@@ -5,7 +5,7 @@ import pytest
 
 from inmerge_jax.data.chestxray14.labels import Labels, read_labels
 from inmerge_jax.data.chestxray14.splits import PARTS, SPLITS, assign, hash_places
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import write_labels, write_lists
 from tests.paths import SHARED, needs
 
@@ -40,7 +40,7 @@ def test_the_hash_knows_nothing_but_the_patient():
 
 def test_lists_that_are_wrong_are_named(tmp_path, labels):
     def refused(message, split="chexnet", lists=tmp_path):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UsageError, match=message):
             assign(split, labels, lists)
 
     refused("neither train_list.txt nor train_list.txt.gz")
@@ -62,9 +62,9 @@ def test_lists_that_are_wrong_are_named(tmp_path, labels):
     (tmp_path / "test_list.txt.gz").write_bytes(gzip.compress(test.encode())[:-9])
     refused(r"test_list\.txt\.gz cannot be read")
 
-    refused("--split random: unknown; choose one of chexnet", split="random")
+    refused("`split` random: unknown; choose one of chexnet", split="random")
     refused("patient_hash reads no list", split="patient_hash")
-    refused("chexnet needs --lists", lists=None)
+    refused("chexnet needs `lists`", lists=None)
 
 
 @needs(NIH / "train_list.txt.gz")

@@ -79,9 +79,9 @@ def test_what_tells_the_phases_are_functions_of_the_project():
 @pytest.mark.parametrize(
     ("functions", "phase"),
     [
-        (["divide", "ahead", "train_stage", "main"], fault_injection.STEP),
-        (["save_checkpoint", "by_first", "train_stage", "main"], fault_injection.CHECKPOINT),
-        (["by_first", "train_stage", "main"], "between epochs"),
+        (["divide", "prefetch_to_device", "train_stage", "main"], fault_injection.STEP),
+        (["save_checkpoint", "run_on_primary", "train_stage", "main"], fault_injection.CHECKPOINT),
+        (["run_on_primary", "train_stage", "main"], "between epochs"),
         (["<lambda>", "unreplicate", "train_stage", "main"], "between epochs"),
         (["<module>"], "start or end"),
         ([], "one long call, such as an import or a compilation"),

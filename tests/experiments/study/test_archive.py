@@ -10,7 +10,7 @@ import pytest
 from experiments.study import archive
 from experiments.study.archive import Labels
 from experiments.study.trials import Backbone, Treatment, Trial
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.training.metrics import compute_metrics
 
 START = Backbone("chestxray14", "resnet18", 0, 4, stem="imagenet")
@@ -84,7 +84,7 @@ def test_further_measurements_of_a_trial_are_added(tmp_path):
 def test_other_labels_are_refused_and_nothing_is_written(tmp_path):
     add(tmp_path, TRIALS[0])
     before = (tmp_path / archive.CHECKSUMS).read_text()
-    with pytest.raises(InputError, match="holds other test labels of chestxray14"):
+    with pytest.raises(UsageError, match="holds other test labels of chestxray14"):
         add(tmp_path, TRIALS[1], labels=LABELS._replace(labels=1 - LABELS.labels))
     assert (tmp_path / archive.CHECKSUMS).read_text() == before
 
@@ -96,10 +96,10 @@ def test_a_changed_or_missing_file_is_named(tmp_path):
     text = table.read_text()
     table.write_text(text.replace("0.123456789012345", "0.923456789012345"))
     archive._read.cache_clear()
-    with pytest.raises(InputError, match=r"trials.csv has SHA-256 .* git checkout"):
+    with pytest.raises(UsageError, match=r"trials.csv has SHA-256 .* git checkout"):
         archive.read(tmp_path)
     table.unlink()
-    with pytest.raises(InputError, match="trials.csv is missing"):
+    with pytest.raises(UsageError, match="trials.csv is missing"):
         archive.read(tmp_path)
 
 

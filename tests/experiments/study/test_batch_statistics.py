@@ -14,7 +14,7 @@ from experiments.study.trials import Backbone, Trial
 from inmerge_jax.data import Split
 from inmerge_jax.models.layers import BatchNorm
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.steps import normalise
+from inmerge_jax.training.train_step import normalise
 
 
 class Normalised(nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.study.questions import cost
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 
 @pytest.mark.long
@@ -69,7 +69,7 @@ def test_a_network_is_stored_when_it_is_finished_and_not_measured_again(tmp_path
 
 
 def test_an_unknown_network_is_named_before_anything_runs(tmp_path):
-    with pytest.raises(InputError, match="--models vgg15: unknown"):
+    with pytest.raises(UsageError, match="--models vgg15: unknown"):
         cost.main(["--results", str(tmp_path), "--models", "vgg16", "vgg15"])
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,7 @@ QUESTION = Question(
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     # Not the cache of whoever runs the tests.
-    monkeypatch.setattr(study, "keep_programs", lambda: None)
+    monkeypatch.setattr(study, "enable_compilation_cache", lambda: None)
     monkeypatch.setitem(study.QUESTIONS, "phantom", QUESTION)
     return ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 

@@ -5,7 +5,10 @@ import pytest
 
 from experiments.study import presets
 
-TRAIN = "--devices 1 --cache None --skip 11 --phantom.train 16 --phantom.val 5 --phantom.test 12"
+TRAIN = (
+    "--devices 1 --compilation-cache-dir None --skip 11 "
+    "--phantom.train 16 --phantom.val 5 --phantom.test 12"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from experiments.study import archive, reproduce, runner, stages
 from experiments.study.questions import QUESTIONS
 from experiments.study.trials import Backbone, Trial
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 CONFIG = reproduce.ReproduceConfig()
 
@@ -43,6 +43,7 @@ def test_another_seed_draws_other_trials():
     assert first != other and max(map(len, first)) == 2
 
 
+@pytest.mark.long
 def test_a_trial_is_compared_with_the_stored_one(tmp_path):
     trial = Trial(Backbone("phantom", "vgg11", 0, 1, 0.1))
     paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results")
@@ -60,5 +61,5 @@ def test_a_trial_is_compared_with_the_stored_one(tmp_path):
 def test_rows_of_another_draw_are_refused(tmp_path):
     path = tmp_path / "again.json"
     path.write_text(json.dumps({"seed": 0, "count": 3, "limit": CONFIG.limit, "rows": []}))
-    with pytest.raises(InputError, match="has trials of --count 3, not 1"):
+    with pytest.raises(UsageError, match="has trials of --count 3, not 1"):
         reproduce.main(["--output", str(path)])

@@ -11,9 +11,9 @@ import pytest
 
 from experiments.study import archive, runner, stages
 from experiments.study.trials import Backbone, Treatment, Trial
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.holding import hold
-from inmerge_jax.training.stopping import Stopped
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.preemption import TrainingInterrupted
+from inmerge_jax.training.workdir import lock
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
 MERGE = Treatment("merge", threshold=-1.0, skip=4)
@@ -71,12 +71,13 @@ def test_a_backbone_whose_checkpoint_is_gone_is_trained_again_but_not_stored(tra
     assert same[0] == same[1]
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     paths, _ = trained
     elsewhere = stages.Paths(paths.data, tmp_path)
     shutil.copytree(paths.trial(TRIALS[0]), elsewhere.trial(TRIALS[0]))
     calls = iter(range(10**6))
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run(TRIALS[2:3], elsewhere, should_stop=lambda: next(calls) > 6)
     assert not runner.finished(TRIALS[2], elsewhere)
     run(TRIALS[2:3], elsewhere)
@@ -88,7 +89,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
 
 def test_a_trial_that_another_process_trains_is_left_to_it(tmp_path):
     paths = stages.Paths(tmp_path, tmp_path)
-    with hold(paths.trial(TRIALS[0])), pytest.raises(InputError, match="is in use: process"):
+    with lock(paths.trial(TRIALS[0])), pytest.raises(UsageError, match="is in use: process"):
         runner.run_trials(TRIALS[:1], paths)
     assert list(paths.trial(TRIALS[0]).iterdir()) == []
 
@@ -142,7 +143,7 @@ def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
 
 def test_an_unknown_data_set_is_named(trained):
     bad = Trial(dataclasses.replace(START, data="nothing"))
-    with pytest.raises(InputError, match="data set nothing: unknown; choose one of"):
+    with pytest.raises(UsageError, match="data set nothing: unknown; choose one of"):
         runner.run_trial(bad, trained[0], None)
 
 

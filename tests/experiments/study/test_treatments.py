@@ -17,7 +17,7 @@ from experiments.study.treatments import (
 from experiments.study.trials import Treatment
 from inmerge_jax import merge_kernels
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.state import make_optimizer, new_state
+from inmerge_jax.training.train_step import make_optimizer, new_state
 from tests.core.test_merging import kernel, similar_weight
 
 SHAPE = (3, 3, 4, 30)

@@ -16,7 +16,7 @@ from experiments.benchmarks.accelerator.command import main
 from experiments.benchmarks.accelerator.grids import GRIDS
 from experiments.benchmarks.accelerator.session import PARTS, read_part
 from experiments.study import archive
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 ROOT = Path(__file__).parents[4]
@@ -68,6 +68,7 @@ def measured(tmp_path_factory):
     return folder, first, kept, second
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_off_is_continued(measured):
     folder, first, kept, second = measured
     assert len(kept) >= 3
@@ -77,6 +78,7 @@ def test_a_run_that_is_cut_off_is_continued(measured):
         assert f"correctness: {name} (" in first and f"correctness: {name} (" not in second
 
 
+@pytest.mark.long
 def test_all_parts_are_measured_and_summarised(measured):
     folder, _, _, second = measured
     for part in PARTS:
@@ -89,12 +91,13 @@ def test_all_parts_are_measured_and_summarised(measured):
     assert len(files) <= 8 and max(path.stat().st_size for path in files) < 16 * 2**20
 
 
+@pytest.mark.long
 def test_results_are_imported(measured, tmp_path, monkeypatch):
     folder, *_ = measured
-    with pytest.raises(InputError, match="tiny sizes"):
+    with pytest.raises(UsageError, match="tiny sizes"):
         page.import_folder(folder, tmp_path)
     monkeypatch.setattr(page, "commit_of", lambda digest: None)
-    with pytest.raises(InputError, match="none of this checkout's last commits"):
+    with pytest.raises(UsageError, match="none of this checkout's last commits"):
         page.import_folder(folder, tmp_path, tiny=True)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(page, "commit_of", lambda digest: "c" * 40)
@@ -112,15 +115,16 @@ def test_results_are_imported(measured, tmp_path, monkeypatch):
     assert "TINY SIZES" in page.markdown(tmp_path)
 
 
+@pytest.mark.long
 def test_a_folder_of_mixed_results_is_not_imported(measured, tmp_path):
     folder, *_ = measured
     for part in ("merge", "step"):
         write_json(tmp_path / f"{part}.json", read_part(folder, part))
     other = {**read_part(folder, "correctness"), "source": "d" * 64}
     write_json(tmp_path / "correctness.json", other)
-    with pytest.raises(InputError, match="of other source code or another device"):
+    with pytest.raises(UsageError, match="of other source code or another device"):
         page.import_folder(tmp_path, tmp_path / "results", tiny=True)
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(UsageError, match="holds no results"):
         page.import_folder(tmp_path / "nothing", tmp_path / "results", tiny=True)
 
 
@@ -152,6 +156,7 @@ def test_bad_input_is_refused_before_any_time_is_spent(words, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_folder_of_another_commit_is_refused(measured, tmp_path, capsys):
     folder, *_ = measured
     write_json(tmp_path / "merge.json", {**read_part(folder, "merge"), "source": "d" * 64})

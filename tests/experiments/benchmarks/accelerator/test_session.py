@@ -6,7 +6,7 @@ import pytest
 
 from experiments.benchmarks.accelerator import session as sessions
 from experiments.benchmarks.accelerator.session import PARTS, Session, check_folder, read_part
-from inmerge_jax.errors import InputError
+from inmerge_jax.errors import UsageError
 
 AROUND = {
     "tiny": False,
@@ -91,20 +91,20 @@ def test_a_second_run_measures_what_is_missing(tmp_path, clock):
 def test_a_folder_of_other_results_is_refused(name, tmp_path, clock):
     begin(tmp_path)
     check_folder(tmp_path, AROUND)
-    with pytest.raises(InputError, match=rf"correctness.json has {name} .*choose another folder"):
+    with pytest.raises(UsageError, match=rf"correctness.json has {name} .*choose another folder"):
         check_folder(tmp_path, {**AROUND, name: "other"})
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path, clock):
     (tmp_path / "step.json").write_text("{")
-    with pytest.raises(InputError, match=r"step.json is damaged"):
+    with pytest.raises(UsageError, match=r"step.json is damaged"):
         read_part(tmp_path, "step")
     (tmp_path / "step.json").write_text(json.dumps({"rows": []}))
-    with pytest.raises(InputError, match="step.json has no .*cases"):
+    with pytest.raises(UsageError, match="step.json has no .*cases"):
         read_part(tmp_path, "step")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output .*file.*cannot be written"):
+    with pytest.raises(UsageError, match=r"--output .*file.*cannot be written"):
         check_folder(tmp_path / "file" / "folder", AROUND)

@@ -16,8 +16,8 @@ from experiments.study import archive, runner
 from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
 from experiments.study.trials import Treatment
-from inmerge_jax.errors import InputError
-from inmerge_jax.training.arms import initial_weights
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.experiment import initial_variables
 from tests.training import tiny
 
 GRID = GRIDS["phantom"]
@@ -32,7 +32,7 @@ def train(paths, seeds, arm=None, starts=None):
     program = make_program(GRID, "phantom", len(seeds), paths)
     if arm is None:
         chosen = [GRID.backbone("phantom", seed) for seed in seeds]
-        starts = [initial_weights(program.plan, seed) for seed in seeds]
+        starts = [initial_variables(program.plan, seed) for seed in seeds]
     else:
         chosen = [GRID.second("phantom", seed, arm) for seed in seeds]
     return trials.train_together(program, chosen, starts)
@@ -45,6 +45,7 @@ def alone(paths):
     return {"backbone": backbone, "inmerge": merged}
 
 
+@pytest.mark.long
 def test_a_trial_is_what_the_runner_trains(paths, alone):
     chosen = [GRID.backbone("phantom", 1), GRID.second("phantom", 1, "inmerge")]
     runner.run_trials(chosen, paths)
@@ -60,6 +61,7 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
     assert sum(alone["inmerge"].result["merged"]) > 0
 
 
+@pytest.mark.long
 def test_seeds_that_train_together_train_as_alone(paths, alone):
     backbones = train(paths, [0, 1])
     merged = train(paths, [0, 1], "inmerge", [one.weights for one in backbones])
@@ -110,11 +112,12 @@ def test_every_grid_has_paired_arms_and_trials_of_their_own():
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
+    with pytest.raises(UsageError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
         trials.check_data(GRIDS["small"], tmp_path)
     trials.check_data(GRID, tmp_path)
 
 
+@pytest.mark.long
 def test_records_are_what_the_study_reads(paths, alone, tmp_path):
     known = {trial.arm: trial for trial in GRID.trials() if trial.backbone.seed == 1}
     around = {"started": "2026-01-01", "git": {}, "cpus": 2, "packages": {"jax": "0"}}
@@ -134,10 +137,10 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
     assert record["trained"]["device"] == "chip"
     np.testing.assert_array_equal(stored.scores(known["inmerge"]), alone["inmerge"].scores)
     assert stored.labels["phantom"].task == labels.task
-    with pytest.raises(InputError, match="unknown are of no grid"):
+    with pytest.raises(UsageError, match="unknown are of no grid"):
         trials.import_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
     trial, one = known["finetune"], alone["backbone"]
     late = {trial.hash: archive.make_record(trial, one.result, one.similarity, around)}
     other = arrays | {"labels-phantom": 1 - labels.labels, f"scores-{trial.hash}": one.scores}
-    with pytest.raises(InputError, match="other test labels"):
+    with pytest.raises(UsageError, match="other test labels"):
         trials.import_records(late, other, "c" * 40, tmp_path)

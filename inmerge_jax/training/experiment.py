@@ -1,0 +1,429 @@
+"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_arrays, write_json
+from inmerge_jax.merging import Kernel, MergeRule
+from inmerge_jax.merging.rule import Quantile
+from inmerge_jax.merging.similarity import THRESHOLDS
+from inmerge_jax.models import create_model
+from inmerge_jax.progress import Progress
+from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
+from inmerge_jax.training.config import (
+    TrainConfig,
+    apply_preset,
+    check_run,
+    check_steps_per_execution,
+    config_dict,
+    resolve_recipe,
+    resolve_rule,
+)
+from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
+from inmerge_jax.training.init import (
+    conv_kernels,
+    file_sha256,
+    init_variables,
+    pretrained_variables,
+)
+from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
+from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
+from inmerge_jax.training.presets import Preset, find_preset, select_kernels
+from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
+from inmerge_jax.training.train_step import (
+    make_eval_step,
+    make_merging_eval_step,
+    make_optimizer,
+    make_train_step,
+    new_state,
+)
+from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
+
+_SAMPLES_PER_CLASS = 4
+_MOVED = "the environment changed since the run started; results may not be bitwise reproducible"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A validated configuration, with everything that a run needs.
+
+    Attributes:
+      config: the configuration, with the defaults of its preset.
+      preset: the preset, or the defaults without one.
+      recipe: the recipe with its overrides.
+      rule: the merging rule.
+      devices: the devices that the steps run on.
+      dataset: the loaded data set.
+      model: the network, whose batch statistics span the devices.
+      shape: shape of one input image, (h, w, c).
+      kernels: all convolution kernels, in execution order.
+      deep: the kernels to merge.
+      notice: the reason why `deep` is empty, if the released code merges nothing; else "".
+      workers: number of processes that read images.
+      init_sha256: hash of the file of initial weights; None for random weights.
+    """
+
+    config: TrainConfig
+    preset: Preset
+    recipe: Recipe
+    rule: MergeRule
+    devices: tuple[jax.Device, ...]
+    dataset: Dataset
+    model: nn.Module
+    shape: tuple[int, int, int]
+    kernels: tuple[Kernel, ...]
+    deep: tuple[Kernel, ...]
+    notice: str
+    workers: int
+    init_sha256: str | None = None
+
+
+def make_run_spec(config: TrainConfig) -> RunSpec:
+    """Validates the configuration and loads the data; writes nothing.
+
+    Raises:
+      UsageError: the configuration is invalid.
+    """
+    check_run(config)
+    config = apply_preset(config)
+    recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
+    devices = choose_devices(config.devices)
+    check_steps_per_execution(config.steps_per_execution, devices[0].platform)
+    _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
+    dataset = load_dataset(config.data)
+    _check_updates(
+        config.steps_per_execution, steps_per_epoch(len(dataset.train), recipe.batch_size)
+    )
+    workers = _workers(config, dataset)
+    if recipe.pos_weight is not None and not dataset.multi_label:
+        raise UsageError(
+            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
+            f"{dataset.task}: leave it out"
+        )
+    model = create_model(
+        config.model.name,
+        dataset.num_classes,
+        stem=config.model.stem,
+        width=config.model.width,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=DATA_AXIS,
+        remat=config.model.remat,
+    )
+    channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
+    shape = (dataset.size, dataset.size, channels)
+    kernels = conv_kernels(model, shape)
+    preset = find_preset(config.preset)
+    deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    spec = RunSpec(
+        config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
+    )
+    if config.model.init_from is None:
+        return spec
+    spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
+    initial_variables(spec, config.seeds[0])
+    return spec
+
+
+def _check_updates(steps_per_execution: int, updates: int) -> None:
+    if steps_per_execution > updates:
+        raise UsageError(
+            f"`steps_per_execution` {steps_per_execution}: an epoch has {updates} updates; choose "
+            f"{updates} or fewer"
+        )
+
+
+def _check_shares(batch_size: int, devices: int, parts: int) -> None:
+    if batch_size % devices:
+        raise UsageError(
+            f"`batch_size` {batch_size} cannot be split over {devices} devices: choose a multiple "
+            f"of {devices}, or fewer `devices`"
+        )
+    if batch_size % (devices * parts):
+        raise UsageError(
+            f"`grad_accum_steps` {parts}: {batch_size // devices} images per device cannot be "
+            f"split into {parts} equal parts; choose a `batch_size` that is a multiple of "
+            f"{devices * parts}"
+        )
+
+
+def run_experiment(
+    spec: RunSpec, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Runs all seeds and arms, and returns the content of results.json.
+
+    The run folder is `spec.config.output`. Arms that are finished there are not trained again.
+
+    Args:
+      spec: the result of `make_run_spec`.
+      should_stop: see `train.TrainContext`.
+
+    Raises:
+      UsageError: the folder holds another run, cannot be written, holds a damaged file, or is in
+        use.
+      NonFiniteLossError: training diverged.
+      TrainingInterrupted: `should_stop` returned True; the run can be resumed.
+    """
+    config = spec.config
+    if spec.devices[0].platform == "cpu":
+        configure_malloc()
+    own = {
+        "steps_per_execution": config.steps_per_execution,
+        "environment": numerics_fingerprint(environment()),
+    }
+    require_same_config({**_config_dict(spec), **own})
+    with contextlib.ExitStack() as held:
+        run = open_workdir(
+            config.output, _config_dict(spec), resume=config.resume, overwrite=config.overwrite
+        )
+        # Only process 0 opens the folder, and closes it at the end.
+        folder = run_on_primary(held.enter_context, run)
+        moved = "; ".join(run_on_primary(environment_changes, folder))
+        notices = (f"{_MOVED}: {moved}",) if moved else ()
+        return _run_experiment(spec, folder, should_stop, notices)
+
+
+def _run_experiment(
+    spec: RunSpec, folder: Path, should_stop: Callable[[], bool], notices: tuple[str, ...]
+) -> dict[str, Any]:
+    """Trains what is missing in `folder`; stores `notices` in the results of these stages."""
+    config = spec.config
+    context = make_context(spec, should_stop)
+    plain, merging, merging_eval = _steps(spec, context)
+    several, several_merging, _ = _steps(spec, context, config.steps_per_execution)
+    if config.steps_per_execution == 1:
+        several = several_merging = None
+    labels = {"val": spec.dataset.val.labels, "test": spec.dataset.test.labels}
+    if spec.dataset.test.patients is not None:
+        labels["test_patients"] = spec.dataset.test.patients
+    run_on_primary(_write_arrays, folder / "labels.npz", labels)
+    run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
+
+    arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
+    arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
+    batch_size = spec.recipe.batch_size
+    images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
+    epochs = spec.recipe.epochs + spec.recipe.merging_epochs * (len(arms) - 1)
+    console = None if is_primary() else Console(quiet=True)
+    with Progress(images * epochs * len(config.seeds), console) as progress:
+        progress.say(_headline(spec))
+        inmerge_notices = (*notices, spec.notice) if spec.notice else notices
+        for notice in inmerge_notices if "inmerge" in arms else notices:
+            progress.say(f"WARNING: {notice}", style="bold yellow")
+        for seed in config.seeds:
+            place = folder / f"seed{seed}"
+            progress.describe(f"seed {seed} backbone", "compiling")
+            params, batch_stats = run_on_primary(initial_variables, spec, seed)
+            backbone = StageConfig(
+                arm="backbone",
+                seed=seed,
+                number=0,
+                folder=place / "backbone",
+                epochs=spec.recipe.epochs,
+                learning_rate=spec.recipe.learning_rate,
+                train_step=plain,
+                multi_step_fn=several,
+                steps_per_execution=config.steps_per_execution,
+                notices=notices,
+            )
+            result = run_on_primary(read_result, backbone.folder)
+            best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
+            if best is None:
+                result = train_stage(context, backbone, params, batch_stats, progress)
+                best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
+            else:
+                progress.skip(images * backbone.epochs)
+            arms["backbone"].append(result)
+            params, batch_stats, rate = best
+
+            for arm in list(arms)[1:]:
+                stage = StageConfig(
+                    arm=arm,
+                    seed=seed,
+                    number=1,
+                    folder=place / arm,
+                    epochs=spec.recipe.merging_epochs,
+                    learning_rate=spec.recipe.merging_learning_rate or rate,
+                    train_step=merging if arm == "inmerge" else plain,
+                    deep=spec.deep if arm == "inmerge" else (),
+                    merging_eval_step=merging_eval if arm == "inmerge" else None,
+                    notices=inmerge_notices if arm == "inmerge" else notices,
+                    multi_step_fn=several_merging if arm == "inmerge" else several,
+                    steps_per_execution=config.steps_per_execution,
+                )
+                result = run_on_primary(read_result, stage.folder)
+                if result is None:
+                    result = train_stage(context, stage, params, batch_stats, progress)
+                else:
+                    progress.skip(images * stage.epochs)
+                arms[arm].append(result)
+
+    results = _results(spec, arms)
+    run_on_primary(write_json, folder / "results.json", results)
+    return results
+
+
+def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
+    """Builds what all stages of a run share."""
+    own = () if isinstance(spec.rule.threshold, Quantile) else (float(spec.rule.threshold),)
+    return TrainContext(
+        dataset=spec.dataset,
+        recipe=spec.recipe,
+        devices=spec.devices,
+        optimizer=make_optimizer(spec.recipe),
+        eval_step=make_eval_step(spec.model, spec.recipe, **step_options(spec)),
+        kernels=spec.kernels,
+        workers=spec.workers,
+        thresholds=tuple(sorted({*THRESHOLDS, *own})),
+        should_stop=should_stop,
+    )
+
+
+def _steps(
+    spec: RunSpec, context: TrainContext, steps_per_execution: int = 1
+) -> tuple[Any, Any, Any]:
+    """Training steps without and with merging, and the merging evaluation step or None."""
+    per_call = {
+        "steps_per_execution": steps_per_execution,
+        "grad_accum_steps": spec.config.grad_accum_steps,
+    }
+    common = step_options(spec)
+    plain = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
+    if not spec.deep:
+        return plain, plain, None
+    common |= {"kernels": spec.deep, "rule": spec.rule, "fused": spec.config.fused}
+    merging = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
+    if not spec.preset.merge_in_validation:
+        return plain, merging, None
+    return plain, merging, make_merging_eval_step(spec.model, spec.recipe, **common)
+
+
+def step_options(spec: RunSpec) -> dict[str, Any]:
+    """Arguments that all steps of the run share, besides network, optimizer and recipe."""
+    return {
+        "multi_label": spec.dataset.multi_label,
+        "devices": spec.devices,
+        "pos_weight": label_pos_weights(spec.recipe, spec.dataset.train.labels),
+    }
+
+
+def _workers(config: TrainConfig, dataset: Dataset) -> int:
+    """Number of processes that read images: as configured, or a third of the CPU cores."""
+    if dataset.train.in_memory:
+        if config.workers:
+            raise UsageError(
+                f"`workers` {config.workers}: {dataset.name} is in memory, so there is nothing to "
+                "read; leave it out"
+            )
+        return 0
+    return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
+
+
+def _config_dict(spec: RunSpec) -> dict[str, Any]:
+    return config_dict(
+        spec.config,
+        spec.recipe,
+        len(spec.devices),
+        spec.init_sha256,
+        spec.dataset.fingerprint or None,
+    )
+
+
+def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
+    """Initial parameters and batch statistics: random, or from the file `init_from`."""
+    if spec.init_sha256 is None:
+        return init_variables(spec.model, spec.shape, seed)
+    return pretrained_variables(
+        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
+    )
+
+
+def restore_best(
+    context: TrainContext,
+    stage: StageConfig,
+    result: dict[str, Any] | None,
+    params: Any,
+    batch_stats: Any,
+) -> tuple[Any, Any, float] | None:
+    """Parameters, batch statistics and learning rate of a stage's best checkpoint.
+
+    None if the stage is not finished or the checkpoint is damaged.
+    """
+    if result is None:
+        return None
+    template = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
+    path = stage.checkpoints / str(result["best_epoch"])
+    try:
+        state, meta = restore_checkpoint(path, template)
+    except DamagedCheckpointError:
+        return None
+    return state.params, state.batch_stats, meta["learning_rate"]
+
+
+def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The first few training images of every class or label, with the names of the classes."""
+    images, labels = dataset.train.images, dataset.train.labels
+    rows, names = [], []
+    for index, name in enumerate(dataset.classes):
+        members = labels[:, index] == 1 if dataset.multi_label else labels == index
+        chosen = np.flatnonzero(members)[:_SAMPLES_PER_CLASS].tolist()
+        rows += chosen
+        names += [name] * len(chosen)
+    return {"images": images[rows], "labels": labels[rows], "names": np.array(names)}
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        write_arrays(path, arrays)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _headline(spec: RunSpec) -> str:
+    data, recipe = spec.dataset, spec.recipe
+    kinds = ", ".join(sorted({device.device_kind for device in spec.devices}))
+    return (
+        f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
+        f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
+        f"{recipe.epochs}+{recipe.merging_epochs} epochs, batch {recipe.batch_size}; "
+        f"{len(spec.devices)} x {kinds}"
+    )
+
+
+def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    data = spec.dataset
+    values = _config_dict(spec)
+    counts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return {
+        "dataset": {
+            "name": data.name,
+            "size": data.size,
+            "task": data.task,
+            "classes": list(data.classes),
+            "title": data.title,
+            "source": data.source,
+            "counts": counts,
+            **({"split": data.split_name} if data.split_name else {}),
+            **({"full_counts": dict(data.full_counts)} if data.full_counts else {}),
+            **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),
+        },
+        "model": values["model"],
+        "recipe": values["recipe"],
+        "rule": values["rule"],
+        "seeds": list(spec.config.seeds),
+        "arms": arms,
+        "environment": environment(),
+        "seconds": sum(result["seconds"] for stages in arms.values() for result in stages),
+    }

@@ -1,0 +1,395 @@
+"""One training step: the train state, the update on each device, and the evaluation step.
+
+Each step is written for what a single device holds and is mapped by `jax.pmap` over the axis
+`DATA_AXIS`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from inmerge_jax.merging import Kernel, MergeRule, MergeStats, merge_kernels
+from inmerge_jax.merging.backends import supports_pallas
+from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices
+from inmerge_jax.training.recipes import Recipe
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step reads and writes, and a checkpoint stores.
+
+    Attributes:
+      step: int32 scalar, number of updates in this stage.
+      params: float32 tree.
+      batch_stats: float32 tree; {} for a network without batch normalisation.
+      opt_state: optimizer state, with the learning rate in `hyperparams["learning_rate"]`.
+    """
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def make_optimizer(
+    recipe: Recipe, *last: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """PyTorch's SGD or Adam with coupled L2; the learning rate is part of the state.
+
+    Args:
+      recipe: names the optimizer and its hyperparameters.
+      last: transformations that follow it in the chain.
+    """
+
+    @optax.inject_hyperparams
+    def optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        if recipe.optimizer == "adam":
+            descent = optax.adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8)
+        else:
+            descent = optax.sgd(learning_rate, momentum=recipe.momentum or None)
+        decay = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
+        return optax.chain(*decay, descent, *last) if decay or last else descent
+
+    return optimizer(learning_rate=recipe.learning_rate)
+
+
+def new_state(
+    params: Any,
+    batch_stats: Any,
+    optimizer: optax.GradientTransformation,
+    learning_rate: float,
+) -> TrainState:
+    """The state before a stage's first update, with a fresh optimizer, in NumPy arrays."""
+    opt_state = jax.device_get(jax.jit(optimizer.init)(params))
+    state = TrainState(np.int32(0), params, batch_stats, opt_state)
+    return set_learning_rate(state, learning_rate)
+
+
+def set_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
+    """`state` with another learning rate; `state` may be replicated over devices."""
+    old = state.opt_state.hyperparams["learning_rate"]
+    if isinstance(old, jax.Array):
+        new = jax.device_put(np.full(old.shape, learning_rate, old.dtype), old.sharding)
+    else:
+        new = np.asarray(learning_rate, old.dtype)
+    hyperparams = {**state.opt_state.hyperparams, "learning_rate": new}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
+
+
+MERGING, DROPOUT, FLIPPING, VALIDATION = range(4)
+"""Purposes of a step's keys, which are `fold_in(fold_in(root, step), purpose)`."""
+
+
+ParamTransform = Callable[[Any, jax.Array, jax.Array, Any], tuple[Any, MergeStats]]
+"""param_transform(params, key, step, hyperparams) -> (params, stats)."""
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of an epoch, kept on the devices.
+
+    Attributes:
+      loss: float32 scalar, sum of the steps' mean losses.
+      steps: int32 scalar, number of steps.
+      selected: int32 (layers,), kernels that were selected for merging.
+      merged: int32 (layers,), kernels that were merged with a partner.
+      similarity: float32 (layers,), sum of the merged pairs' similarities.
+    """
+
+    loss: Any
+    steps: Any
+    selected: Any
+    merged: Any
+    similarity: Any
+
+
+def zero_totals(layers: int) -> Totals:
+    """Totals of zero steps, for a stage that merges `layers` layers (0 without merging)."""
+    count = jnp.zeros(layers, jnp.int32)
+    return Totals(jnp.float32(0), jnp.int32(0), count, count, jnp.zeros(layers, jnp.float32))
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    kernels: tuple[Kernel, ...] = (),
+    rule: MergeRule | None = None,
+    param_transform: ParamTransform | None = None,
+    hyperparams: Any = None,
+    steps_per_execution: int = 1,
+    grad_accum_steps: int = 1,
+    pos_weight: Any = None,
+    networks: int = 1,
+    fused: bool = True,
+) -> Callable[..., tuple[TrainState, Totals]]:
+    """Builds the training step: merge, forward, backward, all-reduce, update, totals.
+
+    Args:
+      model: the network, created with `axis_name=DATA_AXIS` so that batch statistics span the
+        devices.
+      optimizer: the result of `make_optimizer`.
+      recipe: supplies the normalisation and the flip.
+      multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
+      devices: the devices that the step runs on.
+      kernels: the kernels to merge.
+      rule: the merging rule; None compiles a program without merging.
+      param_transform: replaces the merge by another transformation of the parameters.
+      hyperparams: a tree passed to `param_transform` on every call as an argument of the program,
+        so that transforms that differ only in it share one program. The returned step accepts
+        another such tree as its last argument.
+      steps_per_execution: number of updates per call. Above 1, each array of `batch` has an axis
+        of steps after the device axis. For GPU and TPU, see `config.check_steps_per_execution`.
+      grad_accum_steps: number of equal microbatches that each device splits its rows into; the
+        gradient is their mean. Batch normalisation sees microbatch k of all devices as one batch,
+        and updates its running statistics once per microbatch.
+      pos_weight: float32 (labels,), see `example_losses`.
+      networks: above 1, the step trains that many networks at once, each on its own batches and
+        with its own key: `state`, `totals` and `batch` have a network axis after the device axis,
+        and `root` has one key per network.
+      fused: on TPU v4 and newer, merge each layer in one Pallas kernel, see `merge_kernels`.
+
+    Returns:
+      step(state, totals, batch, root) -> (state, totals). All arguments have a leading device axis,
+      except `root`, which is one key for all devices, so that all replicas merge the same kernels.
+      `state` is donated; `totals` is not, so that the host may read the totals of an earlier step.
+    """
+
+    def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
+        images = normalise(batch["image"], recipe)
+        if recipe.flip:
+            images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
+        dropout = jax.random.fold_in(key, DROPOUT)
+        dropout = dropout if grad_accum_steps == 1 else jax.random.fold_in(dropout, part)
+
+        def mean_loss(params: Any) -> Any:
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout},
+            )
+            losses = example_losses(logits, batch["label"], multi_label, pos_weight)
+            return jnp.mean(losses), updated.get("batch_stats", {})
+
+        (loss, updated), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        return loss, updated, grads
+
+    def accumulated(params: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
+        def one(carry: Any, part: Any) -> Any:
+            total, batch_stats, grads = carry
+            loss, batch_stats, more = gradient(params, batch_stats, part[0], key, part[1])
+            return (total + loss, batch_stats, jax.tree.map(jnp.add, grads, more)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(grad_accum_steps, -1, *x.shape[1:]), batch)
+        zeros = (jnp.zeros(()), batch_stats, jax.tree.map(jnp.zeros_like, params))
+        # XLA's CPU backend runs convolutions in loops slowly, so the loop is unrolled there.
+        unroll = grad_accum_steps if devices[0].platform == "cpu" else 1
+        (loss, batch_stats, grads), _ = lax.scan(
+            one, zeros, (parts, jnp.arange(grad_accum_steps)), unroll=unroll
+        )
+        loss, grads = jax.tree.map(lambda x: x / grad_accum_steps, (loss, grads))
+        return loss, batch_stats, grads
+
+    if rule is not None:
+        param_transform = functools.partial(
+            _merge, kernels, rule, _merge_implementation(fused, devices)
+        )
+
+    def step(
+        state: TrainState, totals: Totals, batch: Any, root: jax.Array, hyperparams: Any = None
+    ) -> Any:
+        key = jax.random.fold_in(root, state.step)
+        params = state.params
+        if param_transform is not None:
+            merging_key = jax.random.fold_in(key, MERGING)
+            params, stats = param_transform(params, merging_key, state.step, hyperparams)
+            totals = _add_merges(totals, stats)
+
+        if grad_accum_steps == 1:
+            loss, batch_stats, grads = gradient(params, state.batch_stats, batch, key)
+        else:
+            loss, batch_stats, grads = accumulated(params, state.batch_stats, batch, key)
+        loss, grads = lax.pmean((loss, grads), DATA_AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+        totals = totals._replace(loss=totals.loss + loss, steps=totals.steps + 1)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), totals
+
+    def steps(
+        state: TrainState, totals: Totals, batches: Any, root: jax.Array, hyperparams: Any = None
+    ) -> Any:
+        def one(carry: tuple[TrainState, Totals], batch: Any) -> Any:
+            return step(*carry, batch, root, hyperparams), None
+
+        carry, _ = lax.scan(one, (state, totals), batches, length=steps_per_execution)
+        return carry
+
+    body = step if steps_per_execution == 1 else steps
+    if networks > 1:
+        body = jax.vmap(body, in_axes=(0, 0, 0, 0, *([] if hyperparams is None else [None])))
+    axes = (0, 0, 0, None, *([] if hyperparams is None else [None]))
+    mapped = jax.pmap(body, axis_name=DATA_AXIS, in_axes=axes, devices=devices, donate_argnums=0)
+    if hyperparams is None:
+        return mapped
+
+    def given(
+        state: TrainState,
+        totals: Totals,
+        batch: Any,
+        root: jax.Array,
+        hyperparams: Any = hyperparams,
+    ) -> tuple[TrainState, Totals]:
+        return mapped(state, totals, batch, root, broadcast_to_devices(hyperparams, devices))
+
+    return given
+
+
+def _merge(
+    kernels: tuple[Kernel, ...],
+    rule: MergeRule,
+    implementation: Any,
+    params: Any,
+    key: jax.Array,
+    step: Any,
+    _: Any,
+) -> tuple[Any, MergeStats]:
+    """In-model merging as a `ParamTransform`."""
+    return merge_kernels(params, key, kernels, rule, implementation=implementation)
+
+
+def _merge_implementation(fused: bool, devices: tuple[jax.Device, ...]) -> Any:
+    """The implementation of the merge for these devices, see `merge_kernels`."""
+    return "tpu" if fused and supports_pallas(devices[0]) else "auto"
+
+
+def make_eval_step(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    pos_weight: Any = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Builds the evaluation step: running batch statistics, no merging.
+
+    Returns:
+      step(params, batch_stats, batch) -> (scores, losses): probabilities (devices, n, classes) and
+      per-example losses (devices, n), float32; rows where batch["mask"] is 0 have loss 0.
+    """
+
+    def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        return _score(model, recipe, multi_label, pos_weight, params, batch_stats, batch)
+
+    return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
+
+
+def make_merging_eval_step(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    multi_label: bool,
+    devices: tuple[jax.Device, ...],
+    kernels: tuple[Kernel, ...],
+    rule: MergeRule,
+    pos_weight: Any = None,
+    fused: bool = True,
+) -> Callable[..., tuple[TrainState, Totals, tuple[jax.Array, jax.Array]]]:
+    """Builds the released code's validation step: one merge, then the evaluation of one image.
+
+    The merging key is folded from the number of updates, `VALIDATION` and the image's index, so a
+    resumed run merges the same kernels.
+
+    Returns:
+      step(state, totals, batch, root) -> (state, totals, (scores, losses)), with scores and losses
+      as in `make_eval_step`. Every device gets the same batch of one image and the same key, and
+      returns the same scores. `state` is donated.
+    """
+    implementation = _merge_implementation(fused, devices)
+
+    def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)
+        key = jax.random.fold_in(key, batch["index"][0])
+        params, stats = merge_kernels(
+            state.params, key, kernels, rule, implementation=implementation
+        )
+        scored = _score(model, recipe, multi_label, pos_weight, params, state.batch_stats, batch)
+        totals = _add_merges(totals, stats)._replace(steps=totals.steps + 1)
+        return state._replace(params=params), totals, scored
+
+    return jax.pmap(
+        step, axis_name=DATA_AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0
+    )
+
+
+def _add_merges(totals: Totals, stats: MergeStats) -> Totals:
+    return totals._replace(
+        selected=totals.selected + stats.selected,
+        merged=totals.merged + stats.merged,
+        similarity=totals.similarity + stats.similarity * stats.merged,
+    )
+
+
+def _score(
+    model: nn.Module,
+    recipe: Recipe,
+    multi_label: bool,
+    pos_weight: Any,
+    params: Any,
+    batch_stats: Any,
+    batch: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Probabilities (n, classes), and losses (n,) that are 0 where the mask is 0."""
+    images = normalise(batch["image"], recipe)
+    logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+    scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+    losses = example_losses(logits, batch["label"], multi_label, pos_weight)
+    return scores, jnp.where(batch["mask"] > 0, losses, 0)
+
+
+def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
+    """uint8 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
+    x = images.astype(jnp.float32) / 255
+    if len(recipe.mean) == 3 and x.shape[-1] == 1:
+        x = jnp.repeat(x, 3, axis=-1)
+    return (x - jnp.array(recipe.mean)) / jnp.array(recipe.std)
+
+
+def flip(images: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2, by a key folded from its `index`."""
+
+    def mirrored(i: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, i))
+
+    chosen = jax.vmap(mirrored)(index)
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def example_losses(
+    logits: jax.Array, labels: jax.Array, multi_label: bool, pos_weight: Any = None
+) -> jax.Array:
+    """Cross-entropy per example, float32 (n,); for multi-label data, its mean over the labels.
+
+    Args:
+      logits: float32 (n, classes).
+      labels: int32 (n,), or float32 (n, classes) of 0 and 1 for multi-label data.
+      multi_label: whether an example may have several labels.
+      pos_weight: float32 (classes,), factor on the loss of labels that are 1, as `pos_weight` of
+        PyTorch's BCEWithLogitsLoss.
+    """
+    if multi_label:
+        losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+        if pos_weight is not None:
+            losses = losses * jnp.where(labels > 0, pos_weight, 1)
+        return losses.mean(-1)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

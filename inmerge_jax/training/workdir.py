@@ -1,0 +1,353 @@
+"""The folder of one run: who may open it, its configuration, and its metrics."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax import locking
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import json_sha256, write_bytes, write_json
+from inmerge_jax.locking import LOCK
+from inmerge_jax.training.environment import diff_environments, environment
+
+CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
+
+_DATA_PATHS = ("data.data_dir", "data.file")
+"""Locations of images, which may change. Their content is identified by data.content_sha256, or by
+MedMNIST's MD5."""
+
+
+def prepare_workdir(
+    folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Prepares the folder of a run and returns it.
+
+    A new run writes environment.json and config.json. A resumed run must have the same config; it
+    appends its environment to the list "resumed" in environment.json. `overwrite` deletes all files
+    in the folder, provided that it holds config.json and environment.json.
+
+    Args:
+      folder: folder of the run; need not exist.
+      config: nested dicts of JSON values, paths and NumPy values, without fields that may differ
+        between a run and its continuation (such as `resume`).
+      resume: continue the unfinished run in `folder`.
+      overwrite: replace the run in `folder`.
+
+    Raises:
+      UsageError: both options are given; the folder is a file or holds other files; it holds a
+        finished run and `overwrite` is False; it holds an unfinished run and neither option is
+        given; there is nothing to resume; or the config differs (the message lists the fields).
+    """
+    folder, config = Path(folder), _plain(config)
+    state = check_workdir(folder, config, resume=resume, overwrite=overwrite)
+    if resume:
+        _note_resumed(folder)
+        return folder
+    if state != "empty":
+        _clear(folder)
+    return _start(folder, config)
+
+
+def environment_changes(folder: Path) -> tuple[str, ...]:
+    """Changes since the run began that may affect its bits, see `diff_environments`.
+
+    Raises:
+      UsageError: environment.json is damaged.
+    """
+    noted = _read_object(folder / ENVIRONMENT)
+    return diff_environments(noted, noted["resumed"][-1]) if "resumed" in noted else ()
+
+
+def check_workdir(
+    folder: Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> str:
+    """Raises what `prepare_workdir` would raise, and changes nothing.
+
+    Returns:
+      "empty", "unfinished" or "finished".
+    """
+    if resume and overwrite:
+        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
+    state = _state(folder)
+    if state == "empty":
+        if resume:
+            raise UsageError(
+                f"`resume`: there is no run in {folder}; leave it out to start one there"
+            )
+        return state
+    if overwrite:
+        return state
+    if state == "finished":
+        raise UsageError(
+            f"{folder} holds a finished run ({RESULTS}); choose another folder, or give "
+            "`overwrite` to replace it"
+        )
+    if not resume:
+        raise UsageError(
+            f"{folder} holds an unfinished run; give `resume` to continue it, `overwrite` to "
+            "replace it, or choose another folder"
+        )
+    _check_same(folder, _plain(config))
+    return state
+
+
+_RENAMED = {
+    "accumulate": "grad_accum_steps",
+    "recipe.positive_weights": "recipe.pos_weight",
+}
+"""Fields of config.json under the names that earlier versions wrote, and today's names."""
+
+
+def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """Fields in which two configs differ: dotted name, old value, new value, as JSON.
+
+    Lists are compared as a whole. The value of a missing field is "absent". The locations of the
+    images are not compared.
+    """
+    before = {_RENAMED.get(name, name): value for name, value in _fields(_plain(old))}
+    after = dict(_fields(_plain(new)))
+    names = [*before, *(name for name in after if name not in before)]
+    return tuple(
+        (name, before.get(name, "absent"), after.get(name, "absent"))
+        for name in names
+        if before.get(name, "absent") != after.get(name, "absent") and name not in _DATA_PATHS
+    )
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Appends `record` to a file as one line of JSON; creates the file and its folder.
+
+    Raises:
+      UsageError: the line cannot be written, for example on a full disk; the file is unchanged.
+    """
+    line = json.dumps(_plain(record)).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if (written := file.write(line)) != len(line):
+                    # A nearly full disk accepts a part without an error; the rest then raises one.
+                    file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file in order; [] if there is none. Skips a partial last line.
+
+    Raises:
+      UsageError: a line other than the last is not a JSON object.
+    """
+    return [record for _, record in _complete_lines(path)]
+
+
+def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
+    """Removes every record after `epoch`, and a partial last line.
+
+    The remaining lines are kept byte for byte. The file is replaced atomically, or left untouched
+    if nothing is removed.
+
+    Args:
+      path: the metrics file.
+      epoch: last epoch to keep.
+      sha256: `json_sha256` of the records to keep, as they were written; None if unknown.
+
+    Raises:
+      UsageError: a line other than the last is not a JSON object with a number "epoch"; or the
+        remaining records are not one for each epoch from 1 to `epoch`, or have another hash. The
+        best epoch and the learning rate would be wrong.
+    """
+    kept = [(line, found) for line, found in _complete_lines(path) if _epoch(path, found) <= epoch]
+    epochs = [record["epoch"] for _, record in kept]
+    if epochs != list(range(1, epoch + 1)):
+        raise UsageError(
+            f"{path} has the epochs {epochs}, but the run has finished {epoch}; "
+            f"{_retrain_remedy(path)}"
+        )
+    if sha256 is not None and json_sha256([record for _, record in kept]) != sha256:
+        raise UsageError(
+            f"{path} was changed after its {epoch} epochs were trained; they determine the best "
+            f"epoch and the learning rate: {_retrain_remedy(path)}"
+        )
+    data = b"".join(line for line, _ in kept)
+    if path.exists() and path.read_bytes() != data:
+        try:
+            write_bytes(path, data)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError:
+    """The error for a file that cannot be written, with reason and remedy.
+
+    Args:
+      path: path of the file.
+      error: the error of the operating system.
+      begun: whether there is a run to resume.
+    """
+    reason = error.strerror or str(error)
+    before = "; earlier files are intact, and `resume` continues the run" if begun else ""
+    return UsageError(
+        f"cannot write {path}: {reason}; make room or give rights there, or choose another "
+        f"folder{before}"
+    )
+
+
+def _state(folder: Path) -> str:
+    """Returns the state, "empty", "unfinished" or "finished"; raises if it is no run."""
+    if not folder.exists():
+        return "empty"
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a folder for the run")
+    names = {entry.name for entry in folder.iterdir()}
+    # Left by a start that was killed before it wrote config.json.
+    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK)
+    if all(name.startswith(started) for name in names):
+        return "empty"
+    if not {CONFIG, ENVIRONMENT} <= names:
+        raise UsageError(
+            f"{folder} holds files but no run ({CONFIG} and {ENVIRONMENT}); choose another folder, "
+            "or empty it"
+        )
+    return "finished" if RESULTS in names else "unfinished"
+
+
+def _start(folder: Path, config: dict[str, Any]) -> Path:
+    try:
+        write_json(folder / ENVIRONMENT, environment())
+        write_json(folder / CONFIG, config)
+    except OSError as error:
+        raise write_error(folder, error, begun=False) from error
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    # results.json first, config.json last: after an interruption, it is an unfinished run.
+    rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
+    for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _check_same(folder: Path, config: dict[str, Any]) -> None:
+    differing = diff_configs(_read_object(folder / CONFIG), config)
+    if differing:
+        lines = "".join(f"\n  {name}: {old} there, {new} now" for name, old, new in differing)
+        raise UsageError(
+            f"`resume`: {folder} was started with another configuration:{lines}\n"
+            "give the same values, or choose another folder"
+        )
+
+
+def _note_resumed(folder: Path) -> None:
+    noted = _read_object(folder / ENVIRONMENT)
+    noted["resumed"] = [*noted.get("resumed", []), environment()]
+    try:
+        write_json(folder / ENVIRONMENT, noted)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged: {error}; give `overwrite` to start again, or choose another folder"
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not the file of a run: it holds no JSON object")
+    return value
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and (value or not name):
+        for key, inner in value.items():
+            yield from _fields(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, json.dumps(value)
+
+
+def _plain(value: Any) -> Any:
+    """`value` after a round trip through JSON, so that a config compares equal to its file."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
+            return np.asarray(value).tolist()
+        raise TypeError(f"{value!r} of type {type(value).__name__} can't go into a JSON file")
+
+    return json.loads(json.dumps(value, default=convert))
+
+
+def _complete_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append((line + b"\n", record))
+        elif number < len(lines):
+            raise UsageError(f"{path}, line {number} is damaged; {_retrain_remedy(path)}")
+    return found
+
+
+def _epoch(path: Path, record: dict[str, Any]) -> int:
+    if not isinstance(record.get("epoch"), int):
+        raise UsageError(f"{path} holds a line without its epoch; {_retrain_remedy(path)}")
+    return record["epoch"]
+
+
+def _retrain_remedy(path: Path) -> str:
+    return (
+        f"restore the file, or delete the folder {path.parent} and give `resume` to retrain that "
+        "stage"
+    )
+
+
+@contextlib.contextmanager
+def open_workdir(
+    folder: Path | str, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Iterator[Path]:
+    """`prepare_workdir` with an exclusive lock on the folder while the context is open.
+
+    Raises:
+      UsageError: another process holds the lock; else see `prepare_workdir`.
+    """
+    folder = Path(folder)
+    # Checked first, so that a refused start leaves the folder unchanged, without a lock file.
+    locking.require_free(folder)
+    check_workdir(folder, config, resume=resume, overwrite=overwrite)
+    with lock(folder):
+        yield prepare_workdir(folder, config, resume=resume, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """`locking.lock`, with a UsageError if the folder cannot be written."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locking.lock(folder))
+        except OSError as error:
+            raise write_error(folder, error, begun=(folder / CONFIG).exists()) from error
+        yield
