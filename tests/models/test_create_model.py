@@ -325,6 +325,7 @@ def initial_parameters(model):
     return jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))["params"]
 
 
+@pytest.mark.long
 def test_initial_values_have_pytorchs_spread():
     params = initial_parameters(ResNet((1,), num_classes=500))
     weight, head = params["layer1_0"]["conv2"]["kernel"], params["fc"]

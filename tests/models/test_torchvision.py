@@ -189,6 +189,7 @@ def test_what_does_not_fit_is_listed():
     assert len(lines) == 5
 
 
+@pytest.mark.long
 def test_a_head_of_another_size_is_replaced_only_when_asked():
     state_dict = theirs().state_dict()
     with pytest.raises(

@@ -156,6 +156,7 @@ def test_what_was_measured_on_is_told_once_for_each_processor():
     )
 
 
+@pytest.mark.long
 def test_merge_section_merges_what_it_says(monkeypatch):
     monkeypatch.setattr(cpu, "UPDATES", 2)
     rows = cpu.merge_rows(rounds=2, width=0.05, repeats=2)
@@ -189,6 +190,7 @@ def test_steps_are_compared_in_one_process():
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())
 
 
+@pytest.mark.long
 def test_what_the_cpu_form_saves_is_a_share_of_a_step():
     case = dataclasses.replace(TINY, width=0.0625)
     rows = [row.to_dict() for row in cpu.backend_rows(case, rounds=1)]
