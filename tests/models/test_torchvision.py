@@ -244,7 +244,11 @@ class Unsafe:
             lambda path: path.write_bytes(b"hello"),
             "can't be read as weights",
         ),
-        ("a.safetensors", lambda path: path.write_bytes(b"hello"), "no whole safetensors file"),
+        (
+            "a.safetensors",
+            lambda path: path.write_bytes(b"hello"),
+            "not a complete safetensors file",
+        ),
         ("a.pth", lambda path: torch.save(Unsafe(), path), "holds more than weights"),
         ("a.pth", lambda path: torch.save({"epoch": 3}, path), "not a state dict: 'epoch'"),
         ("a.pth", lambda path: torch.save([1], path), "not a state dict: it holds no dict"),

@@ -80,7 +80,9 @@ def test_a_disk_that_is_full_while_shards_are_written(nih, built, tmp_path, monk
         ballast, output = disk / "ballast", disk / "out"
         with monkeypatch.context() as patched:
             patched.setattr(building, "_write_records", fill_up)
-            with pytest.raises(UsageError, match=r"cannot write to .*out: No space left .*is kept"):
+            with pytest.raises(
+                UsageError, match=r"cannot write to .*out: No space left .*keeps what is done"
+            ):
                 make(nih, output)
         assert sorted(entry.name for entry in output.iterdir()) == ["records", "reduced"]
         ballast.unlink()
