@@ -68,7 +68,7 @@ class Measure:
 
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     images: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    output: Path = Path("experiments/results/chestxray14_input.json")
+    output: Path = Path("runs/chestxray14_input.json")
     batch_size: int = 64
     seconds: float = 15.0
 
