@@ -1,1 +1,1 @@
-"""The experiments: one module per question, each runnable with `python -m experiments.NAME`."""
+"""Research around the library: the study, benchmarks and fault injection; not in the wheel."""

@@ -48,7 +48,7 @@ def question_table(name: str) -> str:
     cores = sorted({str(record["trained"]["cpus"]) for record in records})
     return (
         f"{table}\n*{len(records)} trials, {hours:.1f} h of training on {' or '.join(cores)} CPU "
-        f"cores, {dates[0]} to {dates[-1]}.*\n"
+        f"cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
     )
 
 
@@ -58,7 +58,7 @@ def overview() -> str:
     for question in QUESTIONS.values():
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
-    columns = ("Question", "Hypothesis", "Effect [95 %]", "Trials", "Verdict")
+    columns = ("Question", "Hypothesis", "Effect [95 %]", "Pairs", "Verdict")
     return markdown_rows(columns, rows, "l" * len(columns)) + "\n"
 
 

@@ -257,6 +257,9 @@ def verify(arguments: Sequence[str]) -> int:
     """
     from experiments import tables
 
+    if set(arguments) & {"-h", "--help"}:
+        print("usage: python -m experiments.study verify\n\n" + (verify.__doc__ or ""))
+        return 0
     if arguments:
         raise UsageError(f"{' '.join(arguments)}: verify has no options")
     stored = archive.read()

@@ -44,7 +44,7 @@ def run_trials(
       trials: to be finished.
       paths: of data and run folders.
       keep: called with each of `trials` once it is finished.
-      should_stop: see `stage.TrainContext`.
+      should_stop: see `train.TrainContext`.
       until: time (`time.monotonic`) after which no trial is started.
 
     Returns:
@@ -103,7 +103,7 @@ def run_trial(
       trial: to train.
       paths: of data and run folders.
       progress: of the grid.
-      should_stop: see `stage.TrainContext`.
+      should_stop: see `train.TrainContext`.
     """
     plan = plan_of(trial, paths)
     setup = make_context(plan, should_stop)

@@ -41,7 +41,7 @@ def numbers(treatment: Treatment, steps: int) -> Numbers:
 
 
 def selection(treatment: Treatment, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """The kernels that merge: the deeper half if all conv_kernels would be skipped."""
+    """The kernels that merge: the deeper half if all convolutions would be skipped."""
     skip = treatment.skip if treatment.skip < len(kernels) else len(kernels) // 2
     return deep_kernels(kernels, skip=skip)
 
@@ -132,5 +132,5 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `StageConfig.evaluated`."""
+    """The state with the weights' averages for weights; for `StageConfig.eval_state_fn`."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

@@ -31,7 +31,7 @@ class Treatment:
         act on the kernels that the rule would merge; "ema" (evaluates averaged weights); "decay".
       probability, threshold, alpha, partner: see `MergeRule`.
       quantile: replaces the threshold, see `inmerge_jax.quantile`.
-      skip: number of first conv_kernels that are not merged; half of the network's conv_kernels
+      skip: number of first convolutions that are not merged; half of the network's convolutions
         if it has no more than these.
       every: merge at every so many updates; 0 for once per epoch.
       decay: decay of the average ("ema"), or weight decay ("decay").

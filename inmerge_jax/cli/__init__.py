@@ -1,1 +1,1 @@
-"""The command line: `inmerge train`, `inmerge export`, `inmerge data` and `inmerge quickstart`."""
+"""The command line `inmerge`, one module per command."""

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quickstart": "train on an embedded data set, in about a minute",
+    "quickstart": "train on an embedded data set, in one to three minutes",
     "train": "train a backbone, then fine-tune it with and without merging",
     "report": "rewrite the HTML report of a run",
     "export": "export a trained network's weights for PyTorch",

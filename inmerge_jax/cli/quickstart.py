@@ -1,4 +1,4 @@
-"""Trains the three arms on the embedded phantom in about a minute: `inmerge quickstart`.
+"""Trains the three arms on the embedded phantom in one to three minutes: `inmerge quickstart`.
 
 It runs `inmerge train` with fixed options.
 """

@@ -88,7 +88,7 @@ def from_state_dict(
     template = jax.eval_shape(init, jax.random.key(0), image)
     entries = _entries(name, template, "medmnist" if head == "linear" else "torchvision")
 
-    expected = {key: _torch_shape(path, leaf.shape) for key, (path, leaf) in entries.items()}
+    expected = {key: _torch_shape(leaf.shape) for key, (_, leaf) in entries.items()}
     fresh = {f"{head}.weight", f"{head}.bias"} & shapes.keys()
     if head_key is None or all(shapes[key][0] == num_classes for key in fresh):
         fresh = set()
@@ -266,7 +266,7 @@ def _check(
 # ---- arrays
 
 
-def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 4:
         return (shape[3], shape[2], shape[0], shape[1])
     return tuple(reversed(shape))

@@ -38,8 +38,6 @@ def environment() -> dict[str, Any]:
     processes), variables (environment variables that affect JAX's numerics), git (commit and dirty
     flag of the checkout that holds this package, or None).
     """
-    import jax
-
     return {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),

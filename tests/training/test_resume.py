@@ -103,9 +103,9 @@ def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
     output = tmp_path / "parts"
     said = kill_mid_epoch(output, "backbone", signals=(signal.SIGTERM, signal.SIGTERM))
     assert said.count("SIGTERM: stopping after this update") == 1
-    assert "seed 7 backbone: stopped after update" in said and "--resume goes on" in said
+    assert "seed 7 backbone: stopped after update" in said and "--resume continues" in said
     (kept,) = (output / "seed7" / "backbone" / "mid_epoch").iterdir()
-    assert 30 < int(kept.name) < 90 and f"kept in {kept}" in said
+    assert 30 < int(kept.name) < 90 and f"saved in {kept}" in said
     said = kill_mid_epoch(output, "inmerge", "--resume", signals=(signal.SIGINT,), epoch=2)
     assert "seed 7 backbone: resumes from epoch" in said and "of the next" in said
     assert "seed 7 inmerge: stopped" in said

@@ -68,9 +68,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--data-dir",
         type=Path,
-        default=Path("../shared/data"),
+        default=Path("data"),
         metavar="DIR",
-        help="folder with medmnist/, which holds the npz files (default: ../shared/data)",
+        help="folder with medmnist/, which holds the npz files (default: data)",
     )
     add(
         "--cache",

@@ -1,6 +1,6 @@
 """Part 4: trials of the study, as many as fit into the time.
 
-A trial is what `experiments.study.main_effect` trains: the same step, batches, keys, recipe and
+A trial is what the study trains: the same step, batches, keys, recipe and
 choice of the best epoch as in `training.train.train_stage`. It keeps the best weights in memory and
 writes no checkpoint, since a checkpoint takes longer than an epoch of a small data set. Several
 seeds may train at once; see `choose_together`.

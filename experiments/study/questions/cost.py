@@ -186,7 +186,7 @@ def table(found: Found) -> str:
     )
     origin = (
         f"*{found['hours']:.1f} h of measurements on {' or '.join(map(str, found['cores']))} CPU "
-        f"cores, {found['dates'][0]} to {found['dates'][-1]}.*"
+        f"cores, {' to '.join(dict.fromkeys((found['dates'][0], found['dates'][-1])))}.*"
     )
     return f"{markdown(columns, rows)}\n{origin}\n"
 

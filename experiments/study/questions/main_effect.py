@@ -121,7 +121,7 @@ def table(found: Found) -> str:
 
 def short_table(found: Found) -> str:
     """The result over all trainings, for the README."""
-    names = ("threshold 0.3 (paper)", "median of each layer as threshold")
+    names = ("threshold 0.3, nearest partner (paper)", "median threshold, nearest partner")
     rows = []
     for name, row in zip(names, found["pooled"].values(), strict=True):
         gaps = (difference(row[metric], 4) for metric in ("auc", "acc"))
@@ -129,7 +129,7 @@ def short_table(found: Found) -> str:
         rows.append((f"Merging, {name}", *gaps, str(row["auc"]["trials"]), p))
     columns = (
         *("Minus fine-tuning without merging", "Test AUC [95 % interval]"),
-        *("Test ACC [95 % interval]", "Trials", "p after Holm, AUC / ACC"),
+        *("Test ACC [95 % interval]", "Pairs", "p after Holm, AUC / ACC"),
     )
     return markdown(columns, rows)
 

@@ -33,7 +33,7 @@ def overview(name: str, row: Found) -> Overview:
     """The overview's row of a difference of `analysis.pool`."""
     verdict, needed = statistics.verdict(row), row.get("needed")
     if verdict == "undecided" and needed:
-        verdict += f"; {needed:,} trials would decide"
+        verdict += f"; {needed:,} pairs would decide"
     if verdict == "no effect":
         verdict = f"no effect larger than \u00b1{statistics.MARGIN} AUC"
     return Overview(f"{name}: {difference(row, 4)}", str(row["trials"]), verdict)

@@ -61,7 +61,7 @@ def grid() -> tuple[Trial, ...]:
 
 @functools.cache
 def pointwise(model: str) -> frozenset[str]:
-    """Names of a network's 1x1 conv_kernels: shortcuts, bottlenecks and transitions."""
+    """Names of a network's 1x1 convolutions: shortcuts, bottlenecks and transitions."""
     if model.startswith("vgg"):
         return frozenset()
     network = create_model(model, 2, stem="small", width=WIDTH)
@@ -193,14 +193,16 @@ def figure(found: Found) -> Plot:
     rows = {name: one["bins"]["backbone"] for name, one in found["networks"].items()}
     values = np.array([[np.nan if x is None else x for x in row] for row in rows.values()])
     title = "99 % quantile of kernel similarity after the backbone"
-    return heat_map(title, list(rows), values, "cosine", "depth, in tenths of the conv_kernels")
+    return heat_map(title, list(rows), values, "cosine", "depth, in tenths of the convolutions")
 
 
 def overview(found: Found) -> Overview:
     """The chance that a random partner passes."""
     highest = max(one["above"]["backbone"] for one in found["networks"].values())
     effect = f"pairs above 0.3 in deep layers: at most {share(highest, 3)} after the backbone"
-    return Overview(effect, str(len(found["networks"])), "descriptive: such merges are rare")
+    return Overview(
+        effect, f"{len(found['networks'])} networks", "descriptive: such merges are rare"
+    )
 
 
 QUESTION = Question(
