@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import long_unless
+
 FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("linen", "nnx", "fsdp")
+
+
+@pytest.mark.parametrize("name", long_unless(QUICK.__contains__, NAMES))
 def test_an_example_trains_and_merges(name, capsys):
     importlib.import_module(f"examples.{name}").main()
     printed = capsys.readouterr().out

@@ -35,6 +35,7 @@ def test_its_own_options_promise_two_seeds_of_three_arms_on_the_phantom():
     assert set(config.arms) == {"backbone", "finetune", "inmerge"}
 
 
+@pytest.mark.long
 def test_it_writes_results_and_report(first, output):
     assert first == 0
     results = json.loads((output / "results.json").read_text())
@@ -79,6 +80,7 @@ def test_an_interrupted_run_goes_on(first, output, monkeypatch):
     assert trained == ["seed 1 inmerge"]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_of_other_options_is_replaced(first, output):
     (output / "results.json").unlink(missing_ok=True)
     assert quickstart.continuation(output, [*SMALL, "--width", "0.125"]) == "--overwrite"

@@ -55,6 +55,7 @@ def test_more_devices_train_the_same(devices, multi_label):
         np.testing.assert_allclose(a[0], b[0], rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.long
 def test_in_float64_eight_devices_train_as_one_to_rounding():
     """Float32 can't show it after ten steps: rounding flips decisions of a ReLU."""
     with jax.enable_x64(True):

@@ -42,6 +42,7 @@ def weights(paths, trial):
     return [leaf.tobytes() for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.long
 def test_every_trial_has_its_result(trained):
     paths, results = trained
     assert list(results) == [trial.arm for trial in TRIALS]
@@ -104,6 +105,7 @@ def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
     assert [runner.finished(trial, paths) for trial in trials] == [False, False, True]
 
 
+@pytest.mark.long
 def test_no_trial_begins_after_the_time_is_up(trained, tmp_path):
     paths = stages.Paths(trained[0].data, tmp_path)
     assert run(TRIALS[:1], paths, until=0) == {}
@@ -124,6 +126,7 @@ def test_a_long_grid_does_not_use_up_the_maps_of_a_process(trained, tmp_path):
     assert counts[-1] < counts[0] + 100, counts
 
 
+@pytest.mark.long
 def test_devices_share_batches_evenly(trained):
     paths, _ = trained
     many = dataclasses.replace(paths, devices=8)
@@ -132,6 +135,7 @@ def test_devices_share_batches_evenly(trained):
     assert len(stages.plan_of(TRIALS[0], paths).devices) == 1
 
 
+@pytest.mark.long
 def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
     paths, results = trained
     for trial in (TRIALS[2], TRIALS[3]):
@@ -141,12 +145,14 @@ def test_the_networks_weights_are_those_of_the_best_checkpoint(trained):
         assert right == pytest.approx(results[trial.arm]["test"]["acc"])
 
 
+@pytest.mark.long
 def test_an_unknown_data_set_is_named(trained):
     bad = Trial(dataclasses.replace(START, data="nothing"))
     with pytest.raises(UsageError, match="data set nothing: unknown; choose one of"):
         runner.run_trial(bad, trained[0], None)
 
 
+@pytest.mark.long
 def test_a_stored_trial_has_the_scores_that_its_run_wrote(trained, tmp_path):
     paths, results = trained
     dataset = stages.plan_of(TRIALS[1], paths).dataset
