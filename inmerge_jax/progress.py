@@ -113,7 +113,7 @@ class Progress:
         """Redraws the live line; elsewhere prints a plain line, if one is due.
 
         Args:
-          details: text beside the bar; by default the number of images.
+          details: text to the right of the bar; by default the number of images.
           result: text that only the plain line shows.
         """
         if details is None:

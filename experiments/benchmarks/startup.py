@@ -56,7 +56,7 @@ def cache_rows(module: str, options: Sequence[str]) -> list[Row]:
     return [
         Row(
             name="second start of a training command",
-            quantity="programs compiled anew",
+            quantity="programs recompiled",
             value=compiled,
             low=compiled,
             high=compiled,
@@ -64,7 +64,7 @@ def cache_rows(module: str, options: Sequence[str]) -> list[Row]:
             seconds=seconds,
             note=note,
         ),
-        ratio_row("whole tiny command", seconds, "first start", "second start", note=note),
+        ratio_row("complete tiny command", seconds, "first start", "second start", note=note),
     ]
 
 

@@ -4,7 +4,7 @@ A moment is drawn uniformly; where a phase is named, such as an evaluation, the 
 on until the process is in it. What the process is doing is read off its Python stack just before.
 Orbax writes in threads and long calls, during which Python tells no stack: a checkpoint's write
 is seen by the folder that it fills, and the kill comes a random time later, while that is there.
-The stored rows are kept: the same command goes on with those that are missing.
+The stored rows are kept: the same command runs those that are missing.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _AIMS = {
 ROWS = tuple((name, phase) for name, phases in _AIMS.items() for phase in phases)
 """What each kill is aimed at; None is whatever comes."""
 
-# The first of these whose functions are on the stack; the last stands for none of them.
+# The first of these whose functions are on the stack; the last is used if there is none.
 _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     left = config.rows - sum(row["number"] < config.rows for row in stored["rows"])
     print(
         f"{len(stored['rows'])} kills, {len(differing)} with differences"
-        + (f"; {left} are left, and the same command goes on" if left else "")
+        + (f"; {left} are left, and the same command runs them" if left else "")
     )
     return 1 if differing or left else 0
 

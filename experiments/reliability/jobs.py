@@ -24,7 +24,7 @@ TIMINGS = {"seconds", "images_per_second", "environment"}
 
 @dataclass(frozen=True)
 class Job:
-    """A command that is killed and goes on.
+    """A command that is killed and resumed.
 
     Attributes:
       module: for `python -m`.
@@ -77,7 +77,7 @@ def run_evidence(output: Path) -> dict[str, Any]:
 def build_evidence(output: Path) -> dict[str, Any]:
     """The manifest of a build, and a hash of each split's images as training reads them.
 
-    Not the shards' bytes: the fields of a record come in an order that each process draws anew.
+    Not the shards' bytes: the fields of a record come in another order in each process.
     """
     from inmerge_jax.data.chestxray14.records import load_chestxray14
 

@@ -1,4 +1,4 @@
-"""Times the arms of one network in a process of its own, for `experiments.study.questions.cost`."""
+"""Times the arms of one network in a separate process, for `experiments.study.questions.cost`."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Trains the trials of a grid, each in a folder of its own; finished ones are not trained again.
+"""Trains the trials of a grid, each in a separate folder. Finished trials are skipped.
 
     <output>/trials/<hash>/trial.json        configuration
                            environment.json  where and when it was trained

@@ -160,4 +160,4 @@ def _check(
             f"`difficulty` {difficulty}: give a number from {EASIEST:g} to {HARDEST:g}; 1 is usual"
         )
     if seed < 0:
-        raise UsageError(f"`seed` {seed}: give a whole number of at least 0")
+        raise UsageError(f"`seed` {seed}: give an integer of at least 0")

@@ -132,7 +132,7 @@ def _kill(processes: list[Any]) -> None:
 def _signals_blocked() -> Iterator[None]:
     """Processes started in this context never receive SIGTERM or SIGINT.
 
-    Terminals and schedulers send these to a whole process group; the parent decides when its
+    Terminals and schedulers send these to all processes of a group; the parent decides when its
     workers end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

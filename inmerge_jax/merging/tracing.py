@@ -507,7 +507,7 @@ def _elementwise(eqn: Any, origins: list[_Origin | None], out: tuple[int, ...]) 
 def _reshaped(
     axes: Sequence[tuple[_Atom, ...]], new: Sequence[int]
 ) -> tuple[tuple[_Atom, ...], ...]:
-    """Axes after a reshape: the sequence of all sizes, divided anew; lost where one is split."""
+    """Axes after a reshape: the sequence of all sizes, divided again; lost if an axis is split."""
     # An axis of the parameter counts even at size 1: a vmapped layer may have one output.
     atoms = [atom for axis in axes for atom in axis if atom != (None, 1)]
     found: list[tuple[_Atom, ...]] = []
@@ -522,7 +522,7 @@ def _reshaped(
         if product == size:
             found.append(tuple(taken) or ((None, 1),))
             continue
-        # The rest of the last axis goes on in the next one; neither runs along the parameter.
+        # The rest of the last axis continues in the next one; neither runs along the parameter.
         if not size or product % size:
             return tuple(((None, s),) for s in new)
         found.append(((None, size),))

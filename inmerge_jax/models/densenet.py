@@ -107,7 +107,7 @@ class DenseNet(nn.Module):
             for layer in range(1, layers + 1):
                 name = f"denseblock{block}_denselayer{layer}"
                 features.append(dense_layer(growth, make_conv, make_norm, name=name)(*features))
-                if not self.remat:  # Then each layer joins them anew, so that no join is kept.
+                if not self.remat:  # Then each layer joins them again, so that no join is kept.
                     features = [jnp.concatenate(features, axis=-1)]
             x = jnp.concatenate(features, axis=-1)
             if block < len(self.block_sizes):

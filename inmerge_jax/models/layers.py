@@ -17,7 +17,7 @@ KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 """torchvision's initial convolution weights."""
 
 TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
-"""What PyTorch's Conv2d and Linear draw unless told otherwise: U(-1, 1) / sqrt(fan_in)."""
+"""What PyTorch's Conv2d and Linear draw by default: U(-1, 1) / sqrt(fan_in)."""
 
 BATCH_MOMENTS = "batch_moments"
 """Name of the batch statistics, for policies of rematerialisation that keep them."""

@@ -23,7 +23,7 @@ _STAGE_CHANNELS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 projection where shapes differ.
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 projection where shapes differ.
 
     `conv` and `norm` make layers: `conv(features, size, stride, name=...)`, `norm(name=...)`.
     """

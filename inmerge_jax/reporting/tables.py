@@ -230,7 +230,7 @@ def ranking_tables(ranking: Ranking) -> list[Table]:
 
 
 def rule_table(run: Run) -> Table:
-    """The merge rule of the run beside that of the released code."""
+    """The merge rules of the run and of the released code, side by side."""
     rule = dict(run.results["rule"])
     if "quantile" in rule:
         rule["threshold"] = f"quantile {rule.pop('quantile')} of each layer"

@@ -24,7 +24,7 @@ def evaluate(
     workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, float]:
-    """Scores of a whole split, float32 (n, classes), and its mean loss.
+    """Scores of all images of a split, float32 (n, classes), and its mean loss.
 
     Each process evaluates its rows of every batch, and gets the results of all processes.
 

@@ -1,4 +1,4 @@
-"""Seconds per call of work that a device does while the host goes on."""
+"""Seconds per call of work that a device does while the host continues."""
 
 import statistics
 import time

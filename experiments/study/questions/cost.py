@@ -81,7 +81,7 @@ def run(config: CostConfig, model: str, arms: Sequence[str], count: int) -> dict
 
 
 def measure(config: CostConfig, model: str) -> dict[str, Any]:
-    """Memory and compilation of one network's arms, each in processes of its own."""
+    """Memory and compilation of one network's arms, each measured in separate processes."""
     started, around = time.monotonic(), environment()
     arms: dict[str, list[Any]] = {arm: [] for arm in ARMS}
     for number in range(config.rounds):

@@ -1,6 +1,6 @@
 """A build's manifest.json: the content of the folder, with hashes that detect changes.
 
-The manifest has a checksum of its own content, and the hashes of TFDS's two JSON files. Manifests
+The manifest has a checksum of its content, and the hashes of TFDS's two JSON files. Manifests
 of format 1, written by earlier versions, have neither.
 """
 
