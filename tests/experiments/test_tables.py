@@ -6,6 +6,7 @@ import re
 import pytest
 
 from experiments import tables
+from experiments.study import archive
 from experiments.study.questions import QUESTIONS
 from experiments.study.statistics import MARGIN
 from inmerge_jax.errors import UsageError
@@ -106,3 +107,13 @@ def test_every_question_has_a_figure_and_plain_numbers(tmp_path):
     for name in QUESTIONS:
         json.dumps(tables.analysis(name))
     assert tables.main(["--nothing"]) == 2
+
+
+def test_the_provenance_on_the_index_is_counted_from_the_archive():
+    page = (tables.ROOT / "docs" / "results" / "index.md").read_text()
+    trained = [record["trained"] for record in archive.read().records.values()]
+    changed = sum(one["git"]["dirty"] for one in trained)
+    unknown = sum(one["processor"] is None for one in trained)
+    words = " ".join(page.split())
+    assert f"{changed} of the {len(trained)} trainings ran with uncommitted changes" in words
+    assert f"for {unknown} the processor was not recorded" in words
