@@ -110,9 +110,18 @@ def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
     """The given data set; or the run's own, with the given options in place of its own."""
     if given.name != _OWN:
         return dataclasses.replace(given, size=given.size or run.preprocessing.size)
-    default = DataOptions(name=_OWN)
-    changed = {name: value for name, value in vars(given).items() if value != vars(default)[name]}
     own = _options(DataOptions, run.stage.config["data"])
+    return _overridden(own, given, DataOptions(name=_OWN))
+
+
+def _overridden(own: Any, given: Any, default: Any) -> Any:
+    """`own` with those values of `given` that are not the default."""
+    changed = {}
+    for name, value in vars(given).items():
+        if dataclasses.is_dataclass(value):
+            changed[name] = _overridden(getattr(own, name), value, getattr(default, name))
+        elif value != getattr(default, name):
+            changed[name] = value
     return dataclasses.replace(own, **changed)
 
 
@@ -180,20 +189,24 @@ def _described(name: str, threshold: Threshold | None) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status, see `errors`."""
-    from inmerge_jax.cli.train import OPTIONS
-
-    config = tyro.cli(
+def parse_config(arguments: list[str] | None = None) -> PredictConfig:
+    """Parses the command line; None for that of this process."""
+    return tyro.cli(
         PredictConfig,
         prog="inmerge predict",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status, see `errors`."""
+    from inmerge_jax.cli.train import OPTIONS
+
     try:
-        print(predict(config))
+        print(predict(parse_config(arguments)))
     except UsageError as error:
-        return report(error, OPTIONS)
+        return report(error, {**OPTIONS, "seed": "--seed"})
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

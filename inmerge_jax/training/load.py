@@ -246,7 +246,7 @@ def load_run(run: Path | str, arm: str = "inmerge", seed: int | None = None) -> 
 
 
 def youden_threshold(labels: np.ndarray, scores: np.ndarray) -> Threshold | None:
-    """The threshold with the highest Youden index, the highest such one.
+    """The threshold with the highest Youden index.
 
     It is halfway between two neighbouring scores, so that rounding changes no decision.
 
