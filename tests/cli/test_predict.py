@@ -198,3 +198,13 @@ def test_colour_images_are_refused_by_a_network_that_reads_grey_ones():
     other = dataclasses.replace(run, task="multi-label, binary-class")
     with pytest.raises(UsageError, match="choose a data set with the same classes"):
         predict._check_dataset(other, colour)
+
+
+def test_images_have_their_names_where_the_data_set_knows_them(run, dataset, tmp_path, monkeypatch):
+    names = tuple(f"patient/{k}.png" for k in range(10))
+    named = dataclasses.replace(dataset.test, names=names)
+    monkeypatch.setattr(predict, "load_dataset", lambda _: dataclasses.replace(dataset, test=named))
+    assert predict.main([str(run), "--to", str(tmp_path / "a.csv")]) == 0
+    assert tuple(row[1] for row in read_csv(tmp_path / "a.csv")[1:]) == names
+    with pytest.raises(ValueError, match="10 images but 9 names"):
+        dataclasses.replace(dataset.test, names=names[1:])
