@@ -34,10 +34,22 @@ def require_modules(*names: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raises UsageError if the folder, or the first existing one above it, cannot be written."""
+    """Checks that a run can write its folder, which need not exist.
+
+    Raises:
+      UsageError: the folder, or the first existing one above it, cannot be written; or its name
+        cannot be passed to Orbax, which needs UTF-8.
+    """
     if ":" in folder.parts[0]:
         return  # A bucket.
     place = folder.absolute()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"`output` {ascii(str(folder))}: the name has characters outside this system's encoding "
+            f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1, or choose a name of ASCII characters"
+        ) from error
     while not place.exists():
         place = place.parent
     reason = "" if os.access(place, os.W_OK | os.X_OK) else "Permission denied"

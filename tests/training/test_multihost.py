@@ -78,7 +78,7 @@ def start_all(output, *options, count=2):
     return [start([*command, "--process-id", str(i)], 1, places[i]) for i in range(count)]
 
 
-def finish(processes, timeout=200):
+def finish(processes, timeout=500):
     """Statuses and outputs; whatever still runs at the end is killed."""
     try:
         said = [process.communicate(timeout=timeout)[0] for process in processes]
