@@ -16,6 +16,7 @@ RUN_MODULES = (
     "inmerge_jax.reporting.html_report",
     "inmerge_jax.reporting.runs",
     "inmerge_jax.reporting.tables",
+    "orbax.checkpoint",
 )
 """Modules that import every package that a run uses up to its report."""
 
@@ -47,7 +48,7 @@ def require_writable(folder: Path) -> None:
         str(place).encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"`output` {ascii(str(folder))}: the name has characters outside this system's encoding "
+            f"`output` {str(folder)!a}: the name has characters outside this system's encoding "
             f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1, or choose a name of ASCII characters"
         ) from error
     while not place.exists():
