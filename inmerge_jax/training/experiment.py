@@ -38,6 +38,7 @@ from inmerge_jax.training.init import (
     init_variables,
     pretrained_variables,
 )
+from inmerge_jax.training.metrics import selection_notice
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
@@ -192,6 +193,8 @@ def run_experiment(
         folder = run_on_primary(held.enter_context, run)
         moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
+        if notice := selection_notice(spec.recipe, spec.dataset):
+            notices += (notice,)
         return _run_experiment(spec, folder, should_stop, notices)
 
 
