@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
 
 _PHANTOM = ("train", "val", "test", "findings", "multi_label", "difficulty", "seed")
+_AUGMENT = ("crop", "rotate", "brightness", "contrast")
 OPTIONS = {name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM} | {
-    "head_key": "--replace-head"
+    "head_key": "--replace-head",
+    **{name: f"--augment.{name}" for name in _AUGMENT},
 }
 """Options of arguments whose option is not their name with dashes."""
 

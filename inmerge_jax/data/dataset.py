@@ -30,8 +30,8 @@ class Split:
     """Images and labels of one split.
 
     Attributes:
-      images: uint8 (n, height, width, channels); a NumPy array, or an object that reads rows on
-        indexing (`chestxray14.records.RecordImages`).
+      images: uint8 (n, height, width, channels), or (n, depth, height, width, channels); a NumPy
+        array, or an object that reads rows on indexing (`images.RowImages`).
       labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks.
       patients: int (n,), patient number of each image; None if unknown.
     """
@@ -41,9 +41,9 @@ class Split:
     patients: np.ndarray | None = None
 
     def __post_init__(self):
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+        if self.images.ndim not in (4, 5) or self.images.dtype != np.uint8:
             raise ValueError(
-                "images must be uint8 (n, height, width, channels), "
+                "images must be uint8 (n, height, width, channels), or with a depth before them, "
                 f"found {self.images.dtype} {self.images.shape}"
             )
         expected = {1: np.int32, 2: np.uint8}.get(self.labels.ndim)

@@ -8,7 +8,7 @@ from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig, resolve_recipe
 from inmerge_jax.training.experiment import make_run_spec
-from inmerge_jax.training.recipes import label_pos_weights
+from inmerge_jax.training.recipes import loss_weights
 from inmerge_jax.training.train_step import example_losses
 from tests.training import tiny
 
@@ -27,8 +27,8 @@ def config(multi_label, **changes):
 
 def test_weights_are_the_ratio_of_the_training_images_capped():
     recipe = dataclasses.replace(tiny.RECIPE, pos_weight=3.0)
-    np.testing.assert_allclose(label_pos_weights(recipe, LABELS), [1.5, 3.0, 1.0])
-    assert label_pos_weights(tiny.RECIPE, LABELS) is None
+    np.testing.assert_allclose(loss_weights(recipe, LABELS, 3), [1.5, 3.0, 1.0])
+    assert loss_weights(tiny.RECIPE, LABELS, 3) is None
 
 
 def test_the_loss_is_pytorchs_with_pos_weight():
@@ -43,7 +43,7 @@ def test_the_loss_is_pytorchs_with_pos_weight():
 
 def test_the_option_reaches_the_data_and_is_refused_elsewhere():
     plan = make_run_spec(config(multi_label=True))
-    weights = label_pos_weights(plan.recipe, plan.dataset.train.labels)
+    weights = loss_weights(plan.recipe, plan.dataset.train.labels, 5)
     assert 1 < weights.max() <= 3
     with pytest.raises(UsageError, match="`pos_weight` 3.0 is for multi-label data"):
         make_run_spec(config(multi_label=False))
