@@ -74,6 +74,7 @@ class DataConfig:
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
 
 
+TFDS_DIR = Path("~/tensorflow_datasets")
 DEFAULT_SIZE = 28
 """Image size in pixels, unless the options or the files determine it."""
 
@@ -112,7 +113,7 @@ def _load(config: DataConfig) -> Dataset:
             resize=config.resize,
         )
     if kind == "tfds":
-        from inmerge_jax.data.tfds import TFDS_DIR, load_tfds
+        from inmerge_jax.data.tfds import load_tfds
 
         return load_tfds(
             place,

@@ -14,7 +14,6 @@ from inmerge_jax.data.records import Records
 from inmerge_jax.data.splitting import SPLITS, add_splits
 from inmerge_jax.errors import UsageError
 
-TFDS_DIR = Path("~/tensorflow_datasets")
 _SPLIT_NAMES = {"train": "train", "validation": "val", "val": "val", "valid": "val", "test": "test"}
 
 
