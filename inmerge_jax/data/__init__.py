@@ -53,13 +53,13 @@ class DataConfig:
       name: "phantom" (generated), "chestxray14" (built by `inmerge data build`), a MedMNIST subset
         (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
         `folder.load_folder`), or "tfds:NAME" (see `tfds.load_tfds`).
-      size: Image size in pixels; MedMNIST: 28, 64, 128 or 224.
+      size: Image size in pixels; folder:, tfds:, chestxray14: that of the files by default.
       data_dir: Folder of MedMNIST files, of a ChestX-ray14 build, or of TFDS's data sets.
       file: MedMNIST npz file to read instead.
       download: Missing MedMNIST files are downloaded, unless this is off.
       allow_unverified: Load a file whose MD5 is not MedMNIST's; results say so.
-      resize: Interpolation from the stored size to `size`: MedMNIST's 28 px file, folder:, tfds:.
-      channels: Channels of the network's input; 3 repeats grey images.
+      resize: Interpolation to that size: nearest, bilinear, bicubic; MedMNIST: of 28 px.
+      channels: Input channels for grey images; 3 repeats them.
       phantom: options of the phantom.
     """
 

@@ -13,7 +13,7 @@ class AugmentConfig:
     """Random changes of training images; all are off by default.
 
     Attributes:
-      crop: Shift images by up to this many pixels: a random crop of the image padded with black.
+      crop: Pad images by this many black pixels, then crop a random window.
       rotate: Rotate images by up to this many degrees (bilinear).
       brightness: Multiply brightness by a factor of up to 1 ± this.
       contrast: Multiply contrast by a factor of up to 1 ± this.

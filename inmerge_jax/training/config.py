@@ -68,14 +68,14 @@ class DataOptions(DataConfig):
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
-    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 28)")] = None
+    size: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 28, or files')")
+    ] = None
     data_dir: Annotated[Path, arg(metavar="FOLDER")] = MEDMNIST_DIR
     file: Annotated[Path | None, _optional("FILE")] = None
     download: Annotated[bool, _FLAG] = True
     allow_unverified: Annotated[bool, _FLAG] = False
-    resize: Annotated[
-        Literal["nearest", "bilinear", "bicubic"] | None, _optional("{nearest,bilinear,bicubic}")
-    ] = None
+    resize: Annotated[Literal["nearest", "bilinear", "bicubic"] | None, _optional("METHOD")] = None
     channels: Annotated[
         Literal[1, 3] | None, arg(metavar="{1,3}", help_behavior_hint="(default: the recipe's)")
     ] = None
@@ -135,7 +135,7 @@ class RecipeConfig:
       select: Criterion for the best checkpoint.
       flip: Flip training images left to right with probability 1/2.
       pos_weight: Weight positive labels by negatives / positives, at most by this.
-      class_weights: Weight the classes of single-label data by n / (classes * images of the class).
+      class_weights: Weight each class of single-label data by the inverse of its images.
       augment: random changes of training images.
     """
 

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
@@ -39,6 +40,21 @@ def test_the_loss_is_pytorchs_with_pos_weight():
     loss = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weights), reduction="none")
     expected = loss(torch.tensor(logits), torch.tensor(LABELS, dtype=torch.float32)).mean(-1)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.repeat([0, 2, 3], [5, 3, 12]).astype(np.int32)
+    recipe = dataclasses.replace(tiny.RECIPE, class_weights="balanced")
+    weights = loss_weights(recipe, labels, 4)
+    present = np.unique(labels)
+    expected = compute_class_weight("balanced", classes=present, y=labels)
+    np.testing.assert_allclose(weights[present], expected, rtol=1e-6)
+    assert weights[1] == 1 and weights[labels].mean() == pytest.approx(1)
+
+    logits = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    loss = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights), reduction="none")
+    expected = loss(torch.tensor(logits), torch.tensor(labels, dtype=torch.int64))
+    np.testing.assert_allclose(example_losses(logits, labels, False, weights), expected, rtol=1e-5)
 
 
 def test_the_option_reaches_the_data_and_is_refused_elsewhere():
