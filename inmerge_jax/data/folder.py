@@ -135,6 +135,7 @@ def load_folder(
             array,
             listing.labels[rows[name]],
             None if patients is None else patients[rows[name]],
+            names[name],
         )
         for name, array in zip(SPLITS, images, strict=True)
     }

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from inmerge_jax.errors import UsageError
+from inmerge_jax.progress import Progress
 
 DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
@@ -79,11 +80,15 @@ def kept_in_memory(splits: Sequence[RowImages]) -> list[np.ndarray | RowImages]:
     if sum(int(np.prod(split.shape, dtype=np.int64)) for split in splits) > IN_MEMORY:
         return list(splits)
     arrays: list[np.ndarray | RowImages] = []
-    with ThreadPoolExecutor(_THREADS) as threads:
+    progress = Progress(sum(map(len, splits)), description="reading images")
+    with ThreadPoolExecutor(_THREADS) as threads, progress:
         for split in splits:
             images = np.empty(split.shape, np.uint8)
             for row, image in enumerate(threads.map(split.read, range(len(split)))):
                 images[row] = image
+                progress.advance(1)
+                if progress.due():
+                    progress.milestone()
             arrays.append(images)
     return arrays
 

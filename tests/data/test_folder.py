@@ -63,6 +63,7 @@ def test_a_folder_per_class_is_split_by_class(tmp_path):
         part = getattr(data, split)
         known = {picture(100 * k + n).tobytes(): k for k in (0, 1) for n in range(20)}
         assert [known[image.tobytes()] for image in part.images] == part.labels.tolist()
+        assert [CLASSES.index(name[:3]) for name in part.names] == part.labels.tolist()
 
 
 def test_the_split_depends_on_neither_the_order_nor_the_place_of_the_files(tmp_path):

@@ -52,6 +52,7 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
             RecordImages(Records(records, part), arrays[f"{part}_names"], size),
             arrays[f"{part}_labels"],
             arrays[f"{part}_patients"],
+            arrays[f"{part}_names"].tolist(),
         )
         for part in PARTS
     }
