@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
 
 _PHANTOM = ("train", "val", "test", "findings", "multi_label", "difficulty", "seed")
-OPTIONS = {name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM}
-OPTIONS["min_match"] = "--init-min-match"
+_AUGMENT = ("crop", "rotate", "brightness", "contrast")
+OPTIONS = {
+    **{name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM},
+    **{name: f"--augment.{name}" for name in _AUGMENT},
+    "min_match": "--init-min-match",
+}
 """Options of arguments whose option is not their name with dashes."""
 
 _NO_RIGHTS = (errno.EACCES, errno.EPERM)
