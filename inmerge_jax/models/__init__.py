@@ -9,12 +9,8 @@ from jax.typing import DTypeLike
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models.densenet import DenseNet
-from inmerge_jax.models.mamba import Mamba
-from inmerge_jax.models.mlp import MLP, MLPMixer
 from inmerge_jax.models.resnet import Bottleneck, ResNet
-from inmerge_jax.models.unet import UNet
 from inmerge_jax.models.vgg import VGG
-from inmerge_jax.models.vit import ViT
 
 __all__ = ["STEMS", "create_model", "model_names"]
 
@@ -33,14 +29,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16_bn": partial(VGG, stage_sizes=(2, 2, 3, 3, 3), batch_norm=True),
     "vgg19": partial(VGG, stage_sizes=(2, 2, 4, 4, 4)),
     "vgg19_bn": partial(VGG, stage_sizes=(2, 2, 4, 4, 4), batch_norm=True),
-    "vit_tiny": partial(ViT, depth=12, heads=3, patch=4),
-    "vit_s_16": partial(ViT, depth=12, heads=6, patch=16),
-    "vit_b_16": partial(ViT, depth=12, heads=12, patch=16),
-    "mamba_tiny": partial(Mamba, depth=4, features=64, patch=4),
-    "mamba_130m": partial(Mamba, depth=24, features=768, patch=4),
-    "mixer_tiny": partial(MLPMixer, depth=4, features=128, patch=4),
-    "mlp": partial(MLP, hidden=(64, 64)),
-    "unet": UNet,
 }
 
 
