@@ -108,9 +108,12 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
     """The given data set; or the run's own, with the given options in place of its own."""
-    if given.name != _OWN:
-        return dataclasses.replace(given, size=given.size or run.preprocessing.size)
     own = _options(DataOptions, run.stage.config["data"])
+    if given.name != _OWN:
+        kinds = {data.name.partition(":")[0] for data in (given, own)}
+        resize = given.resize or (own.resize if len(kinds) == 1 else None)
+        size = given.size or run.preprocessing.size
+        return dataclasses.replace(given, size=size, resize=resize)
     return _overridden(own, given, DataOptions(name=_OWN))
 
 

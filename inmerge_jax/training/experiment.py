@@ -39,10 +39,11 @@ from inmerge_jax.training.init import (
     init_variables,
     pretrained_variables,
 )
+from inmerge_jax.training.metrics import selection_notice
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
-from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.recipes import Recipe, fit_recipe, loss_weights
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
     make_eval_step,
@@ -111,10 +112,12 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         config.steps_per_execution, steps_per_epoch(len(dataset.train), recipe.batch_size)
     )
     workers = _workers(config, dataset)
-    if recipe.pos_weight is not None and not dataset.multi_label:
+    recipe = fit_recipe(recipe, dataset, config.data.channels)
+    if dataset.train.images.ndim == 5:
         raise UsageError(
-            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
-            f"{dataset.task}: leave it out"
+            f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
+            f"{dataset.size} voxels, but `model` {config.model.name} is a network for 2-D images: "
+            "choose a 2-D data set"
         )
     model = create_model(
         config.model.name,
@@ -197,6 +200,8 @@ def run_experiment(
         folder = run_on_primary(held.enter_context, run)
         moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
+        if notice := selection_notice(spec.recipe, spec.dataset):
+            notices += (notice,)
         return _run_experiment(spec, folder, should_stop, notices)
 
 
@@ -320,7 +325,9 @@ def step_options(spec: RunSpec) -> dict[str, Any]:
     return {
         "multi_label": spec.dataset.multi_label,
         "devices": spec.devices,
-        "pos_weight": label_pos_weights(spec.recipe, spec.dataset.train.labels),
+        "pos_weight": loss_weights(
+            spec.recipe, spec.dataset.train.labels, spec.dataset.num_classes
+        ),
     }
 
 

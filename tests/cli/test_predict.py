@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from inmerge_jax.cli import predict, train
-from inmerge_jax.data import Dataset, Split, load_dataset
+from inmerge_jax.data import DataConfig, Dataset, Split, load_dataset
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.load import (
@@ -119,6 +120,23 @@ def test_predict_writes_scores_and_decisions(run, tmp_path, capsys):
     assert predict.main([*command, "--phantom.test", "5"]) == 0
     splits = [row[0] for row in read_csv(file)[1:]]
     assert splits == ["train"] * 8 + ["val"] * 12 + ["test"] * 5
+
+
+def test_a_users_own_images_are_scored_with_their_names(run, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 24), np.uint8)
+    lines = ["path,mass,effusion,nodule"]
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+        lines.append(f"{number:02}.png,{number % 2},{number // 2 % 2},{number // 4 % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    command = [str(run), "--data", f"folder:{tmp_path / 'labels.csv'}", "--split", "all"]
+    assert predict.main([*command, "--to", str(tmp_path / "scores.csv")]) == 0
+    rows = read_csv(tmp_path / "scores.csv")[1:]
+    assert sorted(row[1] for row in rows) == [f"{number:02}.png" for number in range(12)]
+    data = DataConfig(name=f"folder:{tmp_path / 'labels.csv'}", size=16)
+    scores = load_run(run).predict(load_dataset(data).test.images)
+    found = [[float(score) for score in row[2:5]] for row in rows if row[0] == "test"]
+    np.testing.assert_allclose(found, scores, rtol=0, atol=1e-6)
 
 
 def test_data_that_does_not_fit_the_run_is_refused(run, tmp_path, capsys):
