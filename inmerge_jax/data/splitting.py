@@ -44,7 +44,8 @@ def add_splits(
     np.minimum.at(stratum, group, _rarity(labels))
     total = sum(SHARES[name] for name in ("train", *missing))
     movable = np.unique(group[splits == "train"]).tolist()
-    movable.sort(key=lambda one: (stratum[one], hashlib.sha256(names[one].encode()).digest()))
+    digests = [hashlib.sha256(name.encode()).digest() for name in names.tolist()]
+    movable.sort(key=lambda one: (stratum[one], digests[one]))
     chosen = np.full(len(names), "train", "<U5")
     for _, same in itertools.groupby(movable, key=lambda one: stratum[one]):
         members = list(same)
@@ -65,9 +66,10 @@ def add_splits(
 
 def _rarity(labels: np.ndarray) -> np.ndarray:
     """The rank of each image's rarest label, int64 (n,): 0 for the rarest; k for no label."""
+    counts = np.bincount(labels) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
+    order = np.argsort(counts, kind="stable")
     if labels.ndim == 1:
-        labels = labels[:, None] == np.unique(labels)
-    order = np.argsort(labels.sum(0, dtype=np.int64), kind="stable")
+        return np.argsort(order)[labels]
     ranked = labels[:, order] > 0
     return np.where(ranked.any(1), ranked.argmax(1), ranked.shape[1])
 
