@@ -91,8 +91,9 @@ class ModelConfig:
         normalisation: vgg11_bn).
       stem: small for images of 28 to 64 px, imagenet for torchvision's network.
       width: Factor on the number of channels.
-      init_from: Weight file to start from (.safetensors, .pth, .pt; torchvision, MedMNIST).
-      replace_head: Initialize a new last layer if the file's has another number of outputs.
+      init_from: PyTorch file (torchvision, timm, MedMNIST) whose layers that fit are loaded.
+      init_min_match: Lowest share of the convolution weights that must fit.
+      replace_head: Initialize the last layer, even if the file's has the same number of outputs.
       dtype: Dtype of activations; weights are float32.
       remat: Recompute activations in the backward pass (densenet121 on GPU and TPU).
     """
@@ -101,6 +102,7 @@ class ModelConfig:
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
     init_from: Annotated[Path | None, _optional("FILE")] = None
+    init_min_match: float = 0.9
     replace_head: Annotated[bool, _FLAG] = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Annotated[bool, _FLAG] = False
@@ -416,6 +418,8 @@ def check_run(config: TrainConfig) -> None:
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.model.replace_head and config.model.init_from is None:
         raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
+    share = config.model.init_min_match
+    _require(0 < share <= 1, "init_min_match", share, "choose a number in (0, 1]")
     places = {
         "output": config.output,
         "compilation_cache_dir": config.compilation_cache_dir,
@@ -470,6 +474,7 @@ def config_dict(
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
         del values[name]
+    del values["model"]["init_min_match"]  # It refuses a run, and changes none.
     if config.model.init_from is None:
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:

@@ -181,13 +181,19 @@ def loss_weights(recipe: Recipe, labels: np.ndarray, classes: int) -> np.ndarray
 def best_epoch(history: Sequence[Mapping[str, Any]], select: str) -> int:
     """The 1-based epoch with the highest "val_auc" or the lowest "val_loss"; the first of ties.
 
-    An undefined value (None or NaN) is worse than any number.
+    An undefined value (None or NaN) is worse than any number. If the AUC is undefined in every
+    epoch, the validation loss decides.
     """
 
-    def worth(line: Mapping[str, Any]) -> float:
-        value = line[select]
-        if value is None or math.isnan(value):
-            return -math.inf
-        return value if select == "val_auc" else -value
+    def undefined(line: Mapping[str, Any], name: str) -> bool:
+        return line[name] is None or math.isnan(line[name])
 
-    return 1 + max(range(len(history)), key=lambda index: worth(history[index]))
+    if select == "val_auc" and all(undefined(line, "val_auc") for line in history):
+        select = "val_loss"
+    sign = 1 if select == "val_auc" else -1
+
+    def worth(index: int) -> float:
+        line = history[index]
+        return -math.inf if undefined(line, select) else sign * line[select]
+
+    return 1 + max(range(len(history)), key=worth)
