@@ -76,7 +76,7 @@ def predict(config: PredictConfig) -> str:
     count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
     for name in _SPLITS if config.split == "all" else (config.split,):
         split: Split = getattr(dataset, name)
-        names = getattr(split.images, "names", range(len(split)))
+        names = range(len(split)) if split.names is None else split.names
         batches = eval_batches(split, min(batch_size, len(split)))
         scores = [run.predict(batch["image"], batch_size) for batch in batches]
         for image, row in zip(names, np.concatenate(scores), strict=False):
