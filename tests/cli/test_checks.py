@@ -142,7 +142,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UsageError, match=f"cannot write {tmp_path}: Permission denied"):
         checks.require_writable(tmp_path / "new" / "run")
-    assert checks.require_writable(Path("gs:/bucket/run")) is None
+    for folder in ("gs:/bucket/run", "gs://bucket/run"):
+        assert checks.require_writable(folder) is None
+
+
+def test_folders_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "run", "runs/new", tmp_path / "new"):
+        assert checks.require_writable(Path(folder)) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_the_encoding_lacks_is_refused(tmp_path):
