@@ -33,7 +33,7 @@ sys.exit(main(sys.argv[1:]))
 """
 OPTIONS = (
     "--size 16 --phantom.train 32 --phantom.val 1 --phantom.test 32 --model vgg11 --width 0.05 "
-    "--skip 4 --batch-size 16 --epochs 2 --merging-epochs 1 --arms inmerge --devices 1"
+    "--skip 4 --batch-size 16 --epochs 2 --merging-epochs 1 --arms backbone --devices 1"
 ).split()
 
 
@@ -76,7 +76,7 @@ def test_a_run_needs_no_home_no_backend_no_unix_module_and_no_utf_8(bare_run):
 
 def test_a_log_file_has_a_line_per_epoch(bare_run):
     lines = [line for line in bare_run[1].stdout.splitlines() if "val loss" in line]
-    names = ["seed 0 backbone 1/2", "seed 0 backbone 2/2", "seed 0 inmerge 1/1"]
+    names = ["seed 0 backbone 1/2", "seed 0 backbone 2/2"]
     assert [line.split("  ")[0] for line in lines] == names
 
 
