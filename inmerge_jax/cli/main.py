@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "train on an embedded data set, in one to three minutes",
     "train": "train a backbone, then fine-tune it with and without merging",
     "report": "rewrite the HTML report of a run",
+    "predict": "score images with a trained network, as a CSV",
     "export": "export a trained network's weights for PyTorch",
     "data": "build ChestX-ray14 from NIH's files, or measure its input",
 }

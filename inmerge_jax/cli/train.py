@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
 
 _PHANTOM = ("train", "val", "test", "findings", "multi_label", "difficulty", "seed")
-OPTIONS = {name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM} | {
-    "head_key": "--replace-head"
+_AUGMENT = ("crop", "rotate", "brightness", "contrast")
+OPTIONS = {
+    **{name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM},
+    **{name: f"--augment.{name}" for name in _AUGMENT},
+    "min_match": "--init-min-match",
 }
 """Options of arguments whose option is not their name with dashes."""
 
@@ -58,7 +61,13 @@ def _run(config: "TrainConfig") -> int:
 
     from inmerge_jax.cli.report import write_and_print
     from inmerge_jax.training.experiment import make_run_spec, run_experiment
-    from inmerge_jax.training.multihost import SyncedPreemption, connect, run_on_primary, run_synced
+    from inmerge_jax.training.multihost import (
+        SyncedPreemption,
+        connect,
+        is_primary,
+        run_on_primary,
+        run_synced,
+    )
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.train import NonFiniteLossError
     from inmerge_jax.training.workdir import write_error
@@ -69,6 +78,8 @@ def _run(config: "TrainConfig") -> int:
         run_on_primary(require_writable, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):
             spec = run_synced(make_run_spec, config)
+            if spec.init_report is not None and is_primary():
+                print(with_options(f"{config.model.init_from}: {spec.init_report}", OPTIONS))
             with preemption:
                 run_experiment(spec, SyncedPreemption(preemption))
         run_on_primary(write_and_print, config.output)
