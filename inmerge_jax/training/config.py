@@ -118,6 +118,8 @@ class RecipeConfig:
       select: Criterion for the best checkpoint.
       flip: Flip training images left to right with probability 1/2.
       pos_weight: Weight positive labels by negatives / positives, at most by this.
+      recompute_batch_stats: Arms evaluated with statistics re-estimated on the training images.
+      batch_stats_batches: Number of training batches for that.
     """
 
     name: Annotated[
@@ -145,6 +147,13 @@ class RecipeConfig:
     select: Annotated[Literal["val_auc", "val_loss"] | None, _optional("{val_auc,val_loss}")] = None
     flip: Annotated[bool | None, _optional("{True,False}")] = None
     pos_weight: Annotated[float | None, _optional("FLOAT")] = None
+    recompute_batch_stats: Annotated[
+        Literal["off", "inmerge", "all"] | None,
+        arg(metavar="{off,inmerge,all}", help_behavior_hint="(default: off)"),
+    ] = None
+    batch_stats_batches: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: all)")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +356,11 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
             f"`momentum` {config.momentum}: {recipe.optimizer} has none; leave it out, or give "
             "`optimizer=sgd`"
         )
+    if recipe.batch_stats_batches is not None:
+        name, number = "batch_stats_batches", recipe.batch_stats_batches
+        _require(number >= 1, name, number, "choose 1 or more")
+        remedy = "give `recompute_batch_stats=all` too, or leave it out"
+        _require(recipe.recompute_batch_stats != "off", name, number, remedy)
     cap = recipe.pos_weight
     valid = cap is None or (cap > 0 and math.isfinite(cap))
     _require(valid, "pos_weight", cap, "choose a positive number, such as 10")
@@ -459,6 +473,8 @@ def config_dict(
     if data_sha256:
         values["data"]["content_sha256"] = data_sha256
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
+    if recipe.recompute_batch_stats == "off":
+        del values["recipe"]["recompute_batch_stats"], values["recipe"]["batch_stats_batches"]
     values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
     values["devices"] = devices
     return json.loads(json.dumps(values, default=str))

@@ -35,6 +35,7 @@ from inmerge_jax.training.environment import configure_malloc, environment, nume
 from inmerge_jax.training.init import (
     conv_kernels,
     file_sha256,
+    has_batch_stats,
     init_variables,
     pretrained_variables,
 )
@@ -44,6 +45,7 @@ from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.recipes import Recipe, label_pos_weights
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
+    make_batch_stats_step,
     make_eval_step,
     make_merging_eval_step,
     make_optimizer,
@@ -127,6 +129,8 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     kernels = conv_kernels(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    if recipe.recompute_batch_stats != "off":
+        _check_batch_stats(config, model, shape, recipe, preset)
     spec = RunSpec(
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
@@ -135,6 +139,23 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
     initial_variables(spec, config.seeds[0])
     return spec
+
+
+def _check_batch_stats(
+    config: TrainConfig,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    recipe: Recipe,
+    preset: Preset,
+) -> None:
+    name = f"`recompute_batch_stats` {recipe.recompute_batch_stats}"
+    if not has_batch_stats(model, shape):
+        raise UsageError(f"{name}: {config.model.name} has no batch normalisation; leave it out")
+    if preset.merge_in_validation:
+        raise UsageError(
+            f"{name}: with `preset` {config.preset}, weights merge before each validation image, "
+            "and statistics cannot follow; leave one of them out"
+        )
 
 
 def _check_updates(steps_per_execution: int, updates: int) -> None:
@@ -237,6 +258,7 @@ def _run_experiment(
                 multi_step_fn=several,
                 steps_per_execution=config.steps_per_execution,
                 notices=notices,
+                recompute_batch_stats=spec.recipe.recompute_batch_stats == "all",
             )
             result = run_on_primary(read_result, backbone.folder)
             best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
@@ -262,6 +284,7 @@ def _run_experiment(
                     notices=inmerge_notices if arm == "inmerge" else notices,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
+                    recompute_batch_stats=spec.recipe.recompute_batch_stats in ("all", arm),
                 )
                 result = run_on_primary(read_result, stage.folder)
                 if result is None:
@@ -285,6 +308,7 @@ def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False)
         optimizer=make_optimizer(spec.recipe),
         eval_step=make_eval_step(spec.model, spec.recipe, **step_options(spec)),
         kernels=spec.kernels,
+        batch_stats_step=make_batch_stats_step(spec.model, spec.recipe, spec.devices),
         workers=spec.workers,
         thresholds=tuple(sorted({*THRESHOLDS, *own})),
         should_stop=should_stop,

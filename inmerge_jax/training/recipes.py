@@ -32,6 +32,9 @@ class Recipe:
       flip: flip training images left to right with probability 1/2.
       pos_weight: None, or the upper bound on the weight of positive labels in a multi-label loss.
         The weight is negatives / positives, as in CheXNet (arXiv 1711.05225).
+      recompute_batch_stats: arms whose batch statistics are re-estimated from training images
+        before each evaluation: none, inmerge, or all. The training state keeps its running ones.
+      batch_stats_batches: number of training batches for that; None for one pass.
       mean: per-channel mean, subtracted from images in [0, 1]. Three values turn grey images into
         RGB.
       std: per-channel standard deviation, by which images are divided.
@@ -49,6 +52,8 @@ class Recipe:
     weight_decay: float = 0.0
     flip: bool = False
     pos_weight: float | None = None
+    recompute_batch_stats: Literal["off", "inmerge", "all"] = "off"
+    batch_stats_batches: int | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     milestones: tuple[float, ...] = (0.5, 0.75)

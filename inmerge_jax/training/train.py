@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from inmerge_jax.data import Dataset, Split, steps_per_epoch, train_batches
 from inmerge_jax.files import (
     json_sha256,
+    read_arrays,
     read_json_with_checksum,
+    write_arrays,
     write_json,
     write_json_with_checksum,
 )
@@ -33,7 +36,11 @@ from inmerge_jax.training.checkpointing import (
     save_checkpoint,
     save_preemption_checkpoint,
 )
-from inmerge_jax.training.evaluation import evaluate, evaluate_merging
+from inmerge_jax.training.evaluation import (
+    evaluate,
+    evaluate_merging,
+    with_batch_stats_of,
+)
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
 from inmerge_jax.training.multihost import run_on_primary
 from inmerge_jax.training.parallel import (
@@ -51,7 +58,10 @@ from inmerge_jax.training.train_step import (
     set_learning_rate,
     zero_totals,
 )
-from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics
+from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics, write_error
+
+BATCH_STATS = "batch_stats.npz"
+"""In a stage's folder: the re-estimated batch statistics of its best checkpoint."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,6 +109,7 @@ class StageConfig:
       steps_per_execution: updates per dispatch.
       eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
         averaged parameters).
+      recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
     """
 
     arm: str
@@ -114,6 +125,7 @@ class StageConfig:
     multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_execution: int = 1
     eval_state_fn: Callable[[TrainState], TrainState] = identity
+    recompute_batch_stats: bool = False
 
     @property
     def name(self) -> str:
@@ -137,6 +149,7 @@ class TrainContext:
       optimizer: the result of `train_step.make_optimizer`.
       eval_step: the result of `train_step.make_eval_step`.
       kernels: every convolution kernel of the network, in execution order.
+      batch_stats_step: the result of `train_step.make_batch_stats_step`, if a stage needs it.
       workers: number of processes that read images; 0 for none.
       thresholds: cosine similarities at which similarity.json gives the share of pairs above.
       should_stop: returns True once the run is to stop. It is called before each dispatch of a
@@ -149,6 +162,7 @@ class TrainContext:
     optimizer: Any
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
+    batch_stats_step: Callable[..., Any] | None = None
     workers: int = 0
     thresholds: tuple[float, ...] = THRESHOLDS
     should_stop: Callable[[], bool] = lambda: False
@@ -160,6 +174,24 @@ class TrainContext:
             state,
             images,
             batch_size=self.recipe.batch_size,
+            devices=self.devices,
+            workers=self.workers,
+            should_stop=self.should_stop,
+        )
+
+    def evaluation_state(self, stage: StageConfig, state: TrainState) -> TrainState:
+        """The state that a stage evaluates: other weights or batch statistics, or as it is."""
+        state = stage.eval_state_fn(state)
+        if not stage.recompute_batch_stats:
+            return state
+        assert self.batch_stats_step is not None
+        return with_batch_stats_of(
+            self.dataset.train,
+            self.batch_stats_step,
+            state,
+            seed=batch_seed(stage.seed, stage.number),
+            batch_size=self.recipe.batch_size,
+            batches=self.recipe.batch_stats_batches,
             devices=self.devices,
             workers=self.workers,
             should_stop=self.should_stop,
@@ -260,7 +292,8 @@ def train_stage(
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:
-                scores, val_loss = context.evaluate(stage.eval_state_fn(state), context.dataset.val)
+                evaluated = context.evaluation_state(stage, state)
+                scores, val_loss = context.evaluate(evaluated, context.dataset.val)
             else:
                 copy = jax.tree.map(np.array, unreplicate(state))
                 state, val_sums, scores, val_loss = evaluate_merging(
@@ -322,8 +355,10 @@ def train_stage(
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     host_state, _ = run_on_primary(restore_checkpoint, stage.checkpoints / str(best), template)
-    host_state = stage.eval_state_fn(host_state)
-    state = replicate(host_state, devices)
+    state = context.evaluation_state(stage, replicate(host_state, devices))
+    if stage.recompute_batch_stats:
+        found = unreplicate(state.batch_stats)
+        run_on_primary(_write_batch_stats, stage.folder / BATCH_STATS, found)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
@@ -343,7 +378,7 @@ def train_stage(
         files[name] = str(path.relative_to(stage.folder))
 
     # ---- result.json is written last: it marks the stage as finished
-    after = _similarity(host_state.params, context)
+    after = _similarity(unreplicate(state.params), context)
     run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
     result |= {
         "best_epoch": best,
@@ -445,6 +480,26 @@ def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str
 def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
     layers = kernel_similarity(params, context.kernels, thresholds=context.thresholds)
     return [layer.to_dict() for layer in layers]
+
+
+def _write_batch_stats(path: Path, batch_stats: Any) -> None:
+    try:
+        write_arrays(path, flatten_dict({"batch_stats": batch_stats}, sep="."))
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_batch_stats(folder: Path) -> dict[str, np.ndarray]:
+    """Batch statistics that a finished stage was tested with, by dotted path.
+
+    {} if they are those of the checkpoint.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    path = folder / BATCH_STATS
+    remedy = "delete it and result.json, and give `resume`, which evaluates the stage again"
+    return read_arrays(path, remedy) if path.exists() else {}
 
 
 def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:

@@ -294,6 +294,32 @@ def make_eval_step(
     return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
 
 
+def make_batch_stats_step(
+    model: nn.Module, recipe: Recipe, devices: tuple[jax.Device, ...]
+) -> Callable[..., Any]:
+    """Builds the step that updates the batch statistics alone, see `recompute_batch_stats`.
+
+    Images are not augmented. In the networks here, dropout follows the last batch normalisation, so
+    its fixed key has no effect.
+
+    Returns:
+      step(params, batch_stats, batch) -> batch_stats, all with a leading device axis. The batch is
+      that of all devices.
+    """
+
+    def step(params: Any, batch_stats: Any, batch: Any) -> Any:
+        _, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalise(batch["image"], recipe),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return updated["batch_stats"]
+
+    return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
+
+
 def make_merging_eval_step(
     model: nn.Module,
     recipe: Recipe,
