@@ -20,6 +20,7 @@ import optax
 
 from experiments.study.trials import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
+from inmerge_jax.training.rule_schedule import only_every
 from inmerge_jax.training.train_step import TrainState
 
 _CONTROL = 1
@@ -50,11 +51,7 @@ def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
     """A `steps.Treatment` of this kind, to be given `Numbers`."""
 
     def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
-        rule = numbers.rule
-        now = step % numbers.every == 0
-        rule = MergeRule(
-            jnp.where(now, rule.probability, 0), rule.threshold, rule.alpha, rule.partner
-        )
+        rule = only_every(numbers.rule, numbers.every, step)
         merged, stats = merge_kernels(params, key, kernels, rule)
         if kind == "merge":
             return merged, stats

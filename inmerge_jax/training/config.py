@@ -15,6 +15,7 @@ from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.environment import COMPILATION_CACHE
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
+from inmerge_jax.training.rule_schedule import RuleSchedule
 
 try:
     from tyro.conf import OmitArgPrefixes, arg
@@ -32,6 +33,11 @@ DEFAULT_THRESHOLD = MergeRule.threshold
 _NOT_COMPARED = ("output", "steps_per_execution", "workers", "resume", "overwrite")
 _NOT_COMPARED += ("compilation_cache_dir", "coordinator", "num_processes", "process_id")
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
+
+
+_SINCE_THE_FIRST_VERSION = ("probability_end", "threshold_end", "quantile_end", "rule_schedule")
+_SINCE_THE_FIRST_VERSION += ("merge_every", "merge_from_epoch")
+"""Fields of a rule that config.json holds if they are not the default."""
 
 
 def _optional(metavar: str) -> Any:
@@ -160,6 +166,9 @@ class RecipeConfig:
 class RuleConfig:
     """In-model merging, K_i <- alpha K_i + (1 - alpha) K_j, before each step of the arm inmerge.
 
+    From the paper: threshold, partner nearest, probability, alpha, skip; preset names its readings.
+    Extensions: quantile, the schedules (..._end), merge-every, merge-from-epoch.
+
     Attributes:
       threshold: Cosine similarity above which a selected kernel merges.
       quantile: Instead of a threshold: 0.9 merges the most similar tenth.
@@ -167,6 +176,13 @@ class RuleConfig:
       probability: Probability that a kernel is selected at a step.
       alpha: Fraction of the kernel that is kept.
       skip: Number of convolutions, from the input, that are not merged.
+      probability_end: The probability moves to this over the stage.
+      threshold_end: The threshold moves to this over the stage.
+      quantile_end: The quantile moves to this over the stage.
+      rule_schedule: How they move.
+      merge_every: Merge at every so many updates, or once per epoch.
+      merge_from_epoch: Instead of a second stage, inmerge trains like the backbone from its first
+        weights, and merges from this epoch on.
     """
 
     threshold: Annotated[
@@ -181,6 +197,15 @@ class RuleConfig:
     probability: float = 0.3
     alpha: float = 0.8
     skip: int = 10
+    probability_end: Annotated[float | None, _optional("FLOAT")] = None
+    threshold_end: Annotated[float | None, _optional("FLOAT")] = None
+    quantile_end: Annotated[float | None, _optional("FLOAT")] = None
+    rule_schedule: Annotated[
+        Literal["linear", "cosine"] | None,
+        arg(metavar="{linear,cosine}", help_behavior_hint="(default: linear)"),
+    ] = None
+    merge_every: Annotated[int | Literal["epoch"], arg(metavar="{INT,epoch}")] = 1
+    merge_from_epoch: Annotated[int | None, _optional("INT")] = None
 
 
 @dataclass(frozen=True)
@@ -316,8 +341,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 def apply_preset(config: TrainConfig) -> TrainConfig:
     """Fills in the defaults of the preset and the data set; idempotent.
 
-    These are the preset's recipe and partner, the threshold, and the image size. For ChestX-ray14
-    the size stays None, which means the size of the build.
+    These are the preset's recipe and partner, the threshold, the image size, and the arms of a
+    single stage. For ChestX-ray14 the size stays None, which means the size of the build.
 
     Raises:
       UsageError: the preset is unknown.
@@ -327,10 +352,13 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     rule = dataclasses.replace(config.rule, partner=config.rule.partner or preset.partner)
     if rule.threshold is None and rule.quantile is None:
         rule = dataclasses.replace(rule, threshold=DEFAULT_THRESHOLD)
+    arms = config.arms
+    if config.rule.merge_from_epoch is not None and arms == ARMS:
+        arms = ("backbone", "inmerge")
     data = config.data
     if data.size is None and data.name != "chestxray14":
         data = dataclasses.replace(data, size=DEFAULT_SIZE)
-    return dataclasses.replace(config, recipe=recipe, rule=rule, data=data)
+    return dataclasses.replace(config, recipe=recipe, rule=rule, data=data, arms=arms)
 
 
 def resolve_recipe(config: RecipeConfig) -> Recipe:
@@ -391,6 +419,79 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     return MergeRule(config.probability, quantile(config.quantile), config.alpha, partner)
 
 
+def schedule_rule(
+    config: RuleConfig, rule: MergeRule, epochs: int, steps: int
+) -> MergeRule | RuleSchedule:
+    """The rule at each update of the merging stage; `rule` itself if it is always the same.
+
+    Args:
+      config: the options.
+      rule: the result of `resolve_rule`.
+      epochs: number of epochs of the stage.
+      steps: updates per epoch.
+
+    Raises:
+      UsageError: a number is out of range, or an option has no effect.
+    """
+    ends = {"probability": config.probability_end, "threshold": config.threshold_end}
+    ends = {name: value for name, value in ends.items() if value is not None}
+    for name, value in ends.items():
+        low = -1 if name == "threshold" else 0
+        _require(low <= value <= 1, f"{name}_end", value, f"choose a number in [{low}, 1]")
+    if config.quantile_end is not None:
+        _require(
+            0 <= config.quantile_end <= 1,
+            "quantile_end",
+            config.quantile_end,
+            "choose a number in [0, 1]",
+        )
+    if config.threshold_end is not None and config.quantile is not None:
+        raise UsageError(
+            f"`threshold_end` {config.threshold_end}: the rule has a quantile; give `quantile_end`"
+        )
+    if config.quantile_end is not None:
+        _require(
+            config.quantile is not None,
+            "quantile_end",
+            config.quantile_end,
+            "give `quantile` too, the value at the start",
+        )
+        ends["threshold"] = quantile(config.quantile_end)
+    if config.rule_schedule is not None and not ends:
+        raise UsageError(
+            f"`rule_schedule` {config.rule_schedule}: nothing moves; give `probability_end`, "
+            "`threshold_end` or `quantile_end` too, or leave it out"
+        )
+    every = steps if config.merge_every == "epoch" else config.merge_every
+    _require(every >= 1, "merge_every", every, "choose 1 or more, or epoch")
+    start = 1 if config.merge_from_epoch is None else config.merge_from_epoch
+    remedy = f"choose 1 to {epochs}, the number of `epochs`"
+    _require(1 <= start <= epochs, "merge_from_epoch", start, remedy)
+    if not ends and every == 1 and start == 1:
+        return rule
+    return RuleSchedule(
+        start=rule,
+        end=dataclasses.replace(rule, **ends),
+        first=(start - 1) * steps,
+        last=epochs * steps - 1,
+        every=every,
+        shape=config.rule_schedule or "linear",
+    )
+
+
+def _check_single_stage(config: TrainConfig) -> None:
+    name = f"`merge_from_epoch` {config.rule.merge_from_epoch}"
+    for option in ("merging_epochs", "merging_learning_rate"):
+        value = getattr(config.recipe, option)
+        if value is not None:
+            raise UsageError(f"{name}: there is no second stage; leave out `{option}` {value}")
+    if config.arms != ARMS and ("finetune" in config.arms or "inmerge" not in config.arms):
+        raise UsageError(
+            f"{name}: the arms are the backbone, which is the control, and inmerge; leave out "
+            f"`arms` {' '.join(config.arms)}"
+        )
+
+
 def check_run(config: TrainConfig) -> None:
     """Checks the options that no other function checks.
 
@@ -403,6 +504,8 @@ def check_run(config: TrainConfig) -> None:
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
+    if config.rule.merge_from_epoch is not None:
+        _check_single_stage(config)
     if config.model.replace_head and config.model.init_from is None:
         raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
     places = {
@@ -463,6 +566,9 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
+    for name in _SINCE_THE_FIRST_VERSION:
+        if getattr(config.rule, name) == getattr(RuleConfig, name):
+            del values["rule"][name]
     del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if not config.model.remat:
         del values["model"]["remat"]

@@ -1,4 +1,7 @@
-"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint."""
+"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint.
+
+In a single stage (`merge_from_epoch`), inmerge starts from the backbone's first weights instead.
+"""
 
 import contextlib
 import dataclasses
@@ -30,6 +33,7 @@ from inmerge_jax.training.config import (
     config_dict,
     resolve_recipe,
     resolve_rule,
+    schedule_rule,
 )
 from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
 from inmerge_jax.training.init import (
@@ -43,6 +47,7 @@ from inmerge_jax.training.multihost import is_primary, require_same_config, run_
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
     make_batch_stats_step,
@@ -76,6 +81,7 @@ class RunSpec:
       notice: the reason why `deep` is empty, if the released code merges nothing; else "".
       workers: number of processes that read images.
       init_sha256: hash of the file of initial weights; None for random weights.
+      schedule: the rule at each update, if it changes; else `rule`.
     """
 
     config: TrainConfig
@@ -91,6 +97,17 @@ class RunSpec:
     notice: str
     workers: int
     init_sha256: str | None = None
+    schedule: MergeRule | RuleSchedule | None = None
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether inmerge starts from the backbone's first weights, in place of its best ones."""
+        return self.config.rule.merge_from_epoch is not None
+
+    @property
+    def second_epochs(self) -> int:
+        """Epochs of each arm but the backbone."""
+        return self.recipe.epochs if self.single_stage else self.recipe.merging_epochs
 
 
 def make_run_spec(config: TrainConfig) -> RunSpec:
@@ -106,9 +123,8 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     check_steps_per_execution(config.steps_per_execution, devices[0].platform)
     _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
     dataset = load_dataset(config.data)
-    _check_updates(
-        config.steps_per_execution, steps_per_epoch(len(dataset.train), recipe.batch_size)
-    )
+    updates = steps_per_epoch(len(dataset.train), recipe.batch_size)
+    _check_updates(config.steps_per_execution, updates)
     workers = _workers(config, dataset)
     if recipe.pos_weight is not None and not dataset.multi_label:
         raise UsageError(
@@ -134,6 +150,13 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     spec = RunSpec(
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
+    schedule = schedule_rule(config.rule, rule, spec.second_epochs, updates)
+    if schedule is not rule and preset.merge_in_validation:
+        raise UsageError(
+            f"`preset` {config.preset} merges before each validation image too, for which there is "
+            "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
+        )
+    spec = dataclasses.replace(spec, schedule=schedule)
     if config.model.init_from is None:
         return spec
     spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
@@ -236,7 +259,7 @@ def _run_experiment(
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
     batch_size = spec.recipe.batch_size
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
-    epochs = spec.recipe.epochs + spec.recipe.merging_epochs * (len(arms) - 1)
+    epochs = spec.recipe.epochs + spec.second_epochs * (len(arms) - 1)
     console = None if is_primary() else Console(quiet=True)
     with Progress(images * epochs * len(config.seeds), console) as progress:
         progress.say(_headline(spec))
@@ -268,22 +291,27 @@ def _run_experiment(
             else:
                 progress.skip(images * backbone.epochs)
             arms["backbone"].append(result)
-            params, batch_stats, rate = best
+            if not spec.single_stage:
+                params, batch_stats, rate = best
+                rate = spec.recipe.merging_learning_rate or rate
+            else:
+                rate = spec.recipe.learning_rate
 
             for arm in list(arms)[1:]:
                 stage = StageConfig(
                     arm=arm,
                     seed=seed,
-                    number=1,
+                    number=0 if spec.single_stage else 1,
                     folder=place / arm,
-                    epochs=spec.recipe.merging_epochs,
-                    learning_rate=spec.recipe.merging_learning_rate or rate,
+                    epochs=spec.second_epochs,
+                    learning_rate=rate,
                     train_step=merging if arm == "inmerge" else plain,
                     deep=spec.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
                     notices=inmerge_notices if arm == "inmerge" else notices,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
+                    merge_from_epoch=config.rule.merge_from_epoch or 1,
                     recompute_batch_stats=spec.recipe.recompute_batch_stats in ("all", arm),
                 )
                 result = run_on_primary(read_result, stage.folder)
@@ -301,6 +329,8 @@ def _run_experiment(
 def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
     """Builds what all stages of a run share."""
     own = () if isinstance(spec.rule.threshold, Quantile) else (float(spec.rule.threshold),)
+    if spec.config.rule.threshold_end is not None:
+        own = (*own, spec.config.rule.threshold_end)
     return TrainContext(
         dataset=spec.dataset,
         recipe=spec.recipe,
@@ -327,7 +357,7 @@ def _steps(
     plain = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.deep:
         return plain, plain, None
-    common |= {"kernels": spec.deep, "rule": spec.rule, "fused": spec.config.fused}
+    common |= {"kernels": spec.deep, "rule": spec.schedule, "fused": spec.config.fused}
     merging = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.preset.merge_in_validation:
         return plain, merging, None
@@ -421,7 +451,8 @@ def _headline(spec: RunSpec) -> str:
     return (
         f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
         f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
-        f"{recipe.epochs}+{recipe.merging_epochs} epochs, batch {recipe.batch_size}; "
+        f"{recipe.epochs}{'' if spec.single_stage else f'+{recipe.merging_epochs}'} epochs, "
+        f"batch {recipe.batch_size}; "
         f"{len(spec.devices)} x {kinds}"
     )
 

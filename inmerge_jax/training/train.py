@@ -96,7 +96,7 @@ class StageConfig:
     Attributes:
       arm: "backbone", "finetune" or "inmerge".
       seed: seed of the run; determines the batch order and every random draw of the stage.
-      number: 0 for the backbone stage, 1 for the second stage. Arms of the same seed and number
+      number: 0 for a first stage, 1 for the second stage. Arms of the same seed and number
         see the same batches, flips and dropout masks.
       folder: the stage's folder within the run folder.
       epochs: number of epochs to train.
@@ -109,6 +109,7 @@ class StageConfig:
       steps_per_execution: updates per dispatch.
       eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
         averaged parameters).
+      merge_from_epoch: the first epoch that merges.
       recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
     """
 
@@ -125,6 +126,7 @@ class StageConfig:
     multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_execution: int = 1
     eval_state_fn: Callable[[TrainState], TrainState] = identity
+    merge_from_epoch: int = 1
     recompute_batch_stats: bool = False
 
     @property
@@ -338,8 +340,8 @@ def train_stage(
 
         # ---- warn if a merging stage merges nothing
         any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
-        if stage.deep and epoch == 1 and not any_merged:
-            warnings.append(_merged_nothing(stage, state, int(sums.selected.sum())))
+        if stage.deep and epoch == stage.merge_from_epoch and not any_merged:
+            warnings.append(_merged_nothing(stage, state, epoch, int(sums.selected.sum())))
             progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
 
         # ---- checkpoint; keep the latest two, and the best epoch as of each of them
@@ -463,15 +465,15 @@ def _require_finite(
     )
 
 
-def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str:
+def _merged_nothing(stage: StageConfig, state: TrainState, epoch: int, selected: int) -> str:
     """Warning with the layers' similarity quantiles, which show what threshold would merge."""
     lines = []
     for layer in kernel_similarity(unreplicate(state.params), stage.deep, quantiles=(0.5, 0.99)):
         median, high = layer.quantiles.values()
         lines.append(f"\n  {layer.name}: {median:.3f}, {high:.3f}, {layer.maximum:.3f}")
     return (
-        f"{stage.name}: the first epoch merged none of the {selected:,} selected kernels; so far "
-        "this arm is plain fine-tuning. Median, 99% quantile and maximum similarity per layer:"
+        f"{stage.name}: epoch {epoch} merged none of the {selected:,} selected kernels; so far "
+        "this arm trains without merging. Median, 99% quantile and maximum similarity per layer:"
         f"{''.join(lines)}\n"
         "A lower threshold or quantile, the partner nearest, or a smaller skip would merge more."
     )

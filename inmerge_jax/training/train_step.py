@@ -122,7 +122,7 @@ def make_train_step(
     multi_label: bool,
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...] = (),
-    rule: MergeRule | None = None,
+    rule: MergeRule | Callable[[jax.Array], MergeRule] | None = None,
     param_transform: ParamTransform | None = None,
     hyperparams: Any = None,
     steps_per_execution: int = 1,
@@ -141,7 +141,8 @@ def make_train_step(
       multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
       devices: the devices that the step runs on.
       kernels: the kernels to merge.
-      rule: the merging rule; None compiles a program without merging.
+      rule: the merging rule, or a function from the number of updates so far to it; None compiles a
+        program without merging.
       param_transform: replaces the merge by another transformation of the parameters.
       hyperparams: a tree passed to `param_transform` on every call as an argument of the program,
         so that transforms that differ only in it share one program. The returned step accepts
@@ -257,7 +258,7 @@ def make_train_step(
 
 def _merge(
     kernels: tuple[Kernel, ...],
-    rule: MergeRule,
+    rule: MergeRule | Callable[[jax.Array], MergeRule],
     implementation: Any,
     params: Any,
     key: jax.Array,
@@ -265,6 +266,7 @@ def _merge(
     _: Any,
 ) -> tuple[Any, MergeStats]:
     """In-model merging as a `ParamTransform`."""
+    rule = rule(step) if callable(rule) else rule
     return merge_kernels(params, key, kernels, rule, implementation=implementation)
 
 

@@ -22,7 +22,10 @@ from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 from tests.training.test_train import evidence, interrupt_at, restore, run
 
-TINY = "--phantom.train 40 --phantom.val 8 --phantom.test 8 --size 16 --width 0.05 --batch-size 8 --skip 3"
+TINY = (
+    "--phantom.train 40 --phantom.val 8 --phantom.test 8 --size 16 "
+    "--width 0.05 --batch-size 8 --skip 3"
+)
 
 
 def setup(devices=1, recipe=tiny.RECIPE):
