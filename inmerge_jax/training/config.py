@@ -32,6 +32,7 @@ ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 DEFAULT_THRESHOLD = MergeRule.threshold
 _NOT_COMPARED = ("output", "steps_per_execution", "workers", "resume", "overwrite")
 _NOT_COMPARED += ("compilation_cache_dir", "coordinator", "num_processes", "process_id")
+_NOT_COMPARED += ("logging",)
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 
@@ -259,6 +260,19 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """What is written for people to watch; a run and its continuation may differ in it.
+
+    Attributes:
+      tensorboard: Write losses, metrics, merges and similarities for TensorBoard.
+      profile: Number of updates of each arm, of the first seed, to profile.
+    """
+
+    tensorboard: Annotated[bool, _FLAG] = False
+    profile: Annotated[int | None, _optional("INT")] = None
+
+
+@dataclass(frozen=True)
 class TrainConfig(OutputConfig, DeviceConfig):
     """The configuration of a run.
 
@@ -267,6 +281,7 @@ class TrainConfig(OutputConfig, DeviceConfig):
       model: the network.
       recipe: the training recipe.
       rule: the merging rule.
+      logging: what is written for people to watch.
       preset: name of a reading of the method, see `presets`; None merges all convolutions after
         the first `rule.skip`, in training only.
     """
@@ -275,6 +290,7 @@ class TrainConfig(OutputConfig, DeviceConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     preset: PresetName | None = None
 
 
@@ -306,6 +322,7 @@ class _CommandLine:
     merging: Annotated[_MergingOptions, OmitArgPrefixes]
     output: Annotated[OutputConfig, OmitArgPrefixes, arg(help="")]
     devices_and_processes: Annotated[DeviceConfig, OmitArgPrefixes, arg(help="")]
+    logging: Annotated[LoggingConfig, OmitArgPrefixes, arg(help="")]
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -331,6 +348,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         model=options.model,
         recipe=options.recipe,
         rule=RuleConfig(**rule),
+        logging=options.logging,
         preset=options.merging.preset,
         **vars(options.output),
         **vars(options.devices_and_processes),

@@ -43,6 +43,7 @@ from inmerge_jax.training.init import (
     init_variables,
     pretrained_variables,
 )
+from inmerge_jax.training.monitoring import StageMonitor, check_monitoring
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
@@ -125,6 +126,13 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     dataset = load_dataset(config.data)
     updates = steps_per_epoch(len(dataset.train), recipe.batch_size)
     _check_updates(config.steps_per_execution, updates)
+    check_monitoring(
+        config.output,
+        tensorboard=config.logging.tensorboard,
+        profile=config.logging.profile,
+        updates=updates,
+        steps_per_execution=config.steps_per_execution,
+    )
     workers = _workers(config, dataset)
     if recipe.pos_weight is not None and not dataset.multi_label:
         raise UsageError(
@@ -281,12 +289,14 @@ def _run_experiment(
                 multi_step_fn=several,
                 steps_per_execution=config.steps_per_execution,
                 notices=notices,
+                monitor=_monitor(config, seed, place / "backbone"),
                 recompute_batch_stats=spec.recipe.recompute_batch_stats == "all",
             )
             result = run_on_primary(read_result, backbone.folder)
             best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             if best is None:
-                result = train_stage(context, backbone, params, batch_stats, progress)
+                with backbone.monitor:
+                    result = train_stage(context, backbone, params, batch_stats, progress)
                 best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             else:
                 progress.skip(images * backbone.epochs)
@@ -311,12 +321,14 @@ def _run_experiment(
                     notices=inmerge_notices if arm == "inmerge" else notices,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
+                    monitor=_monitor(config, seed, place / arm),
                     merge_from_epoch=config.rule.merge_from_epoch or 1,
                     recompute_batch_stats=spec.recipe.recompute_batch_stats in ("all", arm),
                 )
                 result = run_on_primary(read_result, stage.folder)
                 if result is None:
-                    result = train_stage(context, stage, params, batch_stats, progress)
+                    with stage.monitor:
+                        result = train_stage(context, stage, params, batch_stats, progress)
                 else:
                     progress.skip(images * stage.epochs)
                 arms[arm].append(result)
@@ -324,6 +336,18 @@ def _run_experiment(
     results = _results(spec, arms)
     run_on_primary(write_json, folder / "results.json", results)
     return results
+
+
+def _monitor(config: TrainConfig, seed: int, folder: Path) -> StageMonitor:
+    if not is_primary():
+        return StageMonitor()
+    profile = config.logging.profile if seed == config.seeds[0] else None
+    return StageMonitor(
+        folder,
+        tensorboard=config.logging.tensorboard,
+        profile=profile or 0,
+        steps_per_execution=config.steps_per_execution,
+    )
 
 
 def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from inmerge_jax.training.evaluation import (
     with_batch_stats_of,
 )
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
+from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.multihost import run_on_primary
 from inmerge_jax.training.parallel import (
     broadcast_to_devices,
@@ -110,6 +111,7 @@ class StageConfig:
       eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
         averaged parameters).
       merge_from_epoch: the first epoch that merges.
+      monitor: writes what people watch.
       recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
     """
 
@@ -128,6 +130,7 @@ class StageConfig:
     eval_state_fn: Callable[[TrainState], TrainState] = identity
     merge_from_epoch: int = 1
     recompute_batch_stats: bool = False
+    monitor: StageMonitor = field(default_factory=StageMonitor)
 
     @property
     def name(self) -> str:
@@ -238,6 +241,9 @@ def train_stage(
     warnings += [notice for notice in stage.notices if notice not in warnings]
     run_on_primary(truncate_metrics, metrics_file, done, start.history_sha256)
     history = run_on_primary(read_metrics, metrics_file)
+    run_on_primary(
+        stage.monitor.stage_started, [kernel.name for kernel in stage.deep], history, before
+    )
     state, totals = replicate(start.state, devices), replicate(start.totals, devices)
     taken, seconds = int(start.totals.steps), start.seconds
     progress.skip((done * steps + taken) * recipe.batch_size)
@@ -269,9 +275,11 @@ def train_stage(
         progress.describe(f"{stage.name} {epoch}/{stage.epochs}", details)
         started, in_flight = time.monotonic() - seconds, deque()
         rest = itertools.islice(batches, steps - taken)
+        stage.monitor.epoch_started(steps - taken)
         for count, train_step, batch in _executions(stage, rest, context.should_stop):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
+            stage.monitor.dispatched(totals)
             if len(in_flight) > 2:
                 count, finished = jax.block_until_ready(in_flight.popleft())
                 progress.advance(count * recipe.batch_size)
@@ -335,6 +343,7 @@ def train_stage(
             line["val_selected"] = val_sums.selected.tolist()
             line["val_merged"] = val_sums.merged.tolist()
         run_on_primary(append_metrics, metrics_file, line)
+        run_on_primary(stage.monitor.epoch_finished, line)
         history.append(line)
         progress.milestone(figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
@@ -382,6 +391,7 @@ def train_stage(
     # ---- result.json is written last: it marks the stage as finished
     after = _similarity(unreplicate(state.params), context)
     run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
+    run_on_primary(stage.monitor.stage_finished, best * steps, after)
     result |= {
         "best_epoch": best,
         "epochs": stage.epochs,

@@ -10,6 +10,7 @@ from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import (
+    LoggingConfig,
     ModelConfig,
     RecipeConfig,
     RuleConfig,
@@ -93,13 +94,19 @@ def test_help_names_every_option_in_groups(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert text.count("\n") <= 145
     groups = re.findall(r"^\W*([\w-]+) options\W*$", text, re.MULTILINE)
-    assert groups == "data model recipe merging output devices-and-processes".split()
-    for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig):
+    assert groups == "data model recipe merging output devices-and-processes logging".split()
+    for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig, LoggingConfig):
         for field in dataclasses.fields(section):
             name = field.name.replace("_", "-")
             if name == "name":
                 continue
-            nested = section is TrainConfig and name in ("data", "model", "recipe", "rule")
+            nested = section is TrainConfig and name in (
+                "data",
+                "model",
+                "recipe",
+                "rule",
+                "logging",
+            )
             if not nested and name != "phantom":
                 assert re.search(rf"--(no-)?{name}\b", text), name
     for name in ("--data", "--model", "--recipe", "--phantom.train"):
