@@ -53,7 +53,7 @@ def compare(trial: Trial, paths: Paths) -> dict[str, dict[str, float]]:
       UsageError: see `stages.best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = stage.eval_state_fn(state)
+    state = setup.evaluation_state(stage, state)
     model = plan_of(trial, paths).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)

@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> str:
     from inmerge_jax.models.torchvision import to_state_dict
     from inmerge_jax.models.weight_files import check_target, write_state_dict
     from inmerge_jax.training.checkpointing import read_arrays
-    from inmerge_jax.training.train import read_batch_stats, read_result
+    from inmerge_jax.training.train import read_result, read_tested
 
     check_target(config.to, overwrite=config.overwrite)
     path = config.run / "config.json"
@@ -71,7 +71,7 @@ def export(config: ExportConfig) -> str:
         )
     epoch = result["best_epoch"]
     name, stem = settings["model"]["name"], settings["model"]["stem"]
-    arrays = read_arrays(stage / "checkpoints" / str(epoch)) | read_batch_stats(stage)
+    arrays = read_arrays(stage / "checkpoints" / str(epoch)) | read_tested(stage)
     state_dict: dict[str, Any] = to_state_dict(name, _variables(arrays), names=config.names)
     try:
         net = config.names == "medmnist" and config.to.suffix != ".safetensors"

@@ -127,6 +127,7 @@ class RecipeConfig:
       pos_weight: Weight positive labels by negatives / positives, at most by this.
       recompute_batch_stats: Arms evaluated with statistics re-estimated on the training images.
       batch_stats_batches: Number of training batches for that.
+      average_weights: Evaluate an exponential moving average of the weights, with this decay.
     """
 
     name: Annotated[
@@ -161,6 +162,7 @@ class RecipeConfig:
     batch_stats_batches: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: all)")
     ] = None
+    average_weights: Annotated[float | None, _optional("FLOAT")] = None
 
 
 @dataclass(frozen=True)
@@ -407,6 +409,8 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         _require(number >= 1, name, number, "choose 1 or more")
         remedy = "give `recompute_batch_stats=all` too, or leave it out"
         _require(recipe.recompute_batch_stats != "off", name, number, remedy)
+    decay = recipe.average_weights
+    _require(decay is None or 0 < decay < 1, "average_weights", decay, "choose a number in (0, 1)")
     cap = recipe.pos_weight
     valid = cap is None or (cap > 0 and math.isfinite(cap))
     _require(valid, "pos_weight", cap, "choose a positive number, such as 10")
@@ -599,6 +603,8 @@ def config_dict(
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
     if recipe.recompute_batch_stats == "off":
         del values["recipe"]["recompute_batch_stats"], values["recipe"]["batch_stats_batches"]
+    if recipe.average_weights is None:
+        del values["recipe"]["average_weights"]
     values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
     values["devices"] = devices
     return json.loads(json.dumps(values, default=str))

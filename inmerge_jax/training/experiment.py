@@ -159,6 +159,11 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
     schedule = schedule_rule(config.rule, rule, spec.second_epochs, updates)
+    if recipe.average_weights is not None and preset.merge_in_validation:
+        raise UsageError(
+            f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
+            "validation merges the weights themselves; leave one of them out"
+        )
     if schedule is not rule and preset.merge_in_validation:
         raise UsageError(
             f"`preset` {config.preset} merges before each validation image too, for which there is "

@@ -55,14 +55,15 @@ from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
 from inmerge_jax.training.train_step import (
     Totals,
     TrainState,
+    averaged,
     new_state,
     set_learning_rate,
     zero_totals,
 )
 from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics, write_error
 
-BATCH_STATS = "batch_stats.npz"
-"""In a stage's folder: the re-estimated batch statistics of its best checkpoint."""
+TESTED = "tested.npz"
+"""In a stage's folder: averaged weights and re-estimated statistics of its best checkpoint."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -85,11 +86,6 @@ def root_key(seed: int, number: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def identity(state: TrainState) -> TrainState:
-    """Returns `state`."""
-    return state
-
-
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of one arm.
@@ -108,8 +104,6 @@ class StageConfig:
       notices: warnings to store in the stage's result.
       multi_step_fn: runs `steps_per_execution` updates in one dispatch; None if that is 1.
       steps_per_execution: updates per dispatch.
-      eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
-        averaged parameters).
       merge_from_epoch: the first epoch that merges.
       monitor: writes what people watch.
       recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
@@ -127,7 +121,6 @@ class StageConfig:
     notices: tuple[str, ...] = ()
     multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_execution: int = 1
-    eval_state_fn: Callable[[TrainState], TrainState] = identity
     merge_from_epoch: int = 1
     recompute_batch_stats: bool = False
     monitor: StageMonitor = field(default_factory=StageMonitor)
@@ -185,8 +178,8 @@ class TrainContext:
         )
 
     def evaluation_state(self, stage: StageConfig, state: TrainState) -> TrainState:
-        """The state that a stage evaluates: other weights or batch statistics, or as it is."""
-        state = stage.eval_state_fn(state)
+        """The state that a stage evaluates: with averaged weights and re-estimated statistics."""
+        state = state if self.recipe.average_weights is None else averaged(state)
         if not stage.recompute_batch_stats:
             return state
         assert self.batch_stats_step is not None
@@ -367,9 +360,11 @@ def train_stage(
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     host_state, _ = run_on_primary(restore_checkpoint, stage.checkpoints / str(best), template)
     state = context.evaluation_state(stage, replicate(host_state, devices))
+    tested = {} if recipe.average_weights is None else {"params": unreplicate(state.params)}
     if stage.recompute_batch_stats:
-        found = unreplicate(state.batch_stats)
-        run_on_primary(_write_batch_stats, stage.folder / BATCH_STATS, found)
+        tested["batch_stats"] = unreplicate(state.batch_stats)
+    if tested:
+        run_on_primary(_write_tested, stage.folder / TESTED, tested)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
@@ -494,22 +489,23 @@ def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
     return [layer.to_dict() for layer in layers]
 
 
-def _write_batch_stats(path: Path, batch_stats: Any) -> None:
+def _write_tested(path: Path, variables: dict[str, Any]) -> None:
     try:
-        write_arrays(path, flatten_dict({"batch_stats": batch_stats}, sep="."))
+        write_arrays(path, flatten_dict(variables, sep="."))
     except OSError as error:
         raise write_error(path, error) from error
 
 
-def read_batch_stats(folder: Path) -> dict[str, np.ndarray]:
-    """Batch statistics that a finished stage was tested with, by dotted path.
+def read_tested(folder: Path) -> dict[str, np.ndarray]:
+    """Variables that a finished stage was tested with where they are not those of its checkpoint.
 
-    {} if they are those of the checkpoint.
+    By dotted path, such as "params.conv1.kernel". Averaged weights and re-estimated statistics are
+    there; {} without them.
 
     Raises:
       UsageError: the file is damaged.
     """
-    path = folder / BATCH_STATS
+    path = folder / TESTED
     remedy = "delete it and result.json, and give `resume`, which evaluates the stage again"
     return read_arrays(path, remedy) if path.exists() else {}
 

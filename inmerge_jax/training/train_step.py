@@ -37,15 +37,45 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_optimizer(
-    recipe: Recipe, *last: optax.GradientTransformation
-) -> optax.GradientTransformation:
+class Averages(NamedTuple):
+    """State of `average_weights`: the averages, and the updates so far."""
+
+    average: Any
+    count: jax.Array
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the weights; the last in its chain.
+
+    The average of the first n updates has decay min(decay, n / (n + 9)), as in TensorFlow's
+    `ExponentialMovingAverage(num_updates)`, so that a short stage is not all its first weights.
+    """
+
+    def init(params: Any) -> Averages:
+        return Averages(params, jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Averages, params: Any = None) -> tuple[Any, Averages]:
+        count = state.count + 1
+        stays = jnp.minimum(decay, count / (count + 9))
+        moved = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, moved)
+        return updates, Averages(average, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state with the averages of `average_weights` in place of the weights."""
+    return state._replace(params=optax.tree.get(state.opt_state, "average"))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """PyTorch's SGD or Adam with coupled L2; the learning rate is part of the state.
 
     Args:
-      recipe: names the optimizer and its hyperparameters.
-      last: transformations that follow it in the chain.
+      recipe: names the optimizer and its hyperparameters, and whether the weights are averaged.
     """
+    last = [] if recipe.average_weights is None else [average_weights(recipe.average_weights)]
 
     @optax.inject_hyperparams
     def optimizer(learning_rate: Any) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
 from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.metrics import read_scores
-from inmerge_jax.training.train import BATCH_STATS, batch_seed, read_batch_stats
+from inmerge_jax.training.train import TESTED, batch_seed, read_tested
 from inmerge_jax.training.train_step import make_batch_stats_step, normalise
 from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
@@ -77,7 +77,7 @@ def test_every_evaluation_uses_them_and_training_does_not(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
     state = restore(tmp_path / "renewed", result["best_epoch"])
-    found, ours = read_batch_stats(tmp_path / "renewed"), expected(state.params)
+    found, ours = read_tested(tmp_path / "renewed"), expected(state.params)
     assert set(found) == set(ours)
     for name in ours:
         np.testing.assert_allclose(found[name], ours[name], rtol=2e-5, atol=1e-6)
@@ -89,20 +89,20 @@ def test_every_evaluation_uses_them_and_training_does_not(tmp_path):
     logits = tiny.Net().apply(variables, images, train=False)
     scores = read_scores(tmp_path / "renewed" / result["scores"]["test"])
     np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
-    assert not (tmp_path / "plain" / BATCH_STATS).exists() and plain["epochs"] == 3
+    assert not (tmp_path / "plain" / TESTED).exists() and plain["epochs"] == 3
 
 
 def test_the_number_of_batches_is_as_given(tmp_path):
     result = recompute(tmp_path, batch_stats_batches=1)
     ours = expected(restore(tmp_path, result["best_epoch"]).params, batches=1)
-    for name, values in read_batch_stats(tmp_path).items():
+    for name, values in read_tested(tmp_path).items():
         np.testing.assert_allclose(values, ours[name], rtol=2e-5, atol=1e-6)
 
 
 def test_more_devices_find_the_same(tmp_path):
     for devices in (1, 2):
         recompute(tmp_path / str(devices), devices)
-    one, two = (read_batch_stats(tmp_path / name) for name in "12")
+    one, two = (read_tested(tmp_path / name) for name in "12")
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     resume()
     recompute(tmp_path / "parts")
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
-    files = [(tmp_path / name / BATCH_STATS).read_bytes() for name in ("whole", "parts")]
+    files = [(tmp_path / name / TESTED).read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
 
 
@@ -150,7 +150,7 @@ def test_the_arms_are_as_chosen_and_the_tested_statistics_are_exported(tmp_path)
     options += " --recompute-batch-stats inmerge --compilation-cache-dir None"
     run, file = tmp_path / "run", tmp_path / "w.safetensors"
     assert main([*TINY.split(), *options.split(), "--output", str(run)]) == 0
-    found = {arm: read_batch_stats(run / "seed0" / arm) for arm in ("finetune", "inmerge")}
+    found = {arm: read_tested(run / "seed0" / arm) for arm in ("finetune", "inmerge")}
     assert not found["finetune"] and found["inmerge"]
     assert export.main([str(run), "--to", str(file)]) == 0
     variables = from_state_dict(
