@@ -162,7 +162,7 @@ def test_a_single_stage_run_compares_inmerge_with_the_backbone(tmp_path, capsys)
     backbone, inmerge = (
         read_metrics(tmp_path / "run" / "seed0" / arm / "metrics.jsonl") for arm in results["arms"]
     )
-    assert backbone[0]["train_loss"] == pytest.approx(inmerge[0]["train_loss"], rel=1e-4)
+    assert backbone[0]["train_loss"] == pytest.approx(inmerge[0]["train_loss"], rel=1e-2)
     assert backbone[0]["learning_rate"] == inmerge[0]["learning_rate"]
     assert not any(inmerge[0]["merged"]) and any(inmerge[1]["merged"])
     said = " ".join(capsys.readouterr().out.split())
