@@ -154,7 +154,7 @@ def test_the_arms_are_as_chosen_and_the_tested_statistics_are_exported(tmp_path)
     assert not found["finetune"] and found["inmerge"]
     assert export.main([str(run), "--to", str(file)]) == 0
     variables = from_state_dict(
-        "vgg11_bn", read_state_dict(file), stem="small", num_classes=5, channels=1, width=0.05
+        "vgg11_bn", read_state_dict(file), stem="small", num_classes=6, channels=1, width=0.05
     )
     exported = flatten_dict({"batch_stats": variables["batch_stats"]}, sep=".")
     assert all(np.array_equal(exported[name], found["inmerge"][name]) for name in exported)
