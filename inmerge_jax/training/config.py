@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from inmerge_jax.data import DEFAULT_SIZE, DataConfig, PhantomConfig
+from inmerge_jax.data import DEFAULT_SIZE, DataConfig, PhantomConfig, has_own_size
 from inmerge_jax.data.medmnist import MEDMNIST_DIR
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
+from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.environment import COMPILATION_CACHE
 from inmerge_jax.training.presets import PresetName, find_preset
 from inmerge_jax.training.recipes import RECIPES, Recipe
@@ -69,16 +70,22 @@ class DataOptions(DataConfig):
     """`DataConfig` for the command line.
 
     Attributes:
-      name: phantom (generated, no files), chestxray14 (see inmerge data build) or a 2-D MedMNIST
-        subset such as breastmnist.
+      name: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a folder
+        per class, or a CSV), tfds:NAME, or chestxray14 (see inmerge data --help).
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
-    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 28)")] = None
+    size: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 28, or files')")
+    ] = None
     data_dir: Annotated[Path, arg(metavar="FOLDER")] = MEDMNIST_DIR
     file: Annotated[Path | None, _optional("FILE")] = None
     download: Annotated[bool, _FLAG] = True
     allow_unverified: Annotated[bool, _FLAG] = False
+    resize: Annotated[Literal["nearest", "bilinear", "bicubic"] | None, _optional("METHOD")] = None
+    channels: Annotated[
+        Literal[1, 3] | None, arg(metavar="{1,3}", help_behavior_hint="(default: the recipe's)")
+    ] = None
     phantom: Annotated[PhantomOptions, arg(name="")] = field(default_factory=PhantomOptions)
 
 
@@ -91,8 +98,9 @@ class ModelConfig:
         normalisation: vgg11_bn).
       stem: small for images of 28 to 64 px, imagenet for torchvision's network.
       width: Factor on the number of channels.
-      init_from: Weight file to start from (.safetensors, .pth, .pt; torchvision, MedMNIST).
-      replace_head: Initialize a new last layer if the file's has another number of outputs.
+      init_from: PyTorch file (torchvision, timm, MedMNIST) whose layers that fit are loaded.
+      init_min_match: Lowest share of the convolution weights that must fit.
+      replace_head: Initialize the last layer, even if the file's has the same number of outputs.
       dtype: Dtype of activations; weights are float32.
       remat: Recompute activations in the backward pass (densenet121 on GPU and TPU).
     """
@@ -101,9 +109,20 @@ class ModelConfig:
     stem: Literal["small", "imagenet"] = "small"
     width: float = 1.0
     init_from: Annotated[Path | None, _optional("FILE")] = None
+    init_min_match: float = 0.9
     replace_head: Annotated[bool, _FLAG] = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Annotated[bool, _FLAG] = False
+
+
+@dataclass(frozen=True)
+class AugmentOptions(AugmentConfig):
+    """`AugmentConfig` for the command line."""
+
+    crop: Annotated[int, arg(name="augment.crop")] = 0
+    rotate: Annotated[float, arg(name="augment.rotate")] = 0.0
+    brightness: Annotated[float, arg(name="augment.brightness")] = 0.0
+    contrast: Annotated[float, arg(name="augment.contrast")] = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,8 @@ class RecipeConfig:
       select: Criterion for the best checkpoint.
       flip: Flip training images left to right with probability 1/2.
       pos_weight: Weight positive labels by negatives / positives, at most by this.
+      class_weights: Weight each class of single-label data by the inverse of its images.
+      augment: random changes of training images.
       recompute_batch_stats: Arms evaluated with statistics re-estimated on the training images.
       batch_stats_batches: Number of training batches for that.
       average_weights: Evaluate an exponential moving average of the weights, with this decay.
@@ -155,6 +176,8 @@ class RecipeConfig:
     select: Annotated[Literal["val_auc", "val_loss"] | None, _optional("{val_auc,val_loss}")] = None
     flip: Annotated[bool | None, _optional("{True,False}")] = None
     pos_weight: Annotated[float | None, _optional("FLOAT")] = None
+    class_weights: Annotated[Literal["balanced"] | None, _optional("balanced")] = None
+    augment: Annotated[AugmentConfig, arg(name="")] = field(default_factory=AugmentOptions)
     recompute_batch_stats: Annotated[
         Literal["off", "inmerge", "all"] | None,
         arg(metavar="{off,inmerge,all}", help_behavior_hint="(default: off)"),
@@ -362,7 +385,7 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     """Fills in the defaults of the preset and the data set; idempotent.
 
     These are the preset's recipe and partner, the threshold, the image size, and the arms of a
-    single stage. For ChestX-ray14 the size stays None, which means the size of the build.
+    single stage. The size stays None where the files determine it, see `data.has_own_size`.
 
     Raises:
       UsageError: the preset is unknown.
@@ -376,7 +399,7 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     if config.rule.merge_from_epoch is not None and arms == ARMS:
         arms = ("backbone", "inmerge")
     data = config.data
-    if data.size is None and data.name != "chestxray14":
+    if data.size is None and not has_own_size(data.name):
         data = dataclasses.replace(data, size=DEFAULT_SIZE)
     return dataclasses.replace(config, recipe=recipe, rule=rule, data=data, arms=arms)
 
@@ -391,6 +414,7 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
         raise UsageError(f"`recipe` {config.name}: unknown; choose one of {', '.join(RECIPES)}")
     given = {name: value for name, value in vars(config).items() if name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
+    given["augment"] = AugmentConfig(**vars(config.augment))
     recipe = dataclasses.replace(RECIPES[config.name], **given)
     for name in ("epochs", "merging_epochs", "batch_size"):
         _require(getattr(recipe, name) >= 1, name, getattr(recipe, name), "choose 1 or more")
@@ -416,6 +440,9 @@ def resolve_recipe(config: RecipeConfig) -> Recipe:
     _require(valid, "pos_weight", cap, "choose a positive number, such as 10")
     valid = 0 <= recipe.weight_decay < math.inf
     _require(valid, "weight_decay", recipe.weight_decay, "choose 0 or more")
+    for name, top in (("crop", math.inf), ("rotate", 180), ("brightness", 1), ("contrast", 1)):
+        value = getattr(recipe.augment, name)
+        _require(0 <= value <= top, name, value, f"choose a number in [0, {top}]")
     return recipe
 
 
@@ -530,6 +557,8 @@ def check_run(config: TrainConfig) -> None:
         _check_single_stage(config)
     if config.model.replace_head and config.model.init_from is None:
         raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
+    share = config.model.init_min_match
+    _require(0 < share <= 1, "init_min_match", share, "choose a number in (0, 1]")
     places = {
         "output": config.output,
         "compilation_cache_dir": config.compilation_cache_dir,
@@ -584,6 +613,7 @@ def config_dict(
     values = dataclasses.asdict(config)
     for name in _NOT_COMPARED:
         del values[name]
+    del values["model"]["init_min_match"]  # It refuses a run, and changes none.
     if config.model.init_from is None:
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
@@ -594,6 +624,9 @@ def config_dict(
     del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if not config.model.remat:
         del values["model"]["remat"]
+    for name in ("resize", "channels"):  # Runs of earlier versions have none.
+        if values["data"][name] is None:
+            del values["data"][name]
     if config.grad_accum_steps == 1:
         del values["grad_accum_steps"]
     if config.fused:
@@ -601,6 +634,10 @@ def config_dict(
     if data_sha256:
         values["data"]["content_sha256"] = data_sha256
     values["recipe"] = {"name": config.recipe.name, **dataclasses.asdict(recipe)}
+    if recipe.class_weights is None:
+        del values["recipe"]["class_weights"]
+    if recipe.augment.is_off:
+        del values["recipe"]["augment"]
     if recipe.recompute_batch_stats == "off":
         del values["recipe"]["recompute_batch_stats"], values["recipe"]["batch_stats_batches"]
     if recipe.average_weights is None:

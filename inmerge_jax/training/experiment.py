@@ -23,6 +23,7 @@ from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.models import create_model
+from inmerge_jax.models.torchvision import LoadReport
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import (
@@ -43,11 +44,12 @@ from inmerge_jax.training.init import (
     init_variables,
     pretrained_variables,
 )
+from inmerge_jax.training.metrics import selection_notice
 from inmerge_jax.training.monitoring import StageMonitor, check_monitoring
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
-from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.recipes import Recipe, fit_recipe, loss_weights
 from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
@@ -83,6 +85,7 @@ class RunSpec:
       workers: number of processes that read images.
       init_sha256: hash of the file of initial weights; None for random weights.
       schedule: the rule at each update, if it changes; else `rule`.
+      init_report: what was loaded from this file; None for random weights.
     """
 
     config: TrainConfig
@@ -99,6 +102,7 @@ class RunSpec:
     workers: int
     init_sha256: str | None = None
     schedule: MergeRule | RuleSchedule | None = None
+    init_report: LoadReport | None = None
 
     @property
     def single_stage(self) -> bool:
@@ -134,10 +138,12 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         steps_per_execution=config.steps_per_execution,
     )
     workers = _workers(config, dataset)
-    if recipe.pos_weight is not None and not dataset.multi_label:
+    recipe = fit_recipe(recipe, dataset, config.data.channels)
+    if dataset.train.images.ndim == 5:
         raise UsageError(
-            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
-            f"{dataset.task}: leave it out"
+            f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
+            f"{dataset.size} voxels, but `model` {config.model.name} is a network for 2-D images: "
+            "choose a 2-D data set"
         )
     model = create_model(
         config.model.name,
@@ -172,9 +178,11 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     spec = dataclasses.replace(spec, schedule=schedule)
     if config.model.init_from is None:
         return spec
-    spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
-    initial_variables(spec, config.seeds[0])
-    return spec
+    sha256 = file_sha256(config.model.init_from)
+    *_, report = pretrained_variables(
+        config.model, sha256, dataset.num_classes, channels, config.seeds[0]
+    )
+    return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
 
 
 def _check_batch_stats(
@@ -249,6 +257,8 @@ def run_experiment(
         folder = run_on_primary(held.enter_context, run)
         moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
+        if notice := selection_notice(spec.recipe, spec.dataset):
+            notices += (notice,)
         return _run_experiment(spec, folder, should_stop, notices)
 
 
@@ -398,7 +408,9 @@ def step_options(spec: RunSpec) -> dict[str, Any]:
     return {
         "multi_label": spec.dataset.multi_label,
         "devices": spec.devices,
-        "pos_weight": label_pos_weights(spec.recipe, spec.dataset.train.labels),
+        "pos_weight": loss_weights(
+            spec.recipe, spec.dataset.train.labels, spec.dataset.num_classes
+        ),
     }
 
 
@@ -428,9 +440,10 @@ def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
     """Initial parameters and batch statistics: random, or from the file `init_from`."""
     if spec.init_sha256 is None:
         return init_variables(spec.model, spec.shape, seed)
-    return pretrained_variables(
+    params, batch_stats, _ = pretrained_variables(
         spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
     )
+    return params, batch_stats
 
 
 def restore_best(
@@ -504,6 +517,7 @@ def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, 
             **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),
         },
         "model": values["model"],
+        **({"init": dataclasses.asdict(spec.init_report)} if spec.init_report else {}),
         "recipe": values["recipe"],
         "rule": values["rule"],
         "seeds": list(spec.config.seeds),

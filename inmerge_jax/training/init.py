@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, find_kernels
-from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
+from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
 
 
@@ -57,34 +57,36 @@ def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
 
 def pretrained_variables(
     chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
-) -> tuple[Any, Any]:
-    """Parameters and batch statistics from the file `init_from`.
+) -> tuple[Any, Any, LoadReport]:
+    """Parameters, batch statistics, and what of them is from the file `init_from`.
 
     Args:
       chosen: the network and the file.
       sha256: the file's hash when the run was configured, see `file_sha256`.
       num_classes: number of outputs of the network.
       channels: number of image channels.
-      seed: random seed of a replaced head.
+      seed: random seed of the layers that the file does not have.
 
     Raises:
-      UsageError: the file has changed, cannot be read, or holds another network.
+      UsageError: the file has changed, cannot be read, or holds another network's weights.
     """
     if file_sha256(chosen.init_from) != sha256:
         raise UsageError(f"`init_from` {chosen.init_from}: the file changed during the run")
     try:
-        variables = from_state_dict(
+        variables, report = match_state_dict(
             chosen.name,
             read_state_dict(chosen.init_from),
             stem=chosen.stem,
             num_classes=num_classes,
             channels=channels,
+            key=jax.random.key(seed),
             width=chosen.width,
-            head_key=jax.random.key(seed) if chosen.replace_head else None,
+            replace_head=chosen.replace_head,
+            min_match=chosen.init_min_match,
         )
     except UsageError as error:
         raise UsageError(f"`init_from` {chosen.init_from}: {error}") from error
-    return variables["params"], variables.get("batch_stats", {})
+    return variables["params"], variables.get("batch_stats", {}), report
 
 
 def file_sha256(path: Path) -> str:
@@ -98,5 +100,5 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(
-            f"`init_from` {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
+            f"`init_from` {path}: {error.strerror}; give a file of PyTorch weights"
         ) from error

@@ -276,7 +276,7 @@ def train_stage(
             if len(in_flight) > 2:
                 count, finished = jax.block_until_ready(in_flight.popleft())
                 progress.advance(count * recipe.batch_size)
-                if progress.live and progress.due():
+                if progress.due():
                     sums = unreplicate(finished)
                     progress.update(_figures(stage, sums))
         sums = unreplicate(totals)

@@ -17,6 +17,7 @@ from jax import lax
 
 from inmerge_jax.merging import Kernel, MergeRule, MergeStats, merge_kernels
 from inmerge_jax.merging.backends import supports_pallas
+from inmerge_jax.training.augment import augment
 from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices
 from inmerge_jax.training.recipes import Recipe
 
@@ -112,7 +113,7 @@ def set_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
     return state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
 
 
-MERGING, DROPOUT, FLIPPING, VALIDATION = range(4)
+MERGING, DROPOUT, FLIPPING, VALIDATION, AUGMENTATION = range(5)
 """Purposes of a step's keys, which are `fold_in(fold_in(root, step), purpose)`."""
 
 
@@ -167,7 +168,7 @@ def make_train_step(
       model: the network, created with `axis_name=DATA_AXIS` so that batch statistics span the
         devices.
       optimizer: the result of `make_optimizer`.
-      recipe: supplies the normalisation and the flip.
+      recipe: supplies the normalisation, the flip and the augmentation.
       multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
       devices: the devices that the step runs on.
       kernels: the kernels to merge.
@@ -182,7 +183,7 @@ def make_train_step(
       grad_accum_steps: number of equal microbatches that each device splits its rows into; the
         gradient is their mean. Batch normalisation sees microbatch k of all devices as one batch,
         and updates its running statistics once per microbatch.
-      pos_weight: float32 (labels,), see `example_losses`.
+      pos_weight: float32 (classes,), weights of the loss, see `example_losses`.
       networks: above 1, the step trains that many networks at once, each on its own batches and
         with its own key: `state`, `totals` and `batch` have a network axis after the device axis,
         and `root` has one key per network.
@@ -195,7 +196,11 @@ def make_train_step(
     """
 
     def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
-        images = normalise(batch["image"], recipe)
+        pixels = batch["image"]
+        if not recipe.augment.is_off:
+            augmenting = jax.random.fold_in(key, AUGMENTATION)
+            pixels = augment(pixels, batch["index"], augmenting, recipe.augment)
+        images = normalise(pixels, recipe)
         if recipe.flip:
             images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
         dropout = jax.random.fold_in(key, DROPOUT)
@@ -416,7 +421,7 @@ def _score(
 
 
 def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
-    """uint8 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
+    """0..255 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
     x = images.astype(jnp.float32) / 255
     if len(recipe.mean) == 3 and x.shape[-1] == 1:
         x = jnp.repeat(x, 3, axis=-1)
@@ -442,12 +447,14 @@ def example_losses(
       logits: float32 (n, classes).
       labels: int32 (n,), or float32 (n, classes) of 0 and 1 for multi-label data.
       multi_label: whether an example may have several labels.
-      pos_weight: float32 (classes,), factor on the loss of labels that are 1, as `pos_weight` of
-        PyTorch's BCEWithLogitsLoss.
+      pos_weight: float32 (classes,). For multi-label data, factor on the loss of labels that are
+        1, as `pos_weight` of PyTorch's BCEWithLogitsLoss; else, factor on the loss of the examples
+        of a class.
     """
     if multi_label:
         losses = optax.sigmoid_binary_cross_entropy(logits, labels)
         if pos_weight is not None:
             losses = losses * jnp.where(labels > 0, pos_weight, 1)
         return losses.mean(-1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses if pos_weight is None else losses * jnp.asarray(pos_weight)[labels]
