@@ -22,14 +22,21 @@ def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
       shape: shape of one input image, (h, w, c).
     """
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(
-        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
-    )
+    variables = _shapes(model, image)
 
     def forward(params: Any, batch_stats: Any, x: Any) -> Any:
         return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
 
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
+
+
+def has_batch_stats(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a network has batch normalisation; arguments as in `conv_kernels`."""
+    return "batch_stats" in _shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+
+
+def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 
 
 def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:

@@ -39,6 +39,11 @@ class Recipe:
         The weight is negatives / positives, as in CheXNet (arXiv 1711.05225).
       class_weights: "balanced" weights the loss of single-label data by class, see `loss_weights`.
       augment: random changes of training images.
+      recompute_batch_stats: arms whose batch statistics are re-estimated from training images
+        before each evaluation: none, inmerge, or all. The training state keeps its running ones.
+      batch_stats_batches: number of training batches for that; None for one pass.
+      average_weights: None, or the decay of the exponential moving average of the weights that is
+        evaluated in their place; every stage starts its own.
       mean: per-channel mean, subtracted from images in [0, 1]. Three values turn grey images into
         RGB.
       std: per-channel standard deviation, by which images are divided.
@@ -58,6 +63,9 @@ class Recipe:
     pos_weight: float | None = None
     class_weights: Literal["balanced"] | None = None
     augment: AugmentConfig = NO_AUGMENTATION
+    recompute_batch_stats: Literal["off", "inmerge", "all"] = "off"
+    batch_stats_batches: int | None = None
+    average_weights: float | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     milestones: tuple[float, ...] = (0.5, 0.75)

@@ -38,15 +38,45 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_optimizer(
-    recipe: Recipe, *last: optax.GradientTransformation
-) -> optax.GradientTransformation:
+class Averages(NamedTuple):
+    """State of `average_weights`: the averages, and the updates so far."""
+
+    average: Any
+    count: jax.Array
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the weights; the last in its chain.
+
+    The average of the first n updates has decay min(decay, n / (n + 9)), as in TensorFlow's
+    `ExponentialMovingAverage(num_updates)`, so that a short stage is not all its first weights.
+    """
+
+    def init(params: Any) -> Averages:
+        return Averages(params, jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Averages, params: Any = None) -> tuple[Any, Averages]:
+        count = state.count + 1
+        stays = jnp.minimum(decay, count / (count + 9))
+        moved = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, moved)
+        return updates, Averages(average, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state with the averages of `average_weights` in place of the weights."""
+    return state._replace(params=optax.tree.get(state.opt_state, "average"))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """PyTorch's SGD or Adam with coupled L2; the learning rate is part of the state.
 
     Args:
-      recipe: names the optimizer and its hyperparameters.
-      last: transformations that follow it in the chain.
+      recipe: names the optimizer and its hyperparameters, and whether the weights are averaged.
     """
+    last = [] if recipe.average_weights is None else [average_weights(recipe.average_weights)]
 
     @optax.inject_hyperparams
     def optimizer(learning_rate: Any) -> optax.GradientTransformation:
@@ -123,7 +153,7 @@ def make_train_step(
     multi_label: bool,
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...] = (),
-    rule: MergeRule | None = None,
+    rule: MergeRule | Callable[[jax.Array], MergeRule] | None = None,
     param_transform: ParamTransform | None = None,
     hyperparams: Any = None,
     steps_per_execution: int = 1,
@@ -142,7 +172,8 @@ def make_train_step(
       multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
       devices: the devices that the step runs on.
       kernels: the kernels to merge.
-      rule: the merging rule; None compiles a program without merging.
+      rule: the merging rule, or a function from the number of updates so far to it; None compiles a
+        program without merging.
       param_transform: replaces the merge by another transformation of the parameters.
       hyperparams: a tree passed to `param_transform` on every call as an argument of the program,
         so that transforms that differ only in it share one program. The returned step accepts
@@ -262,7 +293,7 @@ def make_train_step(
 
 def _merge(
     kernels: tuple[Kernel, ...],
-    rule: MergeRule,
+    rule: MergeRule | Callable[[jax.Array], MergeRule],
     implementation: Any,
     params: Any,
     key: jax.Array,
@@ -270,6 +301,7 @@ def _merge(
     _: Any,
 ) -> tuple[Any, MergeStats]:
     """In-model merging as a `ParamTransform`."""
+    rule = rule(step) if callable(rule) else rule
     return merge_kernels(params, key, kernels, rule, implementation=implementation)
 
 
@@ -295,6 +327,32 @@ def make_eval_step(
 
     def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         return _score(model, recipe, multi_label, pos_weight, params, batch_stats, batch)
+
+    return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
+
+
+def make_batch_stats_step(
+    model: nn.Module, recipe: Recipe, devices: tuple[jax.Device, ...]
+) -> Callable[..., Any]:
+    """Builds the step that updates the batch statistics alone, see `recompute_batch_stats`.
+
+    Images are not augmented. In the networks here, dropout follows the last batch normalisation, so
+    its fixed key has no effect.
+
+    Returns:
+      step(params, batch_stats, batch) -> batch_stats, all with a leading device axis. The batch is
+      that of all devices.
+    """
+
+    def step(params: Any, batch_stats: Any, batch: Any) -> Any:
+        _, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalise(batch["image"], recipe),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return updated["batch_stats"]
 
     return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
 
