@@ -18,7 +18,7 @@ from inmerge_jax.files import read_arrays, read_json_object
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
-from inmerge_jax.training.train import read_result
+from inmerge_jax.training.train import read_result, read_tested
 from inmerge_jax.training.train_step import normalise
 
 _RESTORE = "restore it, or train again"
@@ -47,13 +47,16 @@ class FinishedStage(NamedTuple):
         return self.run / f"seed{self.seed}" / self.arm
 
     def variables(self) -> dict[str, Any]:
-        """Parameters and batch statistics of the best checkpoint, as NumPy arrays.
+        """Parameters and batch statistics that were tested, as NumPy arrays.
+
+        They are those of the best checkpoint, see also `train.read_tested`.
 
         Raises:
           DamagedCheckpointError: the checkpoint is missing or damaged.
+          UsageError: tested.npz is damaged.
         """
         path = self.folder / "checkpoints" / str(self.result["best_epoch"])
-        arrays = checkpointing.read_arrays(path)
+        arrays = checkpointing.read_arrays(path) | read_tested(self.folder)
         ours = ("params.", "batch_stats.")
         return unflatten_dict({k: v for k, v in arrays.items() if k.startswith(ours)}, sep=".")
 
