@@ -213,7 +213,7 @@ class _Lease:
                 reason = f"{type(error).__name__}: {error}"
             print(
                 f"error: the lease on {self.folder} is lost ({reason}); this process ends without "
-                "writing there; `resume` continues the run",
+                "writing there; the run can be resumed",
                 file=sys.stderr,
                 flush=True,
             )

@@ -41,7 +41,7 @@ def require_writable(folder: Path) -> None:
       UsageError: the folder, or the first existing one above it, cannot be written; or its name
         cannot be passed to Orbax, which needs UTF-8.
     """
-    if ":" in folder.parts[0]:
+    if ":/" in str(folder):
         return  # A bucket.
     place = folder.absolute()
     try:

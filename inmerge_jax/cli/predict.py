@@ -76,7 +76,7 @@ def predict(config: PredictConfig) -> str:
     count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
     for name in _SPLITS if config.split == "all" else (config.split,):
         split: Split = getattr(dataset, name)
-        names = getattr(split.images, "names", range(len(split)))
+        names = range(len(split)) if split.names is None else split.names
         batches = eval_batches(split, min(batch_size, len(split)))
         scores = [run.predict(batch["image"], batch_size) for batch in batches]
         for image, row in zip(names, np.concatenate(scores), strict=False):
@@ -108,11 +108,23 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
     """The given data set; or the run's own, with the given options in place of its own."""
-    if given.name != _OWN:
-        return dataclasses.replace(given, size=given.size or run.preprocessing.size)
-    default = DataOptions(name=_OWN)
-    changed = {name: value for name, value in vars(given).items() if value != vars(default)[name]}
     own = _options(DataOptions, run.stage.config["data"])
+    if given.name != _OWN:
+        kinds = {data.name.partition(":")[0] for data in (given, own)}
+        resize = given.resize or (own.resize if len(kinds) == 1 else None)
+        size = given.size or run.preprocessing.size
+        return dataclasses.replace(given, size=size, resize=resize)
+    return _overridden(own, given, DataOptions(name=_OWN))
+
+
+def _overridden(own: Any, given: Any, default: Any) -> Any:
+    """`own` with those values of `given` that are not the default."""
+    changed = {}
+    for name, value in vars(given).items():
+        if dataclasses.is_dataclass(value):
+            changed[name] = _overridden(getattr(own, name), value, getattr(default, name))
+        elif value != getattr(default, name):
+            changed[name] = value
     return dataclasses.replace(own, **changed)
 
 
@@ -180,20 +192,24 @@ def _described(name: str, threshold: Threshold | None) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status, see `errors`."""
-    from inmerge_jax.cli.train import OPTIONS
-
-    config = tyro.cli(
+def parse_config(arguments: list[str] | None = None) -> PredictConfig:
+    """Parses the command line; None for that of this process."""
+    return tyro.cli(
         PredictConfig,
         prog="inmerge predict",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status, see `errors`."""
+    from inmerge_jax.cli.train import OPTIONS
+
     try:
-        print(predict(config))
+        print(predict(parse_config(arguments)))
     except UsageError as error:
-        return report(error, OPTIONS)
+        return report(error, {**OPTIONS, "seed": "--seed"})
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

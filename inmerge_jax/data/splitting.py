@@ -1,6 +1,7 @@
 """Splits data into training, validation and test sets: deterministic, stratified, by group."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +18,9 @@ def add_splits(
 ) -> np.ndarray:
     """Moves part of the training set to the splits that have no image.
 
-    Groups stay together. Each is counted with its rarest label, and the groups of a label are
-    ordered by a hash of their key, so the result depends neither on the order of the images nor on
-    the machine. A label of at least three groups is in every split.
+    Groups stay together. Each counts for its rarest label. The groups of a label are ordered by a
+    hash of their key, so the result depends neither on the order of the images nor on the machine.
+    Each split gets at least one of three or more groups.
 
     Args:
       splits: n names of `SPLITS`.
@@ -41,17 +42,19 @@ def add_splits(
         raise UsageError(f"{source}: there is no training image")
     stratum = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(stratum, group, _rarity(labels))
-    movable = np.unique(group[splits == "train"])
-    order = sorted(movable.tolist(), key=lambda one: hashlib.sha256(names[one].encode()).digest())
     total = sum(SHARES[name] for name in ("train", *missing))
-    for label in np.unique(stratum[movable]):
-        members = [one for one in order if stratum[one] == label]
+    movable = np.unique(group[splits == "train"]).tolist()
+    digests = [hashlib.sha256(name.encode()).digest() for name in names.tolist()]
+    movable.sort(key=lambda one: (stratum[one], digests[one]))
+    chosen = np.full(len(names), "train", "<U5")
+    for _, same in itertools.groupby(movable, key=lambda one: stratum[one]):
+        members = list(same)
         count = len(members)
         for name in reversed(missing):
-            moved = max(1, round(count * SHARES[name] / total))
-            moved = min(moved, len(members) - 1)
-            splits[np.isin(group, members[:moved])] = name
+            moved = min(max(1, round(count * SHARES[name] / total)), len(members) - 1)
+            chosen[members[:moved]] = name
             members = members[moved:]
+    splits = np.where(splits == "train", chosen[group], splits)
     absent = [name for name in SPLITS if not np.any(splits == name)]
     if absent:
         raise UsageError(
@@ -63,9 +66,10 @@ def add_splits(
 
 def _rarity(labels: np.ndarray) -> np.ndarray:
     """The rank of each image's rarest label, int64 (n,): 0 for the rarest; k for no label."""
+    counts = np.bincount(labels) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
+    order = np.argsort(counts, kind="stable")
     if labels.ndim == 1:
-        labels = labels[:, None] == np.unique(labels)
-    order = np.argsort(labels.sum(0, dtype=np.int64), kind="stable")
+        return np.argsort(order)[labels]
     ranked = labels[:, order] > 0
     return np.where(ranked.any(1), ranked.argmax(1), ranked.shape[1])
 

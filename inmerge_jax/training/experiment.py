@@ -142,7 +142,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     if dataset.train.images.ndim == 5:
         raise UsageError(
             f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
-            f"{dataset.size} voxels, but `model` {config.model.name} is a network for 2-D images: "
+            f"{dataset.size} voxels, but `model` {config.model.name} is trained on 2-D images: "
             "choose a 2-D data set"
         )
     model = create_model(

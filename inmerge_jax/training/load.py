@@ -47,13 +47,11 @@ class FinishedStage(NamedTuple):
         return self.run / f"seed{self.seed}" / self.arm
 
     def variables(self) -> dict[str, Any]:
-        """Parameters and batch statistics that were tested, as NumPy arrays.
-
-        They are those of the best checkpoint, see also `train.read_tested`.
+        """Parameters and batch statistics that the stage was tested with, as NumPy arrays.
 
         Raises:
+          UsageError: a file with averaged weights or re-estimated statistics is damaged.
           DamagedCheckpointError: the checkpoint is missing or damaged.
-          UsageError: tested.npz is damaged.
         """
         path = self.folder / "checkpoints" / str(self.result["best_epoch"])
         arrays = checkpointing.read_arrays(path) | read_tested(self.folder)
@@ -249,7 +247,7 @@ def load_run(run: Path | str, arm: str = "inmerge", seed: int | None = None) -> 
 
 
 def youden_threshold(labels: np.ndarray, scores: np.ndarray) -> Threshold | None:
-    """The threshold with the highest Youden index, the highest such one.
+    """The threshold with the highest Youden index.
 
     It is halfway between two neighbouring scores, so that rounding changes no decision.
 

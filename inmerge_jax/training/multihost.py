@@ -47,13 +47,13 @@ def check_process_options(
     Raises:
       UsageError: some of them are missing, or one is out of range.
     """
-    given = {
-        "`coordinator`": coordinator,
-        "`num_processes`": num_processes,
-        "`process_id`": process_id,
+    options = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    missing = [f"`{name}`" for name, value in options.items() if value is None]
+    if len(missing) == len(options):
         return
     if missing:
         raise UsageError(

@@ -33,7 +33,7 @@ sys.exit(main(sys.argv[1:]))
 """
 OPTIONS = (
     "--size 16 --phantom.train 32 --phantom.val 1 --phantom.test 32 --model vgg11 --width 0.05 "
-    "--skip 4 --batch-size 16 --epochs 2 --merging-epochs 1 --arms inmerge --devices 1"
+    "--skip 4 --batch-size 16 --epochs 2 --merging-epochs 1 --arms backbone --devices 1"
 ).split()
 
 
@@ -76,7 +76,7 @@ def test_a_run_needs_no_home_no_backend_no_unix_module_and_no_utf_8(bare_run):
 
 def test_a_log_file_has_a_line_per_epoch(bare_run):
     lines = [line for line in bare_run[1].stdout.splitlines() if "val loss" in line]
-    names = ["seed 0 backbone 1/2", "seed 0 backbone 2/2", "seed 0 inmerge 1/1"]
+    names = ["seed 0 backbone 1/2", "seed 0 backbone 2/2"]
     assert [line.split("  ")[0] for line in lines] == names
 
 
@@ -142,7 +142,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UsageError, match=f"cannot write {tmp_path}: Permission denied"):
         checks.require_writable(tmp_path / "new" / "run")
-    assert checks.require_writable(Path("gs:/bucket/run")) is None
+    for folder in ("gs:/bucket/run", "gs://bucket/run"):
+        assert checks.require_writable(folder) is None
+
+
+def test_folders_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "run", "runs/new", tmp_path / "new"):
+        assert checks.require_writable(Path(folder)) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_the_encoding_lacks_is_refused(tmp_path):

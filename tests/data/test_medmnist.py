@@ -136,7 +136,7 @@ def test_volumes_are_for_networks_of_volumes(tmp_path, verified):
     verified(tmp_path / "organmnist3d.npz", "organmnist3d")
     config = DataConfig(name="organmnist3d", size=28, data_dir=tmp_path)
     assert load_dataset(config).train.images.shape == (9, 28, 28, 28, 1)
-    with pytest.raises(UsageError, match=r"organmnist3d has volumes .* `model` resnet18 is a netw"):
+    with pytest.raises(UsageError, match="organmnist3d has volumes .* `model` resnet18"):
         make_run_spec(TrainConfig(data=config, devices=1, recipe=RecipeConfig(batch_size=4)))
     with pytest.raises(UsageError, match="`size` 128: organmnist3d has 28, 64 px"):
         load_medmnist("organmnist3d", size=128, data_dir=tmp_path)

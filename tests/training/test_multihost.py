@@ -355,33 +355,48 @@ def test_a_port_in_use_and_a_wrong_coordinator_are_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_number_of_processes_is_refused():
-    command = (
-        "import sys; from inmerge_jax.training.multihost import connect, exit_process\n"
-        "from inmerge_jax.errors import UsageError\n"
-        "coordinator, count, number = sys.argv[1], *map(int, sys.argv[2:])\n"
-        "try: connect(coordinator, count, number)\n"
-        "except UsageError as error: print(error); exit_process(2)"
+CONNECT = """
+import sys
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.multihost import connect, exit_process
+
+coordinator, count, number, seconds = sys.argv[1], *map(int, sys.argv[2:])
+try:
+    connect(coordinator, count, number, seconds)
+except UsageError as error:
+    print(error)
+    exit_process(2)
+"""
+
+
+def connecting(address, count, number, seconds):
+    numbers = map(str, (count, number, seconds))
+    return subprocess.Popen(
+        [sys.executable, "-c", CONNECT, address, *numbers],
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+
+
+def test_another_number_of_processes_is_refused():
     address = f"127.0.0.1:{free_port()}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", command, address, str(count), str(number)],
-            env=environment(1),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number, count in enumerate((2, 3))
-    ]
+    processes = [connecting(address, count, n, 100) for n, count in enumerate((2, 3))]
     try:
-        said = processes[1].communicate(timeout=60)[0]
+        said = processes[1].communicate(timeout=100)[0]
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[1].returncode == 2, said
     assert "`num_processes` 3: process 0 was started with 2; give every process the same" in said
+
+
+def test_a_process_that_never_appears_ends_the_others():
+    (status,), (said,) = finish([connecting(f"127.0.0.1:{free_port()}", 2, 0, 2)])
+    assert status == -signal.SIGABRT and "DEADLINE_EXCEEDED" in said
+    assert "if another one does not appear in 2 s, JAX aborts this one" in said
 
 
 def test_alone_a_process_agrees_with_itself():
