@@ -1,6 +1,6 @@
 """Data sets and batches: MedMNIST, ChestX-ray14 and the chest phantom, in one format."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
@@ -8,6 +8,7 @@ from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import in_bucket, local_copy
 
 __all__ = [
     "DataConfig",
@@ -78,6 +79,11 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
       UsageError: the name or size is unknown, or a file is missing or damaged.
     """
+    if in_bucket(config.data_dir):
+        needed = "*" if config.name == "chestxray14" else f"{config.name}*"
+        config = replace(config, data_dir=local_copy(config.data_dir, needed))
+    if config.file is not None:
+        config = replace(config, file=local_copy(config.file))
     if config.name == "chestxray14":
         from inmerge_jax.data.chestxray14.records import load_chestxray14
 
