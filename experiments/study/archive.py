@@ -8,16 +8,14 @@
 adds finished trainings.
 """
 
-import contextlib
 import csv
-import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.data import Dataset
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
+from inmerge_jax.locking import lock
 from inmerge_jax.training.metrics import read_scores
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -186,7 +185,7 @@ def add(
       UsageError: other test labels are stored for one of the data sets.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with lock(folder, wait=True):
         stored = read(folder)
         for data, new in (labels or {}).items():
             known = stored.labels.get(data, new)
@@ -200,17 +199,6 @@ def add(
                 {**(labels or {}), **stored.labels},
             ),
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process adds to the archive; the lock is on the folder itself."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from inmerge_jax import locking
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import parse_config
@@ -121,7 +120,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(locking.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(UserWarning, match="has no locks"), lock(tmp_path):
         pass
 
