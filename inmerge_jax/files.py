@@ -16,7 +16,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,27 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     return epath.Path(text)
 
 
+def path_registry() -> Any:
+    """The rule for tyro's command lines that keeps addresses in buckets, see `as_path`."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: as_path(texts[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    )
+    registry.primitive_rule(lambda info: spec if info.type is Path else None)
+    return registry
+
+
+def absolute(path: Path) -> Path:
+    """`path` as an absolute path; an address in a bucket is one."""
+    return path if in_bucket(path) else path.absolute()
+
+
 def in_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is an address in Cloud Storage."""
     return os.fspath(path).startswith(BUCKET)
@@ -103,16 +124,13 @@ def local_copy(path: str | os.PathLike[str], pattern: str = "*") -> Path:
     path = as_path(path)
     if not in_bucket(path):
         return path
-    import fsspec
-
     cache = cache_folder() / "buckets"
     try:
         with bucket_errors():
-            bucket, name = fsspec.url_to_fs(os.fspath(path))
             objects = {
-                os.path.relpath(full, name): info
-                for full, info in bucket.find(name, detail=True).items()
-                if full == name or fnmatch.fnmatch(os.path.relpath(full, name), pattern)
+                key: info
+                for key, info in bucket_files(path).items()
+                if key == "." or fnmatch.fnmatch(key, pattern)
             }
             if not objects:
                 which = "" if pattern == "*" else f" that matches {pattern}"
@@ -122,7 +140,7 @@ def local_copy(path: str | os.PathLike[str], pattern: str = "*") -> Path:
             version = [[key, info["size"], info["generation"]] for key, info in objects.items()]
             place = cache / json_sha256([os.fspath(path), version])[:16] / path.name
             if not place.exists():
-                _download(bucket, objects, place)
+                _download(objects, place)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such bucket; check the address") from error
     except OSError as error:
@@ -133,13 +151,25 @@ def local_copy(path: str | os.PathLike[str], pattern: str = "*") -> Path:
     return place
 
 
-def _download(bucket: Any, objects: Mapping[str, Mapping[str, Any]], place: Path) -> None:
+def bucket_files(path: Path) -> dict[str, dict[str, Any]]:
+    """What the bucket tells of each object in a folder, by its path in there; "." for `path`."""
+    import fsspec
+
+    bucket, name = fsspec.url_to_fs(os.fspath(path))
+    found = bucket.find(name, detail=True)
+    return {os.path.relpath(full, name): info for full, info in found.items()}
+
+
+def _download(objects: Mapping[str, Mapping[str, Any]], place: Path) -> None:
     """Downloads and verifies objects, then gives their folder its name, the parent of `place`."""
+    import fsspec
+
     temporary = place.parent.with_name(uuid.uuid4().hex)
     copies = {key: Path(os.path.normpath(temporary / place.name / key)) for key in objects}
     try:
         for copy in copies.values():
             copy.parent.mkdir(parents=True, exist_ok=True)
+        bucket = fsspec.filesystem("gcs")
         bucket.get([info["name"] for info in objects.values()], [str(x) for x in copies.values()])
         for key, info in objects.items():
             with open(copies[key], "rb") as file:
@@ -165,13 +195,25 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "inmerge_jax"
 
 
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder and everything in it; does nothing if it is missing."""
+    if folder.exists():
+        folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically; creates the folder if it is missing.
+
+    An object in a bucket is written as a whole, so it needs no temporary file.
 
     Raises:
       OSError: the file cannot be written; an existing file is then unchanged.
     """
-    path = Path(path)
+    path = as_path(path)
+    if in_bucket(path):
+        with bucket_errors():
+            path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -199,9 +241,10 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Flushes a folder and everything in it to disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
+    """Flushes a folder, everything in it, and its own entry to disk; nothing in a bucket."""
+    if not in_bucket(folder):
+        for path in (*folder.rglob("*"), folder, folder.parent):
+            sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -289,11 +332,11 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """
     try:
         # NumPy stops reading before zipfile would verify the checksum.
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except DAMAGED_ARCHIVE as error:
         raise UsageError(

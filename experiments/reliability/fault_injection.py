@@ -55,7 +55,7 @@ _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
     EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
-    "reading a checkpoint": {"restore_checkpoint", "latest_valid_checkpoint"},
+    "reading a checkpoint": {"restore_checkpoint", "newest"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
     "between epochs": {
@@ -90,7 +90,7 @@ open(sys.argv[1] + ".ready", "w").close()
 sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-_UNFINISHED = f"*/*/checkpoints/{TEMPORARY}[0-9]*"
+_UNFINISHED = f"*/*/checkpoints/[0-9]*{TEMPORARY}*"
 """Where in a run's folder a checkpoint is while it is written."""
 _WRITE = 0.06
 """Seconds within which a kill comes once a checkpoint's write has begun."""

@@ -10,6 +10,7 @@ import tyro
 
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import path_registry
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="inmerge export",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=path_registry(),
     )
     try:
         print(export(config))

@@ -237,6 +237,7 @@ def _run_experiment(
                 multi_step_fn=several,
                 steps_per_execution=config.steps_per_execution,
                 notices=notices,
+                checksums=config.checksums,
             )
             result = run_on_primary(read_result, backbone.folder)
             best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
@@ -260,6 +261,7 @@ def _run_experiment(
                     deep=spec.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
                     notices=inmerge_notices if arm == "inmerge" else notices,
+                    checksums=config.checksums,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
                 )

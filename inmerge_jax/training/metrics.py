@@ -150,7 +150,7 @@ def write_scores(
         raise ValueError(f"the run's name must be non-empty, without '@', '.', '/': {run!r}")
     pixels = "" if size == 28 else f"_{size}"
     figures = f"[AUC]{metrics.auc:.3f}_[ACC]{metrics.acc:.3f}"
-    path = Path(folder) / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
+    path = folder / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
     lines = (",".join([str(index), *map(str, row)]) for index, row in enumerate(scores))
     try:
         write_text(path, "\n".join(lines) + "\n")

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.emulator import cloud_storage
 
 from inmerge_jax import locking
 from inmerge_jax.errors import UsageError
 from inmerge_jax.locking import FolderInUseError, lock, require_free
+from tests.emulator import cloud_storage
 
 REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
