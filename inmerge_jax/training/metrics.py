@@ -166,7 +166,7 @@ def read_scores(path: Path) -> np.ndarray:
       UsageError: the file is missing, or its lines are not an index and scores.
     """
     try:
-        lines = Path(path).read_text().splitlines() or ["empty"]
+        lines = path.read_text().splitlines() or ["empty"]
         table = np.loadtxt(lines, delimiter=",", ndmin=2, dtype=np.float64)
     except FileNotFoundError as error:
         raise UsageError(f"there is no score file {path}") from error

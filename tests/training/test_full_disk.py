@@ -59,7 +59,8 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once, and does not wait for the others when one finds no room.
     look_away(monkeypatch)
     sizes = (10, 1_000, 20_000, 50_000) * 8
-    tree = {f"a{i}": np.arange(size, dtype=np.float32) for i, size in enumerate(sizes)}
+    rng = np.random.default_rng(0)
+    tree = {f"a{i}": rng.normal(size=size).astype(np.float32) for i, size in enumerate(sizes)}
     with small_disk(tmp_path / "disk", megabytes=6) as disk:
         ballast, folder = disk / "ballast", disk / "checkpoints"
         for room in (0, 100_000, 1_000_000, 2_000_000):
