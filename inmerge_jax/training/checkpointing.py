@@ -41,6 +41,8 @@ T = TypeVar("T")
 MANIFEST, MID_EPOCH = "manifest.json", "mid_epoch"
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Part of the name of a local checkpoint that is being written."""
+_EARLIER = "meta.json"
+"""A file of checkpoints before Orbax's `CheckpointManager`; they can be exported, not resumed."""
 _SHOWN = 5
 
 
@@ -132,6 +134,9 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by their dotted path in the tree; see `restore_checkpoint`."""
+    if (path / _EARLIER).exists():
+        with _storage_errors():
+            return ocp.PyTreeCheckpointer().restore(files.absolute(path / "tree"))
     return _read(path, _verified(path)["arrays"])
 
 
@@ -314,6 +319,11 @@ def _verified(path: Path) -> dict[str, Any]:
     """Verifies the files of a checkpoint; returns the description of its arrays, and its meta."""
     if not path.is_dir():
         raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
+    if (path / _EARLIER).exists():
+        raise UsageError(
+            f"the checkpoint {path} has the layout of commit cc2e5c7 and before: finish the run "
+            "with that version, or start a new one; reports and exports read it as it is"
+        )
     if complete := (path / MANIFEST).exists():
         _verify(path)
     about = _restore(path, meta=ocp.args.JsonRestore())["meta"]
