@@ -1,4 +1,4 @@
-"""A Cloud Storage emulator that, unlike `gcp-storage-emulator` alone, checks preconditions."""
+"""A Cloud Storage emulator that, unlike `gcp-storage-emulator` alone, checks generations."""
 
 import contextlib
 import socket
@@ -21,7 +21,15 @@ def _checked(handler):
             if wanted != [found]:
                 response.status = HTTPStatus.PRECONDITION_FAILED
                 return response.json({"error": {"code": 412, "message": "conditionNotMet"}})
-        return handler(request, response, storage, *args, **kwargs)
+        result = handler(request, response, storage, *args, **kwargs)
+        if request.method == "GET" and request.params.get("object_id"):
+            with contextlib.suppress(NotFound):
+                found = storage.get_file_obj(
+                    request.params["bucket_name"], request.params["object_id"]
+                )
+                # Tensorstore takes the generation of what it reads from here.
+                response["x-goog-generation"] = found["generation"]
+        return result
 
     return handle
 

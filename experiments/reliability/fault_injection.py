@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -268,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not 1 <= count <= len(rows):
         print(f"error: --rows {count}: choose 1 to {len(rows)}", file=sys.stderr)
         return 2
-    with emulator() if config.bucket else contextlib.nullcontext():
+    with emulated_bucket() if config.bucket else contextlib.nullcontext():
         return _kill_all(config, rows[:count])
 
 
@@ -340,25 +339,15 @@ def markdown(stored: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def emulator() -> Iterator[None]:
+def emulated_bucket() -> Iterator[None]:
     """An emulator of Cloud Storage with the bucket "kills", for this process and its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["start", "--port", str(port), "--in-memory", "--quiet", "--default-bucket", "kills"]
-    url = f"http://localhost:{port}"
-    os.environ |= {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
-    # gcsfs would ask Google for the kind of the bucket.
-    os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
-    with subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", *options]) as server:
-        try:
-            while not as_path("gs://kills").exists():
-                if server.poll() is not None:
-                    raise RuntimeError(f"the emulator ended with {server.returncode}")
-                time.sleep(0.1)
-            yield
-        finally:
-            server.terminate()
+    from tests.emulator import cloud_storage
+
+    with cloud_storage("kills") as url:
+        os.environ |= {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        # Else gcsfs asks Google for the kind of bucket.
+        os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
+        yield
 
 
 def _job(name: str, place: Path, output: str) -> Job:
