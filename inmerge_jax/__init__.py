@@ -1,5 +1,6 @@
 """In-model merging for any JAX training loop (arXiv 2502.20516)."""
 
+from inmerge_jax.batch_stats import recompute_batch_stats
 from inmerge_jax.merging import (
     InModelMergingState,
     Kernel,
@@ -37,6 +38,7 @@ __all__ = [
     "merge_kernels",
     "merge_report",
     "quantile",
+    "recompute_batch_stats",
     "tie",
     "trace_kernels",
     "with_merging",

@@ -228,7 +228,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder to disk (fsync)."""
+    """Flushes a file or, except on Windows, a folder to disk (fsync)."""
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -108,9 +108,10 @@ def _lock_file(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
 def _acquire(path: Path, then: Callable[[int], None] | None = None) -> Any:
     """Locks the file; returns the lock, or None if the file system has no locks."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout, UnixFileLock, WindowsFileLock
 
-    held = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False, on_acquired=then)
+    native = WindowsFileLock if os.name == "nt" else UnixFileLock
+    held = native(path, timeout=0, mode=0o666, fallback_to_soft=False, on_acquired=then)
     try:
         held.acquire()
     except Timeout as error:
@@ -212,7 +213,7 @@ class _Lease:
                 reason = f"{type(error).__name__}: {error}"
             print(
                 f"error: the lease on {self.folder} is lost ({reason}); this process ends without "
-                "writing there; `resume` continues the run",
+                "writing there; the run can be resumed",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Progress of a long task: a live line on a terminal, occasional plain lines elsewhere."""
+"""Progress of a long task: a live line on a terminal, sparse plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -7,15 +7,16 @@ from typing import Self
 import rich.progress
 from rich.console import Console
 
-_LIVE_SECONDS, _PLAIN_SECONDS = 0.5, 10.0
+_LIVE_SECONDS, _PLAIN_SECONDS = 0.5, 60.0
 
 
 class Progress:
     """Shows what is running, how much of it is done, and the time left.
 
-    On a terminal this is one line that is redrawn in place, with messages above it. Elsewhere a
-    plain line is printed at most every 10 seconds. The time left is extrapolated from the first
-    `advance` on, so that compilation and other start-up time does not enter it.
+    On a terminal this is one line that is redrawn in place, with messages above it. Elsewhere, as
+    in a log file or a pipe, a plain line is printed at most once a minute and at every milestone.
+    The time left is extrapolated from the first `advance` on, so that compilation and other
+    start-up time does not enter it.
     """
 
     def __init__(
@@ -100,17 +101,20 @@ class Progress:
         self._overall, self._current = self._overall or now, self._current or now
 
     def due(self) -> bool:
-        """Whether it is time for the next `update` or `milestone`."""
+        """Whether it is time for the next `update`."""
         interval = _LIVE_SECONDS if self.live else _PLAIN_SECONDS
         return time.monotonic() - self._shown > interval
 
     def update(self, details: str) -> None:
-        """Redraws the live line with `details`; prints nothing elsewhere."""
-        self._details = self._with_speed(details)
-        self._redraw(self._details)
+        """Redraws the live line with `details`; elsewhere prints a plain line, if one is due."""
+        if self.live:
+            self._details = self._with_speed(details)
+            self._redraw(self._details)
+        elif self.due():
+            self.milestone(details)
 
     def milestone(self, details: str | None = None, result: str = "") -> None:
-        """Redraws the live line; elsewhere prints a plain line, if one is due.
+        """Redraws the live line; elsewhere prints a plain line.
 
         Args:
           details: text to the right of the bar; by default the number of images.
@@ -120,7 +124,7 @@ class Progress:
             details = self._counts()
         if self.live:
             self.update(details)
-        elif self.due():
+        else:
             self._shown = time.monotonic()
             line = f"{self._description}  {self._with_speed(details)}"
             self.say(f"{line}  {result}" if result else line)

@@ -41,15 +41,20 @@ def test_the_time_left_counts_from_the_first_update(monkeypatch):
         assert lines(console)[-1].endswith("loss 0.5  10 img/s  ETA 0:07") and line.rate == 0
 
 
-def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch):
+def test_without_a_terminal_there_is_a_line_a_minute_and_one_per_milestone(monkeypatch):
     now, text = clock(monkeypatch), io.StringIO()
-    with Progress(40, Console(file=text, width=40), description="reading", done=10) as line:
-        for _ in range(3):
-            line.advance(5)
-            line.milestone(result="fine")
-            now[0] += 6
-        line.update("not shown")
+    with Progress(4000, Console(file=text, width=40), description="epoch 1/2", done=10) as line:
+        for _ in range(10):
+            line.advance(140)
+            line.update("loss 1.0")
+            now[0] += 14
+        line.milestone("loss 0.9", "val loss 0.8")
+        line.describe("epoch 2/2")
+        line.milestone("loss 0.7", "val loss 0.6")
         line.finish()
     assert text.getvalue() == (
-        "reading  25 of 40  1 img/s  ETA 0:18  fine\nreading  25 of 40  1 img/s\n"
+        "epoch 1/2  loss 1.0  10 img/s  ETA 5:15\n"
+        "epoch 1/2  loss 0.9  9 img/s  ETA 4:48  val loss 0.8\n"
+        "epoch 2/2  loss 0.7  ETA 4:48  val loss 0.6\n"
+        "epoch 2/2  1,410 of 4,000\n"
     )

@@ -6,13 +6,11 @@ re-estimated for the final weights, as `torch.optim.swa_utils.update_bn` does fo
 Only training and validation images are used.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.study import archive as store
@@ -21,8 +19,8 @@ from experiments.study.archive import Archive
 from experiments.study.stages import Paths, best_state, plan_of
 from experiments.study.statistics import over_trials
 from experiments.study.trials import Trial
+from inmerge_jax import recompute_batch_stats
 from inmerge_jax.data import Split, eval_batches
-from inmerge_jax.models.layers import MOMENTUM
 from inmerge_jax.training.metrics import compute_metrics
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.recipes import Recipe
@@ -55,7 +53,7 @@ def compare(trial: Trial, paths: Paths) -> dict[str, dict[str, float]]:
       UsageError: see `stages.best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = stage.eval_state_fn(state)
+    state = setup.evaluation_state(stage, state)
     model = plan_of(trial, paths).model.clone(axis_name=None)
     train, val, task = setup.dataset.train, setup.dataset.val, setup.dataset.task
     renewed = estimate(model, state.params, state.batch_stats, train, setup.recipe)
@@ -125,20 +123,15 @@ def estimate(model: nn.Module, params: Any, batch_stats: Any, images: Split, rec
     Returns:
       As `batch_stats`.
     """
-    zero = jax.tree.map(jnp.zeros_like, batch_stats)
-    total, count = zero, 0
-    for batch in eval_batches(images, recipe.batch_size):
-        if batch["mask"].all():
-            moved = _moved(model, recipe, params, zero, batch["image"])
-            total, count = jax.tree.map(jnp.add, total, moved), count + 1
-    # One update of running statistics that were zero leaves this share of the batch's.
-    return jax.tree.map(lambda x: x / (MOMENTUM * count), total)
 
+    @jax.jit
+    def update(batch_stats: Any, images: Any) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        _, changed = model.apply(
+            variables, normalise(images, recipe), train=True, mutable=["batch_stats"]
+        )
+        return changed["batch_stats"]
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _moved(model: nn.Module, recipe: Recipe, params: Any, batch_stats: Any, images: Any) -> Any:
-    variables = {"params": params, "batch_stats": batch_stats}
-    _, changed = model.apply(
-        variables, normalise(images, recipe), train=True, mutable=["batch_stats"]
-    )
-    return changed["batch_stats"]
+    batches = eval_batches(images, recipe.batch_size)
+    full = (batch["image"] for batch in batches if batch["mask"].all())
+    return recompute_batch_stats(update, batch_stats, full)

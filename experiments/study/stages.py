@@ -14,8 +14,6 @@ import numpy as np
 from experiments.study import datasets
 from experiments.study.archive import RESULTS
 from experiments.study.treatments import (
-    average_weights,
-    averaged,
     make_treatment,
     numbers,
     selection,
@@ -32,7 +30,7 @@ from inmerge_jax.training.experiment import (
     step_options,
 )
 from inmerge_jax.training.parallel import replicate
-from inmerge_jax.training.train import StageConfig, TrainContext, identity, read_result
+from inmerge_jax.training.train import StageConfig, TrainContext, read_result
 from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -127,8 +125,9 @@ def second_stage(
     steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
     if treatment.kind == "decay":
         recipe = dataclasses.replace(recipe, weight_decay=treatment.decay)
-    last = [average_weights(treatment.decay)] if treatment.kind == "ema" else []
-    setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe, *last))
+    if treatment.kind == "ema":
+        recipe = dataclasses.replace(recipe, average_weights=treatment.decay)
+    setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe))
     deep = ()
     given: dict[str, Any] = step_options(plan)
     if treatment.kind not in ("none", "ema", "decay"):
@@ -146,7 +145,6 @@ def second_stage(
         learning_rate=trial.learning_rate,
         train_step=step,
         deep=deep,
-        eval_state_fn=averaged if treatment.kind == "ema" else identity,
     )
     return setup, stage
 
@@ -177,7 +175,7 @@ def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]
       UsageError: see `best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = replicate(stage.eval_state_fn(state), setup.devices)
+    state = setup.evaluation_state(stage, replicate(state, setup.devices))
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments.study.trials import Treatment
 from inmerge_jax import Kernel, MergeRule, deep_kernels, merge_kernels, quantile
-from inmerge_jax.training.train_step import TrainState
+from inmerge_jax.training.rule_schedule import only_every
 
 _CONTROL = 1
 
@@ -50,11 +49,7 @@ def make_treatment(kind: str, kernels: tuple[Kernel, ...]) -> Any:
     """A `steps.Treatment` of this kind, to be given `Numbers`."""
 
     def treat(params: Any, key: jax.Array, step: jax.Array, numbers: Numbers) -> Any:
-        rule = numbers.rule
-        now = step % numbers.every == 0
-        rule = MergeRule(
-            jnp.where(now, rule.probability, 0), rule.threshold, rule.alpha, rule.partner
-        )
+        rule = only_every(numbers.rule, numbers.every, step)
         merged, stats = merge_kernels(params, key, kernels, rule)
         if kind == "merge":
             return merged, stats
@@ -102,35 +97,3 @@ def _rows(weight: jax.Array, kernel: Kernel) -> jax.Array:
 def _from_rows(rows: jax.Array, kernel: Kernel) -> jax.Array:
     others = [size for axis, size in enumerate(kernel.shape) if axis != kernel.out_axis]
     return jnp.moveaxis(rows.reshape(kernel.count, *others), 0, kernel.out_axis)
-
-
-class Averages(NamedTuple):
-    """State of `average_weights`: the averages, and the updates so far."""
-
-    average: Any
-    count: jax.Array
-
-
-def average_weights(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the weights; the last in its chain.
-
-    The average of the first n updates has decay min(decay, n / (n + 9)), as in TensorFlow's
-    `ExponentialMovingAverage(num_updates)`, so that a short stage is not all its first weights.
-    """
-
-    def init(params: Any) -> Averages:
-        return Averages(params, jnp.zeros([], jnp.int32))
-
-    def update(updates: Any, state: Averages, params: Any = None) -> tuple[Any, Averages]:
-        count = state.count + 1
-        stays = jnp.minimum(decay, count / (count + 9))
-        moved = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, moved)
-        return updates, Averages(average, count)
-
-    return optax.GradientTransformation(init, update)
-
-
-def averaged(state: TrainState) -> TrainState:
-    """The state with the weights' averages for weights; for `StageConfig.eval_state_fn`."""
-    return state._replace(params=optax.tree.get(state.opt_state, "average"))

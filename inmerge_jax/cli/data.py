@@ -1,4 +1,4 @@
-"""Builds ChestX-ray14 from NIH's files, or measures its input: `inmerge data`."""
+"""Builds ChestX-ray14, prepares TFDS data sets, or measures the input: `inmerge data`."""
 
 import sys
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.data import TFDS_DIR
 from inmerge_jax.errors import UsageError
 
 
@@ -73,6 +74,34 @@ class Measure:
     seconds: float = 15.0
 
 
+@dataclass(frozen=True)
+class Prepare:
+    """Downloads a data set of TensorFlow Datasets and prepares it for `inmerge train --data NAME`.
+
+    It is stored as ArrayRecord, which is read without TensorFlow. Many builders need TensorFlow to
+    prepare a data set.
+
+    Attributes:
+      name: tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION, such as tfds:eurosat/rgb.
+      data_dir: Folder of TFDS's data sets.
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="tfds:NAME")]
+    data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = TFDS_DIR
+
+
+def run_prepare(config: Prepare) -> None:
+    """Prepares the data set, and prints how to train on it."""
+    from inmerge_jax.data.tfds import prepare_tfds
+
+    kind, _, name = config.name.partition(":")
+    if kind != "tfds" or not name:
+        raise UsageError(f"{config.name!r} is no data set to prepare: give tfds:NAME")
+    print(f"prepared {prepare_tfds(name, config.data_dir)}")
+    own = "" if config.data_dir == TFDS_DIR else f" --data-dir {config.data_dir}"
+    print(f"train on it: inmerge train --data {config.name}{own}")
+
+
 def run_build(config: Build) -> None:
     """Builds the data set, and prints counts and speed."""
     import os
@@ -113,7 +142,7 @@ def run_build(config: Build) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build, "measure": Measure},
+        {"build": Build, "prepare": Prepare, "measure": Measure},
         prog="inmerge data",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -121,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if isinstance(config, Build):
             run_build(config)
+        elif isinstance(config, Prepare):
+            run_prepare(config)
         else:
             from inmerge_jax.cli.input_speed import measure
 

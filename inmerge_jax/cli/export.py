@@ -1,10 +1,9 @@
 """Exports a trained network's weights for PyTorch: `inmerge export`."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -49,31 +48,12 @@ def export(config: ExportConfig) -> str:
     """
     from inmerge_jax.models.torchvision import to_state_dict
     from inmerge_jax.models.weight_files import check_target, write_state_dict
-    from inmerge_jax.training.checkpointing import read_arrays
-    from inmerge_jax.training.train import read_result
+    from inmerge_jax.training.load import find_stage
 
     check_target(config.to, overwrite=config.overwrite)
-    path = config.run / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{config.run} holds no run: there is no {path.name} in it")
-    settings = json.loads(path.read_bytes())
-    seed = settings["seeds"][0] if config.seed is None else config.seed
-    if seed not in settings["seeds"]:
-        there = " ".join(map(str, settings["seeds"]))
-        raise UsageError(f"--seed {seed}: the run in {config.run} has the seeds {there}")
-    if config.arm not in settings["arms"]:
-        there = ", ".join(settings["arms"])
-        raise UsageError(f"--arm {config.arm}: the run in {config.run} has the arms {there}")
-    stage = config.run / f"seed{seed}" / config.arm
-    result = read_result(stage)
-    if result is None:
-        raise UsageError(
-            f"{stage} is not finished: finish it with --resume and the run's own options"
-        )
-    epoch = result["best_epoch"]
-    name, stem = settings["model"]["name"], settings["model"]["stem"]
-    arrays = read_arrays(stage / "checkpoints" / str(epoch))
-    state_dict: dict[str, Any] = to_state_dict(name, _variables(arrays), names=config.names)
+    stage = find_stage(config.run, config.arm, config.seed)
+    name, stem = stage.config["model"]["name"], stage.config["model"]["stem"]
+    state_dict = to_state_dict(name, stage.variables(), names=config.names)
     try:
         net = config.names == "medmnist" and config.to.suffix != ".safetensors"
         write_state_dict(
@@ -83,16 +63,8 @@ def export(config: ExportConfig) -> str:
         raise UsageError(f"cannot write {config.to}: {error.strerror or error}") from error
     return (
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
-        f"seed {seed} {config.arm} epoch {epoch}"
+        f"seed {stage.seed} {stage.arm} epoch {stage.result['best_epoch']}"
     )
-
-
-def _variables(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The network's variables in a checkpoint, whose names are dotted paths."""
-    from flax.traverse_util import unflatten_dict
-
-    ours = ("params.", "batch_stats.")
-    return unflatten_dict({k: v for k, v in arrays.items() if k.startswith(ours)}, sep=".")
 
 
 def main(arguments: list[str] | None = None) -> int:

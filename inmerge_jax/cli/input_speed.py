@@ -17,7 +17,7 @@ from rich.table import Table
 
 from inmerge_jax.data import Split, train_batches
 from inmerge_jax.data.chestxray14.build import SPEED
-from inmerge_jax.data.chestxray14.images import find_images, image_size, reduce_image
+from inmerge_jax.data.chestxray14.images import Usual, find_images, reduce_image, usual
 from inmerge_jax.data.chestxray14.labels import ALL_IMAGES
 from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.workers import end_with_parent
@@ -71,7 +71,7 @@ def measure(
         ],
     }
     if paths:
-        pixels = image_size(paths[0])
+        pixels = usual(paths)[:2]
         found["reducing"] = {
             "from": list(pixels),
             "to": data.size,
@@ -147,7 +147,7 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
       UsageError: an image is damaged; a process was killed.
     """
     spawn = multiprocessing.get_context("spawn")
-    expected = image_size(paths[0])
+    expected = usual(paths)
     with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
 
         def once() -> Iterable[int]:
@@ -167,7 +167,7 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
             ) from error
 
 
-def _reduced_bytes(path: Path, size: int, expected: tuple[int, int]) -> int:
+def _reduced_bytes(path: Path, size: int, expected: Usual) -> int:
     return len(reduce_image(path, size, expected))
 
 

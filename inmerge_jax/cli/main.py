@@ -1,13 +1,17 @@
 """The command `inmerge`."""
 
-import importlib
 import sys
 from collections.abc import Sequence
+
+from inmerge_jax.cli.checks import prepare_process, require_modules
+from inmerge_jax.cli.errors import report
+from inmerge_jax.errors import UsageError
 
 COMMANDS = {
     "quickstart": "train on an embedded data set, in one to three minutes",
     "train": "train a backbone, then fine-tune it with and without merging",
     "report": "rewrite the HTML report of a run",
+    "predict": "score images with a trained network, as a CSV",
     "export": "export a trained network's weights for PyTorch",
     "data": "build ChestX-ray14 from NIH's files, or measure its input",
 }
@@ -44,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    # Imported on demand: the help needs no JAX.
-    module = importlib.import_module(f"inmerge_jax.cli.{name}")
-    return module.main(rest[:-1])
+    prepare_process()
+    try:
+        # Imported on demand: the help needs no JAX.
+        require_modules(f"inmerge_jax.cli.{name}")
+    except UsageError as error:
+        return report(error)
+    return sys.modules[f"inmerge_jax.cli.{name}"].main(rest[:-1])
 
 
 def run() -> None:

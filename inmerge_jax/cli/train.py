@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inmerge_jax.cli.checks import RUN_MODULES, prepare_process, require_modules, require_writable
 from inmerge_jax.cli.errors import BAD_INPUT, DONE, FAILED, PEER_LOST, report, with_options
 from inmerge_jax.errors import UsageError
 
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     from inmerge_jax.training.config import TrainConfig
 
 _PHANTOM = ("train", "val", "test", "findings", "multi_label", "difficulty", "seed")
-OPTIONS = {name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM} | {
-    "head_key": "--replace-head"
+_AUGMENT = ("crop", "rotate", "brightness", "contrast")
+OPTIONS = {
+    **{name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM},
+    **{name: f"--augment.{name}" for name in _AUGMENT},
+    "min_match": "--init-min-match",
 }
 """Options of arguments whose option is not their name with dashes."""
 
@@ -34,13 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     An interrupted run (SIGTERM: 143, Ctrl-C: 130) continues with `--resume`.
     """
-    from inmerge_jax.training.config import parse_config
+    prepare_process()
+    try:
+        require_modules("inmerge_jax.training.config")
+        from inmerge_jax.training.config import parse_config
 
-    status = _run(parse_config(arguments))
+        config = parse_config(arguments)
+        require_modules(*RUN_MODULES)
+    except UsageError as error:
+        return report(error, OPTIONS)
 
     from inmerge_jax.training.multihost import exit_process
 
-    return exit_process(status)
+    return exit_process(_run(config))
 
 
 def _run(config: "TrainConfig") -> int:
@@ -51,7 +61,13 @@ def _run(config: "TrainConfig") -> int:
 
     from inmerge_jax.cli.report import write_and_print
     from inmerge_jax.training.experiment import make_run_spec, run_experiment
-    from inmerge_jax.training.multihost import SyncedPreemption, connect, run_on_primary, run_synced
+    from inmerge_jax.training.multihost import (
+        SyncedPreemption,
+        connect,
+        is_primary,
+        run_on_primary,
+        run_synced,
+    )
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.train import NonFiniteLossError
     from inmerge_jax.training.workdir import check_output, write_error
@@ -59,9 +75,12 @@ def _run(config: "TrainConfig") -> int:
     preemption = PreemptionHandler()
     try:
         connect(config.coordinator, config.num_processes, config.process_id)
+        run_on_primary(require_writable, config.output)
         run_on_primary(check_output, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):
             spec = run_synced(make_run_spec, config)
+            if spec.init_report is not None and is_primary():
+                print(with_options(f"{config.model.init_from}: {spec.init_report}", OPTIONS))
             with preemption:
                 run_experiment(spec, SyncedPreemption(preemption))
         run_on_primary(write_and_print, config.output)

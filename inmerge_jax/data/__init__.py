@@ -1,11 +1,12 @@
-"""Data sets and batches: MedMNIST, ChestX-ray14 and the chest phantom, in one format."""
+"""Data sets and batches, in one format: MedMNIST, ChestX-ray14, TFDS, image files, a phantom."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist
+from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import in_bucket, local_copy
@@ -50,13 +51,16 @@ class DataConfig:
     """A data set and where its files are.
 
     Attributes:
-      name: "phantom" (generated), "chestxray14" (built by `inmerge data build`), or a 2-D MedMNIST
-        subset, see `medmnist.medmnist_names`.
-      size: Image size in pixels; MedMNIST: 28, 64, 128 or 224.
-      data_dir: Folder of MedMNIST files, or of a ChestX-ray14 build.
+      name: "phantom" (generated), "chestxray14" (built by `inmerge data build`), a MedMNIST subset
+        (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
+        `folder.load_folder`), or "tfds:NAME" (see `tfds.load_tfds`).
+      size: Image size in pixels; folder:, tfds:, chestxray14: that of the files by default.
+      data_dir: Folder of MedMNIST files, of a ChestX-ray14 build, or of TFDS's data sets.
       file: MedMNIST npz file to read instead.
       download: Missing MedMNIST files are downloaded, unless this is off.
       allow_unverified: Load a file whose MD5 is not MedMNIST's; results say so.
+      resize: Interpolation to that size: nearest, bilinear, bicubic; MedMNIST: of 28 px.
+      channels: Input channels for grey images; 3 repeats them.
       phantom: options of the phantom.
     """
 
@@ -66,42 +70,75 @@ class DataConfig:
     file: Path | None = None
     download: bool = True
     allow_unverified: bool = False
+    resize: Literal["nearest", "bilinear", "bicubic"] | None = None
+    channels: Literal[1, 3] | None = None
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
 
 
+TFDS_DIR = Path("~/tensorflow_datasets")
 DEFAULT_SIZE = 28
 """Image size in pixels, unless the options or the files determine it."""
+
+
+def has_own_size(name: str) -> bool:
+    """Whether the files of a data set determine its image size if none is given."""
+    return name == "chestxray14" or ":" in name
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Loads or generates the data set that `config` describes.
 
     Raises:
-      UsageError: the name or size is unknown, or a file is missing or damaged.
+      UsageError: the name or size is unknown, an option is for other data sets, or a file is
+        missing or damaged.
     """
+    dataset = _load(config)
+    if config.channels == 1 and dataset.channels == 3:
+        raise UsageError(
+            f"`channels` 1: the images of {dataset.name} have colours; leave it out, or give 3"
+        )
+    return dataset
+
+
+def _load(config: DataConfig) -> Dataset:
+    _check_options(config)
+    kind, _, place = config.name.partition(":")
     if in_bucket(config.data_dir):
-        needed = "*" if config.name == "chestxray14" else f"{config.name}*"
+        needed = f"{config.name}*" if config.name in medmnist_names() else "*"
         config = replace(config, data_dir=local_copy(config.data_dir, needed))
     if config.file is not None:
         config = replace(config, file=local_copy(config.file))
+    data_dir = None if config.data_dir == MEDMNIST_DIR else config.data_dir
+    if kind == "folder":
+        from inmerge_jax.data.folder import load_folder
+
+        return load_folder(
+            local_copy(place).expanduser(),
+            size=config.size,
+            channels=config.channels,
+            resize=config.resize,
+        )
+    if kind == "tfds":
+        from inmerge_jax.data.tfds import load_tfds
+
+        return load_tfds(
+            place,
+            data_dir or TFDS_DIR,
+            size=config.size,
+            channels=config.channels,
+            resize=config.resize,
+        )
     if config.name == "chestxray14":
         from inmerge_jax.data.chestxray14.records import load_chestxray14
 
-        if config.file is not None:
-            raise UsageError(f"`file` {config.file} is not read for chestxray14: give `data_dir`")
-        if config.data_dir == MEDMNIST_DIR:
+        if data_dir is None:
             raise UsageError(
                 "the data set chestxray14 needs `data_dir`, the folder that the command inmerge "
                 "data build has written"
             )
-        return load_chestxray14(config.data_dir, size=config.size)
+        return load_chestxray14(data_dir, size=config.size)
     size = DEFAULT_SIZE if config.size is None else config.size
     if config.name == "phantom":
-        if config.file is not None:
-            raise UsageError(
-                f"`file` {config.file} is not read for the phantom: name the MedMNIST subset that "
-                "it holds"
-            )
         chosen = config.phantom
         return make_phantom(
             size=size,
@@ -120,4 +157,31 @@ def load_dataset(config: DataConfig) -> Dataset:
         file=config.file,
         download=config.download,
         allow_unverified=config.allow_unverified,
+        resize=config.resize,
     )
+
+
+def _check_options(config: DataConfig) -> None:
+    """Refuses options that the chosen data set does not read."""
+    kind, colon, place = config.name.partition(":")
+    if kind in ("folder", "tfds"):
+        if not place:
+            raise UsageError(
+                f"`data` {config.name}: give folder:PATH, a folder or CSV, or tfds:NAME"
+            )
+    elif colon:
+        raise UsageError(f"`data` {config.name}: only folder:PATH and tfds:NAME have a colon")
+    if config.size is not None and config.size < 1:
+        raise UsageError(f"`size` {config.size}: choose 1 or more")
+    generated = config.name == "phantom"
+    unread = {
+        "data_dir": (generated or kind == "folder") and config.data_dir != MEDMNIST_DIR,
+        "file": (generated or has_own_size(config.name)) and config.file is not None,
+        "resize": (generated or kind == "chestxray14") and config.resize is not None,
+    }
+    for name, given in unread.items():
+        if given:
+            raise UsageError(
+                f"`{name}` {getattr(config, name)} is not read for {config.name}: leave it out, "
+                "or name the data set that it is for with `data`"
+            )

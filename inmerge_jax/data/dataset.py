@@ -1,7 +1,7 @@
 """The common format of all data sets."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,20 +30,22 @@ class Split:
     """Images and labels of one split.
 
     Attributes:
-      images: uint8 (n, height, width, channels); a NumPy array, or an object that reads rows on
-        indexing (`chestxray14.records.RecordImages`).
+      images: uint8 (n, height, width, channels), or (n, depth, height, width, channels); a NumPy
+        array, or an object that reads rows on indexing (`images.RowImages`).
       labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks.
       patients: int (n,), patient number of each image; None if unknown.
+      names: n names of the images; None if they have none.
     """
 
     images: np.ndarray | Images
     labels: np.ndarray
     patients: np.ndarray | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self):
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+        if self.images.ndim not in (4, 5) or self.images.dtype != np.uint8:
             raise ValueError(
-                "images must be uint8 (n, height, width, channels), "
+                "images must be uint8 (n, height, width, channels), or with a depth before them, "
                 f"found {self.images.dtype} {self.images.shape}"
             )
         expected = {1: np.int32, 2: np.uint8}.get(self.labels.ndim)
@@ -59,6 +61,9 @@ class Split:
                 f"patients must be (n,), one for each of the {len(self.images)} images, found "
                 f"{self.patients.shape}"
             )
+
+        if self.names is not None and len(self.names) != len(self.images):
+            raise ValueError(f"{len(self.images)} images but {len(self.names)} names")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,4 +1,4 @@
-"""The twelve 2-D MedMNIST subsets, from files with verified MD5."""
+"""The twelve 2-D and six 3-D MedMNIST subsets, from files with verified MD5."""
 
 import difflib
 import functools
@@ -8,18 +8,20 @@ import os
 import tempfile
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.data.images import Resize, RowImages, kept_in_memory, resized
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE
 
 MEDMNIST_DIR = Path("~/.medmnist")
 _ADDRESS = "https://zenodo.org/records/10519652/files"
-SIZES = (28, 64, 128, 224)
+SIZES, SIZES_3D = (28, 64, 128, 224), (28, 64)
 SPLITS = ("train", "val", "test")
 _OTHERS = ("phantom", "chestxray14")
 
@@ -32,21 +34,26 @@ def load_medmnist(
     file: Path | None = None,
     download: bool = True,
     allow_unverified: bool = False,
+    resize: Resize | None = None,
 ) -> Dataset:
-    """Loads a 2-D MedMNIST subset.
+    """Loads a MedMNIST subset.
 
     Args:
       name: name of the subset, see `medmnist_names`.
-      size: image height and width in pixels, one of `SIZES`.
+      size: image height and width in pixels, one of `SIZES`; depth too for a 3-D subset, one of
+        `SIZES_3D`. Any size with `resize`.
       data_dir: folder of medmnist's npz files ("breastmnist.npz", "breastmnist_64.npz"); a leading
         ~ is expanded.
       file: npz file to read instead; nothing is downloaded.
       download: download a missing file into `data_dir` through the medmnist package.
       allow_unverified: load a file with another MD5 than medmnist's, with a warning and a note in
         the data set's title.
+      resize: Pillow's interpolation from the stored size to `size`; the file of 28 px is read,
+        unless `file` names another. The data set's title says so.
 
     Returns:
-      The data set; task, class names and channels are those of medmnist's table.
+      The data set, with images uint8 (n, size, size, channels), or (n, size, size, size, 1) for a
+      3-D subset; task, class names and channels are those of medmnist's table.
 
     Raises:
       UsageError: the name or size is unknown; the file is missing, truncated or has another MD5;
@@ -55,37 +62,50 @@ def load_medmnist(
     Source: Yang et al., MedMNIST v2 (Scientific Data 2023); the table is `medmnist.INFO`.
     """
     info = _subset_info(name)
-    if size not in SIZES:
+    sizes = SIZES_3D if is_3d(name) else SIZES
+    if resize is not None and is_3d(name):
+        raise UsageError(f"`resize` {resize}: the volumes of {name} are not resized; leave it out")
+    if size not in sizes and resize is None:
         raise UsageError(
-            f"`size` {size}: MedMNIST has {', '.join(map(str, SIZES))} px; "
-            "the phantom comes in any size"
+            f"`size` {size}: {name} has {', '.join(map(str, sizes))} px; `resize` makes other "
+            "sizes of one of them"
         )
-    suffix = "" if size == 28 else f"_{size}"
+    suffixes = {pixels: "" if pixels == 28 else f"_{pixels}" for pixels in sizes}
+    stored = size if resize is None else 28
     if file is None:
-        path = Path(data_dir).expanduser() / f"{name}{suffix}.npz"
+        path = Path(data_dir).expanduser() / f"{name}{suffixes[stored]}.npz"
         remedy = "delete it to download it again, or name another with `file`"
         if not path.exists():
-            _download(info, size, path, allowed=download)
+            _download(info, stored, path, allowed=download)
     else:
         path = Path(file).expanduser()
         remedy = "name another with `file`"
     md5 = _checked_md5(path, remedy)
-    expected = info[f"MD5{suffix}"]
+    if file is not None and resize is not None:
+        known = {info[f"MD5{suffix}"]: pixels for pixels, suffix in suffixes.items()}
+        stored = known.get(md5, stored)
+    expected = info[f"MD5{suffixes[stored]}"]
     note = "" if md5 == expected else f"unverified file {path.name}"
     if note and not allow_unverified:
         raise UsageError(
             f"{path} has MD5 {md5}, but medmnist's table gives {expected} for {name} at "
-            f"{size} px: {remedy}, or load it as it is with `allow_unverified`"
+            f"{stored} px: {remedy}, or load it as it is with `allow_unverified`"
         )
     arrays = _read_arrays(path, remedy, verified=not note)
+    if note and resize is not None:
+        stored = arrays["train_images"].shape[1]
     classes = tuple(info["label"][str(k)] for k in range(len(info["label"])))
-    splits = {s: _make_split(path, s, arrays, info, name, size) for s in SPLITS}
+    splits = {s: _make_split(path, s, arrays, info, name, stored) for s in SPLITS}
     if note:
         warnings.warn(
-            f"{path} is not {info['python_class']} at {size} px as published (MD5 {md5} instead "
+            f"{path} is not {info['python_class']} at {stored} px as published (MD5 {md5} instead "
             f"of {expected}); loaded because of allow_unverified, and named in every result",
             stacklevel=2,
         )
+    unverified = bool(note)
+    if resize is not None and stored != size:
+        splits = _resized(splits, size, resize)
+        note = ", ".join(filter(None, [note, f"resized from {stored} px, {resize}"]))
     return Dataset(
         name=name,
         size=size,
@@ -93,16 +113,53 @@ def load_medmnist(
         classes=classes,
         source=f"{path.name}, MD5 {md5}",
         note=note,
-        fingerprint=_digest(path, "sha256") if note else "",
+        fingerprint=_digest(path, "sha256") if unverified else "",
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],
     )
 
 
+@dataclass(frozen=True)
+class ResizedImages(RowImages):
+    """Images that are resized on indexing.
+
+    Attributes:
+      images: uint8 (n, h, w, channels).
+      size: height and width of the results in pixels.
+      method: interpolation, see `images.resized`.
+    """
+
+    images: np.ndarray
+    size: int
+    method: Resize
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (len(self.images), self.size, self.size, self.images.shape[-1])
+
+    def read(self, row: int) -> np.ndarray:
+        """Image number `row`."""
+        return resized(self.images[row], self.size, self.method)
+
+
+def _resized(splits: dict[str, Split], size: int, method: Resize) -> dict[str, Split]:
+    images = [ResizedImages(np.asarray(split.images), size, method) for split in splits.values()]
+    return {
+        name: Split(array, split.labels)
+        for array, (name, split) in zip(kept_in_memory(images), splits.items(), strict=True)
+    }
+
+
 def medmnist_names() -> tuple[str, ...]:
-    """The names of the 2-D subsets, in the order of medmnist's table."""
-    return tuple(flag for flag in medmnist_info() if not flag.endswith("3d"))
+    """The names of the subsets, in the order of medmnist's table: 2-D, then 3-D."""
+    return tuple(medmnist_info())
+
+
+def is_3d(name: str) -> bool:
+    """Whether the images of a subset are volumes."""
+    return name.endswith("3d")
 
 
 @functools.cache
@@ -126,7 +183,10 @@ def _subset_info(name: str) -> dict[str, Any]:
         return medmnist_info()[name]
     close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}")
+    raise UsageError(
+        f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}, folder:PATH "
+        "and tfds:NAME"
+    )
 
 
 def _download(info: dict[str, Any], size: int, path: Path, *, allowed: bool) -> None:
@@ -225,19 +285,20 @@ def _make_split(
 def _checked_images(
     where: str, images: np.ndarray, info: dict[str, Any], name: str, size: int
 ) -> np.ndarray:
-    channels = info["n_channels"]
-    expected = f"({size}, {size})" if channels == 1 else f"({size}, {size}, {channels})"
+    channels, axes = info["n_channels"], 3 if is_3d(name) else 2
+    sides = (size,) * axes
+    expected = sides if channels == 1 else (*sides, channels)
     if images.dtype != np.uint8:
         raise UsageError(f"{where}: type {images.dtype}; MedMNIST images are uint8, 0 to 255")
     shape = images.shape
-    if images.ndim == 3:
+    if images.ndim == 1 + axes:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] != channels:
+    if images.ndim != 2 + axes or images.shape[-1] != channels:
         raise UsageError(f"{where}: shape {shape}; {name} has n images of {expected}")
-    if images.shape[1:3] != (size, size):
+    if images.shape[1:-1] != sides:
         raise UsageError(
-            f"{where}: images of {images.shape[1]} x {images.shape[2]} px, but `size` is {size}: "
-            "give the file's own size, or a file of that size"
+            f"{where}: images of {' x '.join(map(str, images.shape[1:-1]))} px, but `size` is "
+            f"{size}: give the file's own size, or a file of that size"
         )
     return images
 

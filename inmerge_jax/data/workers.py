@@ -133,8 +133,11 @@ def _signals_blocked() -> Iterator[None]:
     """Processes started in this context never receive SIGTERM or SIGINT.
 
     Terminals and schedulers send these to all processes of a group; the parent decides when its
-    workers end.
+    workers end. Windows has no signal masks.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield

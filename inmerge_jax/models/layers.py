@@ -24,8 +24,6 @@ BATCH_MOMENTS = "batch_moments"
 
 MOMENTUM, _EPSILON = 0.1, 1e-5
 
-"""Of the devices of a mapped axis, as `jax.lax.pmean` has them: equally many in each."""
-
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32, or in float64 if it has that."""
@@ -39,29 +37,61 @@ def scaled(channels: int, width: float) -> int:
 
 def conv(
     features: int,
-    size: int,
-    stride: int = 1,
+    size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
     *,
+    ndim: int = 2,
     use_bias: bool = False,
     kernel_init: Initializer = KAIMING_FAN_OUT,
     dtype: DTypeLike = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
-    """A square 2-D convolution padded by size // 2 on every side, as PyTorch's networks are.
+    """A convolution over `ndim` spatial axes, padded by size // 2 on every side, as in PyTorch.
 
-    XLA's "SAME" would pad a strided convolution on the right and at the bottom only.
+    A number for `size` or `stride` is that of every axis. XLA's "SAME" would pad a strided
+    convolution on the right and at the bottom only.
     """
+    sizes = (size,) * ndim if isinstance(size, int) else size
     return nn.Conv(
         features,
-        (size, size),
-        (stride, stride),
-        padding=[(size // 2, size // 2)] * 2,
+        sizes,
+        (stride,) * ndim if isinstance(stride, int) else stride,
+        padding=[(taps // 2, taps // 2) for taps in sizes],
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated=conv_general_dilated,
         name=name,
     )
+
+
+def patch_tokens(x: jax.Array, features: int, size: int, dtype: DTypeLike) -> jax.Array:
+    """One vector per patch, by a convolution named "patches" whose kernel and stride are `size`.
+
+    Initial weights are those of torchvision's Vision Transformers. Call it inside `nn.compact`.
+
+    Args:
+      x: float (batch, ..., channels): images, signals or volumes.
+      features: length of the vectors.
+      size: length of a patch along each spatial axis, in pixels or samples.
+      dtype: dtype of the result.
+
+    Returns:
+      (batch, tokens, features).
+
+    Raises:
+      UsageError: an axis of `x` is not a multiple of `size`.
+    """
+    spatial = x.shape[1:-1]
+    if any(length % size for length in spatial):
+        raise UsageError(
+            f"inputs of size {'x'.join(map(str, spatial))} do not divide into patches of {size}: "
+            f"choose a `size` that is a multiple of {size}"
+        )
+    init = variance_scaling(1.0, "fan_in", "truncated_normal")
+    window = (size,) * len(spatial)
+    x = nn.Conv(features, window, window, "VALID", dtype=dtype, kernel_init=init, name="patches")(x)
+    return x.reshape(len(x), -1, features)
 
 
 def before_stride(x: jax.Array, stride: int) -> jax.Array:

@@ -77,11 +77,12 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of four stages, each of `stage_sizes` blocks.
+    """A residual network of four stages, each of `stage_sizes` blocks, for any number of axes.
 
-    With the stem "imagenet" this is torchvision's network, initial values included; with "small"
-    the MedMNIST v2 benchmark's for 28 px (3x3 stem of stride 1, no max-pool, PyTorch's default
-    initial values). Blocks are named `layer1_0` where torchvision says `layer1.0`.
+    With the stem "imagenet" this is torchvision's network, initial values included (for volumes
+    `r3d_18`); with "small" the MedMNIST v2 benchmark's for 28 px (stem of 3 taps per axis and
+    stride 1, no max-pool, PyTorch's default initial values). Blocks are named `layer1_0` where
+    torchvision says `layer1.0`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -94,23 +95,32 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images (batch, h, w, c) to logits (batch, num_classes), at least float32."""
-        imagenet = self.stem == "imagenet"
+        """Maps inputs to logits (batch, num_classes), at least float32.
+
+        Inputs are signals (batch, time, c), images (batch, h, w, c) or volumes (batch, d, h, w, c).
+        """
+        imagenet, ndim = self.stem == "imagenet", x.ndim - 2
         make_conv = partial(
-            conv, kernel_init=KAIMING_FAN_OUT if imagenet else TORCH_DEFAULT, dtype=self.dtype
+            conv,
+            ndim=ndim,
+            kernel_init=KAIMING_FAN_OUT if imagenet else TORCH_DEFAULT,
+            dtype=self.dtype,
         )
         make_norm = partial(BatchNorm, train, self.dtype, self.axis_name)
 
         channels = scaled(_STAGE_CHANNELS[0], self.width)
-        x = make_conv(channels, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
+        size, stride = (7, 2) if imagenet else (3, 1)
+        if imagenet and ndim == 3:
+            size, stride = (3, 7, 7), (1, 2, 2)
+        x = make_conv(channels, size, stride, name="conv1")(x)
         x = nn.relu(make_norm(name="bn1")(x))
-        if imagenet:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        if imagenet and ndim < 3:
+            x = nn.max_pool(x, (3,) * ndim, (2,) * ndim, padding=((1, 1),) * ndim)  # pyright: ignore[reportArgumentType]
         for stage, blocks in enumerate(self.stage_sizes):
             channels = scaled(_STAGE_CHANNELS[stage], self.width)
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 name = f"layer{stage + 1}_{index}"
                 x = self.block(channels, stride, make_conv, make_norm, name=name)(x)
-        x = jnp.mean(x, axis=(1, 2))
+        x = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
         return at_least_float32(Linear(self.num_classes, self.dtype, name="fc")(x))

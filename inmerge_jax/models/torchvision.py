@@ -10,10 +10,13 @@ height, width there. So nothing is rounded, and a state dict comes back bit for 
 `num_batches_tracked`, which no network reads and no file needs, and which is written as 0.
 """
 
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +25,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
-from inmerge_jax.models.weight_files import read_state_dict, unwrapped, write_state_dict
+from inmerge_jax.models.weight_files import (
+    as_float32,
+    read_state_dict,
+    unwrapped,
+    write_state_dict,
+)
 
-__all__ = ["from_state_dict", "read_state_dict", "to_state_dict", "write_state_dict"]
+__all__ = [
+    "LoadReport",
+    "from_state_dict",
+    "match_state_dict",
+    "read_state_dict",
+    "to_state_dict",
+    "write_state_dict",
+]
 
 _POOLED = 7 * 7
 _SQUARE = 256
@@ -36,8 +51,36 @@ _LEAVES = {
     "var": "running_var",
 }
 _TRACKED = "num_batches_tracked"
+_SHOWN = 6
+"""Number of entries that a message lists."""
 
 Names = Literal["torchvision", "medmnist"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `match_state_dict` took from a state dict.
+
+    Attributes:
+      loaded: number of the network's entries that were loaded.
+      initialized: names of those that have their random initialization, as torchvision spells them.
+      unused: names of the state dict's entries that were not loaded, but for those of `misshapen`.
+      misshapen: entries of another shape, such as "conv1.weight: (64, 3, 7, 7) found, (64, 3, 3, 3)
+        expected"; for the first convolution with the argument that would make it fit.
+      share: loaded share of the convolution weights, by number of elements, in [0, 1]. It is that
+        of the network's, or of the state dict's if these are more, as in a deeper network's.
+    """
+
+    loaded: int
+    initialized: tuple[str, ...]
+    unused: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    share: float
+
+    def __str__(self) -> str:
+        first = f"{self.loaded} of {self.loaded + len(self.initialized)} entries"
+        lines = _lines(self.initialized, self.unused, self.misshapen, "initialized at random")
+        return "\n  ".join([f"{first}, {self.share:.1%} of the convolution weights", *lines])
 
 
 def from_state_dict(
@@ -48,67 +91,126 @@ def from_state_dict(
     num_classes: int | None = None,
     channels: int | None = None,
     width: float = 1.0,
-    head_key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """The variables of `create_model(name, ...)` that hold a PyTorch network's weights.
 
+    Every entry must be there and fit; `match_state_dict` takes the layers that fit.
+
     Args:
       name: one of `model_names()`.
-      state_dict: of torchvision's network of that name, in its present or its oldest spelling; of
-        such a network with the small stem, whose VGG has one layer "classifier"; or of the MedMNIST
-        v2 benchmark's ResNet, bare or as its checkpoint {"net": ...}. Values are PyTorch tensors or
-        arrays; they are copied, and other floating-point types are made float32.
+      state_dict: of torchvision's network of that name, in its present or its oldest spelling, or
+        in timm's; of such a network with the small stem, whose VGG has one layer "classifier"; or
+        of the MedMNIST v2 benchmark's ResNet. Wrappers such as {"net": ...} and prefixes such as
+        "module." are removed. Values are PyTorch tensors or arrays; they are copied, and other
+        floating-point types are made float32.
       stem: "small" or "imagenet"; None for the stem of the state dict.
       num_classes: number of logits; None for the state dict's.
       channels: of the images; None for the state dict's.
       width: as in `create_model`.
-      head_key: where the state dict's last layer has not `num_classes` outputs, a new one is drawn
-        from this key, as `model.init` draws it. With None that is an error.
 
     Returns:
       {"params": ..., "batch_stats": ...} of float32 NumPy arrays; no "batch_stats" without batch
       normalisation.
 
     Raises:
-      UsageError: an unknown name or stem; entries that are missing, surplus or of another shape,
-        all of which are listed.
+      UsageError: an unknown name or stem; entries that are missing, surplus, of another shape, or
+        of a dtype that is not floating-point.
     """
-    found = {_modern(key): value for key, value in unwrapped(state_dict).items()}
-    shapes = {key: tuple(np.shape(value)) for key, value in found.items()}
-    first, head = _first_and_head(name, shapes)
+    given = _read(name, state_dict)
     if stem is None:
-        stem = _stem_of(name, shapes)
+        stem = _stem_of(name, given.shapes)
+    first, head = _first_and_head(name, stem)
     if num_classes is None:
-        num_classes = (*shapes.get(f"{head}.weight", ()), 1)[0]
+        num_classes = (*given.shapes.get(f"{head}.weight", ()), 1)[0]
     if channels is None:
-        channels = (*shapes.get(f"{first}.weight", ()), 3, 3)[1]
-    model = create_model(name, num_classes, stem=stem, width=width)
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    init = partial(model.init, train=False)
-    template = jax.eval_shape(init, jax.random.key(0), image)
-    entries = _entries(name, template, "medmnist" if head == "linear" else "torchvision")
+        channels = (*given.shapes.get(f"{first}.weight", ()), 3, 3)[1]
+    _, entries = _network(name, num_classes, stem, channels, width)
+    missing, surplus, misshapen = _differences(given, entries, first)
+    if missing or surplus or misshapen:
+        remedy = "name the network, stem and width that it is of"
+        modules = {key.rpartition(".")[0] for key in misshapen}
+        if modules == {head} and not missing and not surplus:
+            remedy = "only the head differs: `match_state_dict` initializes a new one"
+        raise _refusal(
+            f"the state dict is not that of {name} with the {stem} stem, {channels} image channels "
+            f"and {num_classes} classes",
+            _lines(missing, surplus, misshapen.values(), "missing"),
+            [*given.names.values(), *given.others],
+            remedy,
+        )
+    return unflatten_dict(_arrays(given, entries))
 
-    expected = {key: _torch_shape(leaf.shape) for key, (_, leaf) in entries.items()}
-    fresh = {f"{head}.weight", f"{head}.bias"} & shapes.keys()
-    if head_key is None or all(shapes[key][0] == num_classes for key in fresh):
-        fresh = set()
-    tracked = {key for key in shapes if _is_tracked(key, expected)}
-    _check(
-        f"the state dict is not that of {name} with the {stem} stem, {channels} image channels "
-        f"and {num_classes} classes",
-        {key: shape for key, shape in expected.items() if key not in fresh},
-        {key: shape for key, shape in shapes.items() if key not in fresh | tracked},
-        head,
+
+def match_state_dict(
+    name: str,
+    state_dict: Mapping[str, Any],
+    *,
+    stem: str,
+    num_classes: int,
+    channels: int,
+    key: jax.Array,
+    width: float = 1.0,
+    replace_head: bool = False,
+    min_match: float = 0.9,
+) -> tuple[dict[str, Any], LoadReport]:
+    """As `from_state_dict`, but takes the layers that fit and initializes the others.
+
+    The others are typically the last layer, for another number of classes; a VGG's hidden layers;
+    and for another stem or number of channels the first convolution and its normalisation.
+
+    Args:
+      name: one of `model_names()`.
+      state_dict: as in `from_state_dict`; layers may be missing, surplus or of another shape.
+      stem: "small" or "imagenet".
+      num_classes: number of logits.
+      channels: of the images.
+      key: random key; initialized layers have the values that `model.init` gives them.
+      width: as in `create_model`.
+      replace_head: initialize the last layer, even if the state dict's fits.
+      min_match: lowest accepted `LoadReport.share`.
+
+    Raises:
+      UsageError: an unknown name or stem; fewer convolution weights fit than `min_match`; or an
+        entry that fits has a dtype that is not floating-point.
+    """
+    given = _read(name, state_dict)
+    init, entries = _network(name, num_classes, stem, channels, width)
+    first, head = _first_and_head(name, stem)
+    missing, surplus, misshapen = _differences(given, entries, first)
+    fits = [entry for entry in entries if entry not in misshapen and entry in given.shapes]
+    # A bias or a running mean is of no use without its layer's weight.
+    layers = {_layer(entry) for entry in fits if entry.endswith(".weight")}
+    if replace_head:
+        layers.discard(head)
+    if first not in layers:
+        layers.discard(_NORM_OF_FIRST[first])
+    loaded = {entry: entries[entry] for entry in fits if _layer(entry) in layers}
+    initialized = [entry for entry in entries if entry not in loaded]
+
+    sizes = {entry: math.prod(leaf.shape) for entry, (_, leaf) in entries.items() if leaf.ndim == 4}
+    total = max(sum(sizes.values()), _convolution_weights(given, sizes))
+    share = sum(size for entry, size in sizes.items() if entry in loaded) / total
+    if share < min_match:
+        raise _refusal(
+            f"{share:.1%} of the convolution weights fit {name} with the {stem} stem and width "
+            f"{width:g}, fewer than `min_match` {min_match:g}",
+            _lines(missing, surplus, misshapen.values(), "missing"),
+            [*given.names.values(), *given.others],
+            "name the network and width that the weights are of, or lower `min_match`",
+        )
+    unused = [given.names[entry] for entry in fits if entry not in loaded]
+    report = LoadReport(
+        len(loaded),
+        tuple(initialized),
+        (*unused, *surplus),
+        tuple(misshapen.values()),
+        share,
     )
-    leaves = {
-        path: _to_ours(path, _array(found[key]))
-        for key, (path, _) in entries.items()
-        if key not in fresh
-    }
-    if fresh:
-        paths = [entries[key][0] for key in sorted(fresh)]
-        leaves |= _drawn(init, head_key, image.shape, paths)
-    return unflatten_dict({path: leaves[path] for path, _ in entries.values()})
+    leaves = _arrays(given, loaded)
+    if initialized:
+        paths = [entries[entry][0] for entry in initialized]
+        leaves |= _drawn(init, key, (1, 32, 32, channels), paths)
+    return unflatten_dict({path: leaves[path] for path, _ in entries.values()}), report
 
 
 def to_state_dict(
@@ -138,30 +240,44 @@ def to_state_dict(
             f"{name} with the {stem} stem has no names in the MedMNIST benchmark, whose networks "
             "are ResNets with the small stem; take torchvision's names"
         )
-    model = create_model(name, 1, stem=stem, width=1 / 64)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    template = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
-    _check(
-        f"the variables are not those of {name} with the {stem} stem",
-        {"/".join(path): () for path in flatten_dict(template)},
-        {"/".join(path): () for path in leaves},
-    )
+    entries = _network(name, 1, stem, 3, 1 / 64, names)[1]
+    expected = {path: "/".join(path) for path, _ in entries.values()}
+    missing = [text for path, text in expected.items() if path not in leaves]
+    surplus = ["/".join(path) for path in leaves if path not in expected]
+    if missing or surplus:
+        raise _refusal(
+            f"the variables are not those of {name} with the {stem} stem",
+            _lines(missing, surplus, (), "missing"),
+            (),
+            "name the network that they are of",
+        )
     state_dict = {}
-    for key, (path, _) in _entries(name, template, names).items():
+    for key, (path, _) in entries.items():
         state_dict[key] = _to_torch(path, np.asarray(leaves[path], np.float32))
         if key.endswith(".running_var"):
             state_dict[key.replace("running_var", _TRACKED)] = np.zeros((), np.int64)
     return state_dict
 
 
-# ---- names
+# ---- the network's entries
+
+_Entries = Mapping[str, tuple[tuple[str, ...], Any]]
+"""PyTorch's name of an entry to our path and the leaf there."""
 
 
-def _entries(
-    name: str, variables: Mapping[str, Any], names: Names
-) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """PyTorch's key to our path and the leaf there."""
-    flat = flatten_dict(variables)
+def _network(
+    name: str,
+    num_classes: int,
+    stem: str,
+    channels: int,
+    width: float,
+    names: Names = "torchvision",
+) -> tuple[Any, _Entries]:
+    """The network's `init`, and its entries with abstract leaves."""
+    model = create_model(name, num_classes, stem=stem, width=width)
+    init = partial(model.init, train=False)
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    flat = flatten_dict(jax.eval_shape(init, jax.random.key(0), image))
     modules = _vgg_modules(path[1] for path in flat) if name.startswith("vgg") else {}
     entries = {}
     for path, leaf in flat.items():
@@ -174,7 +290,7 @@ def _entries(
             place = ".".join(module).replace("_denselayer", ".denselayer")
             place = place if place == "classifier" else f"features.{place}"
         entries[f"{place}.{_LEAVES[last]}"] = (path, leaf)
-    return entries
+    return init, entries
 
 
 def _vgg_modules(modules: Iterable[str]) -> dict[str, str]:
@@ -203,28 +319,22 @@ def _resnet_module(module: str, names: Names) -> str:
     return "linear" if (module, names) == ("fc", "medmnist") else module
 
 
-def _modern(key: str) -> str:
-    """The names of today: torchvision's DenseNet files still spell norm1 as norm.1."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key)
+_NORM_OF_FIRST = {"features.0": "features.1", "features.conv0": "features.norm0", "conv1": "bn1"}
+"""PyTorch's name of the first convolution to that of its normalisation, if it has one."""
 
 
-def _first_and_head(name: str, shapes: Mapping[str, Any]) -> tuple[str, str]:
+def _first_and_head(name: str, stem: str) -> tuple[str, str]:
     """PyTorch's names of the first convolution and of the last layer."""
     if name.startswith("vgg"):
-        imagenet = _stem_of(name, shapes) == "imagenet"
-        return "features.0", "classifier.6" if imagenet else "classifier"
-    if name.startswith("densenet"):
-        return "features.conv0", "classifier"
-    return "conv1", "linear" if "linear.weight" in shapes else "fc"
+        return "features.0", "classifier.6" if stem == "imagenet" else "classifier"
+    return ("features.conv0", "classifier") if name.startswith("densenet") else ("conv1", "fc")
 
 
 def _stem_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     if name.startswith("vgg"):
         return "small" if "classifier.weight" in shapes else "imagenet"
     first = "features.conv0" if name.startswith("densenet") else "conv1"
-    benchmark = "linear.weight" in shapes
-    small = shapes.get(f"{first}.weight", ())[2:] == (3, 3) or benchmark
-    return "small" if small else "imagenet"
+    return "small" if shapes.get(f"{first}.weight", ())[2:] == (3, 3) else "imagenet"
 
 
 def _stem_of_ours(name: str, leaves: Mapping[tuple[str, ...], Any]) -> str:
@@ -235,32 +345,144 @@ def _stem_of_ours(name: str, leaves: Mapping[tuple[str, ...], Any]) -> str:
     return "small" if np.shape(stem)[:2] == (3, 3) else "imagenet"
 
 
-def _is_tracked(key: str, expected: Mapping[str, Any]) -> bool:
-    module, _, last = key.rpartition(".")
-    return last == _TRACKED and f"{module}.running_var" in expected
+def _layer(entry: str) -> str:
+    return entry.rpartition(".")[0]
 
 
-def _check(
-    what: str,
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    head: str | None = None,
-) -> None:
-    missing = [key for key in expected if key not in found]
-    surplus = [key for key in found if key not in expected]
-    misshapen = [key for key in expected if key in found and found[key] != expected[key]]
-    if not missing and not surplus and not misshapen:
-        return
-    lines = [what + ":"]
-    lines += [f"missing: {', '.join(missing)}"] if missing else []
-    lines += [f"surplus: {', '.join(surplus)}"] if surplus else []
-    lines += [f"{key}: {found[key]} found, {expected[key]} expected" for key in misshapen]
-    text = "\n  ".join(lines)
-    if not missing and not surplus and {key.rpartition(".")[0] for key in misshapen} == {head}:
-        text += "\nonly the head differs: give `head_key` to initialize a new one"
-    else:
-        text += "\nname the network, stem and width that it is of"
-    raise UsageError(text)
+# ---- other people's state dicts
+
+_ANCHORS = {
+    "resnet": "layer1.0.conv1.weight",
+    "densenet": "features.denseblock1.denselayer1.conv1.weight",
+    "vgg": "features.0.weight",
+}
+"""An entry that every network of a family has; what precedes it is a prefix."""
+_RENAMED = {
+    "resnet": {r"^linear\.": "fc.", r"\.shortcut\.": ".downsample."},  # the MedMNIST benchmark
+    "vgg": {  # timm
+        r"^pre_logits\.fc1\.": "classifier.0.",
+        r"^pre_logits\.fc2\.": "classifier.3.",
+        r"^head\.fc\.": "classifier.6.",
+    },
+}
+
+
+class _Given(NamedTuple):
+    """A state dict's entries by torchvision's names.
+
+    Attributes:
+      values: name to value.
+      names: name to the state dict's own.
+      shapes: name to the shape that torchvision's layer has.
+      others: names of entries outside the network.
+    """
+
+    values: Mapping[str, Any]
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    others: tuple[str, ...]
+
+
+def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
+    """Finds a network's entries in a state dict, whatever it is wrapped in and prefixed by."""
+    create_model(name, 1)  # checks the name
+    family = name.rstrip("0123456789bn_")
+    # DataParallel and torch.compile wrap modules at any place. torchvision's DenseNet files still
+    # spell norm1 as norm.1.
+    values = unwrapped(state_dict)
+    plain = {key: re.sub(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.", "", key) for key in values}
+    plain = {
+        key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", new)
+        for key, new in plain.items()
+    }
+    prefix, start = "", ""
+    anchor = _ANCHORS[family]
+    # The second: `model.features.state_dict()`.
+    for added in ("", "features."):
+        end = anchor.removeprefix(added)
+        found = [key for key in plain.values() if f".{key}".endswith(f".{end}")]
+        if found:
+            prefix, start = found[0].removesuffix(end), added
+            break
+    names: dict[str, str] = {}
+    for key, new in plain.items():
+        if new.startswith(prefix):
+            new = start + new.removeprefix(prefix)
+            for pattern, replacement in _RENAMED.get(family, {}).items():
+                new = re.sub(pattern, replacement, new)
+            names[new] = key
+    shapes = {new: tuple(np.shape(values[key])) for new, key in names.items()}
+    for new, shape in shapes.items():
+        if len(shape) == 4 and new.startswith("classifier."):
+            shapes[new] = (shape[0], math.prod(shape[1:]))  # timm's linear layers are convolutions
+    others = tuple(key for key, new in plain.items() if not new.startswith(prefix))
+    return _Given({new: values[key] for new, key in names.items()}, names, shapes, others)
+
+
+def _differences(
+    given: _Given, entries: _Entries, first: str
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Missing and surplus entries, and a text for each entry of another shape."""
+    missing = [entry for entry in entries if entry not in given.shapes]
+    surplus = [
+        name
+        for entry, name in given.names.items()
+        if entry not in entries
+        and not (entry.endswith(_TRACKED) and f"{_layer(entry)}.running_var" in entries)
+    ]
+    misshapen = {}
+    for entry, (_, leaf) in entries.items():
+        found, expected = given.shapes.get(entry), _torch_shape(leaf.shape)
+        if found not in (None, expected):
+            misshapen[entry] = f"{given.names[entry]}: {found} found, {expected} expected"
+            if entry == f"{first}.weight":
+                misshapen[entry] += _remedy(found, expected)
+    return missing, [*surplus, *given.others], misshapen
+
+
+def _remedy(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The arguments with which the first convolution would fit."""
+    arguments = []
+    if len(found) == 4 and found[1] != expected[1] and found[1] in (1, 3):
+        arguments.append(f"`channels={found[1]}`")
+    stems = {(3, 3): "small", (7, 7): "imagenet"}
+    if found[2:] != expected[2:] and found[2:] in stems:
+        arguments.append(f"`stem={stems[found[2:]]}`")
+    return f"; it would fit with {' and '.join(arguments)}" if arguments else ""
+
+
+def _convolution_weights(given: _Given, convolutions: Iterable[str]) -> int:
+    """Number of elements of all convolutions in those parts of a network that have some of ours.
+
+    A deeper network's state dict has more of them in the same parts.
+    """
+    parts = {entry.partition(".")[0] for entry in convolutions}
+    return sum(
+        math.prod(shape)
+        for entry, shape in given.shapes.items()
+        if len(shape) == 4 and entry.partition(".")[0] in parts
+    )
+
+
+def _lines(
+    missing: Iterable[str], surplus: Iterable[str], misshapen: Iterable[str], absent: str
+) -> list[str]:
+    """The first few of each kind of entry; `absent` says what is done about missing ones."""
+    named = {absent: _first_few(missing), "not used": _first_few(surplus)}
+    lines = [f"{title}: {', '.join(names)}" for title, names in named.items() if names]
+    return [*lines, *_first_few(misshapen)]
+
+
+def _first_few(texts: Iterable[str]) -> list[str]:
+    texts = list(texts)
+    more = len(texts) - _SHOWN
+    return texts if more <= 0 else [*texts[:_SHOWN], f"and {more} more"]
+
+
+def _refusal(what: str, lines: list[str], names: Iterable[str], remedy: str) -> UsageError:
+    prefix = os.path.commonprefix(list(names)).rpartition(".")[0]  # noqa: RUF071
+    lines = [*lines, f"all names begin with {prefix!r}"] if prefix else lines
+    return UsageError("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
 
 
 # ---- arrays
@@ -312,10 +534,13 @@ def _copy(view: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _array(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a PyTorch tensor, whose bfloat16 NumPy does not know
-        value = value.detach().cpu().float().numpy()
-    return np.asarray(value, np.float32)
+def _arrays(given: _Given, entries: _Entries) -> dict[tuple[str, ...], np.ndarray]:
+    """Path to float32 array."""
+    leaves = {}
+    for entry, (path, _) in entries.items():
+        array = as_float32(given.names[entry], given.values[entry])
+        leaves[path] = _to_ours(path, array.reshape(given.shapes[entry]))
+    return leaves
 
 
 def _drawn(

@@ -63,10 +63,9 @@ def training_plots(run: Run) -> list[Plot]:
         ("val_auc", "Validation AUC", "AUC"),
         ("val_acc", "Validation ACC", "ACC"),
     )
-    caption = (
-        "One line per seed. Dots: epoch of the tested checkpoint. The second stage starts from the "
-        "backbone's dot."
-    )
+    caption = "One line per seed. Dots: epoch of the tested checkpoint."
+    if not run.single_stage:
+        caption += " The second stage starts from the backbone's dot."
     if not run.history:
         return []
     return [
@@ -184,7 +183,8 @@ def _inline(svg: str) -> str:
 
 
 def _curves(axes: Axes, run: Run, name: str, title: str, unit: str) -> None:
-    start = max((len(h) for (_, arm), h in run.history.items() if arm == "backbone"), default=0)
+    backbones = (h for (_, arm), h in run.history.items() if arm == "backbone")
+    start = 0 if run.single_stage else max(map(len, backbones), default=0)
     defined = False
     for arm in ARMS:
         shift = 0 if arm == "backbone" else start
@@ -207,7 +207,8 @@ def _curves(axes: Axes, run: Run, name: str, title: str, unit: str) -> None:
         axes.axvline(start + 0.5, color=GUIDE, lw=1, ls=":")
     if not defined:
         _overlay(axes, "undefined in every epoch")
-    _finish(axes, title, "epoch (second stage right of the dotted line)", unit)
+    stages = "" if run.single_stage else " (second stage right of the dotted line)"
+    _finish(axes, title, f"epoch{stages}", unit)
 
 
 def _merges(history: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -43,7 +43,8 @@ class Run:
     @property
     def missing(self) -> list[str]:
         """Arms and files that the folder lacks, as phrases for the report."""
-        found = [f"arm {arm} was not run" for arm in ARMS if arm not in self.arms]
+        expected = {arm for pair in self.pairs for arm in pair}
+        found = [f"arm {arm} was not run" for arm in ARMS if arm in expected - {*self.arms}]
         files = ("config.json", "environment.json")
         found += [f"the file {x} is missing" for x in files if not (self.folder / x).exists()]
         scores = self._score_files().items()
@@ -51,6 +52,18 @@ class Run:
         if lost:
             found.append(f"no test scores of {'; '.join(lost)}, so no margin over test images")
         return found
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether inmerge started from the backbone's first weights and has the same epochs."""
+        return "merge_from_epoch" in (self.results.get("rule") or {})
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of arms to compare, the main one first."""
+        if self.single_stage:
+            return (("inmerge", "backbone"),)
+        return (("inmerge", "finetune"), ("finetune", "backbone"))
 
     @property
     def dataset(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from inmerge_jax.reporting.resampling import patient_index
 from inmerge_jax.reporting.runs import Run, number
 
 METRICS = ("auc", "acc")
-PAIRS = (("inmerge", "finetune"), ("finetune", "backbone"))
 CONFIDENCE = 0.95
 
 
@@ -111,7 +110,7 @@ def summarize(run: Run) -> Summary:
     }
     differences = {
         (left, right): {m: _difference(arms[left][m], arms[right][m]) for m in METRICS}
-        for left, right in PAIRS
+        for left, right in run.pairs
         if left in arms and right in arms
     }
     tests = [result["test"] for arm in run.arms for result in run.arm(arm).values()]
@@ -206,7 +205,7 @@ def sampling_error(run: Run) -> SamplingError | None:
         return float(np.sqrt((by_patient**2).sum()) / len(labels))
 
     margin = {}
-    for left, right in PAIRS:
+    for left, right in run.pairs:
         seeds = [s for s in run.seeds if (s, left) in found and (s, right) in found]
         if seeds:
             margin[left, right] = {

@@ -28,7 +28,6 @@ from inmerge_jax.reporting.ranking import Ranking, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
 from inmerge_jax.reporting.summary import (
     METRICS,
-    PAIRS,
     LayerMerges,
     Summary,
     pairs_above,
@@ -89,11 +88,11 @@ def make_report(run: Run) -> Report:
 def headline(run: Run, summary: Summary) -> str:
     """The main result: mean paired difference, interval, number of seeds, kernels merged."""
     title = run.dataset.get("title") or run.dataset["name"]
-    pair = summary.differences.get(PAIRS[0])
+    pair = summary.differences.get(run.pairs[0])
     text = f"{title}: no paired difference, arms that were run: {', '.join(run.arms) or 'none'}"
     if pair is not None:
         text = (
-            f"{title}: test AUC of inmerge {MINUS} finetune, mean paired difference "
+            f"{title}: test AUC of {_pair_name(run.pairs[0])}, mean paired difference "
             f"{signed(pair['auc'].mean)}, 95% interval {interval(pair['auc'])}; "
             f"seeds: {pair['auc'].count}"
         )
@@ -179,11 +178,11 @@ def difference_table(summary: Summary) -> Table:
 
 
 def seed_table(run: Run, summary: Summary) -> Table:
-    """Test AUC and ACC of every seed, and their differences between inmerge and finetune."""
+    """Test AUC and ACC of every seed, and the differences between the arms of the main pair."""
     shown = [(arm, found, plain) for arm, found in summary.arms.items()]
-    pair = summary.differences.get(PAIRS[0])
+    pair = summary.differences.get(run.pairs[0])
     if pair is not None:
-        shown.append((_pair_name(PAIRS[0]), pair, signed))
+        shown.append((_pair_name(run.pairs[0]), pair, signed))
     rows = tuple(
         (
             str(seed),
@@ -234,7 +233,8 @@ def rule_table(run: Run) -> Table:
     rule = dict(run.results["rule"])
     if "quantile" in rule:
         rule["threshold"] = f"quantile {rule.pop('quantile')} of each layer"
-    rows = tuple((n, str(rule[n]), str(RELEASED_RULE[n])) for n in RELEASED_RULE if n in rule)
+    names = [name for name in dict.fromkeys((*RELEASED_RULE, *rule)) if name in rule]
+    rows = tuple((n, str(rule[n]), str(RELEASED_RULE.get(n, "none"))) for n in names)
     columns = ("setting", "this run", "released code")
     return Table("Merge rule", columns, rows, ("rule",) * len(rows))
 

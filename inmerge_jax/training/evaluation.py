@@ -1,13 +1,14 @@
-"""Evaluation of a split: with fixed weights, or with a merge before every image."""
+"""Evaluation of a split: with fixed weights, re-estimated statistics, or a merge per image."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from inmerge_jax.data import Split, eval_batches
+from inmerge_jax.batch_stats import recompute_batch_stats
+from inmerge_jax.data import Split, eval_batches, steps_per_epoch, train_batches
 from inmerge_jax.training.multihost import gather_rows
 from inmerge_jax.training.parallel import replicate, shard_batch, unreplicate
 from inmerge_jax.training.preemption import TrainingInterrupted
@@ -66,6 +67,56 @@ def evaluate(
     all_scores, all_losses = gather_rows(np.stack(scores)), gather_rows(np.stack(losses))
     loss = all_losses.astype(np.float64).sum(1).sum() / len(images)
     return all_scores.reshape(-1, all_scores.shape[-1])[: len(images)], float(loss)
+
+
+def with_batch_stats_of(
+    images: Split,
+    step: Callable[..., Any],
+    state: TrainState,
+    *,
+    seed: int,
+    batch_size: int,
+    batches: int | None,
+    devices: tuple[jax.Device, ...],
+    workers: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """The state with the batch statistics that its weights have on the training images.
+
+    Args:
+      images: the training split.
+      step: the result of `train_step.make_batch_stats_step`.
+      state: replicated train state.
+      seed: selects the order of the images, which is the same at each call.
+      batch_size: examples per batch, over all devices.
+      batches: number of batches; None for one pass.
+      devices: the devices that the step runs on.
+      workers: number of processes that read images; 0 for none.
+      should_stop: called before every batch.
+
+    Raises:
+      TrainingInterrupted: `should_stop` returned True.
+    """
+
+    def sharded() -> Iterator[dict[str, jax.Array]]:
+        for batch in train_batches(
+            images,
+            seed=seed,
+            batch_size=batch_size,
+            stop=batches or steps_per_epoch(len(images), batch_size),
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            workers=workers,
+        ):
+            if should_stop():
+                raise TrainingInterrupted("stopped in an evaluation")
+            yield shard_batch(batch, devices)
+
+    def update(batch_stats: Any, batch: Any) -> Any:
+        return step(state.params, batch_stats, batch)
+
+    found = recompute_batch_stats(update, state.batch_stats, sharded())
+    return state._replace(batch_stats=found)
 
 
 def evaluate_merging(

@@ -1,4 +1,7 @@
-"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint."""
+"""A run over all seeds: a backbone, then finetune and inmerge from its best checkpoint.
+
+In a single stage (`merge_from_epoch`), inmerge starts from the backbone's first weights instead.
+"""
 
 import contextlib
 import dataclasses
@@ -20,6 +23,7 @@ from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.models import create_model
+from inmerge_jax.models.torchvision import LoadReport
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import (
@@ -30,20 +34,26 @@ from inmerge_jax.training.config import (
     config_dict,
     resolve_recipe,
     resolve_rule,
+    schedule_rule,
 )
 from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
 from inmerge_jax.training.init import (
     conv_kernels,
     file_sha256,
+    has_batch_stats,
     init_variables,
     pretrained_variables,
 )
+from inmerge_jax.training.metrics import selection_notice
+from inmerge_jax.training.monitoring import StageMonitor, check_monitoring
 from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
-from inmerge_jax.training.recipes import Recipe, label_pos_weights
+from inmerge_jax.training.recipes import Recipe, fit_recipe, loss_weights
+from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
+    make_batch_stats_step,
     make_eval_step,
     make_merging_eval_step,
     make_optimizer,
@@ -74,6 +84,8 @@ class RunSpec:
       notice: the reason why `deep` is empty, if the released code merges nothing; else "".
       workers: number of processes that read images.
       init_sha256: hash of the file of initial weights; None for random weights.
+      schedule: the rule at each update, if it changes; else `rule`.
+      init_report: what was loaded from this file; None for random weights.
     """
 
     config: TrainConfig
@@ -89,6 +101,18 @@ class RunSpec:
     notice: str
     workers: int
     init_sha256: str | None = None
+    schedule: MergeRule | RuleSchedule | None = None
+    init_report: LoadReport | None = None
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether inmerge starts from the backbone's first weights, in place of its best ones."""
+        return self.config.rule.merge_from_epoch is not None
+
+    @property
+    def second_epochs(self) -> int:
+        """Epochs of each arm but the backbone."""
+        return self.recipe.epochs if self.single_stage else self.recipe.merging_epochs
 
 
 def make_run_spec(config: TrainConfig) -> RunSpec:
@@ -104,14 +128,22 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     check_steps_per_execution(config.steps_per_execution, devices[0].platform)
     _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
     dataset = load_dataset(config.data)
-    _check_updates(
-        config.steps_per_execution, steps_per_epoch(len(dataset.train), recipe.batch_size)
+    updates = steps_per_epoch(len(dataset.train), recipe.batch_size)
+    _check_updates(config.steps_per_execution, updates)
+    check_monitoring(
+        config.output,
+        tensorboard=config.logging.tensorboard,
+        profile=config.logging.profile,
+        updates=updates,
+        steps_per_execution=config.steps_per_execution,
     )
     workers = _workers(config, dataset)
-    if recipe.pos_weight is not None and not dataset.multi_label:
+    recipe = fit_recipe(recipe, dataset, config.data.channels)
+    if dataset.train.images.ndim == 5:
         raise UsageError(
-            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
-            f"{dataset.task}: leave it out"
+            f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
+            f"{dataset.size} voxels, but `model` {config.model.name} is trained on 2-D images: "
+            "choose a 2-D data set"
         )
     model = create_model(
         config.model.name,
@@ -127,14 +159,47 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     kernels = conv_kernels(model, shape)
     preset = find_preset(config.preset)
     deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    if recipe.recompute_batch_stats != "off":
+        _check_batch_stats(config, model, shape, recipe, preset)
     spec = RunSpec(
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
+    schedule = schedule_rule(config.rule, rule, spec.second_epochs, updates)
+    if recipe.average_weights is not None and preset.merge_in_validation:
+        raise UsageError(
+            f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
+            "validation merges the weights themselves; leave one of them out"
+        )
+    if schedule is not rule and preset.merge_in_validation:
+        raise UsageError(
+            f"`preset` {config.preset} merges before each validation image too, for which there is "
+            "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
+        )
+    spec = dataclasses.replace(spec, schedule=schedule)
     if config.model.init_from is None:
         return spec
-    spec = dataclasses.replace(spec, init_sha256=file_sha256(config.model.init_from))
-    initial_variables(spec, config.seeds[0])
-    return spec
+    sha256 = file_sha256(config.model.init_from)
+    *_, report = pretrained_variables(
+        config.model, sha256, dataset.num_classes, channels, config.seeds[0]
+    )
+    return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
+
+
+def _check_batch_stats(
+    config: TrainConfig,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    recipe: Recipe,
+    preset: Preset,
+) -> None:
+    name = f"`recompute_batch_stats` {recipe.recompute_batch_stats}"
+    if not has_batch_stats(model, shape):
+        raise UsageError(f"{name}: {config.model.name} has no batch normalisation; leave it out")
+    if preset.merge_in_validation:
+        raise UsageError(
+            f"{name}: with `preset` {config.preset}, weights merge before each validation image, "
+            "and statistics cannot follow; leave one of them out"
+        )
 
 
 def _check_updates(steps_per_execution: int, updates: int) -> None:
@@ -192,6 +257,8 @@ def run_experiment(
         folder = run_on_primary(held.enter_context, run)
         moved = "; ".join(run_on_primary(environment_changes, folder))
         notices = (f"{_MOVED}: {moved}",) if moved else ()
+        if notice := selection_notice(spec.recipe, spec.dataset):
+            notices += (notice,)
         return _run_experiment(spec, folder, should_stop, notices)
 
 
@@ -215,7 +282,7 @@ def _run_experiment(
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
     batch_size = spec.recipe.batch_size
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
-    epochs = spec.recipe.epochs + spec.recipe.merging_epochs * (len(arms) - 1)
+    epochs = spec.recipe.epochs + spec.second_epochs * (len(arms) - 1)
     console = None if is_primary() else Console(quiet=True)
     with Progress(images * epochs * len(config.seeds), console) as progress:
         progress.say(_headline(spec))
@@ -238,25 +305,32 @@ def _run_experiment(
                 steps_per_execution=config.steps_per_execution,
                 notices=notices,
                 checksums=config.checksums,
+                monitor=_monitor(config, seed, place / "backbone"),
+                recompute_batch_stats=spec.recipe.recompute_batch_stats == "all",
             )
             result = run_on_primary(read_result, backbone.folder)
             best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             if best is None:
-                result = train_stage(context, backbone, params, batch_stats, progress)
+                with backbone.monitor:
+                    result = train_stage(context, backbone, params, batch_stats, progress)
                 best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
             else:
                 progress.skip(images * backbone.epochs)
             arms["backbone"].append(result)
-            params, batch_stats, rate = best
+            if not spec.single_stage:
+                params, batch_stats, rate = best
+                rate = spec.recipe.merging_learning_rate or rate
+            else:
+                rate = spec.recipe.learning_rate
 
             for arm in list(arms)[1:]:
                 stage = StageConfig(
                     arm=arm,
                     seed=seed,
-                    number=1,
+                    number=0 if spec.single_stage else 1,
                     folder=place / arm,
-                    epochs=spec.recipe.merging_epochs,
-                    learning_rate=spec.recipe.merging_learning_rate or rate,
+                    epochs=spec.second_epochs,
+                    learning_rate=rate,
                     train_step=merging if arm == "inmerge" else plain,
                     deep=spec.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
@@ -264,10 +338,14 @@ def _run_experiment(
                     checksums=config.checksums,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
+                    monitor=_monitor(config, seed, place / arm),
+                    merge_from_epoch=config.rule.merge_from_epoch or 1,
+                    recompute_batch_stats=spec.recipe.recompute_batch_stats in ("all", arm),
                 )
                 result = run_on_primary(read_result, stage.folder)
                 if result is None:
-                    result = train_stage(context, stage, params, batch_stats, progress)
+                    with stage.monitor:
+                        result = train_stage(context, stage, params, batch_stats, progress)
                 else:
                     progress.skip(images * stage.epochs)
                 arms[arm].append(result)
@@ -277,9 +355,23 @@ def _run_experiment(
     return results
 
 
+def _monitor(config: TrainConfig, seed: int, folder: Path) -> StageMonitor:
+    if not is_primary():
+        return StageMonitor()
+    profile = config.logging.profile if seed == config.seeds[0] else None
+    return StageMonitor(
+        folder,
+        tensorboard=config.logging.tensorboard,
+        profile=profile or 0,
+        steps_per_execution=config.steps_per_execution,
+    )
+
+
 def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False) -> TrainContext:
     """Builds what all stages of a run share."""
     own = () if isinstance(spec.rule.threshold, Quantile) else (float(spec.rule.threshold),)
+    if spec.config.rule.threshold_end is not None:
+        own = (*own, spec.config.rule.threshold_end)
     return TrainContext(
         dataset=spec.dataset,
         recipe=spec.recipe,
@@ -287,6 +379,7 @@ def make_context(spec: RunSpec, should_stop: Callable[[], bool] = lambda: False)
         optimizer=make_optimizer(spec.recipe),
         eval_step=make_eval_step(spec.model, spec.recipe, **step_options(spec)),
         kernels=spec.kernels,
+        batch_stats_step=make_batch_stats_step(spec.model, spec.recipe, spec.devices),
         workers=spec.workers,
         thresholds=tuple(sorted({*THRESHOLDS, *own})),
         should_stop=should_stop,
@@ -305,7 +398,7 @@ def _steps(
     plain = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.deep:
         return plain, plain, None
-    common |= {"kernels": spec.deep, "rule": spec.rule, "fused": spec.config.fused}
+    common |= {"kernels": spec.deep, "rule": spec.schedule, "fused": spec.config.fused}
     merging = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.preset.merge_in_validation:
         return plain, merging, None
@@ -317,7 +410,9 @@ def step_options(spec: RunSpec) -> dict[str, Any]:
     return {
         "multi_label": spec.dataset.multi_label,
         "devices": spec.devices,
-        "pos_weight": label_pos_weights(spec.recipe, spec.dataset.train.labels),
+        "pos_weight": loss_weights(
+            spec.recipe, spec.dataset.train.labels, spec.dataset.num_classes
+        ),
     }
 
 
@@ -347,9 +442,10 @@ def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
     """Initial parameters and batch statistics: random, or from the file `init_from`."""
     if spec.init_sha256 is None:
         return init_variables(spec.model, spec.shape, seed)
-    return pretrained_variables(
+    params, batch_stats, _ = pretrained_variables(
         spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
     )
+    return params, batch_stats
 
 
 def restore_best(
@@ -399,7 +495,8 @@ def _headline(spec: RunSpec) -> str:
     return (
         f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
         f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
-        f"{recipe.epochs}+{recipe.merging_epochs} epochs, batch {recipe.batch_size}; "
+        f"{recipe.epochs}{'' if spec.single_stage else f'+{recipe.merging_epochs}'} epochs, "
+        f"batch {recipe.batch_size}; "
         f"{len(spec.devices)} x {kinds}"
     )
 
@@ -422,6 +519,7 @@ def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, 
             **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),
         },
         "model": values["model"],
+        **({"init": dataclasses.asdict(spec.init_report)} if spec.init_report else {}),
         "recipe": values["recipe"],
         "rule": values["rule"],
         "seeds": list(spec.config.seeds),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import local_copy
 from inmerge_jax.merging import Kernel, find_kernels
-from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
+from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
 
 
@@ -23,14 +23,21 @@ def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
       shape: shape of one input image, (h, w, c).
     """
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(
-        lambda key, x: model.init(key, x, train=False), jax.random.key(0), image
-    )
+    variables = _shapes(model, image)
 
     def forward(params: Any, batch_stats: Any, x: Any) -> Any:
         return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
 
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
+
+
+def has_batch_stats(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a network has batch normalisation; arguments as in `conv_kernels`."""
+    return "batch_stats" in _shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+
+
+def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 
 
 def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
@@ -51,34 +58,36 @@ def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
 
 def pretrained_variables(
     chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
-) -> tuple[Any, Any]:
-    """Parameters and batch statistics from the file `init_from`.
+) -> tuple[Any, Any, LoadReport]:
+    """Parameters, batch statistics, and what of them is from the file `init_from`.
 
     Args:
       chosen: the network and the file.
       sha256: the file's hash when the run was configured, see `file_sha256`.
       num_classes: number of outputs of the network.
       channels: number of image channels.
-      seed: random seed of a replaced head.
+      seed: random seed of the layers that the file does not have.
 
     Raises:
-      UsageError: the file has changed, cannot be read, or holds another network.
+      UsageError: the file has changed, cannot be read, or holds another network's weights.
     """
     if file_sha256(chosen.init_from) != sha256:
         raise UsageError(f"`init_from` {chosen.init_from}: the file changed during the run")
     try:
-        variables = from_state_dict(
+        variables, report = match_state_dict(
             chosen.name,
             read_state_dict(local_copy(chosen.init_from)),
             stem=chosen.stem,
             num_classes=num_classes,
             channels=channels,
+            key=jax.random.key(seed),
             width=chosen.width,
-            head_key=jax.random.key(seed) if chosen.replace_head else None,
+            replace_head=chosen.replace_head,
+            min_match=chosen.init_min_match,
         )
     except UsageError as error:
         raise UsageError(f"`init_from` {chosen.init_from}: {error}") from error
-    return variables["params"], variables.get("batch_stats", {})
+    return variables["params"], variables.get("batch_stats", {}), report
 
 
 def file_sha256(path: Path) -> str:
@@ -92,5 +101,5 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(
-            f"`init_from` {path}: {error.strerror}; give a .safetensors, .pth or .pt file"
+            f"`init_from` {path}: {error.strerror}; give a file of PyTorch weights"
         ) from error

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from inmerge_jax.data.dataset import TASKS
+from inmerge_jax.data.dataset import TASKS, Dataset
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
+from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.workdir import write_error
 
 
@@ -72,6 +73,19 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
     defined = [auc for auc in per_class if not math.isnan(auc)]
     auc = sum(defined) / len(defined) if defined else math.nan
     return Metrics(auc, acc, tuple(per_class), len(per_class) - len(defined))
+
+
+def selection_notice(recipe: Recipe, dataset: Dataset) -> str:
+    """Warning if no validation AUC is defined, so that `best_epoch` uses the loss; else ""."""
+    labels = dataset.val.labels
+    scores = np.zeros((len(labels), dataset.num_classes))
+    auc = compute_metrics(labels, scores, dataset.task).auc
+    if recipe.select != "val_auc" or not math.isnan(auc):
+        return ""
+    return (
+        "the validation images have one class only, or one value of each label, so their AUC is "
+        "undefined; the epoch with the lowest validation loss is tested"
+    )
 
 
 def json_metrics(metrics: Metrics) -> dict[str, Any]:

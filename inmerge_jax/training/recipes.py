@@ -1,5 +1,6 @@
 """Training recipes, learning-rate schedules and checkpoint selection."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+
+from inmerge_jax.data.dataset import Dataset
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.augment import NO_AUGMENTATION, AugmentConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,13 @@ class Recipe:
       flip: flip training images left to right with probability 1/2.
       pos_weight: None, or the upper bound on the weight of positive labels in a multi-label loss.
         The weight is negatives / positives, as in CheXNet (arXiv 1711.05225).
+      class_weights: "balanced" weights the loss of single-label data by class, see `loss_weights`.
+      augment: random changes of training images.
+      recompute_batch_stats: arms whose batch statistics are re-estimated from training images
+        before each evaluation: none, inmerge, or all. The training state keeps its running ones.
+      batch_stats_batches: number of training batches for that; None for one pass.
+      average_weights: None, or the decay of the exponential moving average of the weights that is
+        evaluated in their place; every stage starts its own.
       mean: per-channel mean, subtracted from images in [0, 1]. Three values turn grey images into
         RGB.
       std: per-channel standard deviation, by which images are divided.
@@ -49,6 +61,11 @@ class Recipe:
     weight_decay: float = 0.0
     flip: bool = False
     pos_weight: float | None = None
+    class_weights: Literal["balanced"] | None = None
+    augment: AugmentConfig = NO_AUGMENTATION
+    recompute_batch_stats: Literal["off", "inmerge", "all"] = "off"
+    batch_stats_batches: int | None = None
+    average_weights: float | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -109,34 +126,82 @@ def next_learning_rate(
     return rate, False
 
 
-def label_pos_weights(recipe: Recipe, labels: np.ndarray) -> np.ndarray | None:
-    """Weights of positive labels in the loss.
+def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe:
+    """The recipe for a data set: its normalisation has one value per input channel.
+
+    Grey images enter the network with as many channels as `mean` has values. If `channels` differs
+    from that, one value is repeated, and three become their average.
 
     Args:
-      recipe: supplies the upper bound `pos_weight`.
-      labels: labels of the training split, (n, k) of 0 and 1.
+      recipe: the recipe.
+      dataset: the data set.
+      channels: 1 or 3 for grey images; None keeps the recipe.
+
+    Raises:
+      UsageError: weights of the loss are for other labels, or the crop exceeds the images.
+    """
+    if recipe.pos_weight is not None and not dataset.multi_label:
+        raise UsageError(
+            f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
+            f"{dataset.task}: leave it out"
+        )
+    if recipe.class_weights is not None and dataset.multi_label:
+        raise UsageError(
+            f"`class_weights` {recipe.class_weights}: the images of {dataset.name} may have "
+            "several labels; give `pos_weight` instead"
+        )
+    if recipe.augment.crop >= dataset.size:
+        raise UsageError(
+            f"`crop` {recipe.augment.crop}: the images have {dataset.size} px; choose less"
+        )
+    if dataset.channels == 1 and channels is not None and channels != len(recipe.mean):
+        mean, std = (
+            (sum(values) / len(values),) * channels for values in (recipe.mean, recipe.std)
+        )
+        return dataclasses.replace(recipe, mean=mean, std=std)
+    return recipe
+
+
+def loss_weights(recipe: Recipe, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    """Weights of positive labels, or of classes, in the loss.
+
+    Args:
+      recipe: supplies the upper bound `pos_weight`, or `class_weights`.
+      labels: labels of the training split: (n, k) of 0 and 1, or (n,).
+      classes: number of classes, k.
 
     Returns:
-      float32 (k,): (n - m) / m for a label with m positives, at most the bound; 1 for a label
-      without positives. None if the recipe has no `pos_weight`.
+      float32 (k,). With `pos_weight`: (n - m) / m for a label with m positives, at most the bound.
+      With "balanced": n / (c m) for a class of m images, where c classes have images; the mean over
+      the images is 1. 1 for a class without images. None if the recipe has neither.
     """
-    if recipe.pos_weight is None:
+    if recipe.pos_weight is None and recipe.class_weights is None:
         return None
-    ones = labels.sum(0, dtype=np.int64)
-    weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.pos_weight)
+    if labels.ndim == 1:
+        ones = np.bincount(labels, minlength=classes)
+        weights = len(labels) / (np.count_nonzero(ones) * np.maximum(ones, 1))
+    else:
+        ones = labels.sum(0, dtype=np.int64)
+        weights = np.minimum((len(labels) - ones) / np.maximum(ones, 1), recipe.pos_weight)
     return np.where(ones > 0, weights, 1).astype(np.float32)
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]], select: str) -> int:
     """The 1-based epoch with the highest "val_auc" or the lowest "val_loss"; the first of ties.
 
-    An undefined value (None or NaN) is worse than any number.
+    An undefined value (None or NaN) is worse than any number. If the AUC is undefined in every
+    epoch, the validation loss decides.
     """
 
-    def worth(line: Mapping[str, Any]) -> float:
-        value = line[select]
-        if value is None or math.isnan(value):
-            return -math.inf
-        return value if select == "val_auc" else -value
+    def undefined(line: Mapping[str, Any], name: str) -> bool:
+        return line[name] is None or math.isnan(line[name])
 
-    return 1 + max(range(len(history)), key=lambda index: worth(history[index]))
+    if select == "val_auc" and all(undefined(line, "val_auc") for line in history):
+        select = "val_loss"
+    sign = 1 if select == "val_auc" else -1
+
+    def worth(index: int) -> float:
+        line = history[index]
+        return -math.inf if undefined(line, select) else sign * line[select]
+
+    return 1 + max(range(len(history)), key=worth)

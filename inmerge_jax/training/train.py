@@ -7,18 +7,21 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from inmerge_jax.data import Dataset, Split, steps_per_epoch, train_batches
 from inmerge_jax.files import (
     json_sha256,
+    read_arrays,
     read_json_with_checksum,
+    write_arrays,
     write_json,
     write_json_with_checksum,
 )
@@ -33,8 +36,13 @@ from inmerge_jax.training.checkpointing import (
     save_checkpoint,
     save_preemption_checkpoint,
 )
-from inmerge_jax.training.evaluation import evaluate, evaluate_merging
+from inmerge_jax.training.evaluation import (
+    evaluate,
+    evaluate_merging,
+    with_batch_stats_of,
+)
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
+from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.multihost import run_on_primary
 from inmerge_jax.training.parallel import (
     broadcast_to_devices,
@@ -47,11 +55,15 @@ from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
 from inmerge_jax.training.train_step import (
     Totals,
     TrainState,
+    averaged,
     new_state,
     set_learning_rate,
     zero_totals,
 )
-from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics
+from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics, write_error
+
+TESTED = "tested.npz"
+"""In a stage's folder: averaged weights and re-estimated statistics of its best checkpoint."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,11 +86,6 @@ def root_key(seed: int, number: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def identity(state: TrainState) -> TrainState:
-    """Returns `state`."""
-    return state
-
-
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of one arm.
@@ -86,7 +93,7 @@ class StageConfig:
     Attributes:
       arm: "backbone", "finetune" or "inmerge".
       seed: seed of the run; determines the batch order and every random draw of the stage.
-      number: 0 for the backbone stage, 1 for the second stage. Arms of the same seed and number
+      number: 0 for a first stage, 1 for the second stage. Arms of the same seed and number
         see the same batches, flips and dropout masks.
       folder: the stage's folder within the run folder, local or in a bucket.
       epochs: number of epochs to train.
@@ -98,8 +105,9 @@ class StageConfig:
       checksums: whether its checkpoints have checksums, see `save_checkpoint`.
       multi_step_fn: runs `steps_per_execution` updates in one dispatch; None if that is 1.
       steps_per_execution: updates per dispatch.
-      eval_state_fn: maps the train state to the state used for evaluation (identity, or one with
-        averaged parameters).
+      merge_from_epoch: the first epoch that merges.
+      monitor: writes what people watch.
+      recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
     """
 
     arm: str
@@ -115,7 +123,9 @@ class StageConfig:
     checksums: bool = True
     multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_execution: int = 1
-    eval_state_fn: Callable[[TrainState], TrainState] = identity
+    merge_from_epoch: int = 1
+    recompute_batch_stats: bool = False
+    monitor: StageMonitor = field(default_factory=StageMonitor)
 
     @property
     def name(self) -> str:
@@ -139,6 +149,7 @@ class TrainContext:
       optimizer: the result of `train_step.make_optimizer`.
       eval_step: the result of `train_step.make_eval_step`.
       kernels: every convolution kernel of the network, in execution order.
+      batch_stats_step: the result of `train_step.make_batch_stats_step`, if a stage needs it.
       workers: number of processes that read images; 0 for none.
       thresholds: cosine similarities at which similarity.json gives the share of pairs above.
       should_stop: returns True once the run is to stop. It is called before each dispatch of a
@@ -151,6 +162,7 @@ class TrainContext:
     optimizer: Any
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     kernels: tuple[Kernel, ...]
+    batch_stats_step: Callable[..., Any] | None = None
     workers: int = 0
     thresholds: tuple[float, ...] = THRESHOLDS
     should_stop: Callable[[], bool] = lambda: False
@@ -162,6 +174,24 @@ class TrainContext:
             state,
             images,
             batch_size=self.recipe.batch_size,
+            devices=self.devices,
+            workers=self.workers,
+            should_stop=self.should_stop,
+        )
+
+    def evaluation_state(self, stage: StageConfig, state: TrainState) -> TrainState:
+        """The state that a stage evaluates: with averaged weights and re-estimated statistics."""
+        state = state if self.recipe.average_weights is None else averaged(state)
+        if not stage.recompute_batch_stats:
+            return state
+        assert self.batch_stats_step is not None
+        return with_batch_stats_of(
+            self.dataset.train,
+            self.batch_stats_step,
+            state,
+            seed=batch_seed(stage.seed, stage.number),
+            batch_size=self.recipe.batch_size,
+            batches=self.recipe.batch_stats_batches,
             devices=self.devices,
             workers=self.workers,
             should_stop=self.should_stop,
@@ -207,6 +237,9 @@ def train_stage(
     warnings += [notice for notice in stage.notices if notice not in warnings]
     run_on_primary(truncate_metrics, metrics_file, done, meta["history_sha256"])
     history = run_on_primary(read_metrics, metrics_file)
+    run_on_primary(
+        stage.monitor.stage_started, [kernel.name for kernel in stage.deep], history, before
+    )
     state, totals = replicate(state, devices), replicate(totals, devices)
     progress.skip((done * steps + taken) * recipe.batch_size)
     batches = train_batches(
@@ -237,13 +270,15 @@ def train_stage(
         progress.describe(f"{stage.name} {epoch}/{stage.epochs}", details)
         started, in_flight = time.monotonic() - seconds, deque()
         rest = itertools.islice(batches, steps - taken)
+        stage.monitor.epoch_started(steps - taken)
         for count, train_step, batch in _executions(stage, rest, context.should_stop):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
+            stage.monitor.dispatched(totals)
             if len(in_flight) > 2:
                 count, finished = jax.block_until_ready(in_flight.popleft())
                 progress.advance(count * recipe.batch_size)
-                if progress.live and progress.due():
+                if progress.due():
                     sums = unreplicate(finished)
                     progress.update(_figures(stage, sums))
         sums = unreplicate(totals)
@@ -262,7 +297,8 @@ def train_stage(
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:
-                scores, val_loss = context.evaluate(stage.eval_state_fn(state), context.dataset.val)
+                evaluated = context.evaluation_state(stage, state)
+                scores, val_loss = context.evaluate(evaluated, context.dataset.val)
             else:
                 copy = jax.tree.map(np.array, unreplicate(state))
                 state, val_sums, scores, val_loss = evaluate_merging(
@@ -302,13 +338,14 @@ def train_stage(
             line["val_selected"] = val_sums.selected.tolist()
             line["val_merged"] = val_sums.merged.tolist()
         run_on_primary(append_metrics, metrics_file, line)
+        run_on_primary(stage.monitor.epoch_finished, line)
         history.append(line)
         progress.milestone(figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
 
         # ---- warn if a merging stage merges nothing
         any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
-        if stage.deep and epoch == 1 and not any_merged:
-            warnings.append(_merged_nothing(stage, state, int(sums.selected.sum())))
+        if stage.deep and epoch == stage.merge_from_epoch and not any_merged:
+            warnings.append(_merged_nothing(stage, state, epoch, int(sums.selected.sum())))
             progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
 
         # ---- checkpoint; keep the latest two, and the best epoch as of each of them
@@ -331,8 +368,12 @@ def train_stage(
     best = best_epoch(history, recipe.select)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     host_state, _ = run_on_primary(restore_checkpoint, stage.checkpoints / str(best), template)
-    host_state = stage.eval_state_fn(host_state)
-    state = replicate(host_state, devices)
+    state = context.evaluation_state(stage, replicate(host_state, devices))
+    tested = {} if recipe.average_weights is None else {"params": unreplicate(state.params)}
+    if stage.recompute_batch_stats:
+        tested["batch_stats"] = unreplicate(state.batch_stats)
+    if tested:
+        run_on_primary(_write_tested, stage.folder / TESTED, tested)
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
@@ -352,8 +393,9 @@ def train_stage(
         files[name] = str(path.relative_to(stage.folder))
 
     # ---- result.json is written last: it marks the stage as finished
-    after = _similarity(host_state.params, context)
+    after = _similarity(unreplicate(state.params), context)
     run_on_primary(write_json, stage.folder / "similarity.json", {"before": before, "after": after})
+    run_on_primary(stage.monitor.stage_finished, best * steps, after)
     result |= {
         "best_epoch": best,
         "epochs": stage.epochs,
@@ -438,15 +480,15 @@ def _require_finite(
     )
 
 
-def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str:
+def _merged_nothing(stage: StageConfig, state: TrainState, epoch: int, selected: int) -> str:
     """Warning with the layers' similarity quantiles, which show what threshold would merge."""
     lines = []
     for layer in kernel_similarity(unreplicate(state.params), stage.deep, quantiles=(0.5, 0.99)):
         median, high = layer.quantiles.values()
         lines.append(f"\n  {layer.name}: {median:.3f}, {high:.3f}, {layer.maximum:.3f}")
     return (
-        f"{stage.name}: the first epoch merged none of the {selected:,} selected kernels; so far "
-        "this arm is plain fine-tuning. Median, 99% quantile and maximum similarity per layer:"
+        f"{stage.name}: epoch {epoch} merged none of the {selected:,} selected kernels; so far "
+        "this arm trains without merging. Median, 99% quantile and maximum similarity per layer:"
         f"{''.join(lines)}\n"
         "A lower threshold or quantile, the partner nearest, or a smaller skip would merge more."
     )
@@ -455,6 +497,27 @@ def _merged_nothing(stage: StageConfig, state: TrainState, selected: int) -> str
 def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
     layers = kernel_similarity(params, context.kernels, thresholds=context.thresholds)
     return [layer.to_dict() for layer in layers]
+
+
+def _write_tested(path: Path, variables: dict[str, Any]) -> None:
+    try:
+        write_arrays(path, flatten_dict(variables, sep="."))
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_tested(folder: Path) -> dict[str, np.ndarray]:
+    """Variables that a finished stage was tested with where they are not those of its checkpoint.
+
+    By dotted path, such as "params.conv1.kernel". Averaged weights and re-estimated statistics are
+    there; {} without them.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    path = folder / TESTED
+    remedy = "delete it and result.json, and give `resume`, which evaluates the stage again"
+    return read_arrays(path, remedy) if path.exists() else {}
 
 
 def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:

@@ -17,6 +17,7 @@ from jax import lax
 
 from inmerge_jax.merging import Kernel, MergeRule, MergeStats, merge_kernels
 from inmerge_jax.merging.backends import supports_pallas
+from inmerge_jax.training.augment import augment
 from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices
 from inmerge_jax.training.recipes import Recipe
 
@@ -37,15 +38,45 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_optimizer(
-    recipe: Recipe, *last: optax.GradientTransformation
-) -> optax.GradientTransformation:
+class Averages(NamedTuple):
+    """State of `average_weights`: the averages, and the updates so far."""
+
+    average: Any
+    count: jax.Array
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the weights; the last in its chain.
+
+    The average of the first n updates has decay min(decay, n / (n + 9)), as in TensorFlow's
+    `ExponentialMovingAverage(num_updates)`, so that a short stage is not all its first weights.
+    """
+
+    def init(params: Any) -> Averages:
+        return Averages(params, jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Averages, params: Any = None) -> tuple[Any, Averages]:
+        count = state.count + 1
+        stays = jnp.minimum(decay, count / (count + 9))
+        moved = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, moved)
+        return updates, Averages(average, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state with the averages of `average_weights` in place of the weights."""
+    return state._replace(params=optax.tree.get(state.opt_state, "average"))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """PyTorch's SGD or Adam with coupled L2; the learning rate is part of the state.
 
     Args:
-      recipe: names the optimizer and its hyperparameters.
-      last: transformations that follow it in the chain.
+      recipe: names the optimizer and its hyperparameters, and whether the weights are averaged.
     """
+    last = [] if recipe.average_weights is None else [average_weights(recipe.average_weights)]
 
     @optax.inject_hyperparams
     def optimizer(learning_rate: Any) -> optax.GradientTransformation:
@@ -82,7 +113,7 @@ def set_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
     return state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
 
 
-MERGING, DROPOUT, FLIPPING, VALIDATION = range(4)
+MERGING, DROPOUT, FLIPPING, VALIDATION, AUGMENTATION = range(5)
 """Purposes of a step's keys, which are `fold_in(fold_in(root, step), purpose)`."""
 
 
@@ -122,7 +153,7 @@ def make_train_step(
     multi_label: bool,
     devices: tuple[jax.Device, ...],
     kernels: tuple[Kernel, ...] = (),
-    rule: MergeRule | None = None,
+    rule: MergeRule | Callable[[jax.Array], MergeRule] | None = None,
     param_transform: ParamTransform | None = None,
     hyperparams: Any = None,
     steps_per_execution: int = 1,
@@ -137,11 +168,12 @@ def make_train_step(
       model: the network, created with `axis_name=DATA_AXIS` so that batch statistics span the
         devices.
       optimizer: the result of `make_optimizer`.
-      recipe: supplies the normalisation and the flip.
+      recipe: supplies the normalisation, the flip and the augmentation.
       multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
       devices: the devices that the step runs on.
       kernels: the kernels to merge.
-      rule: the merging rule; None compiles a program without merging.
+      rule: the merging rule, or a function from the number of updates so far to it; None compiles a
+        program without merging.
       param_transform: replaces the merge by another transformation of the parameters.
       hyperparams: a tree passed to `param_transform` on every call as an argument of the program,
         so that transforms that differ only in it share one program. The returned step accepts
@@ -151,7 +183,7 @@ def make_train_step(
       grad_accum_steps: number of equal microbatches that each device splits its rows into; the
         gradient is their mean. Batch normalisation sees microbatch k of all devices as one batch,
         and updates its running statistics once per microbatch.
-      pos_weight: float32 (labels,), see `example_losses`.
+      pos_weight: float32 (classes,), weights of the loss, see `example_losses`.
       networks: above 1, the step trains that many networks at once, each on its own batches and
         with its own key: `state`, `totals` and `batch` have a network axis after the device axis,
         and `root` has one key per network.
@@ -164,7 +196,11 @@ def make_train_step(
     """
 
     def gradient(params: Any, batch_stats: Any, batch: Any, key: jax.Array, part: Any = 0) -> Any:
-        images = normalise(batch["image"], recipe)
+        pixels = batch["image"]
+        if not recipe.augment.is_off:
+            augmenting = jax.random.fold_in(key, AUGMENTATION)
+            pixels = augment(pixels, batch["index"], augmenting, recipe.augment)
+        images = normalise(pixels, recipe)
         if recipe.flip:
             images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
         dropout = jax.random.fold_in(key, DROPOUT)
@@ -257,7 +293,7 @@ def make_train_step(
 
 def _merge(
     kernels: tuple[Kernel, ...],
-    rule: MergeRule,
+    rule: MergeRule | Callable[[jax.Array], MergeRule],
     implementation: Any,
     params: Any,
     key: jax.Array,
@@ -265,6 +301,7 @@ def _merge(
     _: Any,
 ) -> tuple[Any, MergeStats]:
     """In-model merging as a `ParamTransform`."""
+    rule = rule(step) if callable(rule) else rule
     return merge_kernels(params, key, kernels, rule, implementation=implementation)
 
 
@@ -290,6 +327,32 @@ def make_eval_step(
 
     def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         return _score(model, recipe, multi_label, pos_weight, params, batch_stats, batch)
+
+    return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
+
+
+def make_batch_stats_step(
+    model: nn.Module, recipe: Recipe, devices: tuple[jax.Device, ...]
+) -> Callable[..., Any]:
+    """Builds the step that updates the batch statistics alone, see `recompute_batch_stats`.
+
+    Images are not augmented. In the networks here, dropout follows the last batch normalisation, so
+    its fixed key has no effect.
+
+    Returns:
+      step(params, batch_stats, batch) -> batch_stats, all with a leading device axis. The batch is
+      that of all devices.
+    """
+
+    def step(params: Any, batch_stats: Any, batch: Any) -> Any:
+        _, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalise(batch["image"], recipe),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return updated["batch_stats"]
 
     return jax.pmap(step, axis_name=DATA_AXIS, devices=devices)
 
@@ -358,7 +421,7 @@ def _score(
 
 
 def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
-    """uint8 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
+    """0..255 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
     x = images.astype(jnp.float32) / 255
     if len(recipe.mean) == 3 and x.shape[-1] == 1:
         x = jnp.repeat(x, 3, axis=-1)
@@ -384,12 +447,14 @@ def example_losses(
       logits: float32 (n, classes).
       labels: int32 (n,), or float32 (n, classes) of 0 and 1 for multi-label data.
       multi_label: whether an example may have several labels.
-      pos_weight: float32 (classes,), factor on the loss of labels that are 1, as `pos_weight` of
-        PyTorch's BCEWithLogitsLoss.
+      pos_weight: float32 (classes,). For multi-label data, factor on the loss of labels that are
+        1, as `pos_weight` of PyTorch's BCEWithLogitsLoss; else, factor on the loss of the examples
+        of a class.
     """
     if multi_label:
         losses = optax.sigmoid_binary_cross_entropy(logits, labels)
         if pos_weight is not None:
             losses = losses * jnp.where(labels > 0, pos_weight, 1)
         return losses.mean(-1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses if pos_weight is None else losses * jnp.asarray(pos_weight)[labels]

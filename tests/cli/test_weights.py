@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli import export, train
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training import experiment
 from inmerge_jax.training.config import parse_config
-from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.experiment import _results, make_run_spec
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.train_step import normalise
 
@@ -72,21 +74,46 @@ def test_vgg19_trains_here_with_merging_and_goes_back_to_torchvision(tmp_path, c
 
 
 def test_a_file_that_does_not_fit_is_named_before_anything_is_written(tmp_path, capsys):
-    network = torchvision.models.vgg11(num_classes=7)
-    network.classifier = torch.nn.Linear(512, 7)
-    given = save(network, tmp_path / "vgg11.pth")
-    options = [*DATA, "--model", "vgg11", "--size", "16", "--output", str(tmp_path / "run")]
-    options += ["--skip", "0", "--recipe", "released"]
-    assert train.main([*options, *given]) == 2
+    network = create_network("vgg11", 7, stem="small", size=16, width=0.125)
+    given = save(network, tmp_path / "vgg11.ckpt")
+    options = [*DATA, "--width", "0.125", "--size", "16", "--output", str(tmp_path / "run")]
+    options += ["--skip", "0"]
+    assert train.main([*options, *given, "--model", "vgg13"]) == 2
     message = capsys.readouterr().err
-    assert str(tmp_path / "vgg11.pth") in message and "--replace-head" in message
+    assert str(tmp_path / "vgg11.ckpt") in message and "lower --init-min-match" in message
+    assert message.count("\n") < 20
+    options += ["--model", "vgg11"]
     assert train.main([*options, "--init-from", str(tmp_path / "none.pth")]) == 2
     assert "none.pth: No such file" in capsys.readouterr().err
+    assert train.main([*options, *given, "--init-min-match", "90"]) == 2
+    assert "--init-min-match 90" in capsys.readouterr().err
     assert train.main([*options, "--replace-head"]) == 2
     assert "--init-from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    plan = make_run_spec(parse_config([*options, *given, "--replace-head"]))
-    assert plan.init_sha256 is not None
+
+
+def test_the_run_says_and_stores_what_was_loaded(tmp_path, capsys, monkeypatch):
+    network = create_network("vgg11", 7, stem="small", size=16, width=0.125)
+    given = save(network, tmp_path / "vgg11.bin")
+    options = [*DATA, *given, "--model", "vgg11", "--width", "0.125", "--size", "16", "--skip", "0"]
+    spec = make_run_spec(parse_config(options))  # grey images, one channel
+    report = spec.init_report
+    assert report.loaded == 14 and len(report.initialized) == 4
+    stored = _results(spec, {"backbone": []})
+    assert stored["init"]["initialized"] == report.initialized
+    values = stored["model"]
+    digest = hashlib.sha256((tmp_path / "vgg11.bin").read_bytes()).hexdigest()
+    assert values["init_sha256"] == digest and "init_min_match" not in values
+
+    def stop(*_):
+        raise UsageError("stopped by the test")
+
+    monkeypatch.setattr(experiment, "run_experiment", stop)
+    assert train.main(options) == 2
+    text = capsys.readouterr().out
+    assert "14 of 18 entries, 99.9% of the convolution weights" in text
+    assert "initialized at random: " in text and "classifier.bias, classifier.weight" in text
+    assert "it would fit with --channels 3" in text
 
 
 def test_export_says_what_there_is(tmp_path, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import mechanize, sam, schedule_free, schedule_free_eval_params
 from optax.transforms import freeze, selective_transform
@@ -27,6 +28,7 @@ from inmerge_jax import (
     find_kernels,
     kernel_similarity,
     merge_report,
+    recompute_batch_stats,
     tie,
     trace_kernels,
 )
@@ -133,6 +135,7 @@ def sample(first_line, **names):
     names |= {"jax": jax, "jnp": jnp, "optax": optax}
     names |= {"find_kernels": find_kernels, "deep_kernels": deep_kernels}
     names |= {"with_merging": with_merging, "merge_kernels": merge_kernels}
+    names |= {"recompute_batch_stats": recompute_batch_stats}
     exec(block, names)
     return names
 
@@ -614,8 +617,17 @@ def test_the_sample_recomputes_the_batch_statistics_of_merged_weights():
         return net.apply({"params": params, "batch_stats": stats}, X, train=False)
 
     assert differ(evaluation(stats), trained)
-    recompute = sample("def recompute", net=net)["recompute"]
-    assert_close(evaluation(recompute(params, stats, [X, X])), trained, 1e-4)
+    names = {"net": net, "params": params, "batch_stats": stats, "batches": [X, X]}
+    renewed = sample("@jax.jit\ndef update(batch_stats, x):\n    variables", **names)["batch_stats"]
+    assert_close(evaluation(renewed), trained, 1e-4)
+
+
+def test_the_sample_recomputes_the_batch_statistics_of_an_nnx_model():
+    model = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    model.train()
+    sample("graph, batch_stats, rest", nnx=nnx, model=model, batches=[X, X + 1])
+    assert_close(model.mean[...], X.mean(0) + 0.5, 1e-4)
+    assert_close(model.var[...], X.var(0), 1e-4)
 
 
 def batch_statistics(params):

@@ -67,7 +67,7 @@ def test_config_reaches_the_phantom():
 
 
 def test_a_file_for_the_phantom_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"`file` .*mine\.npz is not read for the phantom"):
+    with pytest.raises(UsageError, match=r"`file` .*mine\.npz is not read for phantom"):
         load_dataset(DataConfig(file=tmp_path / "mine.npz"))
 
 

@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from inmerge_jax.data import load_medmnist
-from inmerge_jax.data.medmnist import SIZES, SPLITS, medmnist_info, medmnist_names
+from inmerge_jax.data import DataConfig, load_dataset, load_medmnist
+from inmerge_jax.data.medmnist import (
+    SIZES,
+    SIZES_3D,
+    SPLITS,
+    is_3d,
+    medmnist_info,
+    medmnist_names,
+)
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.config import RecipeConfig, TrainConfig
+from inmerge_jax.training.experiment import make_run_spec
 from tests.paths import MEDMNIST, needs
 
 COUNTS = {"train": 9, "val": 4, "test": 5}
@@ -28,7 +38,7 @@ def make_arrays(name: str, size: int = 28) -> dict[str, np.ndarray]:
     classes, channels = len(info["label"]), info["n_channels"]
     arrays = {}
     for split, count in COUNTS.items():
-        shape = (count, size, size) if channels == 1 else (count, size, size, channels)
+        shape = (count, *(size,) * (3 if is_3d(name) else 2), *([channels] if channels > 1 else []))
         arrays[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
         if info["task"] == "multi-label, binary-class":
             labels = rng.integers(0, 2, (count, classes), dtype=np.uint8)
@@ -63,12 +73,12 @@ def verified(monkeypatch):
     return enter
 
 
-def test_the_table_has_twelve_subsets_at_four_sizes():
+def test_the_table_has_twelve_subsets_at_four_sizes_and_six_volumes_at_two():
     names = medmnist_names()
-    assert len(names) == 12
+    assert (len(names), sum(map(is_3d, names))) == (18, 6)
     for name in names:
         info = medmnist_info()[name]
-        for size in SIZES:
+        for size in SIZES_3D if is_3d(name) else SIZES:
             suffix = "" if size == 28 else f"_{size}"
             assert len(info[f"MD5{suffix}"]) == 32 and f"{name}{suffix}.npz" in info[f"url{suffix}"]
 
@@ -119,6 +129,51 @@ def test_files_are_found_under_their_own_names(size, tmp_path, verified):
     assert data.train.images.shape == (9, size, size, 1)
     assert (data.title, data.note) == ("octmnist", "")
     assert path.name in data.source
+
+
+def test_volumes_are_for_networks_of_volumes(tmp_path, verified):
+    np.savez(tmp_path / "organmnist3d.npz", **make_arrays("organmnist3d"))
+    verified(tmp_path / "organmnist3d.npz", "organmnist3d")
+    config = DataConfig(name="organmnist3d", size=28, data_dir=tmp_path)
+    assert load_dataset(config).train.images.shape == (9, 28, 28, 28, 1)
+    with pytest.raises(UsageError, match="organmnist3d has volumes .* `model` resnet18"):
+        make_run_spec(TrainConfig(data=config, devices=1, recipe=RecipeConfig(batch_size=4)))
+    with pytest.raises(UsageError, match="`size` 128: organmnist3d has 28, 64 px"):
+        load_medmnist("organmnist3d", size=128, data_dir=tmp_path)
+    with pytest.raises(UsageError, match="`resize` nearest: the volumes .* are not resized"):
+        load_medmnist("organmnist3d", size=64, data_dir=tmp_path, resize="nearest")
+
+
+@pytest.mark.parametrize("name", ["breastmnist", "retinamnist"])
+@pytest.mark.parametrize("method", ["nearest", "bicubic"])
+def test_the_28_px_file_is_resized_as_pillow_does(name, method, tmp_path, verified):
+    arrays = make_arrays(name)
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    verified(tmp_path / f"{name}.npz", name)
+    data = load_medmnist(name, size=64, data_dir=tmp_path, resize=method)
+    assert (data.size, data.fingerprint) == (64, "")
+    assert data.title == f"{name} (resized from 28 px, {method})"
+    for split in SPLITS:
+        for image, stored in zip(
+            getattr(data, split).images, arrays[f"{split}_images"], strict=True
+        ):
+            expected = Image.fromarray(stored).resize((64, 64), Image.Resampling[method.upper()])
+            np.testing.assert_array_equal(image.squeeze(), np.asarray(expected))
+    same = load_medmnist(name, size=28, data_dir=tmp_path, resize=method)
+    assert same.title == name
+
+
+def test_a_file_of_another_size_is_resized(tmp_path, verified):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **make_arrays("breastmnist", 64))
+    with pytest.warns(UserWarning, match="allow_unverified"):
+        data = load_medmnist(
+            "breastmnist", size=40, file=path, allow_unverified=True, resize="bicubic"
+        )
+    assert data.note == "unverified file mine.npz, resized from 64 px, bicubic"
+    verified(path, "breastmnist", 64)
+    data = load_medmnist("breastmnist", size=40, file=path, resize="bicubic")
+    assert data.note == "resized from 64 px, bicubic" and data.train.images.shape[1] == 40
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch, verified):
@@ -173,7 +228,7 @@ def test_an_unknown_name_is_answered_with_all(tmp_path):
     message = refusal(tmp_path, "zzz")
     assert "did you mean" not in message
     assert all(name in message for name in (*medmnist_names(), "phantom", "chestxray14"))
-    assert "3d" not in message
+    assert "folder:PATH and tfds:NAME" in message
 
 
 def test_an_unknown_size_is_answered_with_the_known():

@@ -10,7 +10,9 @@ from inmerge_jax import quantile
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import (
+    LoggingConfig,
     ModelConfig,
     RecipeConfig,
     RuleConfig,
@@ -92,16 +94,20 @@ def test_help_names_every_option_in_groups(capsys, monkeypatch):
         parse_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("\n") <= 122
+    assert text.count("\n") <= 160
     groups = re.findall(r"^\W*([\w-]+) options\W*$", text, re.MULTILINE)
-    assert groups == "data model recipe merging output devices-and-processes".split()
-    for section in (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig):
+    assert groups == "data model recipe merging output devices-and-processes logging".split()
+    sections = (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig, AugmentConfig)
+    sections += (LoggingConfig,)
+    for section in sections:
         for field in dataclasses.fields(section):
             name = field.name.replace("_", "-")
+            name = f"augment.{name}" if section is AugmentConfig else name
             if name == "name":
                 continue
-            nested = section is TrainConfig and name in ("data", "model", "recipe", "rule")
-            if not nested and name != "phantom":
+            groups = ("data", "model", "recipe", "rule", "logging")
+            nested = section is TrainConfig and name in groups
+            if not nested and name not in ("phantom", "augment"):
                 assert re.search(rf"--(no-)?{name}\b", text), name
     for name in ("--data", "--model", "--recipe", "--phantom.train"):
         assert re.search(rf"{name} ", text), name
@@ -159,6 +165,15 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         ("--optimizer sgd --momentum 1".split(), r"--momentum 1"),
         (["--momentum", "0.5"], r"--momentum 0\.5: adam has none.*give --optimizer sgd"),
         (["--weight-decay", "-1"], r"--weight-decay -1"),
+        (["--augment.rotate", "200"], r"--augment\.rotate 200.*\[0, 180\]"),
+        (["--augment.crop", "16"], r"--augment\.crop 16: the images have 16 px"),
+        (["--pos-weight", "2"], r"--pos-weight 2.* is for multi-label data"),
+        ("--phantom.multi-label --class-weights balanced".split(), r"--class-weights.*--pos-wei"),
+        (["--data-dir", "d"], r"--data-dir d is not read for phantom.* --data"),
+        (["--resize", "bicubic"], r"--resize bicubic is not read for phantom"),
+        (["--data", "folder:"], r"--data folder:: give folder:PATH"),
+        (["--data", "folders:x"], r"--data folders:x: only folder:PATH and tfds:NAME"),
+        (["--size", "0"], r"--size 0"),
         (["--seeds", "1", "1"], r"--seeds 1 1.*once"),
         (["--seeds", "-1"], r"--seeds -1"),
         (["--seeds"], r"--seeds.*at least one"),
@@ -194,6 +209,26 @@ def test_channels_follow_the_recipes_normalisation():
     config = parse_config([*TINY, "--recipe", "released"])
     assert make_run_spec(config).shape == (16, 16, 3)
     assert make_run_spec(parse_config(TINY)).shape == (16, 16, 1)
+
+
+def test_channels_are_those_of_the_option():
+    released = make_run_spec(parse_config([*TINY, "--recipe", "released", "--channels", "1"]))
+    assert released.shape == (16, 16, 1)
+    assert released.recipe.mean == pytest.approx((0.449,))
+    assert make_run_spec(parse_config([*TINY, "--channels", "3"])).shape == (16, 16, 3)
+
+
+def test_options_that_earlier_versions_lacked_are_stored_only_where_they_are_used():
+    def stored(*arguments):
+        config = parse_config(list(arguments))
+        return config_dict(config, resolve_recipe(config.recipe), devices=8)
+
+    plain = stored()
+    assert not {"resize", "channels"} & plain["data"].keys()
+    assert not {"class_weights", "augment"} & plain["recipe"].keys()
+    used = stored("--augment.crop", "4", "--class-weights", "balanced", "--channels", "3")
+    assert used["recipe"]["augment"] == {"crop": 4, "rotate": 0, "brightness": 0, "contrast": 0}
+    assert used["recipe"]["class_weights"] == "balanced" and used["data"]["channels"] == 3
 
 
 def test_a_rule_out_of_range_is_an_input_error_for_python_too():

@@ -124,6 +124,24 @@ def test_of_several_processes_at_once_a_single_one_gets_the_lease(folder):
         assert sorted(map(str, pool.map(attempt, range(4)))) == ["False", "None", "None", "None"]
 
 
+def test_a_write_whose_answer_is_lost_counts(folder, monkeypatch):
+    from google.api_core.exceptions import PreconditionFailed
+    from google.cloud.storage import Blob
+
+    upload, tries = Blob.upload_from_string, []
+
+    def retried(self, *arguments, **options):
+        upload(self, *arguments, **options)
+        tries.append(options["if_generation_match"])
+        raise PreconditionFailed("the first try has written it")
+
+    monkeypatch.setattr(Blob, "upload_from_string", retried)
+    monkeypatch.setattr(locking, "LEASE_SECONDS", 0.6)
+    with lock(folder):
+        time.sleep(0.5)
+    assert len(tries) > 1 and not blob(folder).exists()
+
+
 @pytest.mark.parametrize(
     ("take", "words"),
     [

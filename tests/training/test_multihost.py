@@ -78,7 +78,7 @@ def start_all(output, *options, count=2):
     return [start([*command, "--process-id", str(i)], 1, places[i]) for i in range(count)]
 
 
-def finish(processes, timeout=200):
+def finish(processes, timeout=500):
     """Statuses and outputs; whatever still runs at the end is killed."""
     try:
         said = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -299,8 +299,104 @@ def test_only_a_tpu_joins_others_by_itself(monkeypatch, capsys, platforms, error
         multihost.connect(None, None, None)
     finally:
         jax.config.update("jax_platforms", before)
-    assert calls == [()] * called
+    assert calls == [(None, None, None)] * called
     assert ("runs alone" in capsys.readouterr().err) == (error is not None)
+
+
+@pytest.mark.parametrize("fails", ["initialize", "process_count"])
+def test_a_tpu_pod_whose_processes_do_not_meet_is_bad_input(fails, monkeypatch):
+    def fail():
+        raise RuntimeError("Failed to recognize coordinator address t1v-0\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    owner = jax.distributed if fails == "initialize" else jax
+    monkeypatch.setattr(owner, fails, lambda *_, **__: fail())
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "tpu,cpu")
+        with pytest.raises(UsageError, match="coordinator address t1v-0; start the same command"):
+            multihost.connect(None, None, None)
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_an_error_of_a_process_alone_is_raised_without_counting_processes(monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE")
+
+    monkeypatch.setattr(multihost, "connect", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("started the devices"))
+    with pytest.raises(RuntimeError, match="Unable to initialize"):
+        main(["--output", str(tmp_path / "run"), "--compilation-cache-dir", "None"])
+
+
+@pytest.mark.parametrize(
+    ("process", "host", "words"),
+    [
+        (0, "127.0.0.1", "process 0 cannot use port .*(Address already in use|EADDRINUSE).* port"),
+        (1, "nowhere.invalid", "process 1 did not find process 0 there in 0 s .*open the port"),
+        (1, "127.0.0.2", "process 1 did not find process 0 there in 0 s .*refused.*open the port"),
+    ],
+)
+def test_a_port_in_use_and_a_wrong_coordinator_are_named(
+    process, host, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(multihost.connect, "__defaults__", (0,))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        coordinator = f"{host}:{taken.getsockname()[1]}"
+        command = f"--coordinator {coordinator} --num-processes 2 --process-id {process}".split()
+        command += ["--output", str(tmp_path / "run"), "--compilation-cache-dir", "None"]
+        assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"process {process} of 2 connects to {coordinator}; if another one")
+    assert re.search(f"^error: --coordinator {coordinator}: {words}", err)
+    assert not (tmp_path / "run").exists()
+
+
+CONNECT = """
+import sys
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.multihost import connect, exit_process
+
+coordinator, count, number, seconds = sys.argv[1], *map(int, sys.argv[2:])
+try:
+    connect(coordinator, count, number, seconds)
+except UsageError as error:
+    print(error)
+    exit_process(2)
+"""
+
+
+def connecting(address, count, number, seconds):
+    numbers = map(str, (count, number, seconds))
+    return subprocess.Popen(
+        [sys.executable, "-c", CONNECT, address, *numbers],
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_another_number_of_processes_is_refused():
+    address = f"127.0.0.1:{free_port()}"
+    processes = [connecting(address, count, n, 100) for n, count in enumerate((2, 3))]
+    try:
+        said = processes[1].communicate(timeout=100)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[1].returncode == 2, said
+    assert "`num_processes` 3: process 0 was started with 2; give every process the same" in said
+
+
+def test_a_process_that_never_appears_ends_the_others():
+    (status,), (said,) = finish([connecting(f"127.0.0.1:{free_port()}", 2, 0, 2)])
+    assert status == -signal.SIGABRT and "DEADLINE_EXCEEDED" in said
+    assert "if another one does not appear in 2 s, JAX aborts this one" in said
 
 
 def test_alone_a_process_agrees_with_itself():

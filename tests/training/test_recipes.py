@@ -57,7 +57,7 @@ def test_plateau_tolerance_can_be_changed():
         ("val_auc", [0.5, 0.7, 0.7, 0.6], 2),
         ("val_loss", [0.5, 0.3, 0.4, 0.3], 2),
         ("val_auc", [None, 0.2, math.nan], 2),
-        ("val_auc", [None, None], 1),
+        ("val_loss", [None, math.nan], 1),
     ],
 )
 def test_best_epoch_is_the_first_of_equals_and_never_an_undefined_one(select, values, expected):
@@ -73,3 +73,11 @@ def test_recipes_hold_the_published_numbers():
     assert (released.weight_decay, released.batch_size, released.tolerance) == (1e-4, 324, 8)
     assert (released.epochs, released.merging_epochs, released.flip) == (30, 10, True)
     assert (released.select, len(released.mean)) == ("val_loss", 3)
+
+
+def test_without_any_auc_the_loss_selects_the_epoch():
+    losses = [0.5, 0.2, 0.2, 0.4]
+    history = [{"val_auc": None, "val_loss": loss} for loss in losses]
+    assert best_epoch(history, "val_auc") == 2
+    history[3]["val_auc"] = 0.1
+    assert best_epoch(history, "val_auc") == 4

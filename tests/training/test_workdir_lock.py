@@ -7,10 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from inmerge_jax import locking
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import parse_config
@@ -69,6 +72,21 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
         with open_workdir(folder, CONFIG, resume=True) as opened:
             assert opened == folder
             assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_process_that_waits_gets_the_folder_as_soon_as_it_is_free(tmp_path):
+    with another_process(tmp_path) as process, ThreadPoolExecutor(1) as pool:
+
+        def take():
+            with locking.lock(tmp_path, wait=True):
+                return process.poll()
+
+        waiting = pool.submit(take)
+        time.sleep(0.3)
+        assert not waiting.done()
+        process.kill()
+        process.wait()
+        assert waiting.result(20) == -signal.SIGKILL
 
 
 def test_a_folder_is_free_again_after_the_block_and_after_an_error(tmp_path):

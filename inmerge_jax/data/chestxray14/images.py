@@ -1,21 +1,17 @@
 """NIH's image files: finding them, and reducing one to a small grey PNG."""
 
 import io
-import struct
-import zlib
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from inmerge_jax.data.images import DAMAGED, read_kind, to_grey, unreadable, used_bits
 from inmerge_jax.errors import UsageError
 
-# Exceptions of Pillow on truncated or damaged files.
-_DAMAGED = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
 _PATTERNS = ("*.png", "images/*.png", "images_*/*.png", "images_*/images/*.png")
 
 
@@ -44,33 +40,49 @@ def find_images(folder: Path) -> dict[str, Path]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for pattern in _PATTERNS:
-        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+        # Not the "._" files that macOS adds to archives.
+        found = (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
+        yield from (path for path in found if path.is_file())
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header.
+class Usual(NamedTuple):
+    """What the images of a data set have in common.
+
+    Attributes:
+      width: width in pixels.
+      height: height in pixels.
+      bits: bits that the values of 16-bit images use; 16 if there are none.
+    """
+
+    width: int
+    height: int
+    bits: int = 16
+
+
+def usual(paths: Sequence[Path]) -> Usual:
+    """The most frequent size of nine images, robust to a wrong one, and the bits that they use.
 
     Raises:
-      UsageError: the file is not an image, or is damaged.
+      UsageError: a file is not an image, or is damaged.
     """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except _DAMAGED as error:
-        raise UsageError(_message(path, error)) from error
+    some = paths[:: -(-len(paths) // 9)]
+    kinds = [read_kind(path) for path in some]
+    deep = [path for path, kind in zip(some, kinds, strict=True) if kind.name == "16-bit grey"]
+    size = statistics.mode((kind.width, kind.height) for kind in kinds)
+    return Usual(*size, used_bits(deep) if deep else 16)
 
 
-def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
+def reduce_image(path: Path, size: int, expected: Usual) -> bytes:
     """Reduces one image to an 8-bit grey PNG of `size` x `size` pixels.
 
-    Colours are converted to luma, alpha is dropped, and 16 bits are scaled to 8. The reduction is
-    bilinear with antialiasing, like torchvision's Resize. A grey image of that size is kept byte
-    for byte.
+    Colours are converted to luma, alpha is dropped, and 16-bit values are scaled to 8 bits from
+    the bits that they use. The reduction is bilinear with antialiasing, like torchvision's Resize.
+    A grey image of that size is kept byte for byte.
 
     Args:
       path: path of a PNG; its checksums are verified.
       size: height and width of the result in pixels.
-      expected: required width and height of the file in pixels.
+      expected: required width and height of the file, and bits of a 16-bit one.
 
     Raises:
       UsageError: the file is truncated, damaged, of another size, or smaller than `size`.
@@ -81,13 +93,15 @@ def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
             image.verify()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            grey, plain = to_grey(image), image.mode == "L" and image.format == "PNG"
-    except _DAMAGED as error:
-        raise UsageError(_message(path, error)) from error
+            grey = to_grey(image, expected.bits)
+            plain = image.mode == "L" and image.format == "PNG"
+    except DAMAGED as error:
+        raise unreadable(path, error) from error
     width, height = grey.size
-    if (width, height) != expected:
+    if (width, height) != expected[:2]:
         raise UsageError(
-            f"{path} has {width} x {height} pixels, the others {expected[0]} x {expected[1]}; "
+            f"{path} has {width} x {height} pixels, the others {expected.width} x "
+            f"{expected.height}; "
             "fetch it again"
         )
     if width != height or width < size:
@@ -97,16 +111,6 @@ def reduce_image(path: Path, size: int, expected: tuple[int, int]) -> bytes:
     if width == size and plain:
         return data
     return encode(grey if width == size else grey.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def to_grey(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit grey (mode L)."""
-    if image.mode == "L":
-        return image
-    if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip.
-        return Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).astype(np.uint8))
-    # Via RGB: a direct conversion of a palette or an alpha channel would not drop the alpha.
-    return image.convert("RGB").convert("L")
 
 
 def encode(image: Image.Image) -> bytes:
@@ -125,16 +129,10 @@ def decode(data: bytes, size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ValueError(str(error)) from error
     if image.mode != "L" or image.width != image.height or image.width < size:
         raise ValueError(f"mode {image.mode}, {image.width} x {image.height} pixels")
     if image.width > size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
-
-
-def _message(path: Path, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return f"{path} cannot be read: {error.strerror}; give rights to it"
-    return f"{path} is cut short or damaged: {error}; fetch it again"

@@ -1,8 +1,7 @@
 """Reads a built data set: labels in memory, images from the shards on demand."""
 
 import io
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from inmerge_jax.data.chestxray14.manifest import (
 )
 from inmerge_jax.data.chestxray14.splits import PARTS
 from inmerge_jax.data.dataset import Dataset, Split, names_sha256
+from inmerge_jax.data.images import RowImages
+from inmerge_jax.data.records import Records
 from inmerge_jax.errors import UsageError
-
-# TFDS imports most of itself at first use, which deadlocks if two threads do so at once.
-_OPENING = threading.Lock()
 
 
 def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
@@ -48,16 +46,18 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
             f"`size` {size}: {folder} was built at {manifest['size']} px; choose 1 to "
             f"{manifest['size']}, or build another folder with a larger size"
         )
+    records = folder / manifest["records"]
     splits = {
         part: Split(
-            RecordImages(folder / manifest["records"], part, arrays[f"{part}_names"], size),
+            RecordImages(Records(records, part), arrays[f"{part}_names"], size),
             arrays[f"{part}_labels"],
             arrays[f"{part}_patients"],
+            arrays[f"{part}_names"].tolist(),
         )
         for part in PARTS
     }
     for split in splits.values():
-        split.images.open()  # Here, before threads that read in advance import anything.
+        split.images.records.open()  # Here, before threads that read in advance import anything.
     here = sum(manifest["counts"].values())
     subset = f", a subset: {here:,} of its {ALL_IMAGES:,} images" if here < ALL_IMAGES else ""
     return Dataset(
@@ -76,59 +76,34 @@ def load_chestxray14(folder: Path, *, size: int | None = None) -> Dataset:
 
 
 @dataclass(frozen=True)
-class RecordImages:
+class RecordImages(RowImages):
     """The images of one split, uint8 (n, size, size, 1), read on indexing.
 
-    The object can be pickled for worker processes; each opens the shards itself.
-
     Attributes:
-      folder: folder of TFDS's files.
-      split: "train", "val" or "test".
+      records: the records of the split.
       names: names of the images, in the order of the records.
       size: height and width in pixels.
     """
 
-    folder: Path
-    split: str
+    records: Records
     names: np.ndarray
     size: int
-    _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    dtype = np.dtype(np.uint8)
-    ndim = 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the array."""
         return (len(self.names), self.size, self.size, 1)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """One image (size, size, 1) for an integer, else (k, size, size, 1).
+    def read(self, row: int) -> np.ndarray:
+        """Image number `row`.
 
         Raises:
-          UsageError: a record cannot be read, or holds another image.
+          UsageError: the record cannot be read, or holds another image.
         """
-        if isinstance(index, int | np.integer):
-            return self._read(range(len(self))[index])
-        rows = np.arange(len(self))[index]
-        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        for place, row in enumerate(rows.tolist()):
-            images[place] = self._read(row)
-        return images
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-    def _read(self, row: int) -> np.ndarray:
-        where = f"{self.folder}: record {row} of {self.split}, {self.names[row]},"
+        records = self.records
+        where = f"{records.folder}: record {row} of {records.split}, {self.names[row]},"
         try:
-            example = self.open()[row]
+            example = records.open()[row]
         except RuntimeError as error:
             raise UsageError(f"{where} is damaged: {error}; build the data set again") from error
         found = example["name"].decode()
@@ -138,21 +113,6 @@ class RecordImages:
             return decode(example["image"], self.size)[..., None]
         except ValueError as error:
             raise UsageError(f"{where} is damaged: {error}; build the data set again") from error
-
-    def open(self) -> Any:
-        """Opens TFDS's data source of the shards, once for all threads."""
-        if "source" not in self._opened:
-            with _OPENING:
-                if "source" not in self._opened:
-                    self._opened["source"] = self._source()
-        return self._opened["source"]
-
-    def _source(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(self.folder)
-        skip = {"image": tfds.decode.SkipDecoding()}
-        return builder.as_data_source(self.split, decoders=skip)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ of its sources, so an existing part is a finished part.
 import hashlib
 import json
 import multiprocessing
-import statistics
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from inmerge_jax.data.chestxray14.images import image_size, reduce_image
+from inmerge_jax.data.chestxray14.images import Usual, reduce_image, usual
 from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE, write_bytes
@@ -123,7 +122,7 @@ def reduce_parts(
     todo = [part for part in every if not part.path.exists()]
     if not todo:
         return Reduced(parts, 0, 0.0, workers)
-    expected = _usual_size([source for part in every for source in part.sources])
+    expected = usual([source for part in every for source in part.sources])
     done = sum(map(len, every)) - sum(map(len, todo))
     workers, busy = min(workers, len(todo)), 0.0
     total, what = sum(map(len, every)), "reducing images"
@@ -139,13 +138,8 @@ def reduce_parts(
     return Reduced(parts, sum(map(len, todo)), busy, workers)
 
 
-def _usual_size(sources: Sequence[Path]) -> tuple[int, int]:
-    """The most frequent width and height of nine images, robust to a wrong one."""
-    return statistics.mode(map(image_size, sources[:: -(-len(sources) // 9)]))
-
-
 def _results(
-    todo: Sequence[Part], size: int, expected: tuple[int, int], workers: int
+    todo: Sequence[Part], size: int, expected: Usual, workers: int
 ) -> Iterator[tuple[int, float]]:
     """Yields the results of `reduce_part` as they finish; one worker is this process."""
     if workers == 1:
@@ -167,7 +161,7 @@ def _results(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def reduce_part(part: Part, size: int, expected: tuple[int, int]) -> tuple[int, float]:
+def reduce_part(part: Part, size: int, expected: Usual) -> tuple[int, float]:
     """Creates one part; returns its number of images and the duration in seconds.
 
     Raises:

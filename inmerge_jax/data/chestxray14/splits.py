@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import numpy as np
 
-from inmerge_jax.data.chestxray14.labels import Labels, read_text, refuse_duplicates, some
+from inmerge_jax.data.chestxray14.labels import FINDINGS, Labels, read_text, refuse_duplicates, some
 from inmerge_jax.errors import UsageError
 
 SplitName = Literal["chexnet", "nih_official", "patient_hash"]
@@ -23,7 +23,8 @@ def assign(split: str, labels: Labels, lists: Path | None) -> dict[str, np.ndarr
         train_val_list.txt and test_list.txt; an eighth of the former's patients validate.
         "patient_hash": 70, 10 and 20 % of the patients by a hash of their number.
       labels: labels of all images.
-      lists: folder of the lists, plain or gzipped (.gz); None for patient_hash.
+      lists: folder of the lists, plain or gzipped (.gz); None for patient_hash. A line names an
+        image; a folder before the name and 14 labels after it are ignored.
 
     Returns:
       Ascending int64 rows by "train", "val" and "test". Images on no list are left out.
@@ -83,7 +84,7 @@ def _read_list(folder: Path, name: str, rows: dict[str, int], labels: Labels) ->
     found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not found:
         raise UsageError(f"`lists` {folder}: there is neither {name} nor {name}.gz in it")
-    names = read_text(found[0]).split()
+    names = [_listed(found[0], line) for line in read_text(found[0]).splitlines() if line.strip()]
     refuse_duplicates(found[0], names)
     unknown: Sequence[str] = [image for image in names if image not in rows]
     if unknown:
@@ -91,3 +92,14 @@ def _read_list(folder: Path, name: str, rows: dict[str, int], labels: Labels) ->
     if not names:
         raise UsageError(f"{found[0]} names no image")
     return np.array(sorted(rows[image] for image in names), np.int64)
+
+
+def _listed(path: Path, line: str) -> str:
+    """The image that a line of a list names, without its folder and the labels that follow it."""
+    name, *values = line.split()
+    if set(values) - {"0", "1"} or len(values) not in (0, len(FINDINGS)):
+        raise UsageError(
+            f"{path}: the line {line.strip()[:80]!r} holds no image name, alone or followed by "
+            f"{len(FINDINGS)} labels of 0 and 1; give NIH's lists or those of CheXNet"
+        )
+    return PurePosixPath(name).name

@@ -4,6 +4,7 @@ Each takes and returns what `merge_layer` does. Layers of several weights, and w
 axes, groups or a view, take the reference on every platform.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -137,6 +138,9 @@ def _of_platform(
         if pallas.fits(weights[0], kernel.out_axis):
             tpu_form = pallas.merge
 
+    # Without its path, so that layers of one shape are traced once.
+    kernel = Kernel((), kernel.shape, kernel.out_axis)
+
     def merge(
         weights: Sequence[jax.Array],
         members: Sequence[Kernel],
@@ -145,9 +149,7 @@ def _of_platform(
         rule: MergeRule,
     ) -> Any:
         def call(form: Form) -> Callable[..., Any]:
-            return lambda weight, selected, partner, rule: form(
-                [weight], members, selected, partner, rule
-            )
+            return functools.partial(_merge_weight, form, kernel)
 
         def elsewhere(*arguments: Any) -> Any:
             return lax.platform_dependent(*arguments, cpu=call(cpu_form), default=call(reference))
@@ -156,6 +158,18 @@ def _of_platform(
         return lax.platform_dependent(*arguments, tpu=call(tpu_form), default=elsewhere)
 
     return merge
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _merge_weight(
+    form: Form,
+    kernel: Kernel,
+    weight: jax.Array,
+    selected: jax.Array,
+    partner: jax.Array | None,
+    rule: MergeRule,
+) -> Any:
+    return form([weight], [kernel], selected, partner, rule)
 
 
 def supports_pallas(device: jax.Device) -> bool:

@@ -22,11 +22,12 @@ from inmerge_jax.data import DataConfig, load_dataset
 from inmerge_jax.data.chestxray14 import build as building
 from inmerge_jax.data.chestxray14 import reduce
 from inmerge_jax.data.chestxray14.build import Request, build, summary
-from inmerge_jax.data.chestxray14.images import decode, find_images, reduce_image
+from inmerge_jax.data.chestxray14.images import Usual, decode, find_images, reduce_image
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_labels
-from inmerge_jax.data.chestxray14.records import RecordImages, load_chestxray14
+from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.chestxray14.splits import assign
 from inmerge_jax.data.dataset import names_sha256
+from inmerge_jax.data.records import Records
 from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import content, make, pixels, write_labels, write_lists
 from tests.paths import SHARED, needs
@@ -48,7 +49,7 @@ def test_what_was_built_is_read_back(nih, built):
         names = split.images.names.tolist()
         rows = [labels.names.index(name) for name in names]
         np.testing.assert_array_equal(split.labels, labels.findings[rows])
-        expected = [decode(reduce_image(sources[name], 32, (40, 40)), 32) for name in names]
+        expected = [decode(reduce_image(sources[name], 32, Usual(40, 40)), 32) for name in names]
         np.testing.assert_array_equal(split.images[:][..., 0], expected)
         last = len(split) - 1
         np.testing.assert_array_equal(split.images[last], split.images[np.array([last])][0])
@@ -304,14 +305,14 @@ def test_threads_that_read_at_once_open_the_shards_once(built, monkeypatch):
     """TFDS's lazy imports deadlock where two threads are the first to use it."""
     images = load_chestxray14(built).train.images
     fresh = pickle.loads(pickle.dumps(images))  # As in a worker process.
-    opened, source = [], RecordImages._source
+    opened, source = [], Records._source
 
     def slowly(self):
         opened.append(threading.get_ident())
         time.sleep(0.1)
         return source(self)
 
-    monkeypatch.setattr(RecordImages, "_source", slowly)
+    monkeypatch.setattr(Records, "_source", slowly)
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(fresh.__getitem__, range(8)))
     np.testing.assert_array_equal(found, images[:8])
@@ -327,7 +328,7 @@ def test_the_test_images_are_told_by_their_names(built, nih):
 
 def test_loading_opens_the_shards_before_any_thread_reads(built, monkeypatch):
     data = load_chestxray14(built)
-    monkeypatch.setattr(RecordImages, "_source", None)
+    monkeypatch.setattr(Records, "_source", None)
     for split in (data.train, data.val, data.test):
         assert split.images[0].shape == (32, 32, 1)
 
@@ -335,7 +336,7 @@ def test_loading_opens_the_shards_before_any_thread_reads(built, monkeypatch):
 def test_records_of_another_build_are_noticed(copy):
     data = load_chestxray14(copy)
     names = data.train.images.names[::-1]
-    swapped = type(data.train.images)(data.train.images.folder, "train", names, 32)
+    swapped = type(data.train.images)(data.train.images.records, names, 32)
     with pytest.raises(UsageError, match=rf"record 0 of train, {names[0]}, is .*\.png instead"):
         swapped[0]
 

@@ -50,8 +50,10 @@ def test_lists_that_are_wrong_are_named(tmp_path, labels):
 
     (tmp_path / "train_list.txt").write_text(train + first)
     refused(rf"train_list\.txt names 1 image \({first}\) more than once")
-    (tmp_path / "train_list.txt").write_text(train + "a.png b.png c.png d.png")
+    (tmp_path / "train_list.txt").write_text(train + "a.png\nb.png\nc.png\nd.png")
     refused(r"names 4 images \(a\.png, b\.png, c\.png, \.\.\.\) that .*a\.csv lacks")
+    (tmp_path / "train_list.txt").write_text(train + "a.png 0 1")
+    refused(r"the line 'a\.png 0 1' holds no image name, alone or followed by 14 labels")
     (tmp_path / "train_list.txt").write_text("\n")
     refused("names no image")
     (tmp_path / "train_list.txt").write_text(train)
@@ -65,6 +67,17 @@ def test_lists_that_are_wrong_are_named(tmp_path, labels):
     refused("`split` random: unknown; choose one of chexnet", split="random")
     refused("patient_hash reads no list", split="patient_hash")
     refused("chexnet needs `lists`", lists=None)
+
+
+@pytest.mark.parametrize("line", ["{} 0 1 0 0 0 0 0 0 0 0 0 0 0 1", "images_001/images/{}"])
+def test_lists_with_labels_after_the_name_or_a_folder_before_it(tmp_path, labels, line):
+    write_lists(tmp_path, labels.path)
+    plain = assign("chexnet", labels, tmp_path)
+    for path in tmp_path.glob("*_list.txt"):
+        names = path.read_text().split()
+        path.write_text("".join(line.format(name) + "\n" for name in names))
+    for part, rows in assign("chexnet", labels, tmp_path).items():
+        np.testing.assert_array_equal(rows, plain[part])
 
 
 @needs(NIH / "train_list.txt.gz")

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.study.treatments import (
-    average_weights,
-    averaged,
     make_treatment,
     numbers,
     selection,
 )
 from experiments.study.trials import Treatment
 from inmerge_jax import merge_kernels
-from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.train_step import make_optimizer, new_state
 from tests.core.test_merging import kernel, similar_weight
 
 SHAPE = (3, 3, 4, 30)
@@ -103,20 +99,3 @@ def test_the_deeper_half_merges_where_there_are_few_layers():
     layers = tuple(kernel(f"w{i}", SHAPE) for i in range(8))
     assert len(selection(RULE, layers)) == 4
     assert len(selection(dataclasses.replace(RULE, skip=2), layers)) == 6
-
-
-def test_averages_are_those_of_the_weights_after_each_update():
-    recipe = dataclasses.replace(RECIPES["medmnist"], learning_rate=0.1)
-    optimizer = make_optimizer(recipe, average_weights(0.9))
-    params = {"w": np.ones(3, np.float32)}
-    state = new_state(params, {}, optimizer, 0.1)
-    average = np.ones(3)
-    for count in range(1, 60):
-        grads = {"w": jnp.array([1.0, -2.0, 0.5]) * count}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        state = state._replace(params=params, opt_state=opt_state)
-        stays = min(0.9, count / (count + 9))
-        average = stays * average + (1 - stays) * np.asarray(params["w"])
-    np.testing.assert_allclose(averaged(state).params["w"], average, rtol=1e-5)
-    assert np.abs(average - params["w"]).max() > 0.1

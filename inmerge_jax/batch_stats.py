@@ -1,0 +1,92 @@
+"""Running statistics of batch normalisation, re-estimated for weights that have changed."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_PROBE = 2.0**20
+"""An old value so large that an update's share of it is exact to float32's rounding."""
+
+
+def recompute_batch_stats(
+    update: Callable[[Any, Any], Any], batch_stats: Any, batches: Iterable[Any]
+) -> Any:
+    """The mean over batches of each batch's own statistics, for the weights as they are now.
+
+    Running averages follow the weights of past steps, so they lag behind weights that a merge, or
+    an average of weights, has moved. This is what `torch.optim.swa_utils.update_bn` computes: every
+    batch counts alike, and the momentum of the layers has no effect.
+
+    A layer updates its statistics to `m * old + (1 - m) * batch`. Updates from zero give
+    `(1 - m) * batch`, and one update from a large value gives `m`.
+
+    Examples: Flax Linen
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from inmerge_jax import recompute_batch_stats
+      >>> net = nn.BatchNorm(use_running_average=False)
+      >>> images = jax.random.normal(jax.random.key(0), (3, 8, 2)) + 5
+      >>> variables = net.init(jax.random.key(1), images[0])
+      >>> def update(batch_stats, x):
+      ...     moved = {**variables, "batch_stats": batch_stats}
+      ...     return net.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
+      >>> found = recompute_batch_stats(jax.jit(update), variables["batch_stats"], images)
+      >>> bool(jnp.allclose(found["mean"], images.mean((0, 1)), rtol=1e-4))
+      True
+
+    Args:
+      update: `update(batch_stats, batch)` runs the network on one batch in training mode, from the
+        given statistics, and returns the statistics that it leaves. Not differentiated; compile it.
+      batch_stats: Statistics of any values, a pytree of float arrays: of Flax Linen the collection
+        `batch_stats`, of Flax NNX `nnx.state(model, nnx.BatchStat)`.
+      batches: Batches of training images, of equal size and in random order: batches of one class
+        each would give too small variances.
+
+    Returns:
+      A tree like `batch_stats`.
+
+    Raises:
+      ValueError: No batches; or an entry that `update` leaves as it is, or that is no running
+        average.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+    average, shares = None, None
+    for number, batch in enumerate(batches, 1):
+        moved = update(zeros, batch)
+        if average is None:
+            probe = jax.tree.map(lambda x: jnp.full_like(x, _PROBE), batch_stats)
+            shares = _shares_of_batch(moved, update(probe, batch))
+            average = moved
+        else:
+            # Batches are read as they are used, so that no more than two are on the device.
+            average = _add_to_mean(jax.block_until_ready(average), moved, number)
+    if average is None:
+        raise ValueError("batches is empty; give at least one batch of training images")
+    return jax.tree.map(lambda x, share: x / jnp.asarray(share, x.dtype), average, shares)
+
+
+@jax.jit
+def _add_to_mean(mean: Any, new: Any, number: Any) -> Any:
+    return jax.tree.map(lambda m, x: m + (x - m) / jnp.asarray(number, m.dtype), mean, new)
+
+
+def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
+    """`1 - m` of each entry, from two updates by the same batch."""
+
+    def share(path: Any, low: jax.Array, high: jax.Array) -> float:
+        kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / _PROBE
+        name = jax.tree_util.keystr(path)
+        if not kept.size or np.abs(kept - kept.mean()).max() > 1e-3 or kept.mean() < 1e-3:
+            raise ValueError(
+                f"batch_stats holds {name}, which is no running average of batch statistics; give "
+                "the entries of batch normalisation alone"
+            )
+        if kept.mean() > 1 - 1e-6:
+            raise ValueError(
+                f"update leaves {name} of batch_stats as it is; run the network in training mode"
+            )
+        return float(1 - kept.mean())
+
+    return jax.tree_util.tree_map_with_path(share, from_zero, from_probe)

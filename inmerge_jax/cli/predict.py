@@ -1,0 +1,220 @@
+"""Scores images with a trained network: `inmerge predict`."""
+
+import csv
+import dataclasses
+import io
+import sys
+import tempfile
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.data import Dataset, Split, eval_batches, load_dataset
+from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_text
+from inmerge_jax.training.config import Arm, DataOptions
+from inmerge_jax.training.load import LoadedRun, Threshold, load_run
+from inmerge_jax.training.workdir import write_error
+
+_OWN = "run"
+"""Name of the run's own data set."""
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Scores the images of a data set with one arm of a run, and writes a CSV.
+
+    Columns: the split, the image's name or its index in the split, a score per class, decisions at
+    thresholds (two classes, or several labels per image), and the predicted class or labels. The
+    thresholds have the highest Youden index (sensitivity + specificity - 1) on the run's validation
+    images.
+
+    Attributes:
+      run: Folder of the run (its --output).
+      to: CSV file to write.
+      split: Images of the data set to score.
+      arm: Arm of the run.
+      seed: Seed of the run; the first one by default.
+      overwrite: Replace an existing file.
+      data: The data set: the run's own, or another with the same classes, at the run's --size.
+    """
+
+    run: tyro.conf.Positional[Path]
+    to: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    split: Literal["train", "val", "test", "all"] = "test"
+    arm: Arm = "inmerge"
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    overwrite: bool = False
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: DataOptions(name=_OWN)
+    )
+
+
+def predict(config: PredictConfig) -> str:
+    """Writes the CSV and returns a description of it.
+
+    Raises:
+      UsageError: the run, arm or seed is missing or not finished; the data set has other classes or
+        another image size; an image cannot be read; or the file cannot be written.
+    """
+    _check_target(config.to, overwrite=config.overwrite)
+    run = load_run(config.run, config.arm, config.seed)
+    dataset = load_dataset(_chosen_data(config.data, run))
+    _check_dataset(run, dataset)
+    thresholds = run.thresholds()
+
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    decisions = [f"{name} >= {_cut(found):.4g}" for name, found in thresholds.items()]
+    rows.writerow(["split", "image", *run.classes, *decisions, "predicted"])
+    count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
+    for name in _SPLITS if config.split == "all" else (config.split,):
+        split: Split = getattr(dataset, name)
+        names = range(len(split)) if split.names is None else split.names
+        batches = eval_batches(split, min(batch_size, len(split)))
+        scores = [run.predict(batch["image"], batch_size) for batch in batches]
+        for image, row in zip(names, np.concatenate(scores), strict=False):
+            rows.writerow([name, image, *map(str, row), *_decided(run, thresholds, row)])
+        count += len(split)
+    try:
+        write_text(config.to, buffer.getvalue())
+    except OSError as error:
+        raise write_error(config.to, error) from error
+    stage = run.stage
+    return "\n".join(
+        [
+            f"{config.to}: {count} images of {dataset.title} ({config.split}), seed {stage.seed} "
+            f"{stage.arm} epoch {stage.result['best_epoch']}",
+            *(f"  {_described(name, found)}" for name, found in thresholds.items()),
+        ]
+    )
+
+
+def _check_target(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; choose another name, or give `overwrite` to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
+    """The given data set; or the run's own, with the given options in place of its own."""
+    own = _options(DataOptions, run.stage.config["data"])
+    if given.name != _OWN:
+        kinds = {data.name.partition(":")[0] for data in (given, own)}
+        resize = given.resize or (own.resize if len(kinds) == 1 else None)
+        size = given.size or run.preprocessing.size
+        return dataclasses.replace(given, size=size, resize=resize)
+    return _overridden(own, given, DataOptions(name=_OWN))
+
+
+def _overridden(own: Any, given: Any, default: Any) -> Any:
+    """`own` with those values of `given` that are not the default."""
+    changed = {}
+    for name, value in vars(given).items():
+        if dataclasses.is_dataclass(value):
+            changed[name] = _overridden(getattr(own, name), value, getattr(default, name))
+        elif value != getattr(default, name):
+            changed[name] = value
+    return dataclasses.replace(own, **changed)
+
+
+def _options(kind: type, values: dict[str, Any]) -> Any:
+    """Options from config.json."""
+    fields = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        value = values.get(name)
+        if value is not None:
+            if dataclasses.is_dataclass(hint):
+                value = _options(typing.cast(type, hint), value)
+            elif Path in (hint, *typing.get_args(hint)):
+                value = Path(value)
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
+def _check_dataset(run: LoadedRun, dataset: Dataset) -> None:
+    size = run.preprocessing.size
+    if dataset.classes != run.classes or dataset.multi_label != run.multi_label:
+        raise UsageError(
+            f"`data` {dataset.name} has the classes {', '.join(dataset.classes)} ({dataset.task}), "
+            f"and the run has {', '.join(run.classes)} ({run.task}): choose a data set with the "
+            "same classes"
+        )
+    if dataset.size != size:
+        raise UsageError(
+            f"`data` {dataset.name} has images of {dataset.size} px, and the run was trained at "
+            f"{size} px: give `size={size}`"
+        )
+    if dataset.channels not in (1, run.preprocessing.channels):
+        raise UsageError(
+            f"`data` {dataset.name} has images with {dataset.channels} channels, and the network "
+            f"reads {run.preprocessing.channels}: train with `channels=3`, or give grey images"
+        )
+
+
+def _cut(threshold: Threshold | None) -> float:
+    return 0.5 if threshold is None else threshold.value
+
+
+def _decided(
+    run: LoadedRun, thresholds: dict[str, Threshold | None], scores: np.ndarray
+) -> list[Any]:
+    """One 0 or 1 per threshold, and the predicted class or labels."""
+    above = [
+        name
+        for name, found in thresholds.items()
+        if float(scores[run.classes.index(name)]) >= _cut(found)
+    ]
+    predicted = "|".join(above)
+    if not run.multi_label:
+        predicted = run.classes[int(np.argmax(scores))]
+        if thresholds:
+            predicted = run.classes[len(above)]
+    return [*(int(name in above) for name in thresholds), predicted]
+
+
+def _described(name: str, threshold: Threshold | None) -> str:
+    if threshold is None:
+        return f"{name}: threshold 0.5, as the run's validation images do not have both outcomes"
+    return (
+        f"{name}: threshold {threshold.value:.4g}, sensitivity {threshold.sensitivity:.1%} and "
+        f"specificity {threshold.specificity:.1%} on the run's validation images"
+    )
+
+
+def parse_config(arguments: list[str] | None = None) -> PredictConfig:
+    """Parses the command line; None for that of this process."""
+    return tyro.cli(
+        PredictConfig,
+        prog="inmerge predict",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status, see `errors`."""
+    from inmerge_jax.cli.train import OPTIONS
+
+    try:
+        print(predict(parse_config(arguments)))
+    except UsageError as error:
+        return report(error, {**OPTIONS, "seed": "--seed"})
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""A data set of the user's own image files: a folder per class, or a CSV."""
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inmerge_jax.data.chestxray14.labels import read_text
+from inmerge_jax.data.dataset import Dataset, Split, names_sha256
+from inmerge_jax.data.images import (
+    SUFFIXES,
+    Decoder,
+    Resize,
+    RowImages,
+    kept_in_memory,
+    read_kind,
+    used_bits,
+)
+from inmerge_jax.data.splitting import SPLITS, add_splits, check_classes, check_training_classes
+from inmerge_jax.errors import UsageError
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+_GROUPS = ("group", "patient", "patient_id", "subject", "subject_id")
+_OTHER_IMAGES = (".bmp", ".dcm", ".gif", ".jp2", ".nii", ".npy", ".tif", ".tiff", ".webp")
+_SAMPLE = 64
+"""Number of 16-bit images that are read to find the bits that they use."""
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images of a data set.
+
+    Attributes:
+      source: the folder or CSV, for errors.
+      root: folder that `names` are relative to.
+      names: n paths, sorted.
+      classes: names of the classes.
+      labels: int32 (n,), or uint8 (n, classes) of 0 and 1.
+      splits: n names of `SPLITS`.
+      groups: n names of groups; None without.
+    """
+
+    source: Path
+    root: Path
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class FileImages(RowImages):
+    """Image files, decoded on indexing.
+
+    Attributes:
+      root: folder that `names` are relative to.
+      names: paths of the files.
+      decoder: decodes a file.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    decoder: Decoder
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (len(self.names), *self.decoder.shape)
+
+    def read(self, row: int) -> np.ndarray:
+        """Image number `row`.
+
+        Raises:
+          UsageError: the file cannot be read.
+        """
+        return self.decoder.read(self.root / self.names[row])
+
+
+def load_folder(
+    place: Path, *, size: int | None = None, channels: int | None = None, resize: Resize | None
+) -> Dataset:
+    """Opens the PNG and JPEG files of a folder or a CSV.
+
+    A folder has one folder of images per class. It may have these in folders train, val and test.
+    A CSV has a column "path", relative to its folder, and either "label" (the class) or one column
+    of 0 and 1 per label. A column "group" keeps the images of a patient together; a column "split"
+    assigns images to train, val or test. Splits that are missing are taken from the training
+    images, see `splitting.add_splits`.
+
+    Images are resized to squares. Up to `images.IN_MEMORY` bytes they are decoded here; of more
+    images, only the headers are read here, and files that are cut short are found.
+
+    Args:
+      place: the folder or the CSV.
+      size: height and width in pixels; None if all images are squares of one size.
+      channels: 1 or 3; None for that of the images.
+      resize: interpolation; None for bilinear.
+
+    Raises:
+      UsageError: an image cannot be read or has another mode, a class is empty, a label is missing,
+        a path occurs twice, a group is in two splits; the message names the file.
+    """
+    listing = _from_csv(place) if place.is_file() else _from_folders(place)
+    source = str(listing.source)
+    check_classes(listing.classes, listing.labels, source)
+    keys = listing.names if listing.groups is None else listing.groups
+    splits = add_splits(listing.splits, listing.labels, keys, source)
+    check_training_classes(listing.classes, listing.labels, splits, source)
+    decoder = _make_decoder(listing, size, channels, resize)
+    rows = {name: np.flatnonzero(splits == name) for name in SPLITS}
+    names = {name: tuple(listing.names[row] for row in rows[name].tolist()) for name in SPLITS}
+    images = kept_in_memory([FileImages(listing.root, names[name], decoder) for name in SPLITS])
+    patients = None
+    if listing.groups is not None:
+        patients = np.unique(np.array(listing.groups), return_inverse=True)[1]
+    parts = {
+        name: Split(
+            array,
+            listing.labels[rows[name]],
+            None if patients is None else patients[rows[name]],
+            names[name],
+        )
+        for name, array in zip(SPLITS, images, strict=True)
+    }
+    single = listing.labels.ndim == 1
+    task = "multi-class" if len(listing.classes) > 2 else "binary-class"
+    fingerprint = _fingerprint(listing, splits, images)
+    return Dataset(
+        name=f"folder-{plain(place.stem if place.is_file() else place.resolve().name)}",
+        size=decoder.size,
+        task=task if single else "multi-label, binary-class",
+        classes=listing.classes,
+        **parts,
+        source=f"{place}, {len(listing.names):,} files, SHA-256 {fingerprint}",
+        test_names_sha256=names_sha256(names["test"]),
+        fingerprint=fingerprint,
+    )
+
+
+def plain(name: str) -> str:
+    """The name with dashes for all but letters, digits and dots, for names of score files."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "images"
+
+
+def _fingerprint(
+    listing: _Listing, splits: np.ndarray, images: Sequence[np.ndarray | RowImages]
+) -> str:
+    """SHA-256 of names, lengths, labels and splits, and of the pixels that are in memory."""
+    digest = hashlib.sha256(repr(listing.classes).encode())
+    for row, name in enumerate(listing.names):
+        length = (listing.root / name).stat().st_size
+        digest.update(f"{name}\n{length} {splits[row]} {listing.labels[row].tolist()}\n".encode())
+    for part in images:
+        if isinstance(part, np.ndarray):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _make_decoder(
+    listing: _Listing, size: int | None, channels: int | None, resize: Resize | None
+) -> Decoder:
+    """A decoder for all files, whose headers must agree; grey images keep one channel."""
+    paths = [listing.root / name for name in listing.names]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        kinds = list(threads.map(read_kind, paths))
+    first = kinds[0]
+    for path, kind in zip(paths, kinds, strict=True):
+        deep = "16-bit grey" in (kind.name, first.name)
+        if kind.name != first.name and (channels is None or deep):
+            remedy = "convert one of them" if deep else "give `channels` 1 or 3 to convert all"
+            raise UsageError(f"{path} is {kind.name}, {paths[0]} is {first.name}: {remedy}")
+        if size is None and kind[1:] != (first.width, first.width):
+            raise UsageError(
+                f"{path} has {kind.width} x {kind.height} pixels, and not all images are squares "
+                "of one size: give the `size` that they are resized to"
+            )
+    bits = 16
+    if first.name == "16-bit grey":
+        bits = used_bits(paths[:: -(-len(paths) // _SAMPLE)])
+    grey = all(kind.name != "colour" for kind in kinds)
+    size = first.width if size is None else size
+    return Decoder(size, 1 if grey else channels or 3, resize or "bilinear", bits)
+
+
+def _from_folders(root: Path) -> _Listing:
+    if not root.is_dir():
+        raise UsageError(f"`data` folder:{root}: there is no such folder or CSV")
+    folders = _folders(root)
+    if any(_SPLIT_NAMES.get(name.lower()) == "train" for name in folders):
+        found = list(_in_splits(root, folders))
+    else:
+        found = [("train", name, path) for name, path in _in_classes(root, folders)]
+    found.sort(key=lambda one: one[2].relative_to(root).as_posix())
+    classes = sorted({name for _, name, _ in found}, key=_natural)
+    index = {name: number for number, name in enumerate(classes)}
+    return _Listing(
+        root,
+        root,
+        tuple(path.relative_to(root).as_posix() for _, _, path in found),
+        tuple(classes),
+        np.array([index[name] for _, name, _ in found], np.int32),
+        np.array([split for split, _, _ in found]),
+    )
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    found = sorted(path for path in root.iterdir() if path.is_dir())
+    return {path.name: path for path in found if not path.name.startswith((".", "__MACOSX"))}
+
+
+def _in_splits(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, str, Path]]:
+    seen: dict[str, str] = {}
+    for name, path in folders.items():
+        split = _SPLIT_NAMES.get(name.lower())
+        if split is None:
+            raise UsageError(f"{root} has the folders train and {name}; name it val or test")
+        if split in seen:
+            raise UsageError(f"{root} has the folders {seen[split]} and {name}; keep one")
+        seen[split] = name
+        for label, file in _in_classes(path, _folders(path)):
+            yield split, label, file
+
+
+def _in_classes(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+    if not folders:
+        raise UsageError(
+            f"{root} has no folders: give one folder of images per class, or name a CSV as "
+            "folder:PATH/labels.csv"
+        )
+    for name, folder in folders.items():
+        files = [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
+        if not files:
+            raise UsageError(
+                f"the class folder {folder} has no PNG or JPEG; add some, or remove it"
+            )
+        yield from ((name, path) for path in files)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All visible files in a folder and below."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(place) / name
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() in _OTHER_IMAGES:
+                raise UsageError(f"{path}: only PNG and JPEG are read; convert or remove it")
+            yield path
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sorts numbers by value, before other names."""
+    return (int(name), "") if name.isdecimal() else (2**63, name)
+
+
+def _from_csv(path: Path) -> _Listing:
+    columns, rows = _read_rows(path)
+    if "path" not in columns:
+        raise UsageError(
+            f"{path} has no column path; its header is {', '.join(columns) or 'empty'}. Name the "
+            "columns path, label or one per label, and if you like group and split"
+        )
+    groups = [name for name in columns if name.lower() in _GROUPS]
+    if len(groups) > 1:
+        raise UsageError(f"{path} has the columns {' and '.join(groups)}; keep one for the groups")
+    rows.sort(key=lambda row: row["path"])
+    _check_paths(path, rows)
+    if "label" in columns:
+        found = [_cell(path, row, "label") for row in rows]
+        classes = tuple(sorted(set(found), key=_natural))
+        index = {name: number for number, name in enumerate(classes)}
+        labels = np.array([index[name] for name in found], np.int32)
+    else:
+        classes = tuple(name for name in columns if name not in ("path", "split", *groups))
+        if not classes:
+            raise UsageError(f"{path} has no column label, nor one of 0 and 1 for each label")
+        labels = np.array([[_flag(path, row, name) for name in classes] for row in rows], np.uint8)
+    splits = ["train"] * len(rows)
+    if "split" in columns:
+        splits = [_split(path, row) for row in rows]
+    return _Listing(
+        path,
+        path.parent,
+        tuple(row["path"] for row in rows),
+        classes,
+        labels,
+        np.array(splits),
+        tuple(_cell(path, row, groups[0]) for row in rows) if groups else None,
+    )
+
+
+_LINE = "\n"
+"""Key of a row's line number, which is no column's name."""
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of the columns, and the rows, each with the number of its line."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for row in reader:
+            if None in row or None in row.values():
+                raise UsageError(
+                    f"{path}, line {reader.line_num}: it has not the {len(columns)} cells of the "
+                    "header"
+                )
+            cells = {name: cell.strip() for name, cell in row.items()}
+            rows.append({**cells, _LINE: reader.line_num})
+    except csv.Error as error:
+        raise UsageError(f"{path}, from line {reader.line_num} on: {error}; correct it") from error
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise UsageError(f"{path} has the column {twice[0]!r} twice; keep one")
+    if not rows:
+        raise UsageError(f"{path} holds no rows")
+    return columns, rows
+
+
+def _check_paths(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Normalises the paths; each must be there, and once."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        name = os.path.normpath(path.parent / _cell(path, row, "path"))
+        if name in seen:
+            raise UsageError(
+                f"{path}, line {row[_LINE]}: {row['path']} is in line {seen[name]} too; remove one"
+            )
+        seen[name] = row[_LINE]
+        if not Path(name).is_file():
+            raise UsageError(f"{path}, line {row[_LINE]}: there is no image {name}")
+
+
+def _cell(path: Path, row: dict[str, Any], column: str) -> str:
+    if not row[column]:
+        raise UsageError(f"{path}, line {row[_LINE]}: the {column} of {row['path']} is missing")
+    return row[column]
+
+
+def _flag(path: Path, row: dict[str, Any], column: str) -> int:
+    value = _cell(path, row, column)
+    if value not in ("0", "1", "0.0", "1.0"):
+        raise UsageError(
+            f"{path}, line {row[_LINE]}: {column} is {value!r}; without a column label, every "
+            "column but path, group and split holds 0 or 1. Correct or remove it"
+        )
+    return int(value[0])
+
+
+def _split(path: Path, row: dict[str, Any]) -> str:
+    value = _cell(path, row, "split")
+    if value.lower() not in _SPLIT_NAMES:
+        raise UsageError(f"{path}, line {row[_LINE]}: split {value!r}; choose train, val or test")
+    return _SPLIT_NAMES[value.lower()]

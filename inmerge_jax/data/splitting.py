@@ -1,0 +1,121 @@
+"""Splits data into training, validation and test sets: deterministic, stratified, by group."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from inmerge_jax.errors import UsageError
+
+SPLITS = ("train", "val", "test")
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
+"""Shares of the groups; those of the splits that are missing are taken from the training set."""
+
+
+def add_splits(
+    splits: np.ndarray, labels: np.ndarray, keys: Sequence[str], source: str
+) -> np.ndarray:
+    """Moves part of the training set to the splits that have no image.
+
+    Groups stay together. Each counts for its rarest label. The groups of a label are ordered by a
+    hash of their key, so the result depends neither on the order of the images nor on the machine.
+    Each split gets at least one of three or more groups.
+
+    Args:
+      splits: n names of `SPLITS`.
+      labels: int (n,) classes, or 0 and 1 (n, k).
+      keys: n keys; images with the same key are one group.
+      source: origin of the images, for errors.
+
+    Returns:
+      n names of splits.
+
+    Raises:
+      UsageError: a group is in two splits, or the images are too few for all splits.
+    """
+    splits = np.asarray(splits, "<U5")
+    names, group = np.unique(np.asarray(keys, str), return_inverse=True)
+    _check_groups(splits, names, group, source)
+    missing = [name for name in SPLITS if not np.any(splits == name)]
+    if "train" in missing:
+        raise UsageError(f"{source}: there is no training image")
+    stratum = np.full(len(names), np.iinfo(np.int64).max)
+    np.minimum.at(stratum, group, _rarity(labels))
+    total = sum(SHARES[name] for name in ("train", *missing))
+    movable = np.unique(group[splits == "train"]).tolist()
+    digests = [hashlib.sha256(name.encode()).digest() for name in names.tolist()]
+    movable.sort(key=lambda one: (stratum[one], digests[one]))
+    chosen = np.full(len(names), "train", "<U5")
+    for _, same in itertools.groupby(movable, key=lambda one: stratum[one]):
+        members = list(same)
+        count = len(members)
+        for name in reversed(missing):
+            moved = min(max(1, round(count * SHARES[name] / total)), len(members) - 1)
+            chosen[members[:moved]] = name
+            members = members[moved:]
+    splits = np.where(splits == "train", chosen[group], splits)
+    absent = [name for name in SPLITS if not np.any(splits == name)]
+    if absent:
+        raise UsageError(
+            f"{source}: {len(splits)} images in {len(names)} groups are too few to leave some for "
+            f"{' and '.join(absent)}; give more images, or assign them to splits"
+        )
+    return splits
+
+
+def _rarity(labels: np.ndarray) -> np.ndarray:
+    """The rank of each image's rarest label, int64 (n,): 0 for the rarest; k for no label."""
+    counts = np.bincount(labels) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
+    order = np.argsort(counts, kind="stable")
+    if labels.ndim == 1:
+        return np.argsort(order)[labels]
+    ranked = labels[:, order] > 0
+    return np.where(ranked.any(1), ranked.argmax(1), ranked.shape[1])
+
+
+def _check_groups(splits: np.ndarray, names: np.ndarray, group: np.ndarray, source: str) -> None:
+    first = np.empty(len(names), splits.dtype)
+    first[group] = splits
+    other = np.flatnonzero(splits != first[group])
+    if len(other):
+        row = other[0]
+        raise UsageError(
+            f"{source}: the group {names[group[row]]} is in two splits, {splits[row]} and "
+            f"{first[group[row]]}; each group may be in one"
+        )
+
+
+def check_classes(classes: Sequence[str], labels: np.ndarray, source: str) -> None:
+    """Checks that there are classes, an image of each, and no fewer images than classes.
+
+    Raises:
+      UsageError: see above.
+    """
+    if labels.ndim == 1 and len(classes) < 2:
+        raise UsageError(f"{source}: there is only the class {classes[0]}; give two or more")
+    if len(labels) < len(classes):
+        raise UsageError(
+            f"{source}: {len(labels)} images are fewer than the {len(classes)} classes"
+        )
+    if labels.ndim == 2 and not labels.any(0).all():
+        empty = classes[int(labels.any(0).argmin())]
+        raise UsageError(f"{source}: no image has the label {empty}; remove its column")
+
+
+def check_training_classes(
+    classes: Sequence[str], labels: np.ndarray, splits: np.ndarray, source: str
+) -> None:
+    """Checks that each class of a single label has a training image.
+
+    Raises:
+      UsageError: a class has none.
+    """
+    if labels.ndim == 2:
+        return
+    empty = sorted(set(range(len(classes))) - set(labels[splits == "train"].tolist()))
+    if empty:
+        raise UsageError(
+            f"{source}: the class {classes[empty[0]]} has no training image; add one, or remove "
+            "the class"
+        )

@@ -1,0 +1,1 @@
+"""A package folder for a TFDS builder, which needs one."""

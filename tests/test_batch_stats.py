@@ -1,0 +1,125 @@
+"""Re-estimated batch statistics: PyTorch's `update_bn`, for Flax Linen and NNX."""
+
+import doctest
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from inmerge_jax import batch_stats as module
+from inmerge_jax import recompute_batch_stats
+from inmerge_jax.models.layers import BatchNorm
+
+BATCHES = [
+    np.random.default_rng(seed).normal(3, 2, (6, 4, 4, 3)).astype(np.float32) for seed in range(3)
+]
+
+
+class Linen(nn.Module):
+    layer: str = "torch"
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for features in (5, 4):
+            x = nn.Conv(features, (1, 1))(x)
+            if self.layer == "torch":
+                x = BatchNorm(train=train)(x)
+            else:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.99)(x)
+            x = nn.relu(x)
+        return x
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.convolutions = nnx.List(
+            [nnx.Conv(*sizes, (1, 1), rngs=rngs) for sizes in ((3, 5), (5, 4))]
+        )
+        self.norms = nnx.List([nnx.BatchNorm(count, rngs=rngs) for count in (5, 4)])
+
+    def __call__(self, x):
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = nnx.relu(norm(convolution(x)))
+        return x
+
+
+def linen(layer):
+    """The network, its variables with statistics of other weights, and its update."""
+    net = Linen(layer)
+    variables = net.init(jax.random.key(0), BATCHES[0], train=False)
+    stale = jax.tree.map(lambda x: x + 7, variables["batch_stats"])
+
+    @jax.jit
+    def update(batch_stats, x):
+        moved = {"params": variables["params"], "batch_stats": batch_stats}
+        return net.apply(moved, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return variables, stale, update
+
+
+def test_they_are_pytorchs_update_bn():
+    torch = pytest.importorskip("torch")
+    variables, stale, update = linen("torch")
+    layers = []
+    for index, (inputs, features) in enumerate(((3, 5), (5, 4))):
+        convolution = torch.nn.Conv2d(inputs, features, 1)
+        ours = variables["params"][f"Conv_{index}"]
+        convolution.weight.data = torch.tensor(np.array(ours["kernel"]).transpose(3, 2, 0, 1))
+        convolution.bias.data = torch.tensor(np.array(ours["bias"]))
+        layers += [convolution, torch.nn.BatchNorm2d(features), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers)
+    loader = [torch.tensor(x.transpose(0, 3, 1, 2)) for x in BATCHES]
+    torch.optim.swa_utils.update_bn(loader, network)
+    found = recompute_batch_stats(update, stale, BATCHES)
+    for index in (0, 1):
+        theirs, ours = network[3 * index + 1], found[f"BatchNorm_{index}"]
+        np.testing.assert_allclose(ours["mean"], theirs.running_mean.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(ours["var"], theirs.running_var.numpy(), rtol=1e-5)
+
+
+def test_linen_and_nnx_give_the_same():
+    variables, stale, update = linen("flax")
+    model = Nnx()
+    for index in (0, 1):
+        model.convolutions[index].kernel[...] = variables["params"][f"Conv_{index}"]["kernel"]
+    model.train()
+    graph, state, rest = nnx.split(model, nnx.BatchStat, ...)
+
+    @jax.jit
+    def update_nnx(state, x):
+        merged = nnx.merge(graph, state, rest)
+        merged(x)
+        return nnx.state(merged, nnx.BatchStat)
+
+    nnx.update(model, recompute_batch_stats(update_nnx, state, BATCHES))
+    found = recompute_batch_stats(update, stale, BATCHES)
+    for index in (0, 1):
+        ours, theirs = found[f"BatchNorm_{index}"], model.norms[index]
+        np.testing.assert_allclose(ours["mean"], theirs.mean[...], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours["var"], theirs.var[...], rtol=1e-4)
+    # The mean of the batches' own, whatever the momentum.
+    first = [x @ variables["params"]["Conv_0"]["kernel"][0, 0] for x in BATCHES]
+    expected = np.mean([x.var((0, 1, 2)) for x in first], 0)
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], expected, rtol=1e-4)
+
+
+def test_what_is_no_running_average_is_refused():
+    def update(stats, x):
+        return {"mean": 0.9 * stats["mean"] + 0.1 * x, "u": jnp.ones_like(stats["u"])}
+
+    stats = {"mean": jnp.zeros(2), "u": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"\['u'\], which is no running average"):
+        recompute_batch_stats(update, stats, [jnp.ones(2)])
+    with pytest.raises(ValueError, match=r"\['mean'\].* as it is; run the network in training mod"):
+        recompute_batch_stats(lambda stats, x: stats, {"mean": jnp.zeros(2)}, [jnp.ones(2)])
+    with pytest.raises(ValueError, match="batches is empty"):
+        recompute_batch_stats(update, stats, [])
+
+
+def test_its_example_runs():
+    outcome = doctest.testmod(module)
+    assert outcome.attempted and not outcome.failed

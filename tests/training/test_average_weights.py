@@ -1,0 +1,77 @@
+"""`--average-weights`: the average of the weights is what is evaluated, kept and exported."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.checkpointing import restore_checkpoint
+from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
+from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.recipes import RECIPES
+from inmerge_jax.training.train import read_tested
+from inmerge_jax.training.train_step import averaged, make_optimizer, new_state, normalise
+from inmerge_jax.training.workdir import read_metrics
+from tests.training import tiny
+from tests.training.test_train import run
+
+
+def test_averages_are_those_of_the_weights_after_each_update():
+    recipe = dataclasses.replace(RECIPES["medmnist"], learning_rate=0.1, average_weights=0.9)
+    optimizer = make_optimizer(recipe)
+    params = {"w": np.ones(3, np.float32)}
+    state = new_state(params, {}, optimizer, 0.1)
+    average = np.ones(3)
+    for count in range(1, 60):
+        grads = {"w": jnp.array([1.0, -2.0, 0.5]) * count}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        state = state._replace(params=params, opt_state=opt_state)
+        stays = min(0.9, count / (count + 9))
+        average = stays * average + (1 - stays) * np.asarray(params["w"])
+    np.testing.assert_allclose(averaged(state).params["w"], average, rtol=1e-5)
+    assert np.abs(average - params["w"]).max() > 0.1
+
+
+def test_the_average_is_tested_and_kept(tmp_path):
+    recipe = dataclasses.replace(tiny.RECIPE, average_weights=0.9)
+    result, _ = run(tmp_path / "average", setup=tiny.make_setup(recipe), rule=tiny.ALWAYS)
+    run(tmp_path / "plain", rule=tiny.ALWAYS)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("average", "plain")]
+    for one, other in zip(*lines, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["val_loss"] != other["val_loss"]
+    fresh = new_state(*tiny.init(), make_optimizer(recipe), 0.1)
+    folder = tmp_path / "average" / "checkpoints" / str(result["best_epoch"])
+    state, _ = restore_checkpoint(folder, fresh)
+    params = averaged(state).params
+    kept = flatten_dict({"params": params}, sep=".")
+    found = read_tested(tmp_path / "average")
+    assert set(found) == set(kept)
+    for name in found:
+        np.testing.assert_array_equal(found[name], kept[name])
+    images = normalise(jnp.asarray(tiny.make_dataset().test.images), recipe)
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    logits = tiny.Net().apply(variables, images, train=False)
+    scores = read_scores(tmp_path / "average" / result["scores"]["test"])
+    np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_part_of_the_configuration_where_it_is_given():
+    def kept(options):
+        config = parse_config(options.split())
+        return config_dict(config, resolve_recipe(config.recipe), 1)["recipe"]
+
+    assert "average_weights" not in kept("")
+    assert kept("--average-weights 0.99")["average_weights"] == 0.99
+    with pytest.raises(UsageError, match=r"`average_weights` 1\.0: choose a number in \(0, 1\)"):
+        kept("--average-weights 1")
+    tiny_run = "--phantom.train 40 --size 16 --model vgg16 --batch-size 8 --devices 1".split()
+    with pytest.raises(UsageError, match="validation merges the weights themselves"):
+        options = ["--preset", "released", "--average-weights", "0.9"]
+        make_run_spec(parse_config([*tiny_run, *options]))
