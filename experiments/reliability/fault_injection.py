@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 
 from experiments.benchmarks.timing import machine, measured_on
+from experiments.reliability.emulator import cloud_storage
 from experiments.reliability.jobs import (
     LONGER,
     TRAINING,
@@ -341,8 +342,6 @@ def markdown(stored: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def emulated_bucket() -> Iterator[None]:
     """An emulator of Cloud Storage with the bucket "kills", for this process and its children."""
-    from tests.emulator import cloud_storage
-
     with cloud_storage("kills") as url:
         os.environ |= {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
         # Else gcsfs asks Google for the kind of bucket.
