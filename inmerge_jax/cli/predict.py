@@ -6,6 +6,7 @@ import io
 import sys
 import tempfile
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ import numpy as np
 import tyro
 
 from inmerge_jax.cli.errors import DONE, report
-from inmerge_jax.data import Dataset, Split, eval_batches, load_dataset
+from inmerge_jax.data import Dataset, Split, load_dataset
+from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import as_path, path_registry, write_text
 from inmerge_jax.training.config import Arm, DataOptions
@@ -28,16 +30,17 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Scores the images of a data set with one arm of a run, and writes a CSV.
+    """Scores images with one arm of a run, and writes a CSV.
 
-    Columns: the split, the image's name or its index in the split, a score per class, decisions at
-    thresholds (two classes, or several labels per image), and the predicted class or labels. The
-    thresholds have the highest Youden index (sensitivity + specificity - 1) on the run's validation
-    images.
+    The images are those of a data set, or files without labels. Columns: the split, the image's
+    name or its index in the split, a score per class, decisions at thresholds (two classes, or
+    several labels per image), and the predicted class or labels. The thresholds have the highest
+    Youden index (sensitivity + specificity - 1) on the run's validation images.
 
     Attributes:
       run: Folder of the run (its --output).
       to: CSV file to write.
+      images: PNG or JPEG files without labels, in place of a data set: a file or a folder.
       split: Images of the data set to score.
       arm: Arm of the run.
       seed: Seed of the run; the first one by default.
@@ -47,6 +50,7 @@ class PredictConfig:
 
     run: tyro.conf.Positional[Path]
     to: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    images: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     split: Literal["train", "val", "test", "all"] = "test"
     arm: Arm = "inmerge"
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -65,8 +69,7 @@ def predict(config: PredictConfig) -> str:
     """
     _check_target(config.to, overwrite=config.overwrite)
     run = load_run(config.run, config.arm, config.seed)
-    dataset = load_dataset(_chosen_data(config.data, run))
-    _check_dataset(run, dataset)
+    title, parts = _chosen_images(config, run)
     thresholds = run.thresholds()
 
     buffer = io.StringIO()
@@ -74,14 +77,11 @@ def predict(config: PredictConfig) -> str:
     decisions = [f"{name} >= {_cut(found):.4g}" for name, found in thresholds.items()]
     rows.writerow(["split", "image", *run.classes, *decisions, "predicted"])
     count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
-    for name in _SPLITS if config.split == "all" else (config.split,):
-        split: Split = getattr(dataset, name)
-        names = range(len(split)) if split.names is None else split.names
-        batches = eval_batches(split, min(batch_size, len(split)))
-        scores = [run.predict(batch["image"], batch_size) for batch in batches]
-        for image, row in zip(names, np.concatenate(scores), strict=False):
-            rows.writerow([name, image, *map(str, row), *_decided(run, thresholds, row)])
-        count += len(split)
+    for split, names, images in parts:
+        scores = run.predict(images, min(batch_size, len(images)))
+        for image, row in zip(names, scores, strict=True):
+            rows.writerow([split, image, *map(str, row), *_decided(run, thresholds, row)])
+        count += len(images)
     try:
         write_text(config.to, buffer.getvalue())
     except OSError as error:
@@ -89,11 +89,35 @@ def predict(config: PredictConfig) -> str:
     stage = run.stage
     return "\n".join(
         [
-            f"{config.to}: {count} images of {dataset.title} ({config.split}), seed {stage.seed} "
-            f"{stage.arm} epoch {stage.result['best_epoch']}",
+            f"{config.to}: {count} images of {title}, seed {stage.seed} {stage.arm} epoch "
+            f"{stage.result['best_epoch']}",
             *(f"  {_described(name, found)}" for name, found in thresholds.items()),
         ]
     )
+
+
+def _chosen_images(
+    config: PredictConfig, run: LoadedRun
+) -> tuple[str, list[tuple[str, Sequence[Any], Any]]]:
+    """A title, and for each split its name, the images' names and the images."""
+    if config.images is None:
+        dataset = load_dataset(_chosen_data(config.data, run))
+        _check_dataset(run, dataset)
+        parts = []
+        for name in _SPLITS if config.split == "all" else (config.split,):
+            split: Split = getattr(dataset, name)
+            names = range(len(split)) if split.names is None else split.names
+            parts.append((name, names, split.images))
+        return f"{dataset.title} ({config.split})", parts
+    if config.data != DataOptions(name=_OWN) or config.split != "test":
+        raise UsageError(
+            f"`images` {config.images} has no splits and no labels: leave out `data`, its options "
+            "and `split`"
+        )
+    shape = run.preprocessing
+    resize = run.stage.config["data"].get("resize")
+    files = open_files(config.images, size=shape.size, channels=shape.channels, resize=resize)
+    return str(config.images), [("", files.names, files)]
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:

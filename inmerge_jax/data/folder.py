@@ -154,6 +154,31 @@ def load_folder(
     )
 
 
+def open_files(
+    place: Path, *, size: int, channels: int | None = None, resize: Resize | None = None
+) -> FileImages:
+    """Opens PNG and JPEG files without labels, sorted by name, as `load_folder` does.
+
+    Args:
+      place: a file, or a folder of files at any depth.
+      size: height and width in pixels that the images are resized to.
+      channels: 1 or 3; None for that of the images.
+      resize: interpolation; None for bilinear.
+
+    Raises:
+      UsageError: there is no image, or one cannot be read or has another mode.
+    """
+    root = place if place.is_dir() else place.parent
+    paths = _files(place) if place.is_dir() else [place]
+    found = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UsageError(f"{place}: no PNG or JPEG there; give an image file or a folder of them")
+    names = tuple(path.relative_to(root).as_posix() for path in found)
+    none = np.zeros(len(names), np.int32)
+    listing = _Listing(place, root, names, (), none, none)
+    return FileImages(root, names, _make_decoder(listing, size, channels, resize))
+
+
 def plain(name: str) -> str:
     """The name with dashes for all but letters, digits and dots, for names of score files."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "images"

@@ -116,15 +116,14 @@ def read_kind(path: Path) -> Kind:
     try:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             kind = Kind(_kind(image), *image.size)
-            header = os.pread(file.fileno(), _HEADER, 0)
+            file.seek(0)
+            header = file.read(_HEADER)
             if kind.name != "16-bit grey" and image.format == "PNG" and header[24] == 16:
                 raise UnsupportedImageError(
                     f"a PNG of mode {image.mode} and 16 bits is not read; convert it to 8 bits"
                 )
-            length = os.fstat(file.fileno()).st_size
-            if _ENDS[image.format or ""] not in os.pread(
-                file.fileno(), _TAIL, max(0, length - _TAIL)
-            ):
+            file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if _ENDS[image.format or ""] not in file.read():
                 image.load()  # The end may precede a trailer; a file that is cut short fails.
     except DAMAGED as error:
         raise unreadable(path, error) from error

@@ -159,8 +159,13 @@ def _folder(data_dir: Path) -> Path:
 
 def _find(name: str, data_dir: Path) -> Any:
     """The builder of a prepared data set, from its files alone."""
-    from tensorflow_datasets.core import read_only_builder, registered
-
+    try:
+        from tensorflow_datasets.core import read_only_builder, registered
+    except ImportError as error:
+        raise UsageError(
+            f"tfds:{name} needs a package that cannot be imported ({error}); install it with "
+            'pip install "inmerge-jax[train]"'
+        ) from error
     folder = _folder(data_dir)
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=folder)

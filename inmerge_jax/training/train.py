@@ -106,8 +106,8 @@ class StageConfig:
       multi_step_fn: runs `steps_per_execution` updates in one dispatch; None if that is 1.
       steps_per_execution: updates per dispatch.
       merge_from_epoch: the first epoch that merges.
-      monitor: writes what people watch.
       recompute_batch_stats: whether batch statistics are re-estimated before each evaluation.
+      monitor: writes what people watch.
     """
 
     arm: str

@@ -139,6 +139,30 @@ def test_a_users_own_images_are_scored_with_their_names(run, tmp_path, capsys):
     np.testing.assert_allclose(found, scores, rtol=0, atol=1e-6)
 
 
+def test_images_without_labels_are_scored(run, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8)
+    (tmp_path / "a").mkdir()
+    names = ["a/0.png", "a/1.png", "b.PNG"]
+    for name, pixels in zip(names, images, strict=True):
+        Image.fromarray(pixels).save(tmp_path / name)
+    file = tmp_path / "scores.csv"
+    command = [str(run), "--to", str(file), "--overwrite", "--images"]
+    assert predict.main([*command, str(tmp_path)]) == 0
+    assert "3 images of" in capsys.readouterr().out
+    rows = read_csv(file)[1:]
+    assert [row[:2] for row in rows] == [["", name] for name in names]
+    found = [[float(score) for score in row[2:5]] for row in rows]
+    scores = load_run(run).predict(images[..., None])
+    np.testing.assert_allclose(found, scores, rtol=0, atol=1e-6)
+    assert predict.main([*command, str(tmp_path / "b.PNG")]) == 0
+    assert [row[1] for row in read_csv(file)[1:]] == ["b.PNG"]
+    (tmp_path / "b.PNG").write_bytes(b"")
+    assert predict.main([*command, str(tmp_path)]) == 2
+    assert "b.PNG" in capsys.readouterr().err and len(read_csv(file)) == 2
+    assert "no PNG or JPEG" in error_of([*command, str(tmp_path / "nothing")], capsys)
+    assert "leave out --data" in error_of([*command, str(tmp_path), "--split", "val"], capsys)
+
+
 def test_data_that_does_not_fit_the_run_is_refused(run, tmp_path, capsys):
     file = tmp_path / "scores.csv"
 

@@ -1,5 +1,6 @@
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +87,12 @@ def test_what_cannot_be_read_is_named(prepared, tmp_path):
         load(prepared, "tfds:shapes/none")
     with pytest.raises(UsageError, match="give folder:PATH, a folder or CSV, or tfds:NAME"):
         load(prepared, "tfds:")
+
+
+def test_a_missing_package_is_named(prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.core", None)  # Importing it now fails.
+    with pytest.raises(UsageError, match="tfds:shapes/grey needs a package"):
+        load(prepared)
 
 
 def test_a_damaged_shard_is_named(prepared, tmp_path):

@@ -93,8 +93,8 @@ def test_draws_fill_their_range():
     assert factors.mean() == pytest.approx(1, abs=0.02)
 
 
-def lowered(augment):
-    """The text of a training step's program."""
+def training(augment):
+    """A training step, and its arguments before the key."""
     recipe = dataclasses.replace(tiny.RECIPE, augment=augment)
     devices = tuple(jax.local_devices()[:1])
     optimizer = make_optimizer(recipe)
@@ -102,8 +102,28 @@ def lowered(augment):
     batch = {"image": split.images[:8], "label": split.labels[:8], "index": INDEX[:8]}
     state = new_state(*tiny.init(), optimizer, 0.1)
     step = make_train_step(tiny.Net(), optimizer, recipe, multi_label=False, devices=devices)
-    arguments = (*replicate((state, zero_totals(0)), devices), shard_batch(batch, devices))
+    return step, (*replicate((state, zero_totals(0)), devices), shard_batch(batch, devices))
+
+
+def lowered(augment):
+    """The text of a training step's program."""
+    step, arguments = training(augment)
     return step.lower(*arguments, jax.random.key(0)).as_text()
+
+
+def test_a_resumed_run_draws_the_same():
+    step, (state, totals, batch) = training(ALL)
+    root = jax.random.key(0)
+    state, totals = step(state, totals, batch, root)
+    saved = jax.device_get((state, totals))
+    straight = jax.device_get(step(state, totals, batch, root))
+    devices = tuple(jax.local_devices()[:1])
+    resumed = step(*replicate(jax.tree.map(lambda x: x[0], saved), devices), batch, root)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), straight)
+    # The draws are those of the step, not of the first one again.
+    first = saved[0]._replace(step=np.zeros_like(saved[0].step))
+    other = step(*replicate(jax.tree.map(lambda x: x[0], (first, saved[1])), devices), batch, root)
+    assert not np.array_equal(other[1].loss, straight[1].loss)
 
 
 def test_the_program_without_augmentation_has_no_part_of_it():

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
 from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.load import FinishedStage
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train import read_tested
@@ -40,25 +40,24 @@ def test_averages_are_those_of_the_weights_after_each_update():
 
 def test_the_average_is_tested_and_kept(tmp_path):
     recipe = dataclasses.replace(tiny.RECIPE, average_weights=0.9)
-    result, _ = run(tmp_path / "average", setup=tiny.make_setup(recipe), rule=tiny.ALWAYS)
+    average = tmp_path / "seed0" / "inmerge"
+    result, _ = run(average, setup=tiny.make_setup(recipe), rule=tiny.ALWAYS)
     run(tmp_path / "plain", rule=tiny.ALWAYS)
-    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("average", "plain")]
+    lines = [read_metrics(path / "metrics.jsonl") for path in (average, tmp_path / "plain")]
     for one, other in zip(*lines, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
         assert one["val_loss"] != other["val_loss"]
     fresh = new_state(*tiny.init(), make_optimizer(recipe), 0.1)
-    folder = tmp_path / "average" / "checkpoints" / str(result["best_epoch"])
-    state, _ = restore_checkpoint(folder, fresh)
+    state, _ = restore_checkpoint(average / "checkpoints" / str(result["best_epoch"]), fresh)
     params = averaged(state).params
-    kept = flatten_dict({"params": params}, sep=".")
-    found = read_tested(tmp_path / "average")
-    assert set(found) == set(kept)
-    for name in found:
-        np.testing.assert_array_equal(found[name], kept[name])
+    assert {name.split(".")[0] for name in read_tested(average)} == {"params"}
+    loaded = FinishedStage(tmp_path, "inmerge", 0, {}, result).variables()
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], params)
+    jax.tree.map(np.testing.assert_array_equal, loaded["batch_stats"], state.batch_stats)
     images = normalise(jnp.asarray(tiny.make_dataset().test.images), recipe)
     variables = {"params": params, "batch_stats": state.batch_stats}
     logits = tiny.Net().apply(variables, images, train=False)
-    scores = read_scores(tmp_path / "average" / result["scores"]["test"])
+    scores = read_scores(average / result["scores"]["test"])
     np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
 

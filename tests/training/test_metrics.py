@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medmnist.evaluator import getACC, getAUC
 
-from inmerge_jax.training.metrics import TASKS, compute_metrics
+from inmerge_jax.training.metrics import TASKS, compute_metrics, selection_notice
+from inmerge_jax.training.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("error")
 MULTI_LABEL = "multi-label, binary-class"
@@ -120,3 +122,23 @@ def test_dict_is_json_ready():
 def test_refuses(labels, scores, task, words):
     with pytest.raises(ValueError, match=words):
         compute_metrics(labels, scores, task)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "defined"),
+    [
+        ("binary-class", [[1], [1]], False),
+        ("binary-class", [[1], [0]], True),
+        ("multi-class", [[2], [2]], False),
+        ("multi-class", [[2], [0]], True),
+        ("multi-label, binary-class", [[1, 0, 1], [1, 0, 1]], False),
+        ("multi-label, binary-class", [[1, 0, 1], [1, 1, 1]], True),
+    ],
+)
+def test_a_validation_set_without_any_auc_is_noticed(task, labels, defined):
+    classes = 2 if task == "binary-class" else 3
+    val = SimpleNamespace(labels=np.array(labels))
+    dataset = SimpleNamespace(val=val, task=task, num_classes=classes)
+    found = {name: selection_notice(RECIPES[name], dataset) for name in ("medmnist", "released")}
+    assert ("lowest validation loss" in found["medmnist"]) != defined
+    assert found["released"] == "", "which selects by the loss"

@@ -124,8 +124,8 @@ def test_the_updates_after_the_warm_up_are_traced(tmp_path, monkeypatch):
         ("--profile 0", r"`profile` 0: an epoch has 5 updates.*first 2 are not.*choose 1 to 3"),
         ("--profile 4", "choose 1 to 3"),
         ("--profile 1 --batch-size 20", "an epoch has 2 updates.*leave it out"),
-        ("--profile 1 --output gs://bucket/run", "gs:/bucket/run"),
-        ("--tensorboard --output gs://bucket/run", "gs:/bucket/run"),
+        ("--profile 1 --output gs://bucket/run", "gs:/+bucket/run"),
+        ("--tensorboard --output gs://bucket/run", "gs:/+bucket/run"),
     ],
 )
 def test_what_is_impossible_is_refused(options, message):
