@@ -1,45 +1,20 @@
-"""A Cloud Storage emulator that, unlike `gcp-storage-emulator` alone, checks preconditions."""
+"""The emulator of Cloud Storage, for tests that are skipped where it cannot start."""
 
 import contextlib
-import socket
-from http import HTTPStatus
 
 import pytest
 
-
-def _checked(handler):
-    from gcp_storage_emulator.exceptions import NotFound
-
-    def handle(request, response, storage, *args, **kwargs):
-        if wanted := request.query.get("ifGenerationMatch"):
-            name = request.params.get("object_id") or request.query.get("name", [None])[0]
-            name = name or request.data["meta"]["name"]
-            try:
-                found = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
-            except NotFound:
-                found = "0"
-            if wanted != [found]:
-                response.status = HTTPStatus.PRECONDITION_FAILED
-                return response.json({"error": {"code": 412, "message": "conditionNotMet"}})
-        return handler(request, response, storage, *args, **kwargs)
-
-    return handle
+from experiments.reliability import emulator
 
 
 @contextlib.contextmanager
 def cloud_storage(bucket):
     """Serves an empty bucket; yields the URL for STORAGE_EMULATOR_HOST."""
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    routes = server.HANDLERS
-    server.HANDLERS = tuple(
-        (pattern, {method: _checked(handler) for method, handler in handlers.items()})
-        for pattern, handlers in routes
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        with server.create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket):
-            yield f"http://127.0.0.1:{port}"
-    finally:
-        server.HANDLERS = routes
+    for name in ("gcp_storage_emulator", "gcsfs"):
+        pytest.importorskip(name, reason=f"buckets are tested with the package {name}")
+    with contextlib.ExitStack() as served:
+        try:
+            url = served.enter_context(emulator.cloud_storage(bucket))
+        except OSError as error:
+            pytest.skip(f"the emulator of Cloud Storage cannot start: {error}")
+        yield url

@@ -10,15 +10,15 @@ The stored rows are kept: the same command runs those that are missing.
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 
 from experiments.benchmarks.timing import machine, measured_on
+from experiments.reliability.emulator import cloud_storage
 from experiments.reliability.jobs import (
     LONGER,
     TRAINING,
@@ -36,7 +37,7 @@ from experiments.reliability.jobs import (
     write_radiographs,
 )
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_json_object, write_json
+from inmerge_jax.files import as_path, in_bucket, read_json_object, remove_tree, write_json
 from inmerge_jax.reporting.tables import markdown_rows
 from inmerge_jax.training.checkpointing import TEMPORARY
 
@@ -49,13 +50,15 @@ _AIMS = {
 }
 ROWS = tuple((name, phase) for name, phases in _AIMS.items() for phase in phases)
 """What each kill is aimed at; None is whatever comes."""
+BUCKET_ROWS = tuple(("bucket", phase) for phase in (None, STEP, EVALUATION, CHECKPOINT, CHECKPOINT))
+"""The same of a training whose folder is in Cloud Storage."""
 
 # The first of these whose functions are on the stack; the last is used if there is none.
 _PHASES = {
     "compilation": {"compile_or_get_cached", "backend_compile_and_load"},
     CHECKPOINT: {"save_checkpoint", "prune"},
     EVALUATION: {"evaluate", "evaluate_merging", "compute_metrics"},
-    "reading a checkpoint": {"restore_checkpoint", "latest_valid_checkpoint"},
+    "reading a checkpoint": {"restore_checkpoint", "newest"},
     "similarity of kernels": {"_similarity"},
     "scores and results": {"write_scores", "write_json", "append_metrics", "write_report"},
     "between epochs": {
@@ -90,7 +93,7 @@ open(sys.argv[1] + ".ready", "w").close()
 sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-_UNFINISHED = f"*/*/checkpoints/{TEMPORARY}[0-9]*"
+_UNFINISHED = f"*/*/checkpoints/[0-9]*{TEMPORARY}*"
 """Where in a run's folder a checkpoint is while it is written."""
 _WRITE = 0.06
 """Seconds within which a kill comes once a checkpoint's write has begun."""
@@ -141,7 +144,8 @@ def kill(job: Job, moment: float, phase: str | None, later: float = 0.0) -> Kill
         began = time.monotonic()
         time.sleep(moment)
         while process.poll() is None:
-            if phase == CHECKPOINT:
+            # In a bucket nothing has a temporary name, so that the stack has to tell.
+            if phase == CHECKPOINT and not in_bucket(job.output):
                 if not any(job.output.glob(_UNFINISHED)):
                     time.sleep(0.0005)
                     continue
@@ -154,7 +158,7 @@ def kill(job: Job, moment: float, phase: str | None, later: float = 0.0) -> Kill
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 ended, left = time.monotonic() - began, unfinished(job.output)
-                if phase == CHECKPOINT and left is None:
+                if not frames and phase == CHECKPOINT and left is None:
                     return None
                 ours = [name for file, name in frames if file.startswith(str(_ROOT))]
                 return Kill(ended, doing, ours[0] if ours else "", left)
@@ -163,7 +167,7 @@ def kill(job: Job, moment: float, phase: str | None, later: float = 0.0) -> Kill
 
 def unfinished(output: Path) -> int | None:
     """The files of the checkpoint that is being written in a run's folder; None where none is."""
-    for folder in output.glob(_UNFINISHED):
+    for folder in () if in_bucket(output) else output.glob(_UNFINISHED):
         return sum(path.is_file() for path in folder.rglob("*"))
     return None
 
@@ -181,7 +185,7 @@ def kill_and_resume(
     """The row of one kill: see `kill`; and what the resumed command has in common with `whole`."""
     while (killed := kill(job, moment, phase, later)) is None:
         moment, later = 0.8 * moment, 0.8 * later  # It, or the checkpoint, ended before that.
-        shutil.rmtree(job.output)
+        remove_tree(job.output)
     there = {path.name for path in job.output.glob("*")}
     backbone = any(job.output.glob("seed*/backbone/result.json"))
     resumed_from = "nothing was left to do"
@@ -201,7 +205,7 @@ def kill_and_resume(
     row["differences"] = sorted(
         name for name in whole.keys() | evidence.keys() if whole.get(name) != evidence.get(name)
     )
-    shutil.rmtree(job.output)
+    remove_tree(job.output)
     return row
 
 
@@ -239,6 +243,7 @@ class KillsConfig:
 
     Attributes:
       seed: Selects the moments.
+      bucket: Kill a training in Cloud Storage, on an emulator that is started, instead.
       rows: How many of the kills to do; all of them by default.
       output: The JSON file; rows that it holds already, of the same seed, are not done again.
       work: Folder of the runs. The undisturbed ones stay there for the next start.
@@ -246,7 +251,8 @@ class KillsConfig:
     """
 
     seed: int = 0
-    rows: int = len(ROWS)
+    bucket: bool = False
+    rows: int | None = None
     output: Path = Path("experiments/results/kills.json")
     work: Path = Path("runs/kills")
     minutes: float = 60
@@ -257,9 +263,16 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(
         KillsConfig, prog="python -m experiments.reliability.fault_injection", args=arguments
     )
-    if not 1 <= config.rows <= len(ROWS):
-        print(f"error: --rows {config.rows}: choose 1 to {len(ROWS)}", file=sys.stderr)
+    rows = BUCKET_ROWS if config.bucket else ROWS
+    count = len(rows) if config.rows is None else config.rows
+    if not 1 <= count <= len(rows):
+        print(f"error: --rows {count}: choose 1 to {len(rows)}", file=sys.stderr)
         return 2
+    with emulated_bucket() if config.bucket else contextlib.nullcontext():
+        return _kill_all(config, rows[:count])
+
+
+def _kill_all(config: KillsConfig, rows: Sequence[tuple[str, str | None]]) -> int:
     own = {"seed": config.seed, "training": shlex.join([*TRAINING, *LONGER])}
     try:
         stored = read(config.output) if config.output.exists() else own
@@ -277,23 +290,23 @@ def main(arguments: list[str] | None = None) -> int:
     stored = {"seconds": {}, "rows": []} | stored
     began, place = time.monotonic(), config.work.absolute()
     done = {row["number"] for row in stored["rows"]}
-    for index in (index for index in range(config.rows) if index not in done):
+    for index in (index for index in range(len(rows)) if index not in done):
         if not time.monotonic() - began <= 60 * config.minutes:
             break
-        name, phase = ROWS[index]
+        name, phase = rows[index]
         whole = _whole(name, place, stored["seconds"])
         share, later = np.random.default_rng([config.seed, index]).random(2)
         # A command begins with its start, where no phase that is aimed at comes.
         moment = stored["seconds"][name] * (share if phase is None else (1 + share) / 2)
         job = _job(name, place, "killed")
-        shutil.rmtree(job.output, ignore_errors=True)
+        remove_tree(job.output)
         row = kill_and_resume(job, moment, phase, whole, _WRITE * later)
         row = {"number": index, "aimed_at": phase or "any moment", **row, "machine": machine()}
         stored["rows"] = sorted([*stored["rows"], row], key=lambda row: row["number"])
         write_json(config.output, stored)
         print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)
     differing = [row for row in stored["rows"] if row["differences"]]
-    left = config.rows - sum(row["number"] < config.rows for row in stored["rows"])
+    left = len(rows) - sum(row["number"] < len(rows) for row in stored["rows"])
     print(
         f"{len(stored['rows'])} kills, {len(differing)} with differences"
         + (f"; {left} are left, and the same command runs them" if left else "")
@@ -326,7 +339,19 @@ def markdown(stored: dict[str, Any]) -> str:
     return f"{table}\n\nKilled on {measured_on(row['machine'] for row in stored['rows'])}.\n"
 
 
+@contextlib.contextmanager
+def emulated_bucket() -> Iterator[None]:
+    """An emulator of Cloud Storage with the bucket "kills", for this process and its children."""
+    with cloud_storage("kills") as url:
+        os.environ |= {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        # Else gcsfs asks Google for the kind of bucket.
+        os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
+        yield
+
+
 def _job(name: str, place: Path, output: str) -> Job:
+    if name == "bucket":
+        return training(as_path("gs://kills") / output, place / "cache")
     if name == "training":
         return training(place / output, place / "cache", *LONGER)
     images = place / "radiographs"
@@ -340,7 +365,7 @@ def _whole(name: str, place: Path, seconds: dict[str, float]) -> dict[str, Any]:
     fresh = name not in seconds
     for job in jobs:
         if fresh or not (job.output / job.finished).exists():
-            shutil.rmtree(job.output, ignore_errors=True)
+            remove_tree(job.output)
             began = time.monotonic()
             run(job)
             seconds[name] = time.monotonic() - began

@@ -9,6 +9,7 @@ import tyro
 
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import path_registry
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="inmerge export",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=path_registry(),
     )
     try:
         print(export(config))

@@ -18,7 +18,7 @@ from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.data import Dataset, Split, load_dataset
 from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_text
+from inmerge_jax.files import as_path, path_registry, write_text
 from inmerge_jax.training.config import Arm, DataOptions
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 from inmerge_jax.training.workdir import write_error
@@ -161,7 +161,7 @@ def _options(kind: type, values: dict[str, Any]) -> Any:
             if dataclasses.is_dataclass(hint):
                 value = _options(typing.cast(type, hint), value)
             elif Path in (hint, *typing.get_args(hint)):
-                value = Path(value)
+                value = as_path(value)
             fields[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fields)
 
@@ -223,6 +223,7 @@ def parse_config(arguments: list[str] | None = None) -> PredictConfig:
         prog="inmerge predict",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=path_registry(),
     )
 
 

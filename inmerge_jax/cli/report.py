@@ -8,7 +8,7 @@ import tyro
 
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_text
+from inmerge_jax.files import path_registry, write_text
 
 TABLE = "table.md"
 
@@ -45,7 +45,7 @@ def write_and_print(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
-    config = tyro.cli(ReportConfig, prog="inmerge report", args=arguments)
+    config = tyro.cli(ReportConfig, prog="inmerge report", args=arguments, registry=path_registry())
     try:
         write_and_print(config.run)
     except UsageError as error:

@@ -70,12 +70,13 @@ def _run(config: "TrainConfig") -> int:
     )
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.train import NonFiniteLossError
-    from inmerge_jax.training.workdir import write_error
+    from inmerge_jax.training.workdir import check_output, write_error
 
     preemption = PreemptionHandler()
     try:
         connect(config.coordinator, config.num_processes, config.process_id)
         run_on_primary(require_writable, config.output)
+        run_on_primary(check_output, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):
             spec = run_synced(make_run_spec, config)
             if spec.init_report is not None and is_primary():

@@ -1,14 +1,15 @@
 """Data sets and batches, in one format: MedMNIST, ChestX-ray14, TFDS, image files, a phantom."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist
+from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import in_bucket, local_copy
 
 __all__ = [
     "DataConfig",
@@ -102,12 +103,17 @@ def load_dataset(config: DataConfig) -> Dataset:
 def _load(config: DataConfig) -> Dataset:
     _check_options(config)
     kind, _, place = config.name.partition(":")
+    if in_bucket(config.data_dir):
+        needed = f"{config.name}*" if config.name in medmnist_names() else "*"
+        config = replace(config, data_dir=local_copy(config.data_dir, needed))
+    if config.file is not None:
+        config = replace(config, file=local_copy(config.file))
     data_dir = None if config.data_dir == MEDMNIST_DIR else config.data_dir
     if kind == "folder":
         from inmerge_jax.data.folder import load_folder
 
         return load_folder(
-            Path(place).expanduser(),
+            local_copy(place).expanduser(),
             size=config.size,
             channels=config.channels,
             resize=config.resize,

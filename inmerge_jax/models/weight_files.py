@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_bytes
+from inmerge_jax.files import as_path, write_bytes
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
@@ -65,7 +65,7 @@ def write_state_dict(
         package is not installed.
       OSError: the file cannot be written; an existing one is unchanged.
     """
-    path = Path(path)
+    path = as_path(path)
     check_target(path, overwrite=overwrite)
     if path.suffix == ".safetensors":
         data = _package("safetensors.numpy", path).save(dict(state_dict), {"format": "pt"})

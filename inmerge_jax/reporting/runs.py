@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_arrays
+from inmerge_jax.files import as_path, read_arrays
 from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
@@ -178,7 +178,7 @@ def read_run(folder: Path | str) -> Run:
       UsageError: the folder holds no `results.json` (the run is not finished), or one that cannot
         be read.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     path = folder / "results.json"
     if not path.exists():
         raise UsageError(

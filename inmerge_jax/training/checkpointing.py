@@ -1,16 +1,15 @@
-"""Checkpoints that are complete or absent, and that are verified when they are read.
+"""Checkpoints by Orbax's `CheckpointManager`, with a manifest that detects damage.
 
-A checkpoint folder holds one folder per epoch:
+A checkpoint folder, local or in a bucket, holds one folder per epoch:
 
-    <epoch>/tree/          the arrays, written by Orbax
-    <epoch>/meta.json      values that the caller stores with them
-    <epoch>/manifest.json  size and SHA-256 of every file; name, shape and dtype of every array
+    <epoch>/state/         the arrays, named by their dotted path in the tree
+    <epoch>/meta/          values of the caller; shape and dtype of every array
+    <epoch>/manifest.json  size and hash of every file; written last
 
 `<stage>/mid_epoch/<updates>` holds the checkpoint of a run that was interrupted within an epoch:
 the train state and the totals of that epoch. It is deleted once the epoch has its own checkpoint.
 """
 
-import asyncio
 import contextlib
 import errno
 import functools
@@ -20,166 +19,374 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
+from inmerge_jax import files
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import (
-    read_json_with_checksum,
-    sync,
-    sync_all,
-    write_json,
-    write_json_with_checksum,
-)
+from inmerge_jax.files import in_bucket
 from inmerge_jax.training.train_step import Totals, TrainState
-from inmerge_jax.training.workdir import write_error
+from inmerge_jax.training.workdir import PROBE, write_error
 
-_TREE, _META, _MANIFEST = "tree", "meta.json", "manifest.json"
-TEMPORARY = ".writing-"
-MID_EPOCH = "mid_epoch"
-_SEAL = "seal"
+T = TypeVar("T")
+
+MANIFEST, MID_EPOCH = "manifest.json", "mid_epoch"
+TEMPORARY = ".orbax-checkpoint-tmp"
+"""Part of the name of a local checkpoint that is being written."""
+_EARLIER = "meta.json"
+"""A file of checkpoints before Orbax's `CheckpointManager`; they can be exported, not resumed."""
 _SHOWN = 5
-_REMEDY = "restore an earlier checkpoint, or rerun this stage"
 
 
 class DamagedCheckpointError(UsageError):
     """A checkpoint is missing, or its files are not what was written."""
 
 
-def save_checkpoint(folder: Path, epoch: int, tree: Any, meta: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path,
+    epoch: int,
+    tree: Any,
+    meta: dict[str, Any],
+    *,
+    keep: Collection[int] | None = None,
+    checksums: bool = True,
+) -> Path:
     """Writes a checkpoint to `folder/<epoch>`, replacing an existing one; returns that path.
 
-    The checkpoint is written to a temporary folder and renamed once it is complete, so a crash or
-    a power failure leaves no partial checkpoint. The next save removes leftovers. Only one process
-    may write at a time.
+    A crash or a power failure leaves a complete checkpoint, or one without a manifest, which
+    counts as absent. Only one process may write at a time.
 
     Args:
       folder: folder of the checkpoints; created if missing.
       epoch: number of the epoch, 0 or more.
       tree: a pytree of arrays and Python numbers, stored bit for bit. Sharded arrays are gathered.
       meta: JSON-serializable values.
+      keep: the epochs whose checkpoints are kept; None for all.
+      checksums: whether there is a manifest.
 
     Raises:
       UsageError: the files cannot be written, for example on a full disk. Nothing of this
-        checkpoint remains, and earlier ones are untouched.
+        checkpoint remains, and those of other epochs are untouched.
       ValueError: a leaf is not an array (for typed keys, use `jax.random.key_data`).
     """
     arrays = {name: _array(name, leaf) for name, leaf in _named_leaves(tree).items()}
-    folder, path = Path(folder), Path(folder) / str(int(epoch))
-    temporary = folder.absolute() / f"{TEMPORARY}{epoch}"
+    about = {"arrays": {name: _shape_dtype(array) for name, array in arrays.items()}}
+    about |= {"checksums": checksums, "meta": meta}
+    # Converted first: after an error in a save, Orbax's threads go on writing.
+    items = {"meta": ocp.args.JsonSave(json.loads(json.dumps(about)))}
+    # Orbax refuses empty arrays; their description is complete.
+    if stored := {name: array for name, array in arrays.items() if array.size}:
+        items["state"] = ocp.args.PyTreeSave(stored)
+    path = folder / str(int(epoch))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder)
-        _check_room(folder, sum(array.nbytes for array in arrays.values()))
-        temporary.mkdir()
-        _write_arrays(temporary / _TREE, arrays)
-        write_json(temporary / _META, meta)
-        write_json_with_checksum(temporary / _MANIFEST, _manifest(temporary, arrays), _SEAL)
-        sync_all(temporary)
-        _put(temporary, path)
-        sync(folder)
+        with _storage_errors():
+            _make_room(folder, sum(array.nbytes for array in arrays.values()))
+            with _manager(folder, keep, cleanup=True) as manager:
+                if epoch in manager.all_steps():
+                    manager.delete(epoch)
+                manager.save(epoch, args=ocp.args.Composite(**items), force=True)
+            files.sync_all(path)
+            if checksums:
+                files.write_json_with_checksum(path / MANIFEST, {"files": _hashes(path)})
     except OSError as error:
+        if not in_bucket(folder):
+            _remove_incomplete(folder, path if checksums else None)
         raise write_error(path, error) from error
-    finally:
-        _remove_temporaries(folder)
     return path
 
 
+def _remove_incomplete(folder: Path, path: Path | None) -> None:
+    """Deletes what a failed save has left in a local folder, and `path` if it has no manifest."""
+    # Orbax's threads go on for a moment after an error, and create their folders again.
+    for _ in range(5):
+        incomplete = [path] if path and not (path / MANIFEST).exists() else []
+        for left in (*folder.glob(f"*{TEMPORARY}*"), *incomplete):
+            shutil.rmtree(left, ignore_errors=True)
+        time.sleep(0.05)
+
+
 def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
-    """Restores the tree and the meta of a checkpoint, and verifies the checksums of all files.
+    """Verifies a checkpoint, and restores its tree in NumPy arrays and numbers, and its meta.
 
     Args:
       path: path of the checkpoint, as returned by `save_checkpoint`.
-      template: a pytree of the same structure. Its leaves (arrays, `jax.ShapeDtypeStruct`s or
-        Python numbers) give shapes and dtypes. A leaf that is a jax array, or has a sharding, is
-        restored as a jax array with the same placement; others as NumPy arrays or numbers.
+      template: a pytree of the same structure, whose leaves (arrays, `jax.ShapeDtypeStruct`s or
+        Python numbers) have the same shapes and dtypes.
 
     Raises:
       UsageError: the checkpoint has another structure; the message names the entries that differ.
       DamagedCheckpointError: the checkpoint or one of its files is missing, truncated or changed.
     """
-    path = Path(path)
-    manifest = _verify(path)
-    leaves = _named_leaves(template)
-    _check_structure(path, manifest["arrays"], leaves)
-    arrays = _read_arrays(path / _TREE, manifest["arrays"])
+    about, leaves = _verified(path), _named_leaves(template)
+    _check_structure(path, about["arrays"], leaves)
+    arrays = _read(path, about["arrays"])
     values = [_like(leaf, arrays[name]) for name, leaf in leaves.items()]
-    tree = jax.tree.unflatten(jax.tree.structure(template), values)
-    return tree, json.loads((path / _META).read_bytes())
+    return jax.tree.unflatten(jax.tree.structure(template), values), about["meta"]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint, by their dotted path in the tree.
-
-    Raises:
-      DamagedCheckpointError: the checkpoint or one of its files is missing, truncated or changed.
-    """
-    path = Path(path)
-    return _read_arrays(path / _TREE, _verify(path)["arrays"])
+    """All arrays of a checkpoint, by their dotted path in the tree; see `restore_checkpoint`."""
+    if (path / _EARLIER).exists():
+        with _storage_errors():
+            return ocp.PyTreeCheckpointer().restore(files.absolute(path / "tree"))
+    return _read(path, _verified(path)["arrays"])
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The meta of a checkpoint; verifies only that file.
-
-    Raises:
-      DamagedCheckpointError: the checkpoint is missing, or meta.json is not what was written.
-    """
-    path = Path(path)
-    _check_file(path, _META, *_read_manifest(path)["files"][_META])
-    return json.loads((path / _META).read_bytes())
+    """Verifies a checkpoint and returns its meta; see `restore_checkpoint`."""
+    return _verified(path)["meta"]
 
 
-def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """Finds the undamaged checkpoint of the highest epoch; verifies the checksums of all files.
+def newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, tuple[str, ...]]:
+    """Reads the undamaged checkpoint of the highest epoch.
+
+    Args:
+      folder: folder of the checkpoints.
+      read: called with the path of a checkpoint; raises `DamagedCheckpointError` if it is damaged.
 
     Returns:
-      Its path, or None; and one message for each damaged checkpoint of a higher epoch.
+      What `read` returned, or None; and one message for each damaged checkpoint of a higher epoch.
     """
-    damaged = []
-    for epoch in reversed(checkpoint_epochs(folder)):
+    epochs, damaged = checkpoint_epochs(folder), []
+    for epoch in reversed(epochs):
+        path = folder / str(epoch)
         try:
-            _verify(Path(folder) / str(epoch))
+            return read(path), tuple(damaged)
         except DamagedCheckpointError as error:
-            damaged.append(str(error))
-        else:
-            return Path(folder) / str(epoch), tuple(damaged)
+            # The write of the last one may have been interrupted before its manifest.
+            if epoch != epochs[-1] or (path / MANIFEST).exists():
+                damaged.append(str(error))
     return None, tuple(damaged)
 
 
 def checkpoint_epochs(folder: Path) -> list[int]:
     """The epochs of all checkpoints in `folder`, including damaged ones, in ascending order."""
-    if not Path(folder).is_dir():
+    if not folder.is_dir():
         return []
-    names = [entry.name for entry in Path(folder).iterdir() if entry.is_dir()]
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    with _manager(folder) as manager:
+        return sorted(manager.all_steps())
 
 
 def prune(folder: Path, keep: Collection[int]) -> None:
     """Deletes the checkpoints in `folder` whose epoch is not in `keep`."""
-    folder = Path(folder)
-    for epoch in checkpoint_epochs(folder):
-        if epoch not in keep:
-            # Renamed first: an interrupted deletion would look like damage.
-            os.rename(folder / str(epoch), folder / f"{TEMPORARY}old-{epoch}")
-    _remove_temporaries(folder)
+    if folder.is_dir():
+        with _manager(folder) as manager:
+            for epoch in {*manager.all_steps()} - {*keep}:
+                manager.delete(epoch)
 
 
-def _put(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    old = path.with_name(f"{TEMPORARY}old-{path.name}")
-    os.rename(path, old)
+@functools.cache
+def check_folder(folder: Path) -> None:
+    """Writes a small checkpoint into `folder`, reads it back and removes it; once per process.
+
+    Raises:
+      UsageError: the folder cannot be written, or its name is one that Orbax cannot read.
+    """
+    refused = UsageError(
+        f"{folder}: checkpoints in a folder of this name cannot be read back; choose one without "
+        "[ ] * ? and \\ in its path"
+    )
+    if os.sep == "/" and "\\" in os.fspath(files.absolute(folder)):
+        raise refused  # Tensorstore would write to a subfolder instead.
+    place, missing = folder / f"{PROBE}{uuid.uuid4().hex}", not folder.exists()
     try:
-        os.rename(temporary, path)
-    except OSError:
-        os.rename(old, path)
+        read_arrays(save_checkpoint(place, 0, {"probe": np.zeros(1)}, {}))
+    except DamagedCheckpointError as error:
+        raise refused from error
+    finally:
+        files.remove_tree(place)
+        if missing and not in_bucket(folder) and folder.exists():
+            folder.rmdir()
+
+
+def restore_latest(
+    folder: Path, fresh: TrainState, zeros: Totals
+) -> tuple[TrainState, Totals, dict[str, Any], tuple[str, ...]]:
+    """Restores the newest undamaged checkpoint of a stage, or its initial state.
+
+    Args:
+      folder: the stage's folder.
+      fresh: the state before the stage's first update, in NumPy arrays.
+      zeros: the totals of no step.
+
+    Returns:
+      The train state; the sums over the finished updates of the next epoch; "epoch" (number of
+      finished epochs), "seconds" (of these updates), "warnings" and "history_sha256" (of the
+      records of the finished epochs; None at epoch 0); and one message for each damaged checkpoint
+      that was passed over.
+
+    Raises:
+      UsageError: the checkpoint belongs to another model or optimizer.
+    """
+    checkpoints = folder / "checkpoints"
+    state, totals = fresh, zeros
+    meta: dict[str, Any] = {"epoch": 0, "warnings": [], "history_sha256": None, "seconds": 0.0}
+    found, damaged = newest(checkpoints, lambda path: restore_checkpoint(path, fresh))
+    if found is not None:
+        try:
+            if found[1]["best_epoch"] != found[1]["epoch"]:
+                restore_checkpoint(checkpoints / str(found[1]["best_epoch"]), fresh)
+            state, meta = found[0], meta | found[1]
+        except DamagedCheckpointError as error:
+            damaged += (str(error),)
+    within, more = newest(folder / MID_EPOCH, lambda path: restore_checkpoint(path, (fresh, zeros)))
+    if within is not None and within[1]["epoch"] == meta["epoch"]:
+        (state, totals), meta = within[0], meta | within[1]
+    return state, totals, meta, damaged + more
+
+
+def save_preemption_checkpoint(
+    folder: Path, state: TrainState, totals: Totals, meta: dict[str, Any], checksums: bool
+) -> Path | None:
+    """Saves the state within an epoch; returns the checkpoint's path, None if it was there.
+
+    Args:
+      folder: the stage's folder.
+      state: after the last update, in NumPy arrays.
+      totals: sums over the updates of the epoch so far, in NumPy arrays.
+      meta: "epoch", "seconds" and "warnings", see `restore_latest`.
+      checksums: see `save_checkpoint`.
+
+    Raises:
+      UsageError: the files cannot be written.
+    """
+    place, step = folder / MID_EPOCH, int(state.step)
+    # A stage that is interrupted again before its next update has this very state saved already.
+    there = newest(place, lambda path: (path, read_meta(path)))[0]
+    if not totals.steps or (there is not None and there[0] == place / str(step)):
+        return None
+    return save_checkpoint(place, step, (state, totals), meta, keep={step}, checksums=checksums)
+
+
+def _manager(folder: Path, keep: Collection[int] | None = None, cleanup: bool = False) -> Any:
+    """Orbax's manager of a folder, for this process alone: no other one writes or waits."""
+    alone, policies = jax.process_index(), ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        save_root_metadata=False,
+        lightweight_initialize=True,
+        cleanup_tmp_directories=cleanup,
+        # A checkpoint is complete before the run deletes what it replaces, and trains on.
+        enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=alone, active_processes={alone}
+        ),
+        preservation_policy=policies.LatestN() if keep is None else policies.CustomSteps(keep),
+    )
+    return ocp.CheckpointManager(files.absolute(folder), options=options)
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Raises the errors of storage as OSError, and silences Orbax, which also logs them."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with files.bucket_errors():
+            yield
+    except ValueError as error:
+        # Tensorstore's errors: the message holds the system's error code, or gRPC's as a word.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        if re.match("[A-Z_]+: ", str(error)):
+            raise OSError(errno.EIO, str(error).splitlines()[0]) from error
         raise
+    finally:
+        logger.setLevel(level)
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Creates a local folder, and raises OSError if its disk has not as many bytes left."""
+    if in_bucket(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        raise OSError(errno.ENOSPC, f"No space left on device ({sizes})")
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """Verifies the files of a checkpoint; returns the description of its arrays, and its meta."""
+    if not path.is_dir():
+        raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
+    if (path / _EARLIER).exists():
+        raise UsageError(
+            f"the checkpoint {path} has the layout of commit cc2e5c7 and before: finish the run "
+            "with that version, or start a new one; reports and exports read it as it is"
+        )
+    if complete := (path / MANIFEST).exists():
+        _verify(path)
+    about = _restore(path, meta=ocp.args.JsonRestore())["meta"]
+    if about["checksums"] and not complete:
+        raise _damaged(path, f"{MANIFEST} is missing")
+    return about
+
+
+def _read(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in described.items()}
+    if any(array.size for array in arrays.values()):
+        arrays |= _restore(path, state=ocp.args.PyTreeRestore())["state"]
+    return arrays
+
+
+def _restore(path: Path, **items: Any) -> Any:
+    """Items of a checkpoint, read by Orbax, whose errors mean damage."""
+    try:
+        with _storage_errors(), _manager(path.parent) as manager:
+            return manager.restore(int(path.name), args=ocp.args.Composite(**items))
+    except (OSError, ValueError, KeyError) as error:
+        if in_bucket(path) and isinstance(error, OSError) and error.errno == errno.EIO:
+            raise UsageError(f"{path} cannot be read: {error.strerror}; try again") from error
+        raise _damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def _hashes(path: Path) -> dict[str, list[Any]]:
+    """Size and hash of every file but the manifest: SHA-256, or in a bucket its own hash."""
+    if in_bucket(path):
+        objects = files.bucket_files(path).items()
+        found = {name: [x["size"], x.get("md5Hash") or x["crc32c"]] for name, x in objects}
+    else:
+        found = {}
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            with open(file, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.relative_to(path).as_posix()] = [file.stat().st_size, digest]
+    return {name: value for name, value in found.items() if name != MANIFEST}
+
+
+def _verify(path: Path) -> None:
+    """Raises DamagedCheckpointError unless all files are those of the manifest."""
+    try:
+        manifest = files.read_json_with_checksum(
+            path / MANIFEST, "it cannot be verified", required=True
+        )
+    except UsageError as error:
+        raise _damaged(path, str(error)) from error
+    found = _hashes(path)
+    for name, (size, digest) in manifest["files"].items():
+        if name not in found:
+            raise _damaged(path, f"{name} is missing")
+        if found[name][0] != size:
+            raise _damaged(path, f"{name} has {found[name][0]} bytes instead of {size}")
+        if found[name][1] != digest:
+            raise _damaged(path, f"the content of {name} was changed")
+
+
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"the checkpoint {path} is damaged: {reason}; restore an earlier checkpoint, or rerun "
+        "this stage"
+    )
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -201,159 +408,10 @@ def _array(name: str, leaf: Any) -> np.ndarray:
     return array
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
-        raise OSError(errno.ENOSPC, f"No space left on device ({sizes})")
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    # Orbax refuses empty arrays; the manifest describes them completely.
-    stored = {name: array for name, array in arrays.items() if array.size}
-    if not stored:
-        return
-    try:
-        with _quiet_orbax():
-            _checkpointer().save(path, stored)
-    except ValueError as error:
-        # Tensorstore raises system errors as ValueError with the error code in the message.
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise
-
-
-def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
-    arrays = {
-        name: np.zeros(shape, dtype) for name, (shape, dtype) in expected.items() if 0 in shape
-    }
-    if len(arrays) < len(expected):
-        with _quiet_orbax():
-            arrays |= _checkpointer().restore(path.absolute())
-    return arrays
-
-
-def _checkpointer() -> Any:
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint.type_handlers import create_type_handler_registry
-
-    # Weights hardly compress: zarr 2 in OCDBT without compression is the fastest of the eight
-    # combinations to write and to read, and has few files. Only one process of a run writes; by
-    # default Orbax would wait for all of them.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
-    )
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True,
-        use_zarr3=False,
-        use_compression=False,
-        multiprocessing_options=alone,
-        type_handler_registry=create_type_handler_registry((np.ndarray, _handler())),
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-@functools.cache
-def _handler() -> Any:
-    """Orbax's handler of NumPy arrays; after an error it waits for the remaining writes.
-
-    The original returns at the first error. The remaining writes then recreate folders that were
-    removed, and asyncio reports that nothing awaits them.
-    """
-    from orbax.checkpoint.type_handlers import NumpyHandler
-
-    class PatientNumpyHandler(NumpyHandler):
-        async def _background_serialize(self, *args: Any, **kwargs: Any) -> None:
-            try:
-                await super()._background_serialize(*args, **kwargs)
-            finally:
-                # The event loop belongs to this save.
-                others = asyncio.all_tasks() - {asyncio.current_task()}
-                await asyncio.gather(*others, return_exceptions=True)
-
-    return PatientNumpyHandler()
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    # Orbax's writer threads log the traceback twice before the same error is raised here.
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _manifest(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {
-        "files": {file.relative_to(path).as_posix(): _fingerprint(file) for file in files},
-        "arrays": {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()},
-    }
-
-
-def _fingerprint(file: Path) -> tuple[int, str]:
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return file.stat().st_size, digest
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
-    file = path / _MANIFEST
-    if not file.is_file():
-        raise _damaged(path, f"{_MANIFEST} is missing")
-    try:
-        return read_json_with_checksum(file, _REMEDY, key=_SEAL, required=True)
-    except UsageError as error:
-        raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-
-
-def _verify(path: Path) -> dict[str, Any]:
-    manifest = _read_manifest(path)
-    for name, (size, digest) in manifest["files"].items():
-        _check_file(path, name, size, digest)
-    return manifest
-
-
-def _check_file(path: Path, name: str, size: int, digest: str) -> None:
-    file = path / name
-    if not file.is_file():
-        raise _damaged(path, f"{name} is missing")
-    found_size, found_digest = _fingerprint(file)
-    if found_size != size:
-        raise _damaged(path, f"{name} has {found_size} bytes instead of {size}")
-    if found_digest != digest:
-        raise _damaged(path, f"the content of {name} was changed")
-
-
-def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"the checkpoint {path} is damaged: {reason}; {_REMEDY}")
-
-
-def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
-    wanted = {name: _shape_dtype(leaf) for name, leaf in leaves.items()}
-    problems = [
-        *(f"{name}: only in the checkpoint" for name in stored if name not in wanted),
-        *(f"{name}: not in the checkpoint" for name in wanted if name not in stored),
-        *(
-            f"{name}: {_describe(stored[name])} in the checkpoint, "
-            f"{_describe(wanted[name])} expected"
-            for name in wanted
-            if name in stored and stored[name] != wanted[name]
-        ),
-    ]
-    if problems:
-        more = len(problems) - _SHOWN
-        lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        raise UsageError(
-            f"the checkpoint {path} belongs to another model or optimizer:\n  "
-            + "\n  ".join(lines)
-            + "\nuse the configuration it was written with, or start a new run"
-        )
+def _like(leaf: Any, value: np.ndarray) -> Any:
+    if isinstance(leaf, bool | int | float | complex):
+        return value.item()
+    return value[()] if isinstance(leaf, np.generic) else value
 
 
 def _shape_dtype(leaf: Any) -> list[Any]:
@@ -361,116 +419,22 @@ def _shape_dtype(leaf: Any) -> list[Any]:
     return [list(leaf.shape), leaf.dtype.name]
 
 
-def _describe(shape_dtype: list[Any]) -> str:
-    shape, dtype = shape_dtype
-    return f"{dtype}[{','.join(map(str, shape))}]"
+def _check_structure(path: Path, stored: dict[str, Any], leaves: dict[str, Any]) -> None:
+    def show(shape_dtype: list[Any] | None) -> str:
+        if shape_dtype is None:
+            return "nothing"
+        return f"{shape_dtype[1]}[{','.join(map(str, shape_dtype[0]))}]"
 
-
-def _like(leaf: Any, value: np.ndarray) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(leaf, jax.Array):
-        return jax.device_put(value, sharding if leaf.committed else None)
-    if sharding is not None:
-        return jax.device_put(value, sharding)
-    if isinstance(leaf, bool | int | float | complex):
-        return value.item()
-    return value[()] if isinstance(leaf, np.generic) else value
-
-
-def _remove_temporaries(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    for left in list(folder.glob(f"{TEMPORARY}*")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-class RestorePoint(NamedTuple):
-    """The point from which a stage trains.
-
-    Attributes:
-      state: train state, in NumPy arrays.
-      epochs: number of finished epochs.
-      totals: sums over the finished updates of the next epoch; `totals.steps` is their number.
-      seconds: duration of these updates.
-      warnings: the stage's warnings so far.
-      history_sha256: hash of the records of metrics.jsonl at the last finished epoch; None at epoch
-        0, or if the checkpoint was written by a version that did not store it.
-      damaged: one message for each damaged checkpoint that was passed over.
-    """
-
-    state: TrainState
-    epochs: int
-    totals: Totals
-    seconds: float
-    warnings: list[str]
-    history_sha256: str | None = None
-    damaged: tuple[str, ...] = ()
-
-
-def restore_latest(folder: Path, fresh: TrainState, zeros: Totals) -> RestorePoint:
-    """Restores the newest undamaged checkpoint of a stage, or its initial state.
-
-    Args:
-      folder: the stage's folder.
-      fresh: the state before the stage's first update, in NumPy arrays.
-      zeros: the totals of no step.
-
-    Raises:
-      UsageError: the checkpoint belongs to another model or optimizer.
-    """
-    checkpoints = folder / "checkpoints"
-    path, damaged = latest_valid_checkpoint(checkpoints)
-    found, start = list(damaged), RestorePoint(fresh, 0, zeros, 0.0, [])
-    if path is not None:
-        state, meta = restore_checkpoint(path, fresh)
-        try:
-            restore_checkpoint(checkpoints / str(meta["best_epoch"]), fresh)
-            noted = meta.get("history_sha256")
-            start = RestorePoint(state, meta["epoch"], zeros, 0.0, meta["warnings"], noted)
-        except DamagedCheckpointError as error:
-            found.append(str(error))
-
-    path, damaged = latest_valid_checkpoint(folder / MID_EPOCH)
-    found += damaged
-    if path is not None and read_meta(path)["epoch"] == start.epochs + 1:
-        (state, totals), meta = restore_checkpoint(path, (fresh, zeros))
-        start = start._replace(
-            state=state, totals=totals, seconds=meta["seconds"], warnings=meta["warnings"]
+    wanted = {name: _shape_dtype(leaf) for name, leaf in leaves.items()}
+    names = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
+    if names:
+        lines = [
+            f"{name}: {show(stored.get(name))} in the checkpoint, {show(wanted.get(name))} expected"
+            for name in names[:_SHOWN]
+        ]
+        lines += [f"and {len(names) - _SHOWN} more"] * (len(names) > _SHOWN)
+        raise UsageError(
+            f"the checkpoint {path} belongs to another model or optimizer:\n  "
+            + "\n  ".join(lines)
+            + "\nuse the configuration it was written with, or start a new run"
         )
-    return start._replace(damaged=tuple(found))
-
-
-def save_preemption_checkpoint(
-    folder: Path,
-    epoch: int,
-    totals: Totals,
-    seconds: float,
-    warnings: list[str],
-    state: TrainState,
-) -> Path | None:
-    """Saves the state within an epoch; returns the checkpoint's path, None if it was there.
-
-    Args:
-      folder: the stage's folder.
-      epoch: 1-based number of the epoch.
-      totals: sums over the updates of the epoch so far, in NumPy arrays.
-      seconds: duration of these updates.
-      warnings: the stage's warnings so far.
-      state: after the last of these updates, in NumPy arrays.
-
-    Raises:
-      UsageError: the files cannot be written.
-    """
-    mid_epoch, updates = folder / MID_EPOCH, int(state.step)
-    # A stage that is interrupted again before its next update has this very state saved already.
-    if not totals.steps or latest_valid_checkpoint(mid_epoch)[0] == mid_epoch / str(updates):
-        return None
-    meta = {"epoch": epoch, "seconds": seconds, "warnings": warnings}
-    path = save_checkpoint(mid_epoch, updates, (state, totals), meta)
-    prune(mid_epoch, {updates})
-    return path
-
-
-def delete_preemption_checkpoint(folder: Path) -> None:
-    """Deletes the checkpoints within an epoch, once the epoch's own checkpoint is saved."""
-    prune(folder / MID_EPOCH, ())

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from inmerge_jax.data import DEFAULT_SIZE, DataConfig, PhantomConfig, has_own_size
 from inmerge_jax.data.medmnist import MEDMNIST_DIR
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import path_registry
 from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.environment import COMPILATION_CACHE
@@ -32,7 +33,8 @@ ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
 DEFAULT_THRESHOLD = MergeRule.threshold
 _NOT_COMPARED = ("output", "steps_per_execution", "workers", "resume", "overwrite")
-_NOT_COMPARED += ("compilation_cache_dir", "coordinator", "num_processes", "process_id")
+_NOT_COMPARED += ("compilation_cache_dir", "checksums")
+_NOT_COMPARED += ("coordinator", "num_processes", "process_id")
 _NOT_COMPARED += ("logging",)
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
@@ -239,11 +241,12 @@ class OutputConfig:
     """What to train, and where the results go.
 
     Attributes:
-      output: Folder of the run.
+      output: Folder of the run, local or gs://BUCKET/NAME.
       seeds: Seeds; every arm is trained once per seed.
       arms: The backbone and: finetune (without merging), inmerge.
       resume: Continue the run in the output folder.
       overwrite: Replace the run in the output folder.
+      checksums: Detect damaged checkpoints by checksums, unless this is off.
       compilation_cache_dir: JAX's compilation cache; None disables it.
     """
 
@@ -254,6 +257,7 @@ class OutputConfig:
     ] = ARMS
     resume: Annotated[bool, _FLAG] = False
     overwrite: Annotated[bool, _FLAG] = False
+    checksums: Annotated[bool, _FLAG] = True
     compilation_cache_dir: Annotated[Path | None, arg(metavar="FOLDER")] = COMPILATION_CACHE
 
 
@@ -366,6 +370,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         prog="inmerge train",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=path_registry(),
     )
     rule = {name: value for name, value in vars(options.merging).items() if name != "preset"}
     config = TrainConfig(
@@ -545,8 +550,8 @@ def check_run(config: TrainConfig) -> None:
     """Checks the options that no other function checks.
 
     Raises:
-      UsageError: no seed, a negative or repeated seed, no arm, a path that is a bucket, or options
-        that exclude each other.
+      UsageError: no seed, a negative or repeated seed, no arm, a changed address of a bucket, or
+        options that exclude each other.
     """
     seeds = " ".join(map(str, config.seeds))
     _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
@@ -565,12 +570,12 @@ def check_run(config: TrainConfig) -> None:
         "data_dir": config.data.data_dir,
     }
     for name, path in (places | {"init_from": config.model.init_from}).items():
-        # Path collapses the two slashes of gs://, and a local folder of that name would be made.
+        # pathlib collapses the two slashes, and a local folder of that name would be made.
         _require(
             path is None or not path.parts[:1] or not path.parts[0].endswith(":"),
             name,
             path,
-            "buckets are not supported; mount it, and give the folder of the mount",
+            "pathlib.Path changed this address; make the path with inmerge_jax.files.as_path",
         )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")

@@ -304,6 +304,7 @@ def _run_experiment(
                 multi_step_fn=several,
                 steps_per_execution=config.steps_per_execution,
                 notices=notices,
+                checksums=config.checksums,
                 monitor=_monitor(config, seed, place / "backbone"),
                 recompute_batch_stats=spec.recipe.recompute_batch_stats == "all",
             )
@@ -334,6 +335,7 @@ def _run_experiment(
                     deep=spec.deep if arm == "inmerge" else (),
                     merging_eval_step=merging_eval if arm == "inmerge" else None,
                     notices=inmerge_notices if arm == "inmerge" else notices,
+                    checksums=config.checksums,
                     multi_step_fn=several_merging if arm == "inmerge" else several,
                     steps_per_execution=config.steps_per_execution,
                     monitor=_monitor(config, seed, place / arm),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import local_copy
 from inmerge_jax.merging import Kernel, find_kernels
 from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig
@@ -75,7 +76,7 @@ def pretrained_variables(
     try:
         variables, report = match_state_dict(
             chosen.name,
-            read_state_dict(chosen.init_from),
+            read_state_dict(local_copy(chosen.init_from)),
             stem=chosen.stem,
             num_classes=num_classes,
             channels=channels,
@@ -96,7 +97,7 @@ def file_sha256(path: Path) -> str:
       UsageError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(local_copy(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_curve
 
 from inmerge_jax.data.dataset import TASKS
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_arrays, read_json_object
+from inmerge_jax.files import as_path, read_arrays, read_json_object
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
@@ -70,7 +70,7 @@ def find_stage(run: Path | str, arm: str = "inmerge", seed: int | None = None) -
     Raises:
       UsageError: there is no such run, arm or seed, or the arm is not finished.
     """
-    run = Path(run)
+    run = as_path(run)
     path = run / "config.json"
     if not path.is_file():
         raise UsageError(f"{run} holds no run: there is no {path.name} in it")

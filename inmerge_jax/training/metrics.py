@@ -164,7 +164,7 @@ def write_scores(
         raise ValueError(f"the run's name must be non-empty, without '@', '.', '/': {run!r}")
     pixels = "" if size == 28 else f"_{size}"
     figures = f"[AUC]{metrics.auc:.3f}_[ACC]{metrics.acc:.3f}"
-    path = Path(folder) / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
+    path = folder / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
     lines = (",".join([str(index), *map(str, row)]) for index, row in enumerate(scores))
     try:
         write_text(path, "\n".join(lines) + "\n")
@@ -180,7 +180,7 @@ def read_scores(path: Path) -> np.ndarray:
       UsageError: the file is missing, or its lines are not an index and scores.
     """
     try:
-        lines = Path(path).read_text().splitlines() or ["empty"]
+        lines = path.read_text().splitlines() or ["empty"]
         table = np.loadtxt(lines, delimiter=",", ndmin=2, dtype=np.float64)
     except FileNotFoundError as error:
         raise UsageError(f"there is no score file {path}") from error

@@ -29,7 +29,7 @@ from inmerge_jax.merging import Kernel, kernel_similarity
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import (
-    delete_preemption_checkpoint,
+    MID_EPOCH,
     prune,
     restore_checkpoint,
     restore_latest,
@@ -95,13 +95,14 @@ class StageConfig:
       seed: seed of the run; determines the batch order and every random draw of the stage.
       number: 0 for a first stage, 1 for the second stage. Arms of the same seed and number
         see the same batches, flips and dropout masks.
-      folder: the stage's folder within the run folder.
+      folder: the stage's folder within the run folder, local or in a bucket.
       epochs: number of epochs to train.
       learning_rate: learning rate of the first epoch.
       train_step: the result of `train_step.make_train_step`.
       deep: the kernels that `train_step` merges; () without merging.
       merging_eval_step: the result of `train_step.make_merging_eval_step`, if validation merges.
       notices: warnings to store in the stage's result.
+      checksums: whether its checkpoints have checksums, see `save_checkpoint`.
       multi_step_fn: runs `steps_per_execution` updates in one dispatch; None if that is 1.
       steps_per_execution: updates per dispatch.
       merge_from_epoch: the first epoch that merges.
@@ -119,6 +120,7 @@ class StageConfig:
     deep: tuple[Kernel, ...] = ()
     merging_eval_step: Callable[..., Any] | None = None
     notices: tuple[str, ...] = ()
+    checksums: bool = True
     multi_step_fn: Callable[..., tuple[TrainState, Totals]] | None = None
     steps_per_execution: int = 1
     merge_from_epoch: int = 1
@@ -224,21 +226,21 @@ def train_stage(
 
     # ---- restore the latest checkpoint, or start
     fresh = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
-    start = run_on_primary(restore_latest, stage.folder, fresh, no_totals)
-    for message in start.damaged:
+    state, totals, meta, damaged = run_on_primary(restore_latest, stage.folder, fresh, no_totals)
+    done, taken, seconds = meta["epoch"], int(totals.steps), meta["seconds"]
+    for message in damaged:
         progress.say(f"WARNING: {message}", style="bold yellow")
-    if start.damaged or start.epochs or start.totals.steps:
-        updates = f", update {start.totals.steps} of the next" if start.totals.steps else ""
-        progress.say(f"{stage.name}: resumes from epoch {start.epochs} of {stage.epochs}{updates}")
-    done, warnings = start.epochs, [*start.warnings, *start.damaged]
+    if damaged or done or taken:
+        updates = f", update {taken} of the next" if taken else ""
+        progress.say(f"{stage.name}: resumes from epoch {done} of {stage.epochs}{updates}")
+    warnings = [*meta["warnings"], *damaged]
     warnings += [notice for notice in stage.notices if notice not in warnings]
-    run_on_primary(truncate_metrics, metrics_file, done, start.history_sha256)
+    run_on_primary(truncate_metrics, metrics_file, done, meta["history_sha256"])
     history = run_on_primary(read_metrics, metrics_file)
     run_on_primary(
         stage.monitor.stage_started, [kernel.name for kernel in stage.deep], history, before
     )
-    state, totals = replicate(start.state, devices), replicate(start.totals, devices)
-    taken, seconds = int(start.totals.steps), start.seconds
+    state, totals = replicate(state, devices), replicate(totals, devices)
     progress.skip((done * steps + taken) * recipe.batch_size)
     batches = train_batches(
         train,
@@ -251,7 +253,7 @@ def train_stage(
         workers=context.workers,
     )
     batches = prefetch_to_device(batches, devices)
-    del params, batch_stats, fresh, start
+    del params, batch_stats, fresh
 
     for epoch in range(done + 1, stage.epochs + 1):
         # ---- learning rate of this epoch
@@ -350,10 +352,17 @@ def train_stage(
         best = best_epoch(history, recipe.select)
         meta = {"epoch": epoch, "best_epoch": best, "learning_rate": rate, "warnings": warnings}
         meta["history_sha256"] = json_sha256(history)
-        run_on_primary(save_checkpoint, stage.checkpoints, epoch, unreplicate(state), meta)
-        run_on_primary(delete_preemption_checkpoint, stage.folder)
         earlier = best_epoch(history[:-1], recipe.select) if history[:-1] else best
-        run_on_primary(prune, stage.checkpoints, {epoch, epoch - 1, best, earlier})
+        run_on_primary(
+            save_checkpoint,
+            stage.checkpoints,
+            epoch,
+            unreplicate(state),
+            meta,
+            keep={epoch, epoch - 1, best, earlier},
+            checksums=stage.checksums,
+        )
+        run_on_primary(prune, stage.folder / MID_EPOCH, ())
 
     # ---- evaluate the best checkpoint on the test images, once
     best = best_epoch(history, recipe.select)
@@ -402,8 +411,8 @@ def train_stage(
         "warnings": warnings,
         "scores": files,
     }
-    run_on_primary(write_json_with_checksum, stage.folder / "result.json", result)
     run_on_primary(prune, stage.checkpoints, {best, stage.epochs})
+    run_on_primary(write_json_with_checksum, stage.folder / "result.json", result)
     progress.say(_summary(stage, result))
     return result
 
@@ -436,8 +445,9 @@ def _interrupted(
 ) -> TrainingInterrupted:
     """Saves the state within an epoch and returns the exception that ends the stage."""
     seconds = time.monotonic() - started
+    meta = {"epoch": epoch - 1, "seconds": seconds, "warnings": warnings}
     path = run_on_primary(
-        save_preemption_checkpoint, stage.folder, epoch, totals, seconds, warnings, state
+        save_preemption_checkpoint, stage.folder, state, totals, meta, stage.checksums
     )
     saved = "" if path is None else f", saved in {path}"
     return TrainingInterrupted(

@@ -3,20 +3,30 @@
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from inmerge_jax import locking
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import json_sha256, write_bytes, write_json
+from inmerge_jax.files import (
+    as_path,
+    bucket_errors,
+    in_bucket,
+    json_sha256,
+    remove_tree,
+    write_bytes,
+    write_json,
+)
 from inmerge_jax.locking import LOCK
 from inmerge_jax.training.environment import diff_environments, environment
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
+
+PROBE = ".probe-"
+"""Start of the name of a folder that only tests whether checkpoints can be written."""
 
 _DATA_PATHS = ("data.data_dir", "data.file")
 """Locations of images, which may change. Their content is identified by data.content_sha256, or by
@@ -33,7 +43,7 @@ def prepare_workdir(
     in the folder, provided that it holds config.json and environment.json.
 
     Args:
-      folder: folder of the run; need not exist.
+      folder: folder of the run, local or in a bucket; need not exist.
       config: nested dicts of JSON values, paths and NumPy values, without fields that may differ
         between a run and its continuation (such as `resume`).
       resume: continue the unfinished run in `folder`.
@@ -44,7 +54,7 @@ def prepare_workdir(
         finished run and `overwrite` is False; it holds an unfinished run and neither option is
         given; there is nothing to resume; or the config differs (the message lists the fields).
     """
-    folder, config = Path(folder), _plain(config)
+    folder, config = as_path(folder), _plain(config)
     state = check_workdir(folder, config, resume=resume, overwrite=overwrite)
     if resume:
         _note_resumed(folder)
@@ -123,11 +133,16 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, s
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Appends `record` to a file as one line of JSON; creates the file and its folder.
 
+    Nothing can be appended to an object in a bucket, so that one is replaced.
+
     Raises:
       UsageError: the line cannot be written, for example on a full disk; the file is unchanged.
     """
     line = json.dumps(_plain(record)).encode() + b"\n"
     try:
+        if in_bucket(path):
+            write_bytes(path, (path.read_bytes() if path.exists() else b"") + line)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
@@ -212,7 +227,7 @@ def _state(folder: Path) -> str:
         raise UsageError(f"{folder} is a file; choose a folder for the run")
     names = {entry.name for entry in folder.iterdir()}
     # Left by a start that was killed before it wrote config.json.
-    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK)
+    started = (ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.", LOCK, PROBE)
     if all(name.startswith(started) for name in names):
         return "empty"
     if not {CONFIG, ENVIRONMENT} <= names:
@@ -237,8 +252,8 @@ def _clear(folder: Path) -> None:
     rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
     for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+        if entry.is_dir() and not (isinstance(entry, Path) and entry.is_symlink()):
+            remove_tree(entry)
         else:
             entry.unlink()
 
@@ -286,7 +301,7 @@ def _plain(value: Any) -> Any:
     """`value` after a round trip through JSON, so that a config compares equal to its file."""
 
     def convert(value: Any) -> Any:
-        if isinstance(value, Path):
+        if isinstance(value, PurePath):
             return str(value)
         if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
             return np.asarray(value).tolist()
@@ -334,12 +349,29 @@ def open_workdir(
     Raises:
       UsageError: another process holds the lock; else see `prepare_workdir`.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     # Checked first, so that a refused start leaves the folder unchanged, without a lock file.
     locking.require_free(folder)
     check_workdir(folder, config, resume=resume, overwrite=overwrite)
     with lock(folder):
+        check_output(folder)
         yield prepare_workdir(folder, config, resume=resume, overwrite=overwrite)
+
+
+def check_output(folder: Path) -> None:
+    """Checks that a run can write its checkpoints to a folder and read them; leaves nothing there.
+
+    Raises:
+      UsageError: the folder cannot be written or read, or holds something else than a run.
+    """
+    from inmerge_jax.training.checkpointing import check_folder
+
+    try:
+        with bucket_errors():
+            _state(folder)
+    except OSError as error:
+        raise write_error(folder, error, begun=False) from error
+    check_folder(folder)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def write(count, number):
 
 
 def save_checkpoint(folder):
-    temporary = folder / ".writing-1"
+    temporary = folder / "1.orbax-checkpoint-tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     time.sleep(0.1)
     (temporary / "array").touch()

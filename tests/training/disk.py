@@ -8,6 +8,12 @@ import subprocess
 import pytest
 
 
+def look_away(monkeypatch):
+    """Lets the disk seem to have room, so that it turns out to be full in the middle of a write."""
+    usage = shutil.disk_usage(".")._replace(free=10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
 @contextlib.contextmanager
 def small_disk(folder, megabytes):
     """`folder`, made and mounted with so much room; skips where that is not allowed."""

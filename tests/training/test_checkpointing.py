@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import resource
 import shutil
@@ -15,21 +14,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from inmerge_jax import files
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training import checkpointing
 from inmerge_jax.training.checkpointing import (
     DamagedCheckpointError,
+    check_folder,
     checkpoint_epochs,
-    latest_valid_checkpoint,
+    newest,
     prune,
+    read_arrays,
     read_meta,
     restore_checkpoint,
     save_checkpoint,
 )
-from tests.training.disk import small_disk
+from tests.training.disk import look_away, small_disk
 
 REPOSITORY = Path(__file__).parents[2]
 META = {"epoch": 3, "best_epoch": 2, "val_auc": 0.1 + 0.2, "note": None}
@@ -53,6 +54,11 @@ def make_state(seed=0, width=4):
     opt_state = tx.init(params)
     _, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
     return State(jnp.int32(7), params, opt_state)
+
+
+def valid(folder):
+    """The path of the newest undamaged checkpoint, and what is said of damaged ones."""
+    return newest(folder, lambda path: (path, read_meta(path))[0])
 
 
 def assert_same(found, expected):
@@ -114,27 +120,6 @@ def test_smallest_trees_come_back(tmp_path, tree):
     assert_same(found, tree)
 
 
-def test_placement_follows_the_template(tmp_path):
-    mesh = jax.make_mesh((8,), ("d",))
-    spread = jax.NamedSharding(mesh, jax.P("d"))
-    whole = jax.NamedSharding(mesh, jax.P())
-    tree = {
-        "spread": jax.device_put(jnp.arange(16.0), spread),
-        "whole": jax.device_put(jnp.arange(5), whole),
-        "free": jnp.ones(2),
-        "third": jax.device_put(jnp.ones(2), jax.devices()[3]),
-    }
-    path = save_checkpoint(tmp_path, 0, tree, {})
-    found, _ = restore_checkpoint(path, tree)
-    assert_same(found, tree)
-    for name, leaf in tree.items():
-        assert found[name].sharding == leaf.sharding and found[name].committed == leaf.committed
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    found, _ = restore_checkpoint(path, shapes)
-    assert_same(found, jax.tree.map(np.asarray, tree))
-    assert all(isinstance(leaf, np.ndarray) for leaf in found.values())
-
-
 def test_restored_state_may_be_donated(tmp_path):
     state = {"w": jnp.arange(4096.0)}
     path = save_checkpoint(tmp_path, 0, state, {})
@@ -178,11 +163,11 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
     [
         (
             lambda s: s.replace(params={**s.params, "Conv_1": {"kernel": jnp.ones(2)}}),
-            ["params.Conv_1.kernel: not in the checkpoint"],
+            ["params.Conv_1.kernel: nothing in the checkpoint, float32[2] expected"],
         ),
         (
             lambda s: s.replace(params={"Dense_0": s.params["Dense_0"]}),
-            ["params.Conv_0.kernel: only in the checkpoint"],
+            ["params.Conv_0.kernel: bfloat16[3,3,2,4] in the checkpoint, nothing expected"],
         ),
         (
             lambda s: s.replace(step=jnp.zeros(2, jnp.int32)),
@@ -216,9 +201,9 @@ def test_every_flipped_byte_is_seen(tmp_path):
                 file.write_bytes(bytes(changed))
                 with pytest.raises(DamagedCheckpointError, match=str(path)):
                     restore_checkpoint(path, make_state())
-                assert latest_valid_checkpoint(tmp_path)[0] is None
+                assert valid(tmp_path)[0] is None
         file.write_bytes(data)
-    assert latest_valid_checkpoint(tmp_path) == (path, ())
+    assert valid(tmp_path) == (path, ())
 
 
 def test_every_missing_truncated_or_longer_file_is_seen(tmp_path):
@@ -236,11 +221,11 @@ def test_every_missing_truncated_or_longer_file_is_seen(tmp_path):
 def test_newest_whole_passes_over_the_damaged(tmp_path):
     for epoch in (2, 9, 10, 11):
         save_checkpoint(tmp_path, epoch, {"w": np.full(1000, epoch)}, {})
-    file = max(bits(tmp_path / "11"), key=lambda file: file.stat().st_size)
+    file = max(bits(tmp_path / "11" / "state"), key=lambda file: file.stat().st_size)
     file.write_bytes(file.read_bytes()[:100])
     (tmp_path / "10" / "manifest.json").unlink()
     (tmp_path / "notes").mkdir()
-    path, damaged = latest_valid_checkpoint(tmp_path)
+    path, damaged = valid(tmp_path)
     assert path == tmp_path / "9"
     assert len(damaged) == 2
     assert f"{tmp_path / '11'} is damaged" in damaged[0] and "bytes instead of" in damaged[0]
@@ -249,11 +234,7 @@ def test_newest_whole_passes_over_the_damaged(tmp_path):
 
 
 def test_folders_without_checkpoints(tmp_path):
-    assert (
-        latest_valid_checkpoint(tmp_path)
-        == latest_valid_checkpoint(tmp_path / "absent")
-        == (None, ())
-    )
+    assert valid(tmp_path) == valid(tmp_path / "absent") == (None, ())
     assert checkpoint_epochs(tmp_path / "absent") == []
     with pytest.raises(UsageError, match="no checkpoint at"):
         restore_checkpoint(tmp_path / "5", {})
@@ -267,67 +248,95 @@ def test_prune_keeps_what_it_is_told(tmp_path):
     (tmp_path / "notes").mkdir()
     prune(tmp_path, {1, 3, 99})
     assert sorted(os.listdir(tmp_path)) == ["1", "3", "notes"]
-    assert latest_valid_checkpoint(tmp_path) == (tmp_path / "3", ())
+    assert valid(tmp_path) == (tmp_path / "3", ())
+
+
+def test_a_write_that_was_interrupted_before_its_manifest_is_no_damage(tmp_path):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, epoch, {"w": np.full(1000, epoch)}, {})
+    (tmp_path / "2" / "manifest.json").unlink()
+    assert valid(tmp_path) == (tmp_path / "1", ())
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is missing"):
+        restore_checkpoint(tmp_path / "2", {"w": np.zeros(1000)})
+    path = save_checkpoint(tmp_path, 2, {"w": np.full(1000, 3)}, {})
+    assert valid(tmp_path) == (path, ())
+
+
+def test_keeping_deletes_the_others_once_the_new_one_is_complete(tmp_path):
+    for epoch in range(1, 5):
+        save_checkpoint(tmp_path, epoch, {"w": np.ones(3)}, {}, keep={1, epoch - 1, epoch})
+    assert checkpoint_epochs(tmp_path) == [1, 3, 4]
+    assert sorted(os.listdir(tmp_path)) == ["1", "3", "4"]
+
+
+def test_without_checksums_what_cannot_be_read_is_still_passed_over(tmp_path):
+    for epoch in (1, 2):
+        path = save_checkpoint(tmp_path, epoch, make_state(epoch), META, checksums=False)
+    assert not (path / "manifest.json").exists()
+    found, meta = restore_checkpoint(path, make_state())
+    assert_same(found, make_state(2))
+    assert meta == META
+    shutil.rmtree(path / "state" / "d")
+    found, damaged = newest(tmp_path, lambda path: restore_checkpoint(path, make_state())[0])
+    assert_same(found, make_state(1))
+    assert damaged == ()  # Without checksums it may as well be one that was interrupted.
+    with pytest.raises(DamagedCheckpointError, match=f"{path} is damaged"):
+        restore_checkpoint(path, make_state())
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
+from inmerge_jax import files
 from inmerge_jax.training import checkpointing
 
-folder, point = Path(sys.argv[1]), sys.argv[2]
+folder, point, calls = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 checkpointing.save_checkpoint(folder, 1, {"w": np.arange(10_000)}, {})
-before = getattr(checkpointing, point)
+module = {"rename": os, "write_json_with_checksum": files}[point]
+function, called = getattr(module, point), []
 
 def die(*args):
-    if point == "_write_arrays":
-        before(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
+    called.append(args)
+    if len(called) == calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
 
-setattr(checkpointing, point, die)
+setattr(module, point, die)
 checkpointing.save_checkpoint(folder, 2, {"w": np.arange(10_000)}, {})
 """
 
 
-@pytest.mark.parametrize("point", ["_write_arrays", "_put"])
-def test_killed_writer_leaves_no_half_checkpoint(tmp_path, point):
+@pytest.mark.parametrize(
+    ("point", "calls"), [("rename", 1), ("rename", 3), ("write_json_with_checksum", 1)]
+)
+def test_killed_writer_leaves_no_half_checkpoint(tmp_path, point, calls):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, point], capture_output=True, cwd=REPOSITORY
+        [sys.executable, "-c", KILLED, tmp_path, point, str(calls)],
+        capture_output=True,
+        cwd=REPOSITORY,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert latest_valid_checkpoint(tmp_path) == (tmp_path / "1", ())
+    assert valid(tmp_path) == (tmp_path / "1", ())
     assert len(os.listdir(tmp_path)) == 2
     path = save_checkpoint(tmp_path, 2, {"w": np.zeros(3)}, {})
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
-    assert latest_valid_checkpoint(tmp_path) == (path, ())
+    assert valid(tmp_path) == (path, ())
 
 
-def full(*_):
+def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("point", ["_write_arrays", "write_json", "write_json_with_checksum"])
+@pytest.mark.parametrize(
+    "point", ["ocp.CheckpointManager.save", "files.sync_all", "files.write_json_with_checksum"]
+)
 def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
     first = save_checkpoint(tmp_path, 1, make_state(), META)
     before = bits(first)
-    monkeypatch.setattr(checkpointing, point, full)
-    for epoch in (1, 2):
-        with pytest.raises(UsageError, match=rf"{tmp_path / str(epoch)}: No space left.*room"):
-            save_checkpoint(tmp_path, epoch, make_state(), META)
-    assert os.listdir(tmp_path) == ["1"] and bits(first) == before
-
-
-def test_failed_exchange_puts_the_old_one_back(tmp_path, monkeypatch):
-    first = save_checkpoint(tmp_path, 1, make_state(), META)
-    before, rename = bits(first), os.rename
-
-    def refuse(source, target):
-        full() if str(source).endswith("writing-1") else rename(source, target)
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UsageError, match="No space left"):
-        save_checkpoint(tmp_path, 1, make_state(1), META)
+    monkeypatch.setattr(f"inmerge_jax.training.checkpointing.{point}", full)
+    with pytest.raises(UsageError, match=rf"{tmp_path / '2'}: No space left.*room"):
+        save_checkpoint(tmp_path, 2, make_state(), META)
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
 
 
@@ -352,9 +361,8 @@ def small_files():
 def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
     first = save_checkpoint(tmp_path, 1, {"w": np.zeros(10)}, {})
     before = bits(first)
-    for epoch in (1, 2):
-        with pytest.raises(UsageError, match=f"{tmp_path / str(epoch)}: File too large"):
-            save_checkpoint(tmp_path, epoch, {"w": np.ones(10**6)}, {})
+    with pytest.raises(UsageError, match=f"{tmp_path / '2'}: File too large"):
+        save_checkpoint(tmp_path, 2, {"w": np.random.default_rng(0).normal(size=10**6)}, {})
     assert os.listdir(tmp_path) == ["1"] and bits(first) == before
     assert not caplog.records
 
@@ -362,14 +370,14 @@ def test_failure_in_the_middle_of_a_file(tmp_path, small_files, caplog):
 @pytest.mark.parametrize("looks_first", [True, False])
 def test_really_full_disk(tmp_path, monkeypatch, looks_first):
     if not looks_first:
-        monkeypatch.setattr(checkpointing, "_check_room", lambda *_: None)
+        look_away(monkeypatch)
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         first = save_checkpoint(disk, 1, {"w": np.ones(10_000)}, {})
         before = bits(first)
         with pytest.raises(UsageError, match=f"{disk / '2'}: No space left on device"):
-            save_checkpoint(disk, 2, {"w": np.ones(200_000)}, {})
+            save_checkpoint(disk, 2, {"w": np.random.default_rng(0).normal(size=200_000)}, {})
         assert os.listdir(disk) == ["1"] and bits(first) == before
-        assert latest_valid_checkpoint(disk) == (first, ())
+        assert valid(disk) == (first, ())
         save_checkpoint(disk, 2, {"w": np.ones(10_000)}, {})
 
 
@@ -380,33 +388,66 @@ def test_another_fault_keeps_its_own_error(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["1"]
 
 
-def test_manifest_lists_arrays_for_readers(tmp_path):
-    path = save_checkpoint(tmp_path, 1, make_state(), META)
-    arrays = json.loads((path / "manifest.json").read_bytes())["arrays"]
-    assert arrays["params.Conv_0.kernel"] == [[3, 3, 2, 4], "bfloat16"]
-    assert len(arrays) == len(jax.tree.leaves(make_state()))
+def test_arrays_are_read_by_name_without_a_template(tmp_path):
+    state = make_state()
+    arrays = read_arrays(save_checkpoint(tmp_path, 1, state, META))
+    assert len(arrays) == len(jax.tree.leaves(state))
+    assert_same(arrays["params.Conv_0.kernel"], state.params["Conv_0"]["kernel"])
 
 
-def test_a_checkpoint_outlasts_a_loss_of_power_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, when_named = [], []
-    sync, rename = os.fsync, os.rename
+def test_a_checkpoint_of_the_earlier_layout_is_read_for_exports_alone(tmp_path):
+    path, arrays = tmp_path / "3", {"params.w": np.arange(3.0), "step": np.array(7)}
+    ocp.PyTreeCheckpointer().save(path / "tree", arrays)
+    for name in ("meta.json", "manifest.json"):
+        (path / name).write_text("{}")
+    assert_same(read_arrays(path), arrays)
+    for read in (read_meta, lambda path: restore_checkpoint(path, arrays)):
+        with pytest.raises(UsageError, match=f"{path} has the layout .* finish the run with that"):
+            newest(tmp_path, read)
+
+
+def test_a_checkpoint_outlasts_a_loss_of_power_before_it_is_complete(tmp_path, monkeypatch):
+    synced, when_complete = set(), []
+    sync, replace = os.fsync, os.replace
 
     def record(handle):
         sync(handle)
-        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
 
     def note(source, target):
-        if Path(target) == tmp_path / "3":
-            whole = {str(path) for path in Path(source).rglob("*")}
-            when_named.append(whole - set(synced))
+        if Path(target) == tmp_path / "3" / "manifest.json":
+            whole = {str(tmp_path), str(tmp_path / "3"), *map(str, (tmp_path / "3").rglob("*"))}
+            when_complete.append(whole - synced)
             synced.clear()
-        rename(source, target)
+        replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(os, "rename", note)
+    monkeypatch.setattr(os, "replace", note)
     save_checkpoint(tmp_path, 3, {"a": np.zeros(3)}, META)
-    assert when_named == [set()]
-    assert str(tmp_path) in synced
+    assert when_complete == [set()]
+    assert str(tmp_path / "3") in synced
+
+
+@pytest.mark.parametrize("name", ["b[1]", "b\\1", "*", "a?"])
+def test_a_folder_whose_name_orbax_cannot_read_is_refused_or_works(tmp_path, name):
+    folder = tmp_path / name
+    try:
+        check_folder(folder)
+    except UsageError as error:
+        assert name in ("b[1]", "b\\1") and f"{folder}: checkpoints" in str(error)
+        assert "choose one without [ ]" in str(error)
+        assert os.listdir(tmp_path) == []
+    else:
+        assert_same(read_arrays(save_checkpoint(folder, 1, {"w": np.ones(3)}, {}))["w"], np.ones(3))
+
+
+@pytest.mark.parametrize("name", ["a b", "é ü 雪", "100%25", "it's", "#x", "~", "$HOME", "a:b"])
+def test_folders_of_other_names_work(tmp_path, name):
+    folder = tmp_path / name
+    check_folder(folder)
+    assert os.listdir(tmp_path) == []
+    path = save_checkpoint(folder, 1, {"w": np.ones(3)}, {})
+    assert_same(read_arrays(path)["w"], np.ones(3))
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -93,7 +94,7 @@ def test_help_names_every_option_in_groups(capsys, monkeypatch):
         parse_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("\n") <= 160
+    assert text.count("\n") <= 161
     groups = re.findall(r"^\W*([\w-]+) options\W*$", text, re.MULTILINE)
     assert groups == "data model recipe merging output devices-and-processes logging".split()
     sections = (TrainConfig, DataConfig, ModelConfig, RecipeConfig, RuleConfig, AugmentConfig)
@@ -237,9 +238,15 @@ def test_a_rule_out_of_range_is_an_input_error_for_python_too():
 
 
 @pytest.mark.parametrize("name", ["output", "compilation_cache_dir", "data_dir", "init_from"])
-def test_a_bucket_is_not_taken_for_a_folder(name, tmp_path, monkeypatch):
+def test_the_address_of_a_bucket_is_kept_and_a_changed_one_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/run: .* mount it"):
-        option = "--" + name.replace("_", "-")
-        make_run_spec(parse_config([*TINY, option, "gs://bucket/run"]))
+    address = "gs://bucket/a run"
+    config = parse_config([*TINY, "--" + name.replace("_", "-"), address])
+    group = {"data_dir": "data", "init_from": "model"}.get(name)
+    options = getattr(config, group) if group else config
+    assert str(getattr(options, name)) == address
+    options = dataclasses.replace(options, **{name: Path(address)})
+    config = dataclasses.replace(config, **{group: options}) if group else options
+    with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/a run: .*files\.as_path"):
+        make_run_spec(config)
     assert not list(tmp_path.iterdir())

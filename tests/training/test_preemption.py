@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, broken):
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
     with pytest.raises(TrainingInterrupted):
         run(tmp_path / "parts", setup=stopping)
-    shutil.rmtree(tmp_path / "parts" / broken / "tree")
+    shutil.rmtree(tmp_path / "parts" / broken / "state")
     result, text = run(tmp_path / "parts")
     assert f"{broken} is damaged" in text and f"{broken} is damaged" in result["warnings"][0]
     assert f"resumes from epoch {int(broken == 'mid_epoch/4')} of 3\n" in text

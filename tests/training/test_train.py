@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monke
     resume()
     folder = tmp_path / "parts" / "checkpoints"
     assert checkpoint_epochs(folder)[-1] == 2
-    shutil.rmtree(folder / "2" / "tree")
+    shutil.rmtree(folder / "2" / "state")
     result, text = run(tmp_path / "parts")
     assert "checkpoints/2 is damaged" in text and "resumes from epoch 1" in text
     assert any("is damaged" in warning for warning in result["warnings"])
@@ -165,7 +165,7 @@ def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch,
     if lost:
         shutil.rmtree(folder / "1")
     else:
-        (folder / "1" / "meta.json").write_text("{}")
+        (folder / "1" / "meta" / "metadata").write_text("{}")
     result, text = run(tmp_path / "parts", setup=setup)
     said = "there is no checkpoint at" if lost else "is damaged"
     assert "resumes from epoch 0" in text and said in result["warnings"][0]
@@ -207,22 +207,6 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
     path.write_text(first + second.replace('"val_loss": ', '"val_loss": 1'))
     _, text = run(tmp_path)
     assert "resumes from epoch 1" in text
-
-
-def test_a_checkpoint_of_a_version_without_the_hash_is_resumed(tmp_path, monkeypatch):
-    save = train.save_checkpoint
-
-    def earlier(folder, epoch, tree, meta):
-        return save(folder, epoch, tree, {k: v for k, v in meta.items() if k != "history_sha256"})
-
-    monkeypatch.setattr(train, "save_checkpoint", earlier)
-    cut_short(monkeypatch, tmp_path / "parts")
-    monkeypatch.setattr(train, "save_checkpoint", save)
-    assert "history_sha256" not in read_meta(tmp_path / "parts" / "checkpoints" / "2")
-    _, text = run(tmp_path / "parts")
-    assert "resumes from epoch 2" in text
-    run(tmp_path / "whole")
-    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
 def test_a_damaged_result_is_named_and_one_of_an_earlier_version_read(tmp_path):

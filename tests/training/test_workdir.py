@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_overwrite_cut_short_leaves_an_unfinished_run(run, monkeypatch):
     def die(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workdir.shutil, "rmtree", die)
+    monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         prepare_workdir(run, CONFIG, overwrite=True)
     with pytest.raises(UsageError, match="unfinished run"):
