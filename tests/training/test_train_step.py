@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from inmerge_jax import in_model_merging, merge_kernels
@@ -147,7 +148,12 @@ def test_merging_happens_before_the_forward_pass_and_nowhere_else():
 def test_the_optax_transformation_goes_through_the_same_step_and_a_checkpoint(tmp_path):
     devices = tuple(jax.local_devices()[:2])
     merging = in_model_merging(tiny.kernels(), tiny.ALWAYS, jax.random.key(5))
-    optimizer = make_optimizer(tiny.RECIPE, merging)
+
+    @optax.inject_hyperparams
+    def injected(learning_rate):
+        return optax.chain(optax.sgd(learning_rate, momentum=0.9), merging)
+
+    optimizer = injected(learning_rate=0.05)
     step = steps.make_train_step(
         tiny.Net(), optimizer, tiny.RECIPE, multi_label=False, devices=devices
     )
