@@ -196,7 +196,7 @@ def kill_and_resume(
         )
         if "results.json" in there:
             found = ["the results"]
-        elif "no image was reduced now" in said:
+        elif "no image was reduced" in said:
             found = ["the reduced images"]
         start = "the finished backbone" if backbone else "the beginning"
         resumed_from = "; ".join(found) or start
