@@ -19,6 +19,7 @@ from experiments.reliability import jobs
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
+from inmerge_jax.training.checkpointing import MANIFEST
 from tests.training import host_worker
 from tests.training.test_resume import REPOSITORY
 
@@ -118,7 +119,8 @@ def interrupt(folder, number, kind):
     """Starts a run of two processes and sends one of them a signal after the first epoch."""
     processes = start_all(folder)
     try:
-        checkpoint = folder / "seed7" / "backbone" / "checkpoints" / "1"
+        # The manifest is written last: without it a checkpoint counts as absent.
+        checkpoint = folder / "seed7" / "backbone" / "checkpoints" / "1" / MANIFEST
         deadline = time.monotonic() + 200
         while not checkpoint.exists():
             assert all(process.poll() is None for process in processes)
