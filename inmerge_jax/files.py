@@ -204,7 +204,7 @@ def remove_tree(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically; creates the folder if it is missing.
 
-    An object in a bucket is written as a whole, so it needs no temporary file.
+    In a bucket, writing an object is atomic.
 
     Raises:
       OSError: the file cannot be written; an existing file is then unchanged.

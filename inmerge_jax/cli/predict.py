@@ -131,7 +131,7 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
 
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
-    """The given data set; or the run's own, with the given options in place of its own."""
+    """The options of the data set to score; those not given are the run's, where it is its own."""
     own = _options(DataOptions, run.stage.config["data"])
     if given.name != _OWN:
         kinds = {data.name.partition(":")[0] for data in (given, own)}

@@ -1,5 +1,6 @@
 """Decoding of PNG and JPEG files, and images that are read on indexing."""
 
+import abc
 import io
 import os
 import struct
@@ -39,7 +40,7 @@ _HEADER, _TAIL = 32, 4096
 _THREADS = 8
 
 
-class RowImages:
+class RowImages(abc.ABC):
     """Base of images that are read one by one on indexing: uint8 (n, height, width, channels).
 
     Subclasses define `shape` and `read(row)`, and can be pickled for worker processes.
@@ -66,9 +67,9 @@ class RowImages:
             images[place] = self.read(row)
         return images
 
+    @abc.abstractmethod
     def read(self, row: int) -> np.ndarray:
         """Image number `row`, uint8 (height, width, channels)."""
-        raise NotImplementedError
 
 
 def kept_in_memory(splits: Sequence[RowImages]) -> list[np.ndarray | RowImages]:

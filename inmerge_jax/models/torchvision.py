@@ -10,8 +10,8 @@ height, width there. So nothing is rounded, and a state dict comes back bit for 
 `num_batches_tracked`, which no network reads and no file needs, and which is written as 0.
 """
 
+import itertools
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -480,7 +480,9 @@ def _first_few(texts: Iterable[str]) -> list[str]:
 
 
 def _refusal(what: str, lines: list[str], names: Iterable[str], remedy: str) -> UsageError:
-    prefix = os.path.commonprefix(list(names)).rpartition(".")[0]  # noqa: RUF071
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = itertools.takewhile(lambda column: len({*column}) == 1, columns)
+    prefix = ".".join(column[0] for column in shared)
     lines = [*lines, f"all names begin with {prefix!r}"] if prefix else lines
     return UsageError("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
 

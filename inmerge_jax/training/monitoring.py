@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import in_bucket
 from inmerge_jax.training.workdir import write_error
 
 _WARM_UP = 2
@@ -33,7 +34,7 @@ def check_monitoring(
     """
     wanted = {"tensorboard": tensorboard, "profile": profile is not None}
     for name in (name for name, given in wanted.items() if given):
-        if str(output).partition("/")[0].endswith(":"):
+        if in_bucket(output):
             raise UsageError(f"`{name}` writes local files; `output` is {output}: leave it out")
     if tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UsageError("`tensorboard` needs a package: pip install tensorboardX")

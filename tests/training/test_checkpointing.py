@@ -416,8 +416,8 @@ def test_a_checkpoint_outlasts_a_loss_of_power_before_it_is_complete(tmp_path, m
 
     def note(source, target):
         if Path(target) == tmp_path / "3" / "manifest.json":
-            whole = {str(tmp_path), str(tmp_path / "3"), *map(str, (tmp_path / "3").rglob("*"))}
-            when_complete.append(whole - synced)
+            needed = {str(tmp_path), str(tmp_path / "3"), *map(str, (tmp_path / "3").rglob("*"))}
+            when_complete.append(needed - synced)
             synced.clear()
         replace(source, target)
 

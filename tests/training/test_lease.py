@@ -1,14 +1,10 @@
 """One process at a time writes a run's folder in Cloud Storage."""
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +12,8 @@ from inmerge_jax import locking
 from inmerge_jax.errors import UsageError
 from inmerge_jax.locking import FolderInUseError, lock, require_free
 from tests.emulator import cloud_storage
+from tests.training.lock_holder import another_process
 
-REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
 import sys
 from inmerge_jax import locking
@@ -54,25 +50,8 @@ def of_another_host(folder, seconds):
     blob(folder).upload_from_string(json.dumps({**lease, "expires": time.time() + seconds}))
 
 
-@contextlib.contextmanager
-def another_process(folder, seconds=60):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder, str(seconds)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-    ) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
 def test_another_process_is_named_and_no_obstacle_once_it_is_killed(folder):
-    with another_process(folder) as process:
+    with another_process(HOLDER, folder, 60) as process:
         words = f"^{folder} is in use: process {process.pid} on .*choose another folder$"
         for take in (require_free, lambda folder: lock(folder).__enter__()):
             with pytest.raises(FolderInUseError, match=words):
@@ -150,7 +129,7 @@ def test_a_write_whose_answer_is_lost_counts(folder, monkeypatch):
     ],
 )
 def test_a_process_that_loses_its_lease_ends(folder, take, words):
-    with another_process(folder, seconds=0.9) as process:
+    with another_process(HOLDER, folder, 0.9) as process:
         take(folder)
         output, errors = process.communicate("", timeout=20) if process.wait(20) else ("", "")
         assert process.returncode == 1 and "released" not in output

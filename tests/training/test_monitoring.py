@@ -12,7 +12,7 @@ from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
-from tests.training.test_train import evidence, interrupt_at, run
+from tests.training.test_train import check_resumption, evidence, run
 
 TINY = (
     "--phantom.train 40 --phantom.val 8 --phantom.test 8 --size 16 --model vgg11 --width 0.05 "
@@ -71,13 +71,13 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
 
 @pytest.mark.parametrize("first", [True, False], ids=["from the start", "from the resumption on"])
 def test_a_resumed_run_loses_and_repeats_no_point(tmp_path, monkeypatch, first):
-    resume = interrupt_at(monkeypatch, 7)
-    with pytest.raises(KeyboardInterrupt):
-        monitored(tmp_path / "parts", tensorboard=first)
-    resume()
-    check_scalars(tmp_path / "parts", monitored(tmp_path / "parts", tensorboard=True))
-    run(tmp_path / "whole", rule=tiny.ALWAYS)
-    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+    check_resumption(
+        tmp_path,
+        monkeypatch,
+        lambda folder: monitored(folder, tensorboard=first),
+        7,
+        lambda folder: check_scalars(folder, monitored(folder, tensorboard=True)),
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

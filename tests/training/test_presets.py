@@ -29,7 +29,7 @@ from inmerge_jax.training.train_step import (
 )
 from tests.long import long_unless
 from tests.training import tiny
-from tests.training.test_train import evidence, interrupt_at, run
+from tests.training.test_train import check_resumption, run
 
 TINY = (
     "--phantom.train 32 --phantom.val 6 --phantom.test 8 --size 16 --width 0.05 --batch-size 8 "
@@ -175,13 +175,11 @@ def test_validation_merges_are_in_the_checkpoint_and_counted(tmp_path):
 @pytest.mark.long
 def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     step = merging_eval(tuple(jax.local_devices()[:1]))
-    run(tmp_path / "whole", rule=tiny.ALWAYS, merging_eval_step=step)
-    resume = interrupt_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", rule=tiny.ALWAYS, merging_eval_step=step)
-    resume()
-    run(tmp_path / "parts", rule=tiny.ALWAYS, merging_eval_step=step)
-    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+
+    def train_in(folder):
+        run(folder, rule=tiny.ALWAYS, merging_eval_step=step)
+
+    check_resumption(tmp_path, monkeypatch, train_in, 4)
 
 
 @pytest.mark.long

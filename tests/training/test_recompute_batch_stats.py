@@ -20,7 +20,7 @@ from inmerge_jax.training.train import TESTED, batch_seed, read_tested
 from inmerge_jax.training.train_step import make_batch_stats_step, normalise
 from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
-from tests.training.test_train import evidence, interrupt_at, restore, run
+from tests.training.test_train import check_resumption, restore, run
 
 TINY = (
     "--phantom.train 40 --phantom.val 8 --phantom.test 8 --size 16 "
@@ -108,14 +108,8 @@ def test_more_devices_find_the_same(tmp_path):
 
 
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
-    recompute(tmp_path / "whole")
-    resume = interrupt_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        recompute(tmp_path / "parts")
-    resume()
-    recompute(tmp_path / "parts")
-    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
-    files = [(tmp_path / name / TESTED).read_bytes() for name in ("whole", "parts")]
+    folders = check_resumption(tmp_path, monkeypatch, recompute, 4)
+    files = [(folder / TESTED).read_bytes() for folder in folders]
     assert files[0] == files[1]
 
 

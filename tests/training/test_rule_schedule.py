@@ -16,7 +16,7 @@ from inmerge_jax.training.config import config_dict, parse_config, resolve_recip
 from inmerge_jax.training.experiment import make_context, make_run_spec
 from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.workdir import read_metrics
-from tests.training.test_train import evidence, interrupt_at, run
+from tests.training.test_train import check_resumption, run
 
 TINY = (
     "--phantom.train 32 --phantom.val 8 --phantom.test 8 --size 16 --model vgg11_bn --width 0.05 "
@@ -78,13 +78,7 @@ def test_a_single_stage_is_the_backbone_until_it_merges(tmp_path):
 
 
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
-    late(tmp_path / "whole")
-    resume = interrupt_at(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        late(tmp_path / "parts")
-    resume()
-    late(tmp_path / "parts")
-    assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
+    check_resumption(tmp_path, monkeypatch, late, 5)
 
 
 def test_the_warning_comes_after_the_first_epoch_that_should_merge(tmp_path):

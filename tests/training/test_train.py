@@ -65,6 +65,22 @@ def interrupt_at(monkeypatch, step):
     return lambda: monkeypatch.setattr(train, "prefetch_to_device", ahead)
 
 
+def check_resumption(folder, monkeypatch, train_in, step, train_resumed=None):
+    """Trains in `folder`, interrupted before that step and resumed; compares with one go.
+
+    Returns the folders of the resumed and of the uninterrupted stage.
+    """
+    resumed, uninterrupted = folder / "resumed", folder / "uninterrupted"
+    train_in(uninterrupted)
+    resume = interrupt_at(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(resumed)
+    resume()
+    (train_resumed or train_in)(resumed)
+    assert evidence(resumed) == evidence(uninterrupted)
+    return resumed, uninterrupted
+
+
 def test_a_stage_leaves_its_evidence(tmp_path):
     result, _ = run(tmp_path, rule=tiny.ALWAYS)
     setup = tiny.make_setup()

@@ -1,15 +1,11 @@
 """One process at a time writes a run's folder, however the one before it ended."""
 
-import contextlib
 import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +16,8 @@ from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.experiment import make_run_spec, run_experiment
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.workdir import lock, open_workdir
+from tests.training.lock_holder import another_process
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIG = {"seeds": [0]}
 HOLDER = """
 import sys
@@ -34,22 +30,6 @@ with open_workdir(Path(sys.argv[1]), {"seeds": [0]}):
 """
 
 
-@contextlib.contextmanager
-def another_process(folder):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-    ) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
@@ -57,7 +37,7 @@ def contents(folder):
 
 def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
     folder = tmp_path / "run"
-    with another_process(folder) as process:
+    with another_process(HOLDER, folder) as process:
         before = contents(folder)
         for options in ({}, {"resume": True}, {"overwrite": True}):
             words = re.escape(f"{folder} is in use: process {process.pid} on ")
@@ -75,7 +55,7 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
 
 
 def test_a_process_that_waits_gets_the_folder_as_soon_as_it_is_free(tmp_path):
-    with another_process(tmp_path) as process, ThreadPoolExecutor(1) as pool:
+    with another_process(HOLDER, tmp_path) as process, ThreadPoolExecutor(1) as pool:
 
         def take():
             with locking.lock(tmp_path, wait=True):
