@@ -124,9 +124,10 @@ def table(stored: dict[str, Any]) -> str:
 
 def train_preset(given: list[str], folder: Path) -> int:
     """Trains or resumes one preset, unless it is finished; returns the exit status."""
+    from inmerge_jax.cli.options import parse_config
     from inmerge_jax.cli.train import main as train
-    from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
     from inmerge_jax.training.parallel import choose_devices
+    from inmerge_jax.training.resolve import config_dict, resolve_recipe
     from inmerge_jax.training.workdir import diff_configs
 
     try:

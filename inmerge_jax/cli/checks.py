@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import in_bucket
 
 RUN_MODULES = (
     "inmerge_jax.training.experiment",
@@ -41,8 +42,8 @@ def require_writable(folder: Path) -> None:
       UsageError: the folder, or the first existing one above it, cannot be written; or its name
         cannot be passed to Orbax, which needs UTF-8.
     """
-    if ":/" in str(folder):
-        return  # A bucket.
+    if in_bucket(folder):
+        return
     place = folder.absolute()
     try:
         str(place).encode()

@@ -30,8 +30,9 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
 
     An interrupted quickstart with the same configuration is resumed; any other run is replaced.
     """
-    from inmerge_jax.training.config import config_dict, parse_config, resolve_recipe
+    from inmerge_jax.cli.options import parse_config
     from inmerge_jax.training.parallel import choose_devices
+    from inmerge_jax.training.resolve import config_dict, resolve_recipe
     from inmerge_jax.training.workdir import diff_configs
 
     stored = output / "config.json"

@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     prepare_process()
     try:
-        require_modules("inmerge_jax.training.config")
-        from inmerge_jax.training.config import parse_config
+        require_modules("inmerge_jax.cli.options")
+        from inmerge_jax.cli.options import parse_config
 
         config = parse_config(arguments)
         require_modules(*RUN_MODULES)

@@ -26,16 +26,7 @@ from inmerge_jax.models import create_model
 from inmerge_jax.models.torchvision import LoadReport
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
-from inmerge_jax.training.config import (
-    TrainConfig,
-    apply_preset,
-    check_run,
-    check_steps_per_execution,
-    config_dict,
-    resolve_recipe,
-    resolve_rule,
-    schedule_rule,
-)
+from inmerge_jax.training.config import TrainConfig
 from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
 from inmerge_jax.training.init import (
     conv_kernels,
@@ -50,6 +41,15 @@ from inmerge_jax.training.multihost import is_primary, require_same_config, run_
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
 from inmerge_jax.training.presets import Preset, find_preset, select_kernels
 from inmerge_jax.training.recipes import Recipe, fit_recipe, loss_weights
+from inmerge_jax.training.resolve import (
+    apply_preset,
+    check_run,
+    check_steps_per_execution,
+    config_dict,
+    resolve_recipe,
+    resolve_rule,
+    schedule_rule,
+)
 from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (

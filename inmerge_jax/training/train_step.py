@@ -179,7 +179,7 @@ def make_train_step(
         so that transforms that differ only in it share one program. The returned step accepts
         another such tree as its last argument.
       steps_per_execution: number of updates per call. Above 1, each array of `batch` has an axis
-        of steps after the device axis. For GPU and TPU, see `config.check_steps_per_execution`.
+        of steps after the device axis. For GPU and TPU, see `resolve.check_steps_per_execution`.
       grad_accum_steps: number of equal microbatches that each device splits its rows into; the
         gradient is their mean. Batch normalisation sees microbatch k of all devices as one batch,
         and updates its running statistics once per microbatch.

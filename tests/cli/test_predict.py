@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from inmerge_jax.cli import predict, train
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.data import DataConfig, Dataset, Split, load_dataset
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.load import (
     LoadedRun,
     Preprocessing,

@@ -4,8 +4,8 @@ import re
 import pytest
 
 from inmerge_jax.cli import quickstart
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.training import experiment
-from inmerge_jax.training.config import parse_config
 
 SMALL = (
     "--data phantom --phantom.train 16 --phantom.val 12 --phantom.test 24 --size 16 "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inmerge_jax.training.config import parse_config
+from inmerge_jax.cli.options import parse_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from inmerge_jax import quantile
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
@@ -17,13 +18,10 @@ from inmerge_jax.training.config import (
     RecipeConfig,
     RuleConfig,
     TrainConfig,
-    config_dict,
-    parse_config,
-    resolve_recipe,
-    resolve_rule,
 )
 from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.recipes import RECIPES
+from inmerge_jax.training.resolve import config_dict, resolve_recipe, resolve_rule
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
 TINY = [*SMALL, "--model", "vgg16", "--width", "0.05", "--batch-size", "8"]

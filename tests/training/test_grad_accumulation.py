@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.training import experiment, train_step
-from inmerge_jax.training.config import parse_config
 from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.parallel import (
     DATA_AXIS,

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from inmerge_jax import find_kernels, merge_kernels
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.training import train as loop
-from inmerge_jax.training.config import parse_config, resolve_recipe, resolve_rule
 from inmerge_jax.training.evaluation import evaluate_merging
 from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, unreplicate
 from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
 from inmerge_jax.training.recipes import RECIPES
+from inmerge_jax.training.resolve import resolve_recipe, resolve_rule
 from inmerge_jax.training.train_step import (
     VALIDATION,
     example_losses,

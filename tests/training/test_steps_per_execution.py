@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.progress import Progress
 from inmerge_jax.training import experiment
-from inmerge_jax.training.config import check_steps_per_execution, parse_config
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
+from inmerge_jax.training.resolve import check_steps_per_execution
 from inmerge_jax.training.train import train_stage
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
