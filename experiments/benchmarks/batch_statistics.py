@@ -90,7 +90,8 @@ def markdown(stored: dict[str, Any]) -> str:
         cells = (f"{row[mode]['auc']:.3f}, {row[mode]['acc']:.3f}" for mode in MODES)
         lines.append((DATA[row["data"]], arm, merged, *cells))
     columns = ("data", "arm", "merged per seed", *(f"AUC, ACC: `{mode}`" for mode in MODES))
-    return f"{markdown_rows(columns, lines, 'llrll')}\n\nTrained on {measured_on([stored['machine']])}.\n"
+    table = markdown_rows(columns, lines, "llrll")
+    return f"{table}\n\nTrained on {measured_on([stored['machine']])}.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,8 +36,9 @@ from experiments.reliability.jobs import (
     training,
     write_radiographs,
 )
+from inmerge_jax.buckets import as_path, in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, in_bucket, read_json_object, remove_tree, write_json
+from inmerge_jax.files import read_json_object, remove_tree, write_json
 from inmerge_jax.reporting.tables import markdown_rows
 from inmerge_jax.training.checkpointing import TEMPORARY
 

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import in_bucket
 
 RUN_MODULES = (
     "inmerge_jax.training.experiment",

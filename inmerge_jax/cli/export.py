@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inmerge_jax.buckets import path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import path_registry
 
 
 @dataclass(frozen=True)

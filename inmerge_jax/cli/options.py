@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from inmerge_jax.files import path_registry
+from inmerge_jax.buckets import path_registry
 from inmerge_jax.training.config import (
     DataOptions,
     DeviceConfig,

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from inmerge_jax.buckets import as_path, path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.data import Dataset, Split, load_dataset
 from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, path_registry, write_text
+from inmerge_jax.files import write_text
 from inmerge_jax.training.config import Arm, DataOptions
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 from inmerge_jax.training.workdir import write_error

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import tyro
 
+from inmerge_jax.buckets import path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import path_registry, write_text
+from inmerge_jax.files import write_text
 
 TABLE = "table.md"
 

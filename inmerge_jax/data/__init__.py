@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from inmerge_jax.buckets import in_bucket, local_copy
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import in_bucket, local_copy
 
 __all__ = [
     "DataConfig",

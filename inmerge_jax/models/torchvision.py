@@ -4,10 +4,8 @@
     logits = create_model("vgg19", 1000, stem="imagenet").apply(variables, images, train=False)
     write_state_dict("mine.safetensors", to_state_dict("vgg19", variables))
 
-Only layouts differ: a weight is (height, width, inputs, outputs) here and (outputs, inputs, height,
-width) there, and a VGG's maps are flattened as height, width, channels here and as channels,
-height, width there. So nothing is rounded, and a state dict comes back bit for bit; but for
-`num_batches_tracked`, which no network reads and no file needs, and which is written as 0.
+Only names and layouts differ, see `torch_layout`. So nothing is rounded, and a state dict comes back
+bit for bit; but for `num_batches_tracked`, which no network reads, and which is written as 0.
 """
 
 import itertools
@@ -15,8 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +22,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
+from inmerge_jax.models.torch_layout import (
+    Entries,
+    Names,
+    to_ours,
+    to_torch,
+    torch_entries,
+    torch_shape,
+)
 from inmerge_jax.models.weight_files import (
     as_float32,
     read_state_dict,
@@ -41,20 +46,9 @@ __all__ = [
     "write_state_dict",
 ]
 
-_POOLED = 7 * 7
-_SQUARE = 256
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 _TRACKED = "num_batches_tracked"
 _SHOWN = 6
 """Number of entries that a message lists."""
-
-Names = Literal["torchvision", "medmnist"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def from_state_dict(
         num_classes = (*given.shapes.get(f"{head}.weight", ()), 1)[0]
     if channels is None:
         channels = (*given.shapes.get(f"{first}.weight", ()), 3, 3)[1]
-    _, entries = _network(name, num_classes, stem, channels, width)
+    _, entries = torch_entries(name, num_classes, stem, channels, width)
     missing, surplus, misshapen = _differences(given, entries, first)
     if missing or surplus or misshapen:
         remedy = "name the network, stem and width that it is of"
@@ -174,7 +168,7 @@ def match_state_dict(
         entry that fits has a dtype that is not floating-point.
     """
     given = _read(name, state_dict)
-    init, entries = _network(name, num_classes, stem, channels, width)
+    init, entries = torch_entries(name, num_classes, stem, channels, width)
     first, head = _first_and_head(name, stem)
     missing, surplus, misshapen = _differences(given, entries, first)
     fits = [entry for entry in entries if entry not in misshapen and entry in given.shapes]
@@ -240,7 +234,7 @@ def to_state_dict(
             f"{name} with the {stem} stem has no names in the MedMNIST benchmark, whose networks "
             "are ResNets with the small stem; take torchvision's names"
         )
-    entries = _network(name, 1, stem, 3, 1 / 64, names)[1]
+    entries = torch_entries(name, 1, stem, 3, 1 / 64, names)[1]
     expected = {path: "/".join(path) for path, _ in entries.values()}
     missing = [text for path, text in expected.items() if path not in leaves]
     surplus = ["/".join(path) for path in leaves if path not in expected]
@@ -253,71 +247,13 @@ def to_state_dict(
         )
     state_dict = {}
     for key, (path, _) in entries.items():
-        state_dict[key] = _to_torch(path, np.asarray(leaves[path], np.float32))
+        state_dict[key] = to_torch(path, np.asarray(leaves[path], np.float32))
         if key.endswith(".running_var"):
             state_dict[key.replace("running_var", _TRACKED)] = np.zeros((), np.int64)
     return state_dict
 
 
-# ---- the network's entries
-
-_Entries = Mapping[str, tuple[tuple[str, ...], Any]]
-"""PyTorch's name of an entry to our path and the leaf there."""
-
-
-def _network(
-    name: str,
-    num_classes: int,
-    stem: str,
-    channels: int,
-    width: float,
-    names: Names = "torchvision",
-) -> tuple[Any, _Entries]:
-    """The network's `init`, and its entries with abstract leaves."""
-    model = create_model(name, num_classes, stem=stem, width=width)
-    init = partial(model.init, train=False)
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    flat = flatten_dict(jax.eval_shape(init, jax.random.key(0), image))
-    modules = _vgg_modules(path[1] for path in flat) if name.startswith("vgg") else {}
-    entries = {}
-    for path, leaf in flat.items():
-        _, *module, last = path
-        if name.startswith("vgg"):
-            place = modules[module[0]]
-        elif name.startswith("resnet"):
-            place = _resnet_module(".".join(module), names)
-        else:
-            place = ".".join(module).replace("_denselayer", ".denselayer")
-            place = place if place == "classifier" else f"features.{place}"
-        entries[f"{place}.{_LEAVES[last]}"] = (path, leaf)
-    return init, entries
-
-
-def _vgg_modules(modules: Iterable[str]) -> dict[str, str]:
-    """`conv3_2` to `features.12` and so on: torchvision numbers ReLUs and pools too."""
-    modules = set(modules)
-    places = {"fc": "classifier", "fc1": "classifier.0", "fc2": "classifier.3"}
-    places["fc3"] = "classifier.6"
-    number = 0
-    for stage in range(1, 6):
-        index = 1
-        while f"conv{stage}_{index}" in modules:
-            places[f"conv{stage}_{index}"] = f"features.{number}"
-            places[f"bn{stage}_{index}"] = f"features.{number + 1}"
-            number += 3 if f"bn{stage}_{index}" in modules else 2
-            index += 1
-        number += 1
-    return places
-
-
-def _resnet_module(module: str, names: Names) -> str:
-    module = re.sub(r"^(layer\d)_", r"\1.", module)
-    shortcut = "downsample" if names == "torchvision" else "shortcut"
-    module = module.replace("shortcut_conv", f"{shortcut}.0").replace(
-        "shortcut_bn", f"{shortcut}.1"
-    )
-    return "linear" if (module, names) == ("fc", "medmnist") else module
-
+# ---- the network's ends
 
 _NORM_OF_FIRST = {"features.0": "features.1", "features.conv0": "features.norm0", "conv1": "bn1"}
 """PyTorch's name of the first convolution to that of its normalisation, if it has one."""
@@ -420,7 +356,7 @@ def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
 
 
 def _differences(
-    given: _Given, entries: _Entries, first: str
+    given: _Given, entries: Entries, first: str
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """Missing and surplus entries, and a text for each entry of another shape."""
     missing = [entry for entry in entries if entry not in given.shapes]
@@ -432,7 +368,7 @@ def _differences(
     ]
     misshapen = {}
     for entry, (_, leaf) in entries.items():
-        found, expected = given.shapes.get(entry), _torch_shape(leaf.shape)
+        found, expected = given.shapes.get(entry), torch_shape(leaf.shape)
         if found not in (None, expected):
             misshapen[entry] = f"{given.names[entry]}: {found} found, {expected} expected"
             if entry == f"{first}.weight":
@@ -490,58 +426,12 @@ def _refusal(what: str, lines: list[str], names: Iterable[str], remedy: str) -> 
 # ---- arrays
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 4:
-        return (shape[3], shape[2], shape[0], shape[1])
-    return tuple(reversed(shape))
-
-
-def _to_ours(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        return _copy(array.transpose(2, 3, 1, 0))
-    if _is_flattened(path):
-        maps = array.reshape(array.shape[0], -1, _POOLED)
-        return _copy(maps.transpose(2, 1, 0)).reshape(-1, array.shape[0])
-    return _copy(array.T)
-
-
-def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        return _copy(array.transpose(3, 2, 0, 1))
-    if _is_flattened(path):
-        maps = array.reshape(_POOLED, -1, array.shape[1])
-        return _copy(maps.transpose(2, 1, 0)).reshape(array.shape[1], -1)
-    return _copy(array.T)
-
-
-def _is_flattened(path: tuple[str, ...]) -> bool:
-    """Whether this is the weight that reads a VGG's flattened maps."""
-    return path[1:] == ("fc1", "kernel")
-
-
-def _copy(view: np.ndarray) -> np.ndarray:
-    """C-contiguous, and never the memory of a network that may be trained further.
-
-    By squares, whose reads and writes both stay in the cache: a transposed weight of VGG's head
-    is copied twice to five times as fast.
-    """
-    copy = np.empty(view.shape, view.dtype)
-    if view.ndim < 2:
-        copy[...] = view
-        return copy
-    for i in range(0, view.shape[0], _SQUARE):
-        for j in range(0, view.shape[-1], _SQUARE):
-            square = (slice(i, i + _SQUARE), ..., slice(j, j + _SQUARE))
-            copy[square] = view[square]
-    return copy
-
-
-def _arrays(given: _Given, entries: _Entries) -> dict[tuple[str, ...], np.ndarray]:
+def _arrays(given: _Given, entries: Entries) -> dict[tuple[str, ...], np.ndarray]:
     """Path to float32 array."""
     leaves = {}
     for entry, (path, _) in entries.items():
         array = as_float32(given.names[entry], given.values[entry])
-        leaves[path] = _to_ours(path, array.reshape(given.shapes[entry]))
+        leaves[path] = to_ours(path, array.reshape(given.shapes[entry]))
     return leaves
 
 

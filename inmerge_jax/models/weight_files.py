@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, write_bytes
+from inmerge_jax.files import write_bytes
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")

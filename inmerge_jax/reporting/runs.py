@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, read_arrays
+from inmerge_jax.files import read_arrays
 from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")

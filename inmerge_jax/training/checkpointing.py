@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from inmerge_jax import files
+from inmerge_jax import buckets, files
+from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import in_bucket
 from inmerge_jax.training.train_step import Totals, TrainState
 from inmerge_jax.training.workdir import PROBE, write_error
 
@@ -136,7 +136,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by their dotted path in the tree; see `restore_checkpoint`."""
     if (path / _EARLIER).exists():
         with _storage_errors():
-            return ocp.PyTreeCheckpointer().restore(files.absolute(path / "tree"))
+            return ocp.PyTreeCheckpointer().restore(buckets.absolute(path / "tree"))
     return _read(path, _verified(path)["arrays"])
 
 
@@ -194,7 +194,7 @@ def check_folder(folder: Path) -> None:
         f"{folder}: checkpoints in a folder of this name cannot be read back; choose one without "
         "[ ] * ? and \\ in its path"
     )
-    if os.sep == "/" and "\\" in os.fspath(files.absolute(folder)):
+    if os.sep == "/" and "\\" in os.fspath(buckets.absolute(folder)):
         raise refused  # Tensorstore would write to a subfolder instead.
     place, missing = folder / f"{PROBE}{uuid.uuid4().hex}", not folder.exists()
     try:
@@ -281,7 +281,7 @@ def _manager(folder: Path, keep: Collection[int] | None = None, cleanup: bool = 
         ),
         preservation_policy=policies.LatestN() if keep is None else policies.CustomSteps(keep),
     )
-    return ocp.CheckpointManager(files.absolute(folder), options=options)
+    return ocp.CheckpointManager(buckets.absolute(folder), options=options)
 
 
 @contextlib.contextmanager
@@ -291,7 +291,7 @@ def _storage_errors() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with files.bucket_errors():
+        with buckets.bucket_errors():
             yield
     except ValueError as error:
         # Tensorstore's errors: the message holds the system's error code, or gRPC's as a word.
@@ -353,7 +353,7 @@ def _restore(path: Path, **items: Any) -> Any:
 def _hashes(path: Path) -> dict[str, list[Any]]:
     """Size and hash of every file but the manifest: SHA-256, or in a bucket its own hash."""
     if in_bucket(path):
-        objects = files.bucket_files(path).items()
+        objects = buckets.bucket_files(path).items()
         found = {name: [x["size"], x.get("md5Hash") or x["crc32c"]] for name, x in objects}
     else:
         found = {}

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from inmerge_jax.buckets import local_copy
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import local_copy
 from inmerge_jax.merging import Kernel, find_kernels
 from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
 from inmerge_jax.training.config import ModelConfig

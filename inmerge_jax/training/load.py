@@ -12,9 +12,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from sklearn.metrics import roc_curve
 
+from inmerge_jax.buckets import as_path
 from inmerge_jax.data.dataset import TASKS
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, read_arrays, read_json_object
+from inmerge_jax.files import read_arrays, read_json_object
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores

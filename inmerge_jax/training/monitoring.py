@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import jax
 
+from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import in_bucket
 from inmerge_jax.training.workdir import write_error
 
 _WARM_UP = 2

@@ -232,7 +232,7 @@ def check_run(config: TrainConfig) -> None:
             path is None or not path.parts[:1] or not path.parts[0].endswith(":"),
             name,
             path,
-            "pathlib.Path changed this address; make the path with inmerge_jax.files.as_path",
+            "pathlib.Path changed this address; make the path with inmerge_jax.buckets.as_path",
         )
     valid = config.workers is None or config.workers >= 0
     _require(valid, "workers", config.workers, "choose 0 or more")

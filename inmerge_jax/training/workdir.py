@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax import locking
+from inmerge_jax.buckets import as_path, bucket_errors, in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import (
-    as_path,
-    bucket_errors,
-    in_bucket,
-    json_sha256,
-    remove_tree,
-    write_bytes,
-    write_json,
-)
+from inmerge_jax.files import json_sha256, remove_tree, write_bytes, write_json
 from inmerge_jax.locking import LOCK
 from inmerge_jax.training.environment import diff_environments, environment
 

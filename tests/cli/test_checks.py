@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from inmerge_jax.buckets import as_path
 from inmerge_jax.cli import checks
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path
 
 REPOSITORY = Path(__file__).parents[2]
 BARE_SYSTEM = """

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from experiments.reliability.jobs import run_evidence
-from inmerge_jax import files
+from inmerge_jax import buckets
+from inmerge_jax.buckets import as_path, local_copy
 from inmerge_jax.cli import export, report
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, load_dataset
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import as_path, local_copy
 from inmerge_jax.training.checkpointing import (
     DamagedCheckpointError,
     checkpoint_epochs,
@@ -193,12 +193,12 @@ def test_an_address_without_a_file_is_named(bucket, home, address, words):
 
 def test_a_copy_that_arrives_damaged_is_not_kept(bucket, home, monkeypatch):
     (bucket / "weights.pth").write_bytes(b"1" * 100)
-    found = files.bucket_files
+    found = buckets.bucket_files
 
     def changed(path):
         return {name: info | {"md5Hash": "AAAA"} for name, info in found(path).items()}
 
-    monkeypatch.setattr(files, "bucket_files", changed)
+    monkeypatch.setattr(buckets, "bucket_files", changed)
     with pytest.raises(UsageError, match="arrived damaged, with 100 bytes"):
         local_copy(bucket / "weights.pth")
     assert not list(home.rglob("weights.pth"))
@@ -211,7 +211,7 @@ def test_a_data_set_that_is_not_in_the_bucket_is_named(bucket, home):
 
 
 def test_without_the_package_a_run_ends_at_once(monkeypatch, capsys):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         main([*COMMAND, "--output", "gs://bucket/run"])
     assert ended.value.code == 2

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import (
-    read_json_object,
-    read_json_with_checksum,
-    write_json_with_checksum,
-)
+from inmerge_jax.files import read_json_object, read_json_with_checksum, write_json_with_checksum
 
 MANIFEST, INDEX = "manifest.json", "index.npz"
 FORMAT, _UNSEALED = 2, 1
