@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import trainer_runs
+from experiments.benchmarks import batch_statistics
 from experiments.benchmarks.accelerator import page as accelerator
 from experiments.benchmarks.timing import measured_on
 from experiments.benchmarks.tpu import check as tpu_check
@@ -106,13 +107,23 @@ def chestxray14_input(path: Path) -> str:
     return markdown_rows(input_speed.COLUMNS, rows) + "\n"
 
 
+def _kills(path: Path) -> str:
+    return fault_injection.markdown(json.loads(path.read_bytes()))
+
+
 SOURCES: dict[str, Callable[[], str]] = {
     "trainer_runs": lambda: trainer_runs.markdown(RESULTS / "chestxray14"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
+    "recompute_batch_stats": lambda: batch_statistics.markdown(
+        json.loads(batch_statistics.RESULTS.read_bytes())
+    ),
     "presets": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
-    "kills": lambda: fault_injection.markdown(json.loads((RESULTS / "kills.json").read_bytes())),
+    **{
+        name: functools.partial(_kills, RESULTS / f"{name}.json")
+        for name in ("kills", "kills_bucket")
+    },
     "chestxray14_input": lambda: chestxray14_input(RESULTS / "chestxray14_input.json"),
     "tpu_check": lambda: tpu_table.markdown(
         tpu_check.read(RESULTS / "tpu_check.json"), [case.name for case in tpu_check.CASES]
@@ -126,8 +137,8 @@ SOURCES: dict[str, Callable[[], str]] = {
 }
 PAGES = {
     "README.md": ("main",),
-    "docs/trainer.md": ("trainer_runs",),
-    "docs/interruptions.md": ("kills",),
+    "docs/trainer.md": ("trainer_runs", "recompute_batch_stats"),
+    "docs/interruptions.md": ("kills", "kills_bucket"),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark"),

@@ -48,6 +48,11 @@ class BatchStatisticsConfig:
     output: Path = RESULTS
 
 
+def run_trainer(arguments: list[str]) -> None:
+    """Runs `inmerge train` in a process of its own."""
+    subprocess.run([sys.executable, "-m", "experiments.train", *arguments], check=True)
+
+
 def train(config: BatchStatisticsConfig, data: str, rule: str, mode: str) -> dict[str, Any]:
     """One run; returns the content of its results.json."""
     folder = config.work / f"{data}-{rule}-{mode}"
@@ -55,7 +60,7 @@ def train(config: BatchStatisticsConfig, data: str, rule: str, mode: str) -> dic
     command += [*TRAINING.split(), *RULES[rule].split(), "--recompute-batch-stats", mode]
     if not (folder / "results.json").exists():
         again = ["--resume"] if (folder / "config.json").exists() else []
-        subprocess.run([sys.executable, "-m", "experiments.train", *command, *again], check=True)
+        run_trainer([*command, *again])
     return json.loads((folder / "results.json").read_bytes())
 
 

@@ -4,8 +4,8 @@
     logits = create_model("vgg19", 1000, stem="imagenet").apply(variables, images, train=False)
     write_state_dict("mine.safetensors", to_state_dict("vgg19", variables))
 
-Only names and layouts differ, see `torch_layout`. So nothing is rounded, and a state dict comes back
-bit for bit; but for `num_batches_tracked`, which no network reads, and which is written as 0.
+Only names and layouts differ, see `torch_layout`. So nothing is rounded, and a state dict comes
+back bit for bit; but for `num_batches_tracked`, which no network reads, and which is written as 0.
 """
 
 import itertools
