@@ -168,6 +168,8 @@ def open_files(
     Raises:
       UsageError: there is no image, or one cannot be read or has another mode.
     """
+    if not place.exists():
+        raise UsageError(f"there is no file or folder {place}")
     root = place if place.is_dir() else place.parent
     paths = _files(place) if place.is_dir() else [place]
     found = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)

@@ -159,7 +159,9 @@ def test_images_without_labels_are_scored(run, tmp_path, capsys):
     (tmp_path / "b.PNG").write_bytes(b"")
     assert predict.main([*command, str(tmp_path)]) == 2
     assert "b.PNG" in capsys.readouterr().err and len(read_csv(file)) == 2
-    assert "no PNG or JPEG" in error_of([*command, str(tmp_path / "nothing")], capsys)
+    assert "no file or folder" in error_of([*command, str(tmp_path / "nothing")], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "no PNG or JPEG" in error_of([*command, str(tmp_path / "empty")], capsys)
     assert "leave out --data" in error_of([*command, str(tmp_path), "--split", "val"], capsys)
 
 
