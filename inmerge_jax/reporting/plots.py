@@ -248,7 +248,7 @@ def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
             marker="o", ms=4, label=f"seed {seed}",
         )  # fmt: skip
     axes.set_xlim(0.5, len(totals) + 0.5)
-    axes.set_ylim(0, max(axes.get_ylim()[1], 1))
+    axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 1))
     _finish(axes, "All layers", "epoch of the merging stage", "kernels merged per epoch")
 
 
