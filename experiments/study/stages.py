@@ -22,14 +22,9 @@ from experiments.study.trials import Trial
 from inmerge_jax.data import Split, steps_per_epoch
 from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, TrainConfig
-from inmerge_jax.training.experiment import (
-    RunSpec,
-    initial_variables,
-    make_context,
-    make_run_spec,
-    step_options,
-)
+from inmerge_jax.training.experiment import initial_variables, make_context, step_options
 from inmerge_jax.training.parallel import replicate
+from inmerge_jax.training.run_spec import RunSpec, make_run_spec
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result
 from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
 

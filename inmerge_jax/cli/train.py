@@ -60,7 +60,7 @@ def _run(config: "TrainConfig") -> int:
         enable_compilation_cache(config.compilation_cache_dir)
 
     from inmerge_jax.cli.report import write_and_print
-    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.experiment import run_experiment
     from inmerge_jax.training.multihost import (
         SyncedPreemption,
         connect,
@@ -69,6 +69,7 @@ def _run(config: "TrainConfig") -> int:
         run_synced,
     )
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
+    from inmerge_jax.training.run_spec import make_run_spec
     from inmerge_jax.training.train import NonFiniteLossError
     from inmerge_jax.training.workdir import check_output, write_error
 

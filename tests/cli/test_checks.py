@@ -136,7 +136,7 @@ def test_packages_are_checked_before_anything_is_written(tmp_path, monkeypatch, 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     output = str(tmp_path / "file" / "run")
-    monkeypatch.setattr("inmerge_jax.training.experiment.load_dataset", pytest.fail)
+    monkeypatch.setattr("inmerge_jax.training.run_spec.load_dataset", pytest.fail)
     assert main(["--output", output, "--compilation-cache-dir", "None"]) == 2
     words = f"error: --output {output}: cannot write {tmp_path / 'file'}: Not a directory; give"
     assert words in capsys.readouterr().err

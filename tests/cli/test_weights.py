@@ -12,8 +12,9 @@ from inmerge_jax.cli import export, train
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import experiment
-from inmerge_jax.training.experiment import _results, make_run_spec
+from inmerge_jax.training.experiment import _results
 from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train_step import normalise
 
 torch = pytest.importorskip("torch")

@@ -26,7 +26,7 @@ from inmerge_jax.data.medmnist import (
 )
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import RecipeConfig, TrainConfig
-from inmerge_jax.training.experiment import make_run_spec
+from inmerge_jax.training.run_spec import make_run_spec
 from tests.paths import MEDMNIST, needs
 
 COUNTS = {"train": 9, "val": 4, "test": 5}

@@ -10,11 +10,11 @@ import pytest
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.checkpointing import restore_checkpoint
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.load import FinishedStage
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train import read_tested
 from inmerge_jax.training.train_step import averaged, make_optimizer, new_state, normalise
 from inmerge_jax.training.workdir import read_metrics

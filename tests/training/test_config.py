@@ -19,9 +19,9 @@ from inmerge_jax.training.config import (
     RuleConfig,
     TrainConfig,
 )
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import config_dict, resolve_recipe, resolve_rule
+from inmerge_jax.training.run_spec import make_run_spec
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
 TINY = [*SMALL, "--model", "vgg16", "--width", "0.05", "--batch-size", "8"]
@@ -245,6 +245,6 @@ def test_the_address_of_a_bucket_is_kept_and_a_changed_one_refused(name, tmp_pat
     assert str(getattr(options, name)) == address
     options = dataclasses.replace(options, **{name: Path(address)})
     config = dataclasses.replace(config, **{group: options}) if group else options
-    with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/a run: .*files\.as_path"):
+    with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/a run: .*buckets\.as_path"):
         make_run_spec(config)
     assert not list(tmp_path.iterdir())

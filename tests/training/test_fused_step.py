@@ -9,9 +9,9 @@ import pytest
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.merging.backends import supports_pallas
 from inmerge_jax.training import experiment, train_step
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate
 from inmerge_jax.training.resolve import config_dict
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
 

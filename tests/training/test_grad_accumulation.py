@@ -16,7 +16,6 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.training import experiment, train_step
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.parallel import (
     DATA_AXIS,
     broadcast_to_devices,
@@ -24,6 +23,7 @@ from inmerge_jax.training.parallel import (
     shard_batch,
     unreplicate,
 )
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train_step import (
     TrainState,
     make_optimizer,

@@ -8,9 +8,9 @@ from sklearn.utils.class_weight import compute_class_weight
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.recipes import loss_weights
 from inmerge_jax.training.resolve import resolve_recipe
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train_step import example_losses
 from tests.training import tiny
 

@@ -15,11 +15,11 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.models import create_model
 from inmerge_jax.training import train as loop
 from inmerge_jax.training.evaluation import evaluate_merging
-from inmerge_jax.training.experiment import make_run_spec
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, unreplicate
 from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import resolve_recipe, resolve_rule
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train_step import (
     VALIDATION,
     example_losses,

@@ -13,7 +13,7 @@ from inmerge_jax.cli.train import main
 from inmerge_jax.data import train_batch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.progress import Progress
-from inmerge_jax.training import experiment
+from inmerge_jax.training import run_spec
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.resolve import check_steps_per_execution
 from inmerge_jax.training.train import train_stage
@@ -107,13 +107,13 @@ def test_cpu_refuses_with_the_reason(tmp_path, capsys):
 def test_more_than_an_epoch_has_is_refused(monkeypatch):
     """2 updates an epoch; one TPU, which is asked nothing before the number is checked."""
     tpu = (types.SimpleNamespace(platform="tpu"),)
-    monkeypatch.setattr(experiment, "choose_devices", lambda _: tpu)
+    monkeypatch.setattr(run_spec, "choose_devices", lambda _: tpu)
     options = "--phantom.train 64 --batch-size 32 --steps-per-execution".split()
     with pytest.raises(
         UsageError, match="`steps_per_execution` 3: an epoch has 2 updates.*2 or fewer"
     ):
-        experiment.make_run_spec(parse_config([*options, "3"]))
-    assert experiment.make_run_spec(parse_config([*options, "2"])).config.steps_per_execution == 2
+        run_spec.make_run_spec(parse_config([*options, "3"]))
+    assert run_spec.make_run_spec(parse_config([*options, "2"])).config.steps_per_execution == 2
 
 
 def test_the_number_is_checked():

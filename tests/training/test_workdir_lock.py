@@ -13,8 +13,9 @@ from inmerge_jax import locking
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.experiment import make_run_spec, run_experiment
+from inmerge_jax.training.experiment import run_experiment
 from inmerge_jax.training.preemption import TrainingInterrupted
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.workdir import lock, open_workdir
 from tests.training.lock_holder import another_process
 

@@ -31,10 +31,11 @@ from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.experiment import RunSpec, initial_variables, make_context, step_options
+from inmerge_jax.training.experiment import initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
 from inmerge_jax.training.recipes import best_epoch, next_learning_rate
+from inmerge_jax.training.run_spec import RunSpec
 from inmerge_jax.training.train import NonFiniteLossError, TrainContext, batch_seed, root_key
 from inmerge_jax.training.train_step import (
     Totals,

@@ -371,8 +371,9 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
 def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     from inmerge_jax.cli.options import parse_config
     from inmerge_jax.cli.train import main as train
-    from inmerge_jax.training.experiment import make_run_spec, run_experiment
+    from inmerge_jax.training.experiment import run_experiment
     from inmerge_jax.training.preemption import TrainingInterrupted
+    from inmerge_jax.training.run_spec import make_run_spec
 
     place = shutil.copytree(nih, tmp_path / "nih")
     data, output = tmp_path / "data", tmp_path / "run"

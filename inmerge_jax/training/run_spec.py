@@ -1,0 +1,204 @@
+"""What a run trains: its options after validation, with the data, network and kernels they name."""
+
+import dataclasses
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
+from inmerge_jax.errors import UsageError
+from inmerge_jax.merging import Kernel, MergeRule
+from inmerge_jax.models import create_model
+from inmerge_jax.models.torchvision import LoadReport
+from inmerge_jax.training.config import TrainConfig
+from inmerge_jax.training.init import (
+    conv_kernels,
+    file_sha256,
+    has_batch_stats,
+    pretrained_variables,
+)
+from inmerge_jax.training.monitoring import check_monitoring
+from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
+from inmerge_jax.training.presets import Preset, find_preset, select_kernels
+from inmerge_jax.training.recipes import Recipe, fit_recipe
+from inmerge_jax.training.resolve import (
+    apply_preset,
+    check_run,
+    check_steps_per_execution,
+    resolve_recipe,
+    resolve_rule,
+    schedule_rule,
+)
+from inmerge_jax.training.rule_schedule import RuleSchedule
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A validated configuration, with everything that a run needs.
+
+    Attributes:
+      config: the configuration, with the defaults of its preset.
+      preset: the preset, or the defaults without one.
+      recipe: the recipe with its overrides.
+      rule: the merging rule.
+      devices: the devices that the steps run on.
+      dataset: the loaded data set.
+      model: the network, whose batch statistics span the devices.
+      shape: shape of one input image, (h, w, c).
+      kernels: all convolution kernels, in execution order.
+      deep: the kernels to merge.
+      notice: the reason why `deep` is empty, if the released code merges nothing; else "".
+      workers: number of processes that read images.
+      init_sha256: hash of the file of initial weights; None for random weights.
+      schedule: the rule at each update, if it changes; else `rule`.
+      init_report: what was loaded from this file; None for random weights.
+    """
+
+    config: TrainConfig
+    preset: Preset
+    recipe: Recipe
+    rule: MergeRule
+    devices: tuple[jax.Device, ...]
+    dataset: Dataset
+    model: nn.Module
+    shape: tuple[int, int, int]
+    kernels: tuple[Kernel, ...]
+    deep: tuple[Kernel, ...]
+    notice: str
+    workers: int
+    init_sha256: str | None = None
+    schedule: MergeRule | RuleSchedule | None = None
+    init_report: LoadReport | None = None
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether inmerge starts from the backbone's first weights, in place of its best ones."""
+        return self.config.rule.merge_from_epoch is not None
+
+    @property
+    def second_epochs(self) -> int:
+        """Epochs of each arm but the backbone."""
+        return self.recipe.epochs if self.single_stage else self.recipe.merging_epochs
+
+
+def make_run_spec(config: TrainConfig) -> RunSpec:
+    """Validates the configuration and loads the data; writes nothing.
+
+    Raises:
+      UsageError: the configuration is invalid.
+    """
+    check_run(config)
+    config = apply_preset(config)
+    recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)
+    devices = choose_devices(config.devices)
+    check_steps_per_execution(config.steps_per_execution, devices[0].platform)
+    _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
+    dataset = load_dataset(config.data)
+    updates = steps_per_epoch(len(dataset.train), recipe.batch_size)
+    _check_updates(config.steps_per_execution, updates)
+    check_monitoring(
+        config.output,
+        tensorboard=config.logging.tensorboard,
+        profile=config.logging.profile,
+        updates=updates,
+        steps_per_execution=config.steps_per_execution,
+    )
+    workers = _workers(config, dataset)
+    recipe = fit_recipe(recipe, dataset, config.data.channels)
+    if dataset.train.images.ndim == 5:
+        raise UsageError(
+            f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
+            f"{dataset.size} voxels, but `model` {config.model.name} is trained on 2-D images: "
+            "choose a 2-D data set"
+        )
+    model = create_model(
+        config.model.name,
+        dataset.num_classes,
+        stem=config.model.stem,
+        width=config.model.width,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=DATA_AXIS,
+        remat=config.model.remat,
+    )
+    channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
+    shape = (dataset.size, dataset.size, channels)
+    kernels = conv_kernels(model, shape)
+    preset = find_preset(config.preset)
+    deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    if recipe.recompute_batch_stats != "off":
+        _check_batch_stats(config, model, shape, recipe, preset)
+    spec = RunSpec(
+        config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
+    )
+    schedule = schedule_rule(config.rule, rule, spec.second_epochs, updates)
+    if recipe.average_weights is not None and preset.merge_in_validation:
+        raise UsageError(
+            f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
+            "validation merges the weights themselves; leave one of them out"
+        )
+    if schedule is not rule and preset.merge_in_validation:
+        raise UsageError(
+            f"`preset` {config.preset} merges before each validation image too, for which there is "
+            "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
+        )
+    spec = dataclasses.replace(spec, schedule=schedule)
+    if config.model.init_from is None:
+        return spec
+    sha256 = file_sha256(config.model.init_from)
+    *_, report = pretrained_variables(
+        config.model, sha256, dataset.num_classes, channels, config.seeds[0]
+    )
+    return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
+
+
+def _check_batch_stats(
+    config: TrainConfig,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    recipe: Recipe,
+    preset: Preset,
+) -> None:
+    name = f"`recompute_batch_stats` {recipe.recompute_batch_stats}"
+    if not has_batch_stats(model, shape):
+        raise UsageError(f"{name}: {config.model.name} has no batch normalisation; leave it out")
+    if preset.merge_in_validation:
+        raise UsageError(
+            f"{name}: with `preset` {config.preset}, weights merge before each validation image, "
+            "and statistics cannot follow; leave one of them out"
+        )
+
+
+def _check_updates(steps_per_execution: int, updates: int) -> None:
+    if steps_per_execution > updates:
+        raise UsageError(
+            f"`steps_per_execution` {steps_per_execution}: an epoch has {updates} updates; choose "
+            f"{updates} or fewer"
+        )
+
+
+def _check_shares(batch_size: int, devices: int, parts: int) -> None:
+    if batch_size % devices:
+        raise UsageError(
+            f"`batch_size` {batch_size} cannot be split over {devices} devices: choose a multiple "
+            f"of {devices}, or fewer `devices`"
+        )
+    if batch_size % (devices * parts):
+        raise UsageError(
+            f"`grad_accum_steps` {parts}: {batch_size // devices} images per device cannot be "
+            f"split into {parts} equal parts; choose a `batch_size` that is a multiple of "
+            f"{devices * parts}"
+        )
+
+
+def _workers(config: TrainConfig, dataset: Dataset) -> int:
+    """Number of processes that read images: as configured, or a third of the CPU cores."""
+    if dataset.train.in_memory:
+        if config.workers:
+            raise UsageError(
+                f"`workers` {config.workers}: {dataset.name} is in memory, so there is nothing to "
+                "read; leave it out"
+            )
+        return 0
+    return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
