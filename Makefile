@@ -45,7 +45,7 @@ test-long: $(READY) coverage
 MATRIX ?= 3.11 3.12 3.13
 MATRIX_TESTS := tests/core
 MATRIX_PACKAGES := jax flax optax orbax-checkpoint numpy scipy scikit-learn safetensors rich tyro \
-  matplotlib jinja2 dm-haiku equinox hypothesis pytest pytest-timeout pytest-xdist
+  filelock matplotlib jinja2 dm-haiku equinox hypothesis pytest pytest-timeout pytest-xdist
 MATRIX_TRAINING := --size 16 --phantom.train 256 --model vgg11_bn --width 0.125 --skip 3 \
   --threshold 0 --batch-size 32 --epochs 2 --merging-epochs 1 --devices 1 --overwrite
 

@@ -18,8 +18,9 @@ RUN_MODULES = (
     "inmerge_jax.reporting.runs",
     "inmerge_jax.reporting.tables",
     "orbax.checkpoint",
+    "filelock",
 )
-"""Modules that import every package that a run uses up to its report."""
+"""Modules that import every package that a run uses up to its report, or late in it."""
 
 
 def require_modules(*names: str) -> None:

@@ -116,7 +116,7 @@ for package in sys.argv[1:]:
 
 
 def test_a_missing_package_is_named_with_its_remedy():
-    names = ("matplotlib", "jinja2", "rich", "sklearn", "orbax", "flax")
+    names = ("matplotlib", "jinja2", "rich", "sklearn", "orbax", "flax", "filelock")
     done = python("-c", MISSING, *names)
     lines = done.stdout.splitlines()
     assert len(lines) == len(names), done.stdout + done.stderr
