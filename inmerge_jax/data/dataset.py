@@ -3,9 +3,12 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
+
+from inmerge_jax.modality import SIZE_UNITS, Modality
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 
@@ -25,13 +28,22 @@ class Images(Protocol):
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_MODALITY: Mapping[tuple[np.dtype, int], Modality] = MappingProxyType(
+    {(_UINT8, 4): "image", (_UINT8, 5): "volume", (_FLOAT32, 3): "signal", (_FLOAT32, 2): "table"}
+)
+"""Modality of a split by dtype and number of axes of its examples."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split.
+    """Examples and labels of one split.
 
     Attributes:
-      images: uint8 (n, height, width, channels), or (n, depth, height, width, channels); a NumPy
-        array, or an object that reads rows on indexing (`images.RowImages`).
+      images: the examples. Images are uint8 (n, height, width, channels), volumes uint8
+        (n, depth, height, width, channels); signals are float32 (n, time, channels), rows of a
+        table float32 (n, features). A NumPy array, or an object that reads rows on indexing
+        (`images.RowImages`).
       labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks.
       patients: int (n,), patient number of each image; None if unknown.
       names: n names of the images; None if they have none.
@@ -43,10 +55,11 @@ class Split:
     names: Sequence[str] | None = None
 
     def __post_init__(self):
-        if self.images.ndim not in (4, 5) or self.images.dtype != np.uint8:
+        if (self.images.dtype, self.images.ndim) not in _MODALITY:
             raise ValueError(
-                "images must be uint8 (n, height, width, channels), or with a depth before them, "
-                f"found {self.images.dtype} {self.images.shape}"
+                "images must be uint8 (n, height, width, channels), or with a depth before them; "
+                "signals float32 (n, time, channels); tables float32 (n, features); found "
+                f"{self.images.dtype} {self.images.shape}"
             )
         expected = {1: np.int32, 2: np.uint8}.get(self.labels.ndim)
         if expected is None or self.labels.dtype != expected:
@@ -69,6 +82,11 @@ class Split:
         return len(self.images)
 
     @property
+    def modality(self) -> Modality:
+        """What the examples are: images, volumes, signals or rows of a table."""
+        return _MODALITY[self.images.dtype, self.images.ndim]
+
+    @property
     def in_memory(self) -> bool:
         """Whether the images are in memory."""
         return isinstance(self.images, np.ndarray)
@@ -85,7 +103,8 @@ class Dataset:
 
     Attributes:
       name: name of the data set, such as "breastmnist" or "phantom".
-      size: image height and width in pixels.
+      size: height and width of an image or volume in pixels, length of a signal in samples, or
+        number of features of a table.
       task: one of `TASKS` (MedMNIST's names).
       classes: one name per column of the network's scores.
       train: training split.
@@ -121,9 +140,19 @@ class Dataset:
             raise ValueError(f"a binary-class task has 2 classes, not {len(self.classes)}")
 
     @property
+    def modality(self) -> Modality:
+        """What the examples are: images, volumes, signals or rows of a table."""
+        return self.train.modality
+
+    @property
     def channels(self) -> int:
-        """Number of channels: 1 for grey images, 3 for RGB."""
+        """Number of channels: 1 for grey images, 3 for RGB; of a table, number of features."""
         return self.train.images.shape[-1]
+
+    @property
+    def size_text(self) -> str:
+        """The size with its unit, such as "28 px"."""
+        return f"{self.size} {SIZE_UNITS[self.modality]}"
 
     @property
     def num_classes(self) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.data.medmnist import MEDMNIST_DIR
 from inmerge_jax.merging import MergeRule
+from inmerge_jax.models.units import UnitKind
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.environment import COMPILATION_CACHE
 from inmerge_jax.training.presets import PresetName
@@ -24,6 +25,8 @@ Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")
 
 DEFAULT_THRESHOLD = MergeRule.threshold
+DEFAULT_SKIP = 10
+"""L_s of the released code."""
 
 
 def _optional(metavar: str) -> Any:
@@ -83,8 +86,9 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      name: resnet18, resnet34, resnet50, densenet121, or vgg11, vgg13, vgg16, vgg19 (with batch
-        normalisation: vgg11_bn).
+      name: resnet18, resnet34, resnet50 (images, volumes, signals), densenet121, vgg11, vgg13,
+        vgg16, vgg19 (with batch normalisation: vgg11_bn), vit_tiny, vit_s_16, vit_b_16,
+        mixer_tiny, mamba_tiny, mamba_130m (images, signals), mlp (tables), unet (segmentation).
       stem: small for images of 28 to 64 px, imagenet for torchvision's network.
       width: Factor on the number of channels.
       init_from: PyTorch file (torchvision, timm, MedMNIST) whose layers that fit are loaded.
@@ -182,15 +186,19 @@ class RuleConfig:
     """In-model merging, K_i <- alpha K_i + (1 - alpha) K_j, before each step of the arm inmerge.
 
     From the paper: threshold, partner nearest, probability, alpha, skip; preset names its readings.
-    Extensions: quantile, the schedules (..._end), merge-every, merge-from-epoch.
+    Extensions: units but kernels, layers, quantile, the schedules (..._end), merge-every,
+    merge-from-epoch.
 
     Attributes:
+      units: What merges: kernels of convolutions, attention heads, neurons of hidden layers,
+        channels of state-space layers.
+      layers: Merge only layers whose name matches it, such as "decoder|up".
       threshold: Cosine similarity above which a selected kernel merges.
       quantile: Instead of a threshold: 0.9 merges the most similar tenth.
       partner: A random other kernel of the layer, or the nearest (most similar) one.
       probability: Probability that a kernel is selected at a step.
       alpha: Fraction of the kernel that is kept.
-      skip: Number of convolutions, from the input, that are not merged.
+      skip: Number of layers with such units, from the input, that are not merged.
       probability_end: The probability moves to this over the stage.
       threshold_end: The threshold moves to this over the stage.
       quantile_end: The quantile moves to this over the stage.
@@ -200,6 +208,14 @@ class RuleConfig:
         weights, and merges from this epoch on.
     """
 
+    units: Annotated[
+        tuple[UnitKind, ...] | None,
+        arg(
+            metavar="{kernels,heads,neurons,channels} ...",
+            help_behavior_hint="(default: the network's)",
+        ),
+    ] = None
+    layers: Annotated[str | None, _optional("REGEX")] = None
     threshold: Annotated[
         float | None,
         arg(metavar="FLOAT", help_behavior_hint=f"(default: {DEFAULT_THRESHOLD})"),
@@ -211,7 +227,10 @@ class RuleConfig:
     ] = None
     probability: float = 0.3
     alpha: float = 0.8
-    skip: int = 10
+    skip: Annotated[
+        int | None,
+        arg(metavar="INT", help_behavior_hint="(default: 10; units but kernels: half the layers)"),
+    ] = None
     probability_end: Annotated[float | None, _optional("FLOAT")] = None
     threshold_end: Annotated[float | None, _optional("FLOAT")] = None
     quantile_end: Annotated[float | None, _optional("FLOAT")] = None

@@ -254,7 +254,7 @@ def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
     if spec.init_sha256 is None:
         return init_variables(spec.model, spec.shape, seed)
     params, batch_stats, _ = pretrained_variables(
-        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
+        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape, seed
     )
     return params, batch_stats
 

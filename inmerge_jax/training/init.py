@@ -15,12 +15,12 @@ from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_st
 from inmerge_jax.training.config import ModelConfig
 
 
-def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel, ...]:
+def conv_kernels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Kernel, ...]:
     """All convolution kernels of a network in execution order, from an abstract trace.
 
     Args:
       model: the network, called with images and `train`.
-      shape: shape of one input image, (h, w, c).
+      shape: shape of one example, such as (h, w, c).
     """
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     variables = _shapes(model, image)
@@ -31,7 +31,7 @@ def conv_kernels(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Kernel,
     return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
-def has_batch_stats(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+def has_batch_stats(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether a network has batch normalisation; arguments as in `conv_kernels`."""
     return "batch_stats" in _shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
 
@@ -40,12 +40,12 @@ def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
     return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 
 
-def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> tuple[Any, Any]:
+def init_variables(model: nn.Module, shape: tuple[int, ...], seed: int) -> tuple[Any, Any]:
     """Random parameters, and batch statistics ({} if there are none), as trees of NumPy arrays.
 
     Args:
       model: the network, called with images and `train`.
-      shape: shape of one input image, (h, w, c).
+      shape: shape of one example, such as (h, w, c).
       seed: random seed.
     """
     # XLA's CPU backend takes 8 s for ResNet-18, and 2.6 s at level 1, with the same bits.
@@ -57,7 +57,7 @@ def init_variables(model: nn.Module, shape: tuple[int, int, int], seed: int) -> 
 
 
 def pretrained_variables(
-    chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
+    chosen: ModelConfig, sha256: str, num_classes: int, shape: tuple[int, ...], seed: int
 ) -> tuple[Any, Any, LoadReport]:
     """Parameters, batch statistics, and what of them is from the file `init_from`.
 
@@ -65,7 +65,7 @@ def pretrained_variables(
       chosen: the network and the file.
       sha256: the file's hash when the run was configured, see `file_sha256`.
       num_classes: number of outputs of the network.
-      channels: number of image channels.
+      shape: shape of one example, such as (h, w, c).
       seed: random seed of the layers that the file does not have.
 
     Raises:
@@ -79,7 +79,8 @@ def pretrained_variables(
             read_state_dict(local_copy(chosen.init_from)),
             stem=chosen.stem,
             num_classes=num_classes,
-            channels=channels,
+            channels=shape[-1],
+            spatial=shape[:-1],
             key=jax.random.key(seed),
             width=chosen.width,
             replace_head=chosen.replace_head,

@@ -3,13 +3,15 @@
 The paper's text and its released code differ; docs/fidelity.md compares them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.merging import Kernel, deep_kernels
+from inmerge_jax.merging import Kernel
+from inmerge_jax.merging.units import group_weights
 
 PresetName = Literal["paper", "released", "released_intent"]
 
@@ -21,7 +23,7 @@ class Preset:
     Attributes:
       recipe: default recipe.
       partner: default partner of the rule.
-      selection: kernels to merge. "forward": the convolutions after the first L_s in execution
+      selection: units to merge. "forward": those of the layers after the first L_s in execution
         order; "released": those that the released code reaches; "intent": those that it was meant
         to reach.
       merge_in_validation: whether the merging stage also merges before every validation image,
@@ -60,25 +62,43 @@ def find_preset(name: PresetName | None) -> Preset:
     return PRESETS[name]
 
 
-def select_kernels(
-    preset: Preset, model: str, kernels: Sequence[Kernel], skip: int
+def select_units(
+    preset: Preset,
+    model: str,
+    kernels: Sequence[Kernel],
+    skip: int | None,
+    layers: str | None = None,
 ) -> tuple[tuple[Kernel, ...], str]:
-    """Selects the kernels to merge, in execution order.
+    """Selects the units to merge, in execution order.
+
+    Weights that form units together are one layer.
 
     Args:
       preset: supplies `selection`.
       model: name of the network, see `create_model`.
-      kernels: all convolution kernels of the network, in execution order.
-      skip: L_s, the number of convolutions that are not merged; for "intent" and a ResNet, the
-        number of blocks.
+      kernels: all units of the network, in execution order.
+      skip: L_s, the number of layers that are not merged; for "intent" and a ResNet, the number of
+        blocks. None for half of the layers.
+      layers: regular expression; after `skip`, only layers whose name it matches are merged.
 
     Returns:
-      The kernels, and "" or the reason why the released code merges nothing in this network.
+      The units, and "" or the reason why the released code merges nothing in this network.
 
     Raises:
-      UsageError: `skip` leaves nothing to merge, or the intent for this network is unknown.
+      UsageError: `skip` or `layers` leaves nothing to merge, `layers` is no regular expression, or
+        the released code is not for this network, or its intent is unknown.
     """
+    named = group_weights(kernels)
+    skip = len(named) // 2 if skip is None else skip
     family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
+    if preset.selection != "forward" and (
+        family not in ("vgg", "resnet", "densenet") or any(k.op == "dense" for k in kernels)
+    ):
+        raise UsageError(
+            f"`preset` {'released' if preset.selection == 'released' else 'released_intent'}: the "
+            f"released code merges convolution kernels of VGGs, ResNets and DenseNets, not the "
+            f"units of {model}; choose paper, or no preset"
+        )
     if preset.selection == "released" and family == "resnet":
         return (), (
             f"the released code merges nothing in {model}, whatever its options: it looks for "
@@ -94,19 +114,33 @@ def select_kernels(
             "plain fine-tuning here."
         )
     if preset.selection == "intent" and family == "resnet":
-        second = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
-        return _after(second, skip, f"{model} has {len(second)} residual blocks"), ""
-    if preset.selection == "intent" and family == "densenet":
+        named = [layer for layer in named if "conv2" in layer[0].name.split("/")]
+        count = f"{model} has {len(named)} residual blocks"
+    elif preset.selection == "intent" and family == "densenet":
         raise UsageError(
             f"`preset` released_intent: the layers that the released code meant to merge in "
             f"{model} are unknown; choose released or paper"
         )
-    return _after(kernels, skip, f"{model} has {len(kernels)} convolutions"), ""
-
-
-def _after(kernels: Sequence[Kernel], skip: int, count: str) -> tuple[Kernel, ...]:
-    if skip >= len(kernels):
+    else:
+        convolutions = all(kernel.op != "dense" for kernel in kernels)
+        count = f"{model} has {len(named)} {'convolutions' if convolutions else 'layers of units'}"
+    if skip >= len(named):
         raise UsageError(
-            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(kernels) - 1}"
+            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(named) - 1}"
         )
-    return deep_kernels(kernels, skip=skip)
+    deep = named[skip:]
+    if layers is not None:
+        deep = _matching(layers, deep)
+    return tuple(kernel for layer in deep for kernel in layer), ""
+
+
+def _matching(layers: str, deep: Sequence[tuple[Kernel, ...]]) -> list[tuple[Kernel, ...]]:
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise UsageError(f"`layers` {layers}: {error}; give a regular expression") from error
+    found = [layer for layer in deep if pattern.search(layer[0].label)]
+    if not found:
+        names = ", ".join(layer[0].label for layer in deep)
+        raise UsageError(f"`layers` {layers} matches none of the layers after `skip`: {names}")
+    return found

@@ -45,7 +45,7 @@ class Recipe:
       average_weights: None, or the decay of the exponential moving average of the weights that is
         evaluated in their place; every stage starts its own.
       mean: per-channel mean, subtracted from images in [0, 1]. Three values turn grey images into
-        RGB.
+        RGB. Of signals and tables, in their own unit.
       std: per-channel standard deviation, by which images are divided.
     """
 
@@ -130,7 +130,8 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
     """The recipe for a data set: its normalisation has one value per input channel.
 
     Grey images enter the network with as many channels as `mean` has values. If `channels` differs
-    from that, one value is repeated, and three become their average.
+    from that, one value is repeated, and three become their average. The channels of signals and
+    the features of tables are standardised by the training split, and are not flipped.
 
     Args:
       recipe: the recipe.
@@ -150,6 +151,8 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
             f"`class_weights` {recipe.class_weights}: the images of {dataset.name} may have "
             "several labels; give `pos_weight` instead"
         )
+    if dataset.modality in ("signal", "table"):
+        return _standardised(recipe, dataset.train.images)
     if recipe.augment.crop >= dataset.size:
         raise UsageError(
             f"`crop` {recipe.augment.crop}: the images have {dataset.size} px; choose less"
@@ -160,6 +163,15 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
         )
         return dataclasses.replace(recipe, mean=mean, std=std)
     return recipe
+
+
+def _standardised(recipe: Recipe, examples: Any) -> Recipe:
+    """The recipe with mean and standard deviation of each channel; 1 for a constant one."""
+    values = np.asarray(examples, np.float64).reshape(-1, examples.shape[-1])
+    std = values.std(0)
+    std[std == 0] = 1
+    mean, std = (tuple(map(float, row.astype(np.float32))) for row in (values.mean(0), std))
+    return dataclasses.replace(recipe, mean=mean, std=std, flip=False)
 
 
 def loss_weights(recipe: Recipe, labels: np.ndarray, classes: int) -> np.ndarray | None:

@@ -8,9 +8,11 @@ from typing import Any
 from inmerge_jax.data import DEFAULT_SIZE, has_own_size
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
+from inmerge_jax.models.units import default_units
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import (
     ARMS,
+    DEFAULT_SKIP,
     DEFAULT_THRESHOLD,
     RecipeConfig,
     RuleConfig,
@@ -31,7 +33,7 @@ _ADDED_LATER = {
     "data": ("resize", "channels"),
     "model": ("remat",),
     "rule": (
-        *("probability_end", "threshold_end", "quantile_end", "rule_schedule"),
+        *("layers", "probability_end", "threshold_end", "quantile_end", "rule_schedule"),
         *("merge_every", "merge_from_epoch"),
     ),
     "recipe": (
@@ -46,8 +48,10 @@ versions do not have them and are to be resumed."""
 def apply_preset(config: TrainConfig) -> TrainConfig:
     """Fills in the defaults of the preset and the data set; idempotent.
 
-    These are the preset's recipe and partner, the threshold, the image size, and the arms of a
-    single stage. The size stays None where the files determine it, see `data.has_own_size`.
+    These are the preset's recipe and partner, the threshold, the units, the image size, and the
+    arms of a single stage. The size stays None where the files determine it, see
+    `data.has_own_size`; `skip` does where it depends on the number of layers, see
+    `presets.select_units`.
 
     Raises:
       UsageError: the preset is unknown.
@@ -57,6 +61,9 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     rule = dataclasses.replace(config.rule, partner=config.rule.partner or preset.partner)
     if rule.threshold is None and rule.quantile is None:
         rule = dataclasses.replace(rule, threshold=DEFAULT_THRESHOLD)
+    rule = dataclasses.replace(rule, units=rule.units or default_units(config.model.name))
+    if rule.skip is None and rule.units == ("kernels",):
+        rule = dataclasses.replace(rule, skip=DEFAULT_SKIP)
     arms = config.arms
     if config.rule.merge_from_epoch is not None and arms == ARMS:
         arms = ("backbone", "inmerge")
@@ -117,7 +124,7 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
         value = getattr(config, name)
         _require(value is None or low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
-    _require(config.skip >= 0, "skip", config.skip, "choose 0 or more")
+    _require(config.skip is None or config.skip >= 0, "skip", config.skip, "choose 0 or more")
     partner = config.partner or find_preset(None).partner
     threshold = DEFAULT_THRESHOLD if config.threshold is None else config.threshold
     if config.quantile is None:
@@ -280,6 +287,8 @@ def config_dict(
         del values["model"]["init_from"], values["model"]["replace_head"]
     else:
         values["model"]["init_sha256"] = init_sha256
+    if values["rule"]["units"] == ("kernels",):
+        del values["rule"]["units"]  # As in the runs of earlier versions.
     del values["rule"]["threshold" if config.rule.threshold is None else "quantile"]
     if data_sha256:
         values["data"]["content_sha256"] = data_sha256

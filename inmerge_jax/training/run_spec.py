@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, MergeRule
-from inmerge_jax.models import create_model
+from inmerge_jax.merging.units import group_weights
+from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.torchvision import LoadReport
+from inmerge_jax.models.units import find_units
+from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import TrainConfig
 from inmerge_jax.training.init import (
-    conv_kernels,
     file_sha256,
     has_batch_stats,
     pretrained_variables,
 )
 from inmerge_jax.training.monitoring import check_monitoring
 from inmerge_jax.training.parallel import DATA_AXIS, choose_devices
-from inmerge_jax.training.presets import Preset, find_preset, select_kernels
+from inmerge_jax.training.presets import Preset, find_preset, select_units
 from inmerge_jax.training.recipes import Recipe, fit_recipe
 from inmerge_jax.training.resolve import (
     apply_preset,
@@ -46,9 +48,9 @@ class RunSpec:
       devices: the devices that the steps run on.
       dataset: the loaded data set.
       model: the network, whose batch statistics span the devices.
-      shape: shape of one input image, (h, w, c).
-      kernels: all convolution kernels, in execution order.
-      deep: the kernels to merge.
+      shape: shape of one example that the network reads, such as (h, w, c).
+      kernels: all units of the kinds that merge, in execution order.
+      deep: the units to merge.
       notice: the reason why `deep` is empty, if the released code merges nothing; else "".
       workers: number of processes that read images.
       init_sha256: hash of the file of initial weights; None for random weights.
@@ -63,7 +65,7 @@ class RunSpec:
     devices: tuple[jax.Device, ...]
     dataset: Dataset
     model: nn.Module
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     kernels: tuple[Kernel, ...]
     deep: tuple[Kernel, ...]
     notice: str
@@ -106,16 +108,12 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         steps_per_execution=config.steps_per_execution,
     )
     workers = _workers(config, dataset)
+    _check_model(config, dataset)
     recipe = fit_recipe(recipe, dataset, config.data.channels)
-    if dataset.train.images.ndim == 5:
-        raise UsageError(
-            f"`data` {dataset.name} has volumes of {dataset.size} x {dataset.size} x "
-            f"{dataset.size} voxels, but `model` {config.model.name} is trained on 2-D images: "
-            "choose a 2-D data set"
-        )
     model = create_model(
         config.model.name,
         dataset.num_classes,
+        modality=dataset.modality,
         stem=config.model.stem,
         width=config.model.width,
         dtype=jnp.dtype(config.model.dtype),
@@ -123,10 +121,15 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         remat=config.model.remat,
     )
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
-    shape = (dataset.size, dataset.size, channels)
-    kernels = conv_kernels(model, shape)
+    shape = (*dataset.train.images.shape[1:-1], channels)
+    kernels = find_units(model, shape, config.rule.units)
     preset = find_preset(config.preset)
-    deep, notice = select_kernels(preset, config.model.name, kernels, config.rule.skip)
+    deep, notice = select_units(
+        preset, config.model.name, kernels, config.rule.skip, config.rule.layers
+    )
+    if config.rule.skip is None:
+        half = len(group_weights(kernels)) // 2
+        config = dataclasses.replace(config, rule=dataclasses.replace(config.rule, skip=half))
     if recipe.recompute_batch_stats != "off":
         _check_batch_stats(config, model, shape, recipe, preset)
     spec = RunSpec(
@@ -148,15 +151,33 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         return spec
     sha256 = file_sha256(config.model.init_from)
     *_, report = pretrained_variables(
-        config.model, sha256, dataset.num_classes, channels, config.seeds[0]
+        config.model, sha256, dataset.num_classes, shape, config.seeds[0]
     )
     return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
+
+
+def _check_model(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses a network that does not read what the data set has."""
+    name, kind = config.model.name, dataset.modality
+    if name in model_names() and name not in model_names(kind):
+        raise UsageError(
+            f"`model` {name} does not read {kind}s, which `data` {dataset.name} has: choose one of "
+            f"{', '.join(model_names(kind))}, or another data set"
+        )
+    numeric = kind in ("signal", "table")
+    for option, given, unread in (
+        ("flip", config.recipe.flip, numeric),
+        ("channels", config.data.channels, numeric),
+        ("augment", not AugmentConfig(**vars(config.recipe.augment)).is_off, kind != "image"),
+    ):
+        if given and unread:
+            raise UsageError(f"`{option}`: {dataset.name} has {kind}s; leave it out")
 
 
 def _check_batch_stats(
     config: TrainConfig,
     model: nn.Module,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     recipe: Recipe,
     preset: Preset,
 ) -> None:

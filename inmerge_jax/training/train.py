@@ -27,6 +27,7 @@ from inmerge_jax.files import (
 )
 from inmerge_jax.merging import Kernel, kernel_similarity
 from inmerge_jax.merging.similarity import THRESHOLDS
+from inmerge_jax.merging.units import group_weights
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import (
     MID_EPOCH,
@@ -99,7 +100,7 @@ class StageConfig:
       epochs: number of epochs to train.
       learning_rate: learning rate of the first epoch.
       train_step: the result of `train_step.make_train_step`.
-      deep: the kernels that `train_step` merges; () without merging.
+      deep: the units that `train_step` merges; () without merging.
       merging_eval_step: the result of `train_step.make_merging_eval_step`, if validation merges.
       notices: warnings to store in the stage's result.
       checksums: whether its checkpoints have checksums, see `save_checkpoint`.
@@ -133,6 +134,12 @@ class StageConfig:
         return f"seed {self.seed} {self.arm}"
 
     @property
+    def layers(self) -> list[tuple[str, int]]:
+        """Name and number of units of each layer that merges."""
+        groups = group_weights(self.deep) if self.deep else ()
+        return [(layer[0].label, layer[0].count) for layer in groups]
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the stage's checkpoints."""
         return self.folder / "checkpoints"
@@ -148,7 +155,7 @@ class TrainContext:
       devices: the devices that the steps run on.
       optimizer: the result of `train_step.make_optimizer`.
       eval_step: the result of `train_step.make_eval_step`.
-      kernels: every convolution kernel of the network, in execution order.
+      kernels: every unit of the network of the kinds that merge, in execution order.
       batch_stats_step: the result of `train_step.make_batch_stats_step`, if a stage needs it.
       workers: number of processes that read images; 0 for none.
       thresholds: cosine similarities at which similarity.json gives the share of pairs above.
@@ -220,7 +227,7 @@ def train_stage(
     steps = steps_per_epoch(len(train), recipe.batch_size)
     order = batch_seed(stage.seed, stage.number)
     root = broadcast_to_devices(root_key(stage.seed, stage.number), devices)
-    no_totals = zero_totals(len(stage.deep))
+    no_totals = zero_totals(len(stage.layers))
     zeros = replicate(no_totals, devices)
     before = _similarity(params, context)
 
@@ -237,9 +244,7 @@ def train_stage(
     warnings += [notice for notice in stage.notices if notice not in warnings]
     run_on_primary(truncate_metrics, metrics_file, done, meta["history_sha256"])
     history = run_on_primary(read_metrics, metrics_file)
-    run_on_primary(
-        stage.monitor.stage_started, [kernel.name for kernel in stage.deep], history, before
-    )
+    run_on_primary(stage.monitor.stage_started, [name for name, _ in stage.layers], history, before)
     state, totals = replicate(state, devices), replicate(totals, devices)
     progress.skip((done * steps + taken) * recipe.batch_size)
     batches = train_batches(
@@ -329,7 +334,7 @@ def train_stage(
             "images_per_second": images_per_second,
         }
         if stage.deep:
-            line["kernels"] = [kernel.count for kernel in stage.deep]
+            line["kernels"] = [count for _, count in stage.layers]
             line["selected"] = sums.selected.tolist()
             line["merged"] = sums.merged.tolist()
             line["similarity"] = (sums.similarity / np.maximum(sums.merged, 1)).tolist()
@@ -401,8 +406,8 @@ def train_stage(
         "epochs": stage.epochs,
         "steps": stage.epochs * steps,
         "seconds": sum(line["seconds"] for line in history),
-        "layers": [kernel.name for kernel in stage.deep],
-        "kernels": [kernel.count for kernel in stage.deep],
+        "layers": [name for name, _ in stage.layers],
+        "kernels": [count for _, count in stage.layers],
         "selected": _column_sums(history, "selected"),
         "merged": _column_sums(history, "merged"),
         "val_passes": sum(line.get("val_passes", 0) for line in history),

@@ -421,21 +421,30 @@ def _score(
 
 
 def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
-    """0..255 (n, h, w, c) to float32, (x / 255 - mean) / std; grey to 3 channels if mean has 3."""
-    x = images.astype(jnp.float32) / 255
-    if len(recipe.mean) == 3 and x.shape[-1] == 1:
-        x = jnp.repeat(x, 3, axis=-1)
+    """What a network reads, float32: (x / 255 - mean) / std of images and volumes.
+
+    Grey ones get 3 channels if `mean` has 3. Signals (n, time, c) and tables (n, features) have
+    their own units: (x - mean) / std.
+    """
+    x = images.astype(jnp.float32)
+    if x.ndim > 3:
+        x = x / 255
+        if len(recipe.mean) == 3 and x.shape[-1] == 1:
+            x = jnp.repeat(x, 3, axis=-1)
     return (x - jnp.array(recipe.mean)) / jnp.array(recipe.std)
 
 
 def flip(images: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability 1/2, by a key folded from its `index`."""
+    """Mirrors each image or volume left to right with probability 1/2.
+
+    The key of each is folded from its `index`.
+    """
 
     def mirrored(i: jax.Array) -> jax.Array:
         return jax.random.bernoulli(jax.random.fold_in(key, i))
 
-    chosen = jax.vmap(mirrored)(index)
-    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+    chosen = jax.vmap(mirrored)(index)[(slice(None), *(None,) * (images.ndim - 1))]
+    return jnp.where(chosen, images[..., ::-1, :], images)
 
 
 def example_losses(

@@ -16,7 +16,7 @@ from inmerge_jax.models import create_model
 from inmerge_jax.training import train as loop
 from inmerge_jax.training.evaluation import evaluate_merging
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, unreplicate
-from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_kernels
+from inmerge_jax.training.presets import NO_PRESET, PRESETS, select_units
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import resolve_recipe, resolve_rule
 from inmerge_jax.training.run_spec import make_run_spec
@@ -69,7 +69,7 @@ def test_presets_are_data_that_the_options_resolve_to():
 def test_a_vgg_merges_the_convolutions_after_the_first_ten(preset):
     for name, count in (("vgg16", 3), ("vgg19", 6), ("vgg19_bn", 6)):
         kernels = kernels_of(name)
-        chosen, notice = select_kernels(preset, name, kernels, 10)
+        chosen, notice = select_units(preset, name, kernels, 10)
         assert chosen == kernels[10:] and len(chosen) == count and not notice
 
 
@@ -77,7 +77,7 @@ def test_a_vgg_merges_the_convolutions_after_the_first_ten(preset):
 @pytest.mark.parametrize("skip", [0, 10])
 def test_released_merges_nothing_in_resnets_and_densenets(name, skip):
     kernels = kernels_of(name)
-    chosen, notice = select_kernels(PRESETS["released"], name, kernels, skip)
+    chosen, notice = select_units(PRESETS["released"], name, kernels, skip)
     if name == "densenet121" and skip == 0:
         assert chosen == kernels[:1] and not notice
         return
@@ -86,19 +86,19 @@ def test_released_merges_nothing_in_resnets_and_densenets(name, skip):
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet34", 16), ("resnet50", 16)])
 def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
-    chosen, notice = select_kernels(PRESETS["released_intent"], name, kernels_of(name), 6)
+    chosen, notice = select_units(PRESETS["released_intent"], name, kernels_of(name), 6)
     assert len(chosen) == blocks - 6 and not notice
     assert all(kernel.name.endswith("/conv2/kernel") for kernel in chosen)
     places = [kernel.name.split("/")[0] for kernel in chosen]
     assert places == sorted(places)
     assert places[0] == ("layer4_0" if name == "resnet18" else "layer2_3")
     with pytest.raises(UsageError, match=f"{name} has {blocks} residual blocks"):
-        select_kernels(PRESETS["released_intent"], name, kernels_of(name), blocks)
+        select_units(PRESETS["released_intent"], name, kernels_of(name), blocks)
 
 
 def test_what_was_meant_for_a_densenet_is_not_made_up():
     with pytest.raises(UsageError, match="are unknown"):
-        select_kernels(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)
+        select_units(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)
 
 
 def merging_eval(devices):

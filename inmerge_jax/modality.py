@@ -1,0 +1,12 @@
+"""What the examples of a data set are, and a network reads."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+Modality = Literal["image", "volume", "signal", "table"]
+
+SIZE_UNITS: Mapping[Modality, str] = MappingProxyType(
+    {"image": "px", "volume": "voxels a side", "signal": "samples", "table": "features"}
+)
+"""Unit of an example's size."""
