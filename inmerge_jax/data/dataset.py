@@ -117,6 +117,7 @@ class Dataset:
       test_names_sha256: `names_sha256` of the test images, or "" if they have no names.
       fingerprint: SHA-256 of the content, which must be equal when a run resumes; "" if the options
         determine the content.
+      features: names of the features of a table; () for other data.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Dataset:
     full_counts: Mapping[str, int] | None = None
     test_names_sha256: str = ""
     fingerprint: str = ""
+    features: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.task not in TASKS:
