@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from inmerge_jax.buckets import as_path, path_registry
+from inmerge_jax.buckets import as_path, bucket_errors, in_bucket, local_copy, path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.data import Dataset, Split, load_dataset, reads
 from inmerge_jax.data.folder import open_files
@@ -88,7 +88,7 @@ def predict(config: PredictConfig) -> str:
     try:
         write_text(config.to, buffer.getvalue())
     except OSError as error:
-        raise write_error(config.to, error) from error
+        raise write_error(config.to, error, begun=False) from error
     stage = run.stage
     return "\n".join(
         [
@@ -124,18 +124,23 @@ def _chosen_images(
             "data set with `data`"
         )
     resize = run.stage.config["data"].get("resize")
-    files = open_files(config.images, size=shape.size, channels=shape.channels, resize=resize)
+    place = local_copy(config.images)
+    files = open_files(place, size=shape.size, channels=shape.channels, resize=resize)
     return str(config.images), [("", files.names, files)]
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another name, or give `overwrite` to replace it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        with bucket_errors():
+            if path.exists() and not overwrite:
+                raise UsageError(
+                    f"{path} exists; choose another name, or give `overwrite` to replace it"
+                )
+        if not in_bucket(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, begun=False) from error
 
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from inmerge_jax.buckets import in_bucket, local_copy
+from inmerge_jax.buckets import as_path, in_bucket, local_copy
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
@@ -149,8 +149,11 @@ def _load(config: DataConfig) -> Dataset:
     if kind == "folder":
         from inmerge_jax.data.folder import load_folder
 
+        copy = local_copy(place).expanduser()
+        if in_bucket(place) and copy.is_file():  # A CSV, whose images are beside it.
+            copy = local_copy(as_path(place).parent) / copy.name
         return load_folder(
-            local_copy(place).expanduser(),
+            copy,
             size=config.size,
             channels=config.channels,
             resize=config.resize,

@@ -102,7 +102,8 @@ class Dataset:
     """A classification data set of three splits.
 
     Attributes:
-      name: name of the data set, such as "breastmnist" or "phantom".
+      name: name of the data set, such as "breastmnist" or "phantom"; part of the names of score
+        files.
       size: height and width of an image or volume in pixels, length of a signal in samples, or
         number of features of a table.
       task: one of `TASKS` (MedMNIST's names).
@@ -136,6 +137,10 @@ class Dataset:
     features: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if not self.name or set(self.name) & set("_@/"):  # They separate parts of file names.
+            raise ValueError(
+                f"a data set's name is not empty, without '_', '@', '/': {self.name!r}"
+            )
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; known: {TASKS}")
         if self.task == "binary-class" and len(self.classes) != 2:

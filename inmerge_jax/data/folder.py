@@ -228,7 +228,9 @@ def _make_decoder(
 
 def _from_folders(root: Path) -> _Listing:
     if not root.is_dir():
-        raise UsageError(f"`data` folder:{root}: there is no such folder or CSV")
+        raise UsageError(
+            f"`data` folder:{root}: there is no such folder or CSV; give the path where it is now"
+        )
     folders = _folders(root)
     if any(SPLIT_NAMES.get(name.lower()) == "train" for name in folders):
         found = list(_in_splits(root, folders))
