@@ -161,6 +161,7 @@ def test_a_medmnist_file_of_volumes(tmp_path, capsys):
         check_life(tmp_path / "run", options, capsys)
 
 
+@LONG
 def test_a_state_space_network_on_signals(tmp_path, capsys, signals):
     options = ["--data", f"signals:{signals}", "--model", "mamba_tiny", "--width", "0.125"]
     run(tmp_path / "run", *options)
