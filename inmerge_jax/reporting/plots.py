@@ -128,6 +128,20 @@ def similarity_plots(run: Run) -> list[Plot]:
     return plots
 
 
+def signal_plots(run: Run) -> list[Plot]:
+    """The sample signals of each class; none for other data."""
+    if run.samples is None or run.modality != "signal":
+        return []
+    signals, names = run.samples["images"], run.samples["names"]
+    plots = []
+    for name in dict.fromkeys(names.tolist()):
+        chosen = signals[names == name]
+        many = f", {signals.shape[-1]} channels each" if signals.shape[-1] > 1 else ""
+        draw = partial(_signals, signals=chosen, name=name)
+        plots.append(make_plot(draw, f"{len(chosen)} of the class{many}.", f"Signals: {name}"))
+    return plots
+
+
 def roc_plots(run: Run) -> list[Plot]:
     """ROC curves of the arms on the test split, one panel per class and a line per seed."""
     labels, task = run.test_labels, run.dataset.get("task", "")
@@ -140,7 +154,7 @@ def roc_plots(run: Run) -> list[Plot]:
     for of_class in zip(*columns, strict=True):
         index, positive, _ = of_class[0]
         name = str(names[index]) if index < len(names) else f"class {index}"
-        caption = f"{positive.sum()} of {positive.size} test images have this label."
+        caption = f"{positive.sum()} of {positive.size} test {run.examples} have this label."
         if not 0 < positive.sum() < positive.size:
             caption = f"No curve: {caption}"
         lines = {key: column[1:] for key, column in zip(fitting, of_class, strict=True)}
@@ -258,6 +272,12 @@ def _mean_over_seeds(
     """`value` of each layer "before" or "after" the stage, mean over seeds: float (layers,)."""
     stages = [found[when] for (_, a), found in run.similarity.items() if a == arm]
     return np.mean([[value(layer) for layer in layers] for layers in stages], axis=0)
+
+
+def _signals(axes: Axes, signals: np.ndarray, name: str) -> None:
+    for signal in signals:
+        axes.plot(signal, color=COLOURS["finetune"], lw=1, alpha=0.6)
+    _finish(axes, name, "sample", "value", legend=False)
 
 
 def _bands(axes: Axes, run: Run, arm: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
+from inmerge_jax.modality import EXAMPLES, Modality
 from inmerge_jax.training.metrics import read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
@@ -51,7 +52,9 @@ class Run:
         scores = self._score_files().items()
         lost = [f"{arm}, seed {seed}" for (seed, arm), path in scores if not path.is_file()]
         if lost:
-            found.append(f"no test scores of {'; '.join(lost)}, so no margin over test images")
+            found.append(
+                f"no test scores of {'; '.join(lost)}, so no margin over test {self.examples}"
+            )
         return found
 
     @property
@@ -70,6 +73,16 @@ class Run:
     def dataset(self) -> dict[str, Any]:
         """Name, size, task, classes, title, source and counts of the data set."""
         return self.results["dataset"]
+
+    @property
+    def modality(self) -> Modality:
+        """What the examples are."""
+        return self.dataset.get("modality", "image")
+
+    @property
+    def examples(self) -> str:
+        """What several examples are called, such as "images"."""
+        return EXAMPLES[self.modality]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -152,7 +165,10 @@ class Run:
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
-        """Images, labels and names of `samples.npz`; None where it is missing."""
+        """Examples ("images"), labels and names of `samples.npz`; None where it is missing.
+
+        Of volumes, the middle slice; a table has none.
+        """
         return self._optional("samples.npz", self._read_arrays)
 
     def _read_arrays(self, path: Path) -> dict[str, np.ndarray]:

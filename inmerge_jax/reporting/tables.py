@@ -13,7 +13,7 @@ from rich.text import Text
 from inmerge_jax.reporting.formatting import (
     MINUS,
     counts,
-    describe_images,
+    describe_test,
     interval,
     mean_sd,
     plain,
@@ -120,9 +120,9 @@ def summary_notes(run: Run, summary: Summary) -> list[str]:
         notes.append("95% interval: t-interval over seeds of the differences paired by seed.")
         margin = "n/a, the run folder lacks test labels or score files."
         if sampling is not None:
-            images = describe_images(len(run.test_labels), run.test_patients)
+            tested = describe_test(len(run.test_labels), run.examples, run.test_patients)
             margin = (
-                f"1.96 paired standard errors over the {images} (AUC: DeLong et al. 1988); the "
+                f"1.96 paired standard errors over the {tested} (AUC: DeLong et al. 1988); the "
                 f"standard error of one arm's AUC is {plain(sampling.standard_error['auc'])}."
             )
         notes.append(f"Margin: {margin}")

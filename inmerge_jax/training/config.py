@@ -62,8 +62,9 @@ class DataOptions(DataConfig):
     """`DataConfig` for the command line.
 
     Attributes:
-      name: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a folder
-        per class, or a CSV), tfds:NAME, or chestxray14 (see inmerge data --help).
+      name: Images: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a
+        folder per class, or a CSV), tfds:NAME, chestxray14 (see inmerge data --help). Volumes:
+        phantom3d, organmnist3d, ... Signals: signals:FILE. Tables: table:FILE, breast_cancer.
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"

@@ -16,6 +16,7 @@ from inmerge_jax.data import Dataset, steps_per_epoch
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
+from inmerge_jax.modality import EXAMPLES
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import TrainConfig
@@ -99,7 +100,8 @@ def _run_experiment(
     if spec.dataset.test.patients is not None:
         labels["test_patients"] = spec.dataset.test.patients
     run_on_primary(_write_arrays, folder / "labels.npz", labels)
-    run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
+    if spec.dataset.modality != "table":
+        run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
@@ -107,7 +109,9 @@ def _run_experiment(
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
     epochs = spec.recipe.epochs + spec.second_epochs * (len(arms) - 1)
     console = None if is_primary() else Console(quiet=True)
-    with Progress(images * epochs * len(config.seeds), console) as progress:
+    modality = spec.dataset.modality
+    unit = "img" if modality == "image" else EXAMPLES[modality]
+    with Progress(images * epochs * len(config.seeds), console, unit=unit) as progress:
         progress.say(_headline(spec))
         inmerge_notices = (*notices, spec.notice) if spec.notice else notices
         for notice in inmerge_notices if "inmerge" in arms else notices:
@@ -282,7 +286,10 @@ def restore_best(
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first few training images of every class or label, with the names of the classes."""
+    """The first few training examples of every class or label, with the names of the classes.
+
+    Of volumes, the middle slice.
+    """
     images, labels = dataset.train.images, dataset.train.labels
     rows, names = [], []
     for index, name in enumerate(dataset.classes):
@@ -290,7 +297,10 @@ def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
         chosen = np.flatnonzero(members)[:_SAMPLES_PER_CLASS].tolist()
         rows += chosen
         names += [name] * len(chosen)
-    return {"images": images[rows], "labels": labels[rows], "names": np.array(names)}
+    chosen = images[rows]
+    if dataset.modality == "volume":
+        chosen = chosen[:, chosen.shape[1] // 2]
+    return {"images": chosen, "labels": labels[rows], "names": np.array(names)}
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -304,7 +314,8 @@ def _headline(spec: RunSpec) -> str:
     data, recipe = spec.dataset, spec.recipe
     kinds = ", ".join(sorted({device.device_kind for device in spec.devices}))
     return (
-        f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
+        f"{data.title} {data.size_text}, {len(data.train)}/{len(data.val)}/{len(data.test)} "
+        f"{EXAMPLES[data.modality]}; "
         f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
         f"{recipe.epochs}{'' if spec.single_stage else f'+{recipe.merging_epochs}'} epochs, "
         f"batch {recipe.batch_size}; "
@@ -325,6 +336,8 @@ def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, 
             "title": data.title,
             "source": data.source,
             "counts": counts,
+            **({"modality": data.modality} if data.modality != "image" else {}),
+            **({"features": list(data.features)} if data.features else {}),
             **({"split": data.split_name} if data.split_name else {}),
             **({"full_counts": dict(data.full_counts)} if data.full_counts else {}),
             **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),
