@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """The generated data set "phantom"."""
+    """The generated data sets "phantom" and "phantom_masks"."""
 
     train: int = 2000
     """Training images."""
@@ -51,7 +51,8 @@ class DataConfig:
     """A data set and where its files are.
 
     Attributes:
-      name: "phantom" (generated), "chestxray14" (built by `inmerge data build`), a MedMNIST subset
+      name: "phantom" (generated), "phantom_masks" (the same images with masks of lungs and heart),
+        "chestxray14" (built by `inmerge data build`), a MedMNIST subset
         (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
         `folder.load_folder`), or "tfds:NAME" (see `tfds.load_tfds`).
       size: Image size in pixels; folder:, tfds:, chestxray14: that of the files by default.
@@ -78,6 +79,15 @@ class DataConfig:
 TFDS_DIR = Path("~/tensorflow_datasets")
 DEFAULT_SIZE = 28
 """Image size in pixels, unless the options or the files determine it."""
+_GENERATED = ("phantom", "phantom_masks")
+
+
+def default_size(name: str) -> int:
+    """Image size in pixels of a data set whose files do not determine it, if none is given.
+
+    That of "phantom_masks" can be halved as often as a U-Net does.
+    """
+    return 64 if name == "phantom_masks" else DEFAULT_SIZE
 
 
 def has_own_size(name: str) -> bool:
@@ -137,8 +147,8 @@ def _load(config: DataConfig) -> Dataset:
                 "data build has written"
             )
         return load_chestxray14(data_dir, size=config.size)
-    size = DEFAULT_SIZE if config.size is None else config.size
-    if config.name == "phantom":
+    size = default_size(config.name) if config.size is None else config.size
+    if config.name in _GENERATED:
         chosen = config.phantom
         return make_phantom(
             size=size,
@@ -147,6 +157,7 @@ def _load(config: DataConfig) -> Dataset:
             test=chosen.test,
             findings=chosen.findings,
             multi_label=chosen.multi_label,
+            masks=config.name == "phantom_masks",
             difficulty=chosen.difficulty,
             seed=chosen.seed,
         )
@@ -173,7 +184,7 @@ def _check_options(config: DataConfig) -> None:
         raise UsageError(f"`data` {config.name}: only folder:PATH and tfds:NAME have a colon")
     if config.size is not None and config.size < 1:
         raise UsageError(f"`size` {config.size}: choose 1 or more")
-    generated = config.name == "phantom"
+    generated = config.name in _GENERATED
     unread = {
         "data_dir": (generated or kind == "folder") and config.data_dir != MEDMNIST_DIR,
         "file": (generated or has_own_size(config.name)) and config.file is not None,

@@ -15,6 +15,7 @@ from PIL import Image
 from inmerge_jax.files import write_text
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
+from inmerge_jax.training.metrics import METRICS
 
 
 def write_report(folder: Path | str) -> Path:
@@ -54,7 +55,8 @@ def render(run: Run) -> str:
         curves=plots.training_plots(run),
         merges=plots.merge_plots(run),
         similarity=plots.similarity_plots(run),
-        roc=plots.roc_plots(run),
+        segmentation=run.segmentation,
+        last=plots.outline_plots(run) if run.segmentation else plots.roc_plots(run),
         settings=[
             ("Configuration", list(flatten(run.config))),
             ("Environment", list(flatten(run.environment))),
@@ -90,10 +92,11 @@ def warnings(run: Run) -> list[str]:
     for arm in run.arms:
         for seed, result in run.arm(arm).items():
             found += [f"{arm}, seed {seed}: {text}" for text in result.get("warnings") or ()]
-        results = run.arm(arm).items()
-        empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
+        results, main = run.arm(arm).items(), run.metrics[0]
+        empty = [str(s) for s, r in results if not math.isfinite(number(r["test"][main]))]
         if empty:
-            found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
+            name = METRICS[main]
+            found.append(f"{arm}: the test {name} is undefined for seed {', '.join(empty)}.")
     return found
 
 
@@ -120,7 +123,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _png(image: np.ndarray) -> str:
-    pixels = np.asarray(image, np.uint8)
+    pixels = np.asarray(plots.middle(image, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -282,8 +282,19 @@ def restore_best(
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first few training images of every class or label, with the names of the classes."""
+    """The first few training images of every class or label, with the names of the classes.
+
+    Where the labels are masks: the first few training images, and as "test_images" test images.
+    """
     images, labels = dataset.train.images, dataset.train.labels
+    if dataset.segmentation:
+        rows = list(range(min(_SAMPLES_PER_CLASS, len(images))))
+        return {
+            "images": images[rows],
+            "labels": labels[rows],
+            "names": np.array([f"image {row}" for row in rows]),
+            "test_images": dataset.test.images[:_SAMPLES_PER_CLASS],
+        }
     rows, names = [], []
     for index, name in enumerate(dataset.classes):
         members = labels[:, index] == 1 if dataset.multi_label else labels == index
