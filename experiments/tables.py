@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import trainer_runs
+from experiments import first_look, trainer_runs
 from experiments.benchmarks import batch_statistics
 from experiments.benchmarks.accelerator import page as accelerator
 from experiments.benchmarks.timing import measured_on
@@ -107,6 +107,12 @@ def chestxray14_input(path: Path) -> str:
     return markdown_rows(input_speed.COLUMNS, rows) + "\n"
 
 
+@functools.cache
+def first_looks() -> dict[str, Any]:
+    """The stored first looks at networks beyond image CNNs."""
+    return json.loads(first_look.RESULTS.read_bytes())
+
+
 def _kills(path: Path) -> str:
     return fault_injection.markdown(json.loads(path.read_bytes()))
 
@@ -119,6 +125,9 @@ SOURCES: dict[str, Callable[[], str]] = {
     "recompute_batch_stats": lambda: batch_statistics.markdown(
         json.loads(batch_statistics.RESULTS.read_bytes())
     ),
+    "first_look_answers": lambda: first_look.answers(first_looks()),
+    "first_look_similarity": lambda: first_look.similarities(first_looks()),
+    "first_look_machine": lambda: first_look.provenance(first_looks()),
     "presets": lambda: presets.table(json.loads((RESULTS / "fidelity.json").read_bytes())),
     **{
         name: functools.partial(_kills, RESULTS / f"{name}.json")
@@ -143,6 +152,9 @@ PAGES = {
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark"),
     "docs/results/index.md": ("overview", "totals", "presets"),
+    "docs/results/beyond-convolutions.md": (
+        *("first_look_answers", "first_look_machine", "first_look_similarity"),
+    ),
     **{f"docs/results/{question.page}": (name,) for name, question in QUESTIONS.items()},
 }
 
@@ -164,13 +176,16 @@ def render(text: str, page: str = "README.md") -> str:
 
 
 def figures() -> dict[str, str]:
-    """File name to SVG: one figure for each question of the study."""
-    return {
-        f"{question.page.removesuffix('.md')}.svg": question.figure(analysis(name)).svg.replace(
-            "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
-        )
-        + "\n"
+    """File name to SVG: one figure for each page of results."""
+    plots = {
+        question.page.removesuffix(".md"): question.figure(analysis(name))
         for name, question in QUESTIONS.items()
+    }
+    plots["beyond-convolutions"] = first_look.figure(first_looks())
+    return {
+        f"{name}.svg": plot.svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        + "\n"
+        for name, plot in plots.items()
     }
 
 

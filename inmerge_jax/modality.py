@@ -10,3 +10,8 @@ SIZE_UNITS: Mapping[Modality, str] = MappingProxyType(
     {"image": "px", "volume": "voxels a side", "signal": "samples", "table": "features"}
 )
 """Unit of an example's size."""
+
+EXAMPLES: Mapping[Modality, str] = MappingProxyType(
+    {"image": "images", "volume": "volumes", "signal": "signals", "table": "rows"}
+)
+"""What several examples are called."""

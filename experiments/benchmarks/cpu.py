@@ -30,10 +30,11 @@ from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
+from inmerge_jax.models.units import default_units
 from inmerge_jax.training.environment import configure_malloc, environment
 from inmerge_jax.training.init import conv_kernels, init_variables
 
-Section = Literal["merge", "backends", "overhead", "pytorch", "conversion", "cache"]
+Section = Literal["merge", "backends", "overhead", "families", "pytorch", "conversion", "cache"]
 
 UPDATES = 60
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
@@ -53,8 +54,9 @@ class BenchmarkConfig:
 
     merge: merge of VGG19's six deep layers, compared with a PyTorch version of the released code's
     loop. backends: merge of a network's deep layers, reference and CPU implementation, and the
-    share of a training step saved. overhead: training step with and without merging. pytorch:
-    training step without merging, compared with PyTorch. conversion: VGG19's weights from and to
+    share of a training step saved. overhead: training step with and without merging. families: the
+    same for networks other than image CNNs, with their compilation and memory. pytorch: training
+    step without merging, compared with PyTorch. conversion: VGG19's weights from and to
     torchvision's format. cache: programs compiled by the second start of a training command.
     Contenders run interleaved in one process; a ratio is the median of the ratios by round.
 
@@ -79,6 +81,14 @@ class Rounds(NamedTuple):
 OVERHEAD_CASES = (
     Rounds(Case("resnet18", "small", 28, 128), 20),
     Rounds(Case("vgg19", "imagenet", 224, 8), 10),
+)
+FAMILY_CASES = (
+    Rounds(Case("vit_tiny", "small", 28, 32), 10),
+    Rounds(Case("mixer_tiny", "small", 28, 64), 10),
+    Rounds(Case("mamba_tiny", "small", 140, 32, modality="signal"), 10),
+    Rounds(Case("resnet18", "small", 140, 64, modality="signal"), 10),
+    Rounds(Case("resnet18", "small", 28, 4, modality="volume"), 8),
+    Rounds(Case("mlp", "small", 30, 64, modality="table"), 40),
 )
 PYTORCH_CASES = (
     Rounds(Case("resnet18", "small", 28, 64), 10),
@@ -117,6 +127,7 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
         "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
         "backends": lambda: [row for one in scaled(OVERHEAD_CASES) for row in backend_rows(*one)],
         "overhead": lambda: [overhead_row(*one) for one in scaled(OVERHEAD_CASES)],
+        "families": lambda: [row for one in scaled(FAMILY_CASES) for row in family_rows(*one)],
         "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
         "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
         "cache": lambda: cache_rows("experiments.train", TINY_RUN),
@@ -274,6 +285,33 @@ def overhead_row(case: Case, rounds: int) -> Row:
     seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
     note = "random partner, threshold 0.3; state donated; both steps take turns on one state"
     return ratio_row(f"step, {case}", seconds, MERGING, PLAIN, Target("at most", 1.02), note)
+
+
+def family_rows(case: Case, rounds: int) -> list[Row]:
+    """Step of a network with merging compared with the step without, compilation and memory.
+
+    The target of 1.01 is for steps of 100 ms or more.
+    """
+    print(f"families: {case}, {rounds} rounds", flush=True)
+    programs = jax_steps(case, (None, MergeRule()))
+    plain, merging = map(blocking, programs)
+    seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)
+    step = statistics.median(seconds[PLAIN])
+    target = Target("at most", 1.01) if step >= 0.1 else None
+    name = f"step, {case}"
+    note = f"units: {', '.join(default_units(case.model))}; random partner, threshold 0.3"
+    rate = [case.batch / one for one in seconds[PLAIN]]
+    figures = {
+        "examples per second, plain": (statistics.median(rate), min(rate), max(rate)),
+        "seconds of compilation, plain": (programs[0].compile_seconds,) * 3,
+        "seconds of compilation, merging": (programs[1].compile_seconds,) * 3,
+        "planned memory in MB, plain": (programs[0].peak_bytes / 1e6,) * 3,
+        "planned memory, merging / plain": (programs[1].peak_bytes / programs[0].peak_bytes,) * 3,
+    }
+    return [
+        ratio_row(name, seconds, MERGING, PLAIN, target, note),
+        *(Row(name, quantity, *values) for quantity, values in figures.items()),
+    ]
 
 
 def pytorch_rows(case: Case, rounds: int) -> list[Row]:

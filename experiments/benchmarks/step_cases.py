@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax import MergeRule, deep_kernels
-from inmerge_jax.models import create_model
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax import MergeRule
+from inmerge_jax.merging.units import group_weights
+from inmerge_jax.modality import SIZE_UNITS, Modality
+from inmerge_jax.models import create_model, model_names
+from inmerge_jax.models.units import default_units, find_units
+from inmerge_jax.training.init import init_variables
 from inmerge_jax.training.parallel import (
     DATA_AXIS,
     broadcast_to_devices,
@@ -22,6 +25,7 @@ from inmerge_jax.training.parallel import (
     replicate,
     shard_batch,
 )
+from inmerge_jax.training.presets import NO_PRESET, select_units
 from inmerge_jax.training.recipes import RECIPES, Recipe
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 
@@ -29,6 +33,12 @@ if TYPE_CHECKING:
     import torch
 
 CLASSES = 14
+WITH_COUNTERPART = tuple(
+    name
+    for name in model_names("image")
+    if name.startswith(("resnet", "vgg", "densenet", "vit_s", "vit_b"))
+)
+"""Networks that `torch_step` has."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,13 @@ class Case:
     Attributes:
       model: name of the network, see `create_model`.
       stem: first layers of the network.
-      size: height and width of the RGB images, in pixels.
+      size: height and width of RGB images in pixels; depth, height and width of grey volumes;
+        samples of a signal of one channel; or features of a table.
       batch: batch size.
       dtype: dtype of activations; weights are float32.
       steps: updates in one call.
       width: factor on the number of channels.
+      modality: what the examples are.
     """
 
     model: str
@@ -52,17 +64,24 @@ class Case:
     dtype: Literal["float32", "bfloat16"] = "float32"
     steps: int = 1
     width: float = 1.0
+    modality: Modality = "image"
 
     def __str__(self) -> str:
-        return f"{self.model} {self.size} px, batch {self.batch}"
+        return f"{self.model} {self.size} {SIZE_UNITS[self.modality]}, batch {self.batch}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        axes = {"image": 2, "volume": 3, "signal": 1, "table": 0}[self.modality]
+        return (*(self.size,) * axes, {"image": 3, "table": self.size}.get(self.modality, 1))
 
     @property
     def recipe(self) -> Recipe:
-        """Adam of the MedMNIST benchmark for ResNets, SGD of the released code for other networks.
+        """SGD of the released code for VGGs and DenseNets, else Adam of the MedMNIST benchmark.
 
         Without flips, which the PyTorch step lacks, and at a learning rate without divergence.
         """
-        name = "medmnist" if self.model.startswith("resnet") else "released"
+        name = "released" if self.model.startswith(("vgg", "densenet")) else "medmnist"
         return dataclasses.replace(RECIPES[name], learning_rate=1e-3, flip=False)
 
 
@@ -92,14 +111,15 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
     model = create_model(
         case.model,
         CLASSES,
+        modality=case.modality,
         stem=case.stem,
         width=case.width,
         dtype=jnp.dtype(case.dtype),
         axis_name=DATA_AXIS,
     )
-    shape = (case.size, case.size, 3)
-    params, batch_stats = init_variables(model, shape, seed=0)
-    kernels = conv_kernels(model, shape)
+    params, batch_stats = init_variables(model, case.shape, seed=0)
+    kernels = find_units(model, case.shape, default_units(case.model))
+    layers = len(group_weights(kernels))
     optimizer = make_optimizer(case.recipe)
     state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
     state = replicate(state, devices)
@@ -111,8 +131,11 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
     root = broadcast_to_devices(jax.random.key(0), devices)
 
     def lower(rule: MergeRule | None) -> tuple[Any, Any]:
-        deep = () if rule is None else deep_kernels(kernels, skip=min(10, len(kernels) // 2))
-        totals = replicate(zero_totals(len(deep)), devices)
+        deep, merging = (), 0
+        if rule is not None:
+            deep, _ = select_units(NO_PRESET, case.model, kernels, min(10, layers // 2))
+            merging = len(group_weights(deep))
+        totals = replicate(zero_totals(merging), devices)
         step = make_train_step(
             model,
             optimizer,
@@ -205,7 +228,9 @@ def torch_step(
 
 
 def example_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random images uint8 (batch, size, size, 3) and labels int32 (batch,)."""
+    """Random examples (batch, *case.shape), uint8 or float32, and labels int32 (batch,)."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (case.batch, case.size, case.size, 3), np.uint8)
+    images = rng.integers(0, 256, (case.batch, *case.shape), np.uint8)
+    if case.modality in ("signal", "table"):
+        images = images.astype(np.float32) / 255
     return images, rng.integers(0, CLASSES, case.batch, np.int32)

@@ -11,6 +11,7 @@ _BENCHMARK = {
     "resnet50": (1, (3, 4, 6, 3)),
 }
 _DENSENET = {"densenet121": (6, 12, 24, 16)}
+_VIT = {"vit_s_16": 6, "vit_b_16": 12}
 _VGG = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 
 
@@ -24,10 +25,17 @@ def create_network(
       num_classes: number of logits.
       stem: "imagenet" is torchvision's network; "small" is the MedMNIST v2 benchmark's 28 px form
         of a ResNet, torchvision's DenseNet with a 3x3 stem of stride 1 and no max-pool, and
-        torchvision's VGG with a pooled linear head.
+        torchvision's VGG with a pooled linear head. Vision Transformers have no stem.
       size: decides which max-pools a small VGG has room for.
       width: factor on the number of channels of every layer; only with the small stem.
     """
+    if name in _VIT:
+        from torchvision.models import VisionTransformer
+
+        heads = round(_VIT[name] * width)
+        return VisionTransformer(
+            size, 16, 12, heads, 64 * heads, 256 * heads, num_classes=num_classes
+        )
     if stem == "imagenet":
         # Imported where they are used: the benchmark's ResNets need PyTorch alone.
         from torchvision.models import get_model

@@ -2,11 +2,12 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 import tyro
 
+from inmerge_jax.buckets import in_bucket, path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.data import TFDS_DIR
 from inmerge_jax.errors import UsageError
@@ -139,6 +140,16 @@ def run_build(config: Build) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _require_local(config: Build | Measure | Prepare) -> None:
+    """Refuses addresses in buckets."""
+    for name, path in vars(config).items():
+        if isinstance(path, PurePath) and in_bucket(path):
+            raise UsageError(
+                f"`{name}` {path}: inmerge data reads and writes local folders; copy a finished "
+                "data set to the bucket, from where inmerge train reads it"
+            )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
     config = tyro.extras.subcommand_cli_from_dict(
@@ -146,8 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="inmerge data",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=path_registry(),
     )
     try:
+        _require_local(config)
         if isinstance(config, Build):
             run_build(config)
         elif isinstance(config, Prepare):

@@ -13,7 +13,7 @@ COMMANDS = {
     "report": "rewrite the HTML report of a run",
     "predict": "score images with a trained network, as a CSV",
     "export": "export a trained network's weights for PyTorch",
-    "data": "build ChestX-ray14 from NIH's files, or measure its input",
+    "data": "build ChestX-ray14, prepare a TFDS data set, or measure the input",
 }
 
 

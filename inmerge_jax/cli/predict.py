@@ -1,4 +1,4 @@
-"""Scores images with a trained network: `inmerge predict`."""
+"""Scores images and other examples with a trained network: `inmerge predict`."""
 
 import csv
 import dataclasses
@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from inmerge_jax.buckets import as_path, path_registry
+from inmerge_jax.buckets import as_path, bucket_errors, in_bucket, local_copy, path_registry
 from inmerge_jax.cli.errors import DONE, report
-from inmerge_jax.data import Dataset, Split, load_dataset
+from inmerge_jax.data import Dataset, Split, load_dataset, reads
 from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
+from inmerge_jax.modality import EXAMPLES, SIZE_UNITS
 from inmerge_jax.training.config import Arm, DataOptions
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 from inmerge_jax.training.workdir import write_error
@@ -31,9 +32,9 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Scores images with one arm of a run, and writes a CSV.
+    """Scores images, volumes, signals or rows of a table with one arm of a run, and writes a CSV.
 
-    The images are those of a data set, or files without labels. Columns: the split, the image's
+    They are those of a data set, or image files without labels. Columns: the split, the image's
     name or its index in the split, a score per class, decisions at thresholds (two classes, or
     several labels per image), and the predicted class or labels. The thresholds have the highest
     Youden index (sensitivity + specificity - 1) on the run's validation images.
@@ -42,7 +43,7 @@ class PredictConfig:
       run: Folder of the run (its --output).
       to: CSV file to write.
       images: PNG or JPEG files without labels, in place of a data set: a file or a folder.
-      split: Images of the data set to score.
+      split: Part of the data set to score.
       arm: Arm of the run.
       seed: Seed of the run; the first one by default.
       overwrite: Replace an existing file.
@@ -76,8 +77,9 @@ def predict(config: PredictConfig) -> str:
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
     decisions = [f"{name} >= {_cut(found):.4g}" for name, found in thresholds.items()]
-    rows.writerow(["split", "image", *run.classes, *decisions, "predicted"])
+    rows.writerow(["split", run.preprocessing.modality, *run.classes, *decisions, "predicted"])
     count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
+    examples = EXAMPLES[run.preprocessing.modality]
     for split, names, images in parts:
         scores = run.predict(images, min(batch_size, len(images)))
         for image, row in zip(names, scores, strict=True):
@@ -86,13 +88,13 @@ def predict(config: PredictConfig) -> str:
     try:
         write_text(config.to, buffer.getvalue())
     except OSError as error:
-        raise write_error(config.to, error) from error
+        raise write_error(config.to, error, begun=False) from error
     stage = run.stage
     return "\n".join(
         [
-            f"{config.to}: {count} images of {title}, seed {stage.seed} {stage.arm} epoch "
+            f"{config.to}: {count} {examples} of {title}, seed {stage.seed} {stage.arm} epoch "
             f"{stage.result['best_epoch']}",
-            *(f"  {_described(name, found)}" for name, found in thresholds.items()),
+            *(f"  {_described(name, found, examples)}" for name, found in thresholds.items()),
         ]
     )
 
@@ -116,19 +118,29 @@ def _chosen_images(
             "and `split`"
         )
     shape = run.preprocessing
+    if shape.modality != "image":
+        raise UsageError(
+            f"`images` {config.images}: the network reads {EXAMPLES[shape.modality]}; name their "
+            "data set with `data`"
+        )
     resize = run.stage.config["data"].get("resize")
-    files = open_files(config.images, size=shape.size, channels=shape.channels, resize=resize)
+    place = local_copy(config.images)
+    files = open_files(place, size=shape.size, channels=shape.channels, resize=resize)
     return str(config.images), [("", files.names, files)]
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another name, or give `overwrite` to replace it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        with bucket_errors():
+            if path.exists() and not overwrite:
+                raise UsageError(
+                    f"{path} exists; choose another name, or give `overwrite` to replace it"
+                )
+        if not in_bucket(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, begun=False) from error
 
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
@@ -138,6 +150,10 @@ def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
         kinds = {data.name.partition(":")[0] for data in (given, own)}
         resize = given.resize or (own.resize if len(kinds) == 1 else None)
         size = given.size or run.preprocessing.size
+        if not reads(given.name, "size"):
+            size = given.size
+        if not reads(given.name, "resize"):
+            resize = given.resize
         return dataclasses.replace(given, size=size, resize=resize)
     return _overridden(own, given, DataOptions(name=_OWN))
 
@@ -168,22 +184,36 @@ def _options(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _check_dataset(run: LoadedRun, dataset: Dataset) -> None:
-    size = run.preprocessing.size
+    needed = run.preprocessing
+    if dataset.modality != needed.modality:
+        raise UsageError(
+            f"`data` {dataset.name} has {EXAMPLES[dataset.modality]}, and the run was trained on "
+            f"{EXAMPLES[needed.modality]}: choose such a data set"
+        )
     if dataset.classes != run.classes or dataset.multi_label != run.multi_label:
         raise UsageError(
             f"`data` {dataset.name} has the classes {', '.join(dataset.classes)} ({dataset.task}), "
             f"and the run has {', '.join(run.classes)} ({run.task}): choose a data set with the "
             "same classes"
         )
-    if dataset.size != size:
+    if dataset.features != run.features:
         raise UsageError(
-            f"`data` {dataset.name} has images of {dataset.size} px, and the run was trained at "
-            f"{size} px: give `size={size}`"
+            f"`data` {dataset.name} has the features {', '.join(dataset.features)}, and the run "
+            f"has {', '.join(run.features)}: give these, in this order"
         )
-    if dataset.channels not in (1, run.preprocessing.channels):
+    examples, pixels = EXAMPLES[needed.modality], needed.modality in ("image", "volume")
+    if dataset.size != needed.size:
+        unit = SIZE_UNITS[needed.modality]
+        remedy = f"give `size={needed.size}`" if pixels else "cut or resample them"
         raise UsageError(
-            f"`data` {dataset.name} has images with {dataset.channels} channels, and the network "
-            f"reads {run.preprocessing.channels}: train with `channels=3`, or give grey images"
+            f"`data` {dataset.name} has {examples} of {dataset.size_text}, and the run was trained "
+            f"at {needed.size} {unit}: {remedy}"
+        )
+    if dataset.channels not in ((1, needed.channels) if pixels else (needed.channels,)):
+        remedy = "train with `channels=3`, or give grey images" if pixels else "give as many"
+        raise UsageError(
+            f"`data` {dataset.name} has {examples} with {dataset.channels} channels, and the "
+            f"network reads {needed.channels}: {remedy}"
         )
 
 
@@ -208,12 +238,14 @@ def _decided(
     return [*(int(name in above) for name in thresholds), predicted]
 
 
-def _described(name: str, threshold: Threshold | None) -> str:
+def _described(name: str, threshold: Threshold | None, examples: str) -> str:
     if threshold is None:
-        return f"{name}: threshold 0.5, as the run's validation images do not have both outcomes"
+        return (
+            f"{name}: threshold 0.5, as the run's validation {examples} do not have both outcomes"
+        )
     return (
         f"{name}: threshold {threshold.value:.4g}, sensitivity {threshold.sensitivity:.1%} and "
-        f"specificity {threshold.specificity:.1%} on the run's validation images"
+        f"specificity {threshold.specificity:.1%} on the run's validation {examples}"
     )
 
 

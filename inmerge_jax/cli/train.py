@@ -19,6 +19,7 @@ OPTIONS = {
     **{name: f"--phantom.{name.replace('_', '-')}" for name in _PHANTOM},
     **{name: f"--augment.{name}" for name in _AUGMENT},
     "min_match": "--init-min-match",
+    "download": "--no-download",
 }
 """Options of arguments whose option is not their name with dashes."""
 

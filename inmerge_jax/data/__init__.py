@@ -1,14 +1,23 @@
-"""Data sets and batches, in one format: MedMNIST, ChestX-ray14, TFDS, image files, a phantom."""
+"""Data sets and batches, in one format.
 
-from dataclasses import dataclass, field, replace
+Images and volumes: MedMNIST, ChestX-ray14, TFDS, image files, phantoms. Signals and tables: files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
-from inmerge_jax.buckets import in_bucket, local_copy
+from inmerge_jax.buckets import as_path, in_bucket, local_copy
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
 from inmerge_jax.data.phantom import FINDINGS, make_phantom
+from inmerge_jax.data.phantom_volume import make_phantom_volume
+from inmerge_jax.data.signals import load_signals
+from inmerge_jax.data.tables import load_breast_cancer, load_table
 from inmerge_jax.errors import UsageError
 
 __all__ = [
@@ -17,9 +26,14 @@ __all__ = [
     "PhantomConfig",
     "Split",
     "eval_batches",
+    "load_breast_cancer",
     "load_dataset",
     "load_medmnist",
+    "load_signals",
+    "load_table",
     "make_phantom",
+    "make_phantom_volume",
+    "reads",
     "steps_per_epoch",
     "train_batch",
     "train_batches",
@@ -28,22 +42,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """The generated data sets "phantom" and "phantom_masks"."""
+    """The generated data sets "phantom" and "phantom_masks" of images, "phantom3d" of volumes."""
 
     train: int = 2000
-    """Training images."""
+    """Training examples."""
     val: int = 500
-    """Validation images."""
+    """Validation examples."""
     test: int = 1000
-    """Test images."""
+    """Test examples."""
     findings: tuple[str, ...] = FINDINGS
     """Any of nodule, mass, effusion, cardiomegaly, pneumothorax."""
     multi_label: bool = False
-    """Several findings per image, instead of at most one."""
+    """Several findings per example, instead of at most one."""
     difficulty: float = 1.0
     """0.25 to 4: contrast of the findings, and noise."""
     seed: int = 0
-    """Seed of the images."""
+    """Seed of the examples."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,13 @@ class DataConfig:
     """A data set and where its files are.
 
     Attributes:
-      name: "phantom" (generated), "phantom_masks" (the same images with masks of lungs and heart),
-        "chestxray14" (built by `inmerge data build`), a MedMNIST subset
-        (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
-        `folder.load_folder`), or "tfds:NAME" (see `tfds.load_tfds`).
-      size: Image size in pixels; folder:, tfds:, chestxray14: that of the files by default.
+      name: "phantom" and "phantom3d" (generated images and volumes), "phantom_masks" (these images
+        with masks of lungs and heart), "chestxray14" (built by `inmerge data build`), a MedMNIST
+        subset (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
+        `folder.load_folder`), "tfds:NAME" (see `tfds.load_tfds`), "signals:FILE" (see
+        `signals.load_signals`), "table:FILE" (see `tables.load_table`), or "breast_cancer"
+        (scikit-learn's table).
+      size: Image or volume size; folder:, tfds:, chestxray14: that of the files by default.
       data_dir: Folder of MedMNIST files, of a ChestX-ray14 build, or of TFDS's data sets.
       file: MedMNIST npz file to read instead.
       download: Missing MedMNIST files are downloaded, unless this is off.
@@ -79,7 +95,6 @@ class DataConfig:
 TFDS_DIR = Path("~/tensorflow_datasets")
 DEFAULT_SIZE = 28
 """Image size in pixels, unless the options or the files determine it."""
-_GENERATED = ("phantom", "phantom_masks")
 
 
 def default_size(name: str) -> int:
@@ -90,9 +105,32 @@ def default_size(name: str) -> int:
     return 64 if name == "phantom_masks" else DEFAULT_SIZE
 
 
+_FILES = ("folder", "tfds", "signals", "table")
+"""Kinds of data sets whose name is followed by a colon and a place."""
+_READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "phantom": ("size", "channels"),
+        "phantom_masks": ("size", "channels"),
+        "phantom3d": ("size", "channels"),
+        "folder": ("size", "resize", "channels"),
+        "tfds": ("size", "data_dir", "resize", "channels"),
+        "chestxray14": ("size", "data_dir", "channels"),
+        "signals": (),
+        "table": (),
+        "breast_cancer": (),
+    }
+)
+"""The options that each kind of data set reads, but for MedMNIST's, which read all."""
+
+
+def reads(name: str, option: str) -> bool:
+    """Whether the data set of this name reads an option of `DataConfig`, such as "size"."""
+    return option in _READ.get(name.partition(":")[0], (option,))
+
+
 def has_own_size(name: str) -> bool:
-    """Whether the files of a data set determine its image size if none is given."""
-    return name == "chestxray14" or ":" in name
+    """Whether the files of a data set determine its size if none is given."""
+    return name == "chestxray14" or ":" in name or not reads(name, "size")
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -122,12 +160,21 @@ def _load(config: DataConfig) -> Dataset:
     if kind == "folder":
         from inmerge_jax.data.folder import load_folder
 
+        copy = local_copy(place).expanduser()
+        if in_bucket(place) and copy.is_file():  # A CSV, whose images are beside it.
+            copy = local_copy(as_path(place).parent) / copy.name
         return load_folder(
-            local_copy(place).expanduser(),
+            copy,
             size=config.size,
             channels=config.channels,
             resize=config.resize,
         )
+    if kind == "signals":
+        return load_signals(local_copy(place).expanduser())
+    if kind == "table":
+        return load_table(local_copy(place).expanduser())
+    if config.name == "breast_cancer":
+        return load_breast_cancer()
     if kind == "tfds":
         from inmerge_jax.data.tfds import load_tfds
 
@@ -148,16 +195,20 @@ def _load(config: DataConfig) -> Dataset:
             )
         return load_chestxray14(data_dir, size=config.size)
     size = default_size(config.name) if config.size is None else config.size
-    if config.name in _GENERATED:
+    if config.name in ("phantom", "phantom_masks", "phantom3d"):
         chosen = config.phantom
-        return make_phantom(
+        make = {
+            "phantom": make_phantom,
+            "phantom_masks": partial(make_phantom, masks=True),
+            "phantom3d": make_phantom_volume,
+        }[config.name]
+        return make(
             size=size,
             train=chosen.train,
             val=chosen.val,
             test=chosen.test,
             findings=chosen.findings,
             multi_label=chosen.multi_label,
-            masks=config.name == "phantom_masks",
             difficulty=chosen.difficulty,
             seed=chosen.seed,
         )
@@ -175,24 +226,19 @@ def _load(config: DataConfig) -> Dataset:
 def _check_options(config: DataConfig) -> None:
     """Refuses options that the chosen data set does not read."""
     kind, colon, place = config.name.partition(":")
-    if kind in ("folder", "tfds"):
-        if not place:
-            raise UsageError(
-                f"`data` {config.name}: give folder:PATH, a folder or CSV, or tfds:NAME"
-            )
-    elif colon:
-        raise UsageError(f"`data` {config.name}: only folder:PATH and tfds:NAME have a colon")
+    forms = ", ".join(f"{one}:{'NAME' if one == 'tfds' else 'PATH'}" for one in _FILES)
+    if kind in _FILES and not place:
+        raise UsageError(f"`data` {config.name}: name the place, as in {forms}")
+    if colon and kind not in _FILES:
+        raise UsageError(f"`data` {config.name}: only {forms} have a colon")
     if config.size is not None and config.size < 1:
         raise UsageError(f"`size` {config.size}: choose 1 or more")
-    generated = config.name in _GENERATED
-    unread = {
-        "data_dir": (generated or kind == "folder") and config.data_dir != MEDMNIST_DIR,
-        "file": (generated or has_own_size(config.name)) and config.file is not None,
-        "resize": (generated or kind == "chestxray14") and config.resize is not None,
-    }
-    for name, given in unread.items():
-        if given:
+    for option in fields(DataConfig):
+        value = getattr(config, option.name)
+        given = option.name not in ("name", "phantom") and value != option.default
+        if given and not reads(config.name, option.name):
+            shown = "" if isinstance(value, bool) else f" {value}"
             raise UsageError(
-                f"`{name}` {getattr(config, name)} is not read for {config.name}: leave it out, "
-                "or name the data set that it is for with `data`"
+                f"`{option.name}`{shown} is not read for {config.name}: leave it out, or name the "
+                "data set that it is for with `data`"
             )

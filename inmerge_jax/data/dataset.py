@@ -110,7 +110,8 @@ class Dataset:
     """A data set of three splits, for classification or segmentation.
 
     Attributes:
-      name: name of the data set, such as "breastmnist" or "phantom".
+      name: name of the data set, such as "breastmnist" or "phantom"; part of the names of score
+        files.
       size: height and width of an image or volume in pixels, length of a signal in samples, or
         number of features of a table.
       task: one of `TASKS` (MedMNIST's names, and "segmentation").
@@ -125,6 +126,7 @@ class Dataset:
       test_names_sha256: `names_sha256` of the test images, or "" if they have no names.
       fingerprint: SHA-256 of the content, which must be equal when a run resumes; "" if the options
         determine the content.
+      features: names of the features of a table; () for other data.
     """
 
     name: str
@@ -140,8 +142,13 @@ class Dataset:
     full_counts: Mapping[str, int] | None = None
     test_names_sha256: str = ""
     fingerprint: str = ""
+    features: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if not self.name or set(self.name) & set("_@/"):  # They separate parts of file names.
+            raise ValueError(
+                f"a name is not empty, without '_', '@', '/': {self.name!r}"
+            )
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; known: {TASKS}")
         if self.task == "binary-class" and len(self.classes) != 2:

@@ -25,18 +25,18 @@ from inmerge_jax.data.images import (
     used_bits,
 )
 from inmerge_jax.data.masks import read_masks
-from inmerge_jax.data.splitting import SPLITS, add_splits, check_classes, check_training_classes
+from inmerge_jax.data.splitting import (
+    SPLIT_NAMES,
+    SPLITS,
+    add_splits,
+    check_classes,
+    check_training_classes,
+    split_named,
+)
 from inmerge_jax.errors import UsageError
 
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-_GROUPS = ("group", "patient", "patient_id", "subject", "subject_id")
+GROUPS = ("group", "patient", "patient_id", "subject", "subject_id")
+"""Names of a CSV's column of groups, in lower case."""
 _OTHER_IMAGES = (".bmp", ".dcm", ".gif", ".jp2", ".nii", ".npy", ".tif", ".tiff", ".webp")
 _SAMPLE = 64
 """Number of 16-bit images that are read to find the bits that they use."""
@@ -250,14 +250,16 @@ def _make_decoder(
 
 def _from_folders(root: Path) -> _Listing:
     if not root.is_dir():
-        raise UsageError(f"`data` folder:{root}: there is no such folder or CSV")
+        raise UsageError(
+            f"`data` folder:{root}: there is no such folder or CSV; give the path where it is now"
+        )
     folders = _folders(root)
-    if any(_SPLIT_NAMES.get(name.lower()) == "train" for name in folders):
+    if any(SPLIT_NAMES.get(name.lower()) == "train" for name in folders):
         found = list(_in_splits(root, folders))
     else:
         found = [("train", name, path) for name, path in _in_classes(root, folders)]
     found.sort(key=lambda one: one[2].relative_to(root).as_posix())
-    classes = sorted({name for _, name, _ in found}, key=_natural)
+    classes = sorted({name for _, name, _ in found}, key=natural)
     index = {name: number for number, name in enumerate(classes)}
     return _Listing(
         root,
@@ -277,7 +279,7 @@ def _folders(root: Path) -> dict[str, Path]:
 def _in_splits(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, str, Path]]:
     seen: dict[str, str] = {}
     for name, path in folders.items():
-        split = _SPLIT_NAMES.get(name.lower())
+        split = SPLIT_NAMES.get(name.lower())
         if split is None:
             raise UsageError(f"{root} has the folders train and {name}; name it val or test")
         if split in seen:
@@ -315,19 +317,19 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _natural(name: str) -> tuple[int, str]:
+def natural(name: str) -> tuple[int, str]:
     """Sorts numbers by value, before other names."""
     return (int(name), "") if name.isdecimal() else (2**63, name)
 
 
 def _from_csv(path: Path) -> _Listing:
-    columns, rows = _read_rows(path)
+    columns, rows = read_rows(path)
     if "path" not in columns:
         raise UsageError(
             f"{path} has no column path; its header is {', '.join(columns) or 'empty'}. Name the "
             "columns path, label, mask or one per label, and if you like group and split"
         )
-    groups = [name for name in columns if name.lower() in _GROUPS]
+    groups = [name for name in columns if name.lower() in GROUPS]
     if len(groups) > 1:
         raise UsageError(f"{path} has the columns {' and '.join(groups)}; keep one for the groups")
     rows.sort(key=lambda row: row["path"])
@@ -338,7 +340,7 @@ def _from_csv(path: Path) -> _Listing:
         classes, labels = (), np.zeros(len(rows), np.int32)
     elif "label" in columns:
         found = [_cell(path, row, "label") for row in rows]
-        classes = tuple(sorted(set(found), key=_natural))
+        classes = tuple(sorted(set(found), key=natural))
         index = {name: number for number, name in enumerate(classes)}
         labels = np.array([index[name] for name in found], np.int32)
     else:
@@ -348,7 +350,9 @@ def _from_csv(path: Path) -> _Listing:
         labels = np.array([[_flag(path, row, name) for name in classes] for row in rows], np.uint8)
     splits = ["train"] * len(rows)
     if "split" in columns:
-        splits = [_split(path, row) for row in rows]
+        splits = [
+            split_named(_cell(path, row, "split"), f"{path}, line {row[LINE]}") for row in rows
+        ]
     return _Listing(
         path,
         path.parent,
@@ -373,17 +377,21 @@ def _mask_paths(
     for row in rows:
         if not (path.parent / _cell(path, row, "mask")).is_file():
             raise UsageError(
-                f"{path}, line {row[_LINE]}: there is no mask {path.parent / row['mask']}"
+                f"{path}, line {row[LINE]}: there is no mask {path.parent / row['mask']}"
             )
     return tuple(row["mask"] for row in rows)
 
 
-_LINE = "\n"
+LINE = "\n"
 """Key of a row's line number, which is no column's name."""
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The names of the columns, and the rows, each with the number of its line."""
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of a CSV's columns, and its rows, each with the number of its line as `LINE`.
+
+    Raises:
+      UsageError: the file cannot be read, has no rows, or a row or the header is malformed.
+    """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
     rows: list[dict[str, Any]] = []
     try:
@@ -396,7 +404,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
                     "header"
                 )
             cells = {name: cell.strip() for name, cell in row.items()}
-            rows.append({**cells, _LINE: reader.line_num})
+            rows.append({**cells, LINE: reader.line_num})
     except csv.Error as error:
         raise UsageError(f"{path}, from line {reader.line_num} on: {error}; correct it") from error
     twice = sorted({name for name in columns if columns.count(name) > 1})
@@ -414,16 +422,16 @@ def _check_paths(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         name = os.path.normpath(path.parent / _cell(path, row, "path"))
         if name in seen:
             raise UsageError(
-                f"{path}, line {row[_LINE]}: {row['path']} is in line {seen[name]} too; remove one"
+                f"{path}, line {row[LINE]}: {row['path']} is in line {seen[name]} too; remove one"
             )
-        seen[name] = row[_LINE]
+        seen[name] = row[LINE]
         if not Path(name).is_file():
-            raise UsageError(f"{path}, line {row[_LINE]}: there is no image {name}")
+            raise UsageError(f"{path}, line {row[LINE]}: there is no image {name}")
 
 
 def _cell(path: Path, row: dict[str, Any], column: str) -> str:
     if not row[column]:
-        raise UsageError(f"{path}, line {row[_LINE]}: the {column} of {row['path']} is missing")
+        raise UsageError(f"{path}, line {row[LINE]}: the {column} of {row['path']} is missing")
     return row[column]
 
 
@@ -431,14 +439,7 @@ def _flag(path: Path, row: dict[str, Any], column: str) -> int:
     value = _cell(path, row, column)
     if value not in ("0", "1", "0.0", "1.0"):
         raise UsageError(
-            f"{path}, line {row[_LINE]}: {column} is {value!r}; without a column label, every "
+            f"{path}, line {row[LINE]}: {column} is {value!r}; without a column label, every "
             "column but path, group and split holds 0 or 1. Correct or remove it"
         )
     return int(value[0])
-
-
-def _split(path: Path, row: dict[str, Any]) -> str:
-    value = _cell(path, row, "split")
-    if value.lower() not in _SPLIT_NAMES:
-        raise UsageError(f"{path}, line {row[_LINE]}: split {value!r}; choose train, val or test")
-    return _SPLIT_NAMES[value.lower()]

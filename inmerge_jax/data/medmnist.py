@@ -23,7 +23,7 @@ MEDMNIST_DIR = Path("~/.medmnist")
 _ADDRESS = "https://zenodo.org/records/10519652/files"
 SIZES, SIZES_3D = (28, 64, 128, 224), (28, 64)
 SPLITS = ("train", "val", "test")
-_OTHERS = ("phantom", "phantom_masks", "chestxray14")
+_OTHERS = ("phantom", "phantom_masks", "phantom3d", "breast_cancer", "chestxray14")
 
 
 def load_medmnist(
@@ -184,8 +184,8 @@ def _subset_info(name: str) -> dict[str, Any]:
     close = difflib.get_close_matches(name.lower(), (*names, *_OTHERS), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     raise UsageError(
-        f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}, folder:PATH "
-        "and tfds:NAME"
+        f"unknown data set {name!r}: {guess}There are {', '.join((*_OTHERS, *names))}, "
+        "folder:PATH, tfds:NAME, signals:FILE and table:FILE"
     )
 
 

@@ -22,7 +22,7 @@ EASIEST, HARDEST = 0.25, 4.0
 _SPLITS = ("train", "val", "test")
 # Pixels rendered at once: few enough for the intermediate arrays to stay in the cache.
 _CHUNK_PIXELS = 200_000
-_PREVALENCE = 0.3
+PREVALENCE = 0.3
 
 
 class _Randomness(NamedTuple):
@@ -70,7 +70,7 @@ def make_phantom(
       seed: random seed, at least 0.
 
     Returns:
-      The data set "phantom", or "phantom_masks", images uint8 (n, size, size, 1). With one finding
+      The data set "phantom", or "phantom-masks", images uint8 (n, size, size, 1). With one finding
       and without `multi_label` the task is binary-class.
 
     Raises:
@@ -78,7 +78,7 @@ def make_phantom(
         and `masks` are given.
     """
     counts = {"train": train, "val": val, "test": test}
-    _check(size, counts, findings, difficulty, seed)
+    check_phantom(size, counts, findings, difficulty, seed)
     if masks and multi_label:
         raise UsageError(
             "`multi_label` is for labels of images; phantom_masks has masks: leave it out"
@@ -103,7 +103,7 @@ def make_phantom(
     if masks:
         task, classes = "segmentation", ORGANS
     return Dataset(
-        name="phantom_masks" if masks else "phantom",
+        name="phantom-masks" if masks else "phantom",
         size=size,
         task=task,
         classes=classes,
@@ -134,7 +134,7 @@ def _make_split(
         random = _draw(key, rows, size)
         present = np.zeros((len(random.labels), len(FINDINGS)), bool)
         if multi_label:
-            labels[rows] = random.labels[:, columns] < _PREVALENCE
+            labels[rows] = random.labels[:, columns] < PREVALENCE
             present[:, columns] = labels[rows]
         else:
             labels[rows] = (random.labels[:, -1] * (len(findings) + 1)).astype(np.int32)
@@ -165,14 +165,19 @@ def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:
     )
 
 
-def _check(
+def check_phantom(
     size: int, counts: dict[str, int], findings: tuple[str, ...], difficulty: float, seed: int
 ) -> None:
+    """Checks the arguments of a phantom, of images or volumes.
+
+    Raises:
+      UsageError: a number is out of range, or a finding is unknown or repeated.
+    """
     if size < SMALLEST:
-        raise UsageError(f"`size` {size}: the phantom needs at least {SMALLEST} px")
+        raise UsageError(f"`size` {size}: the phantom needs at least {SMALLEST}")
     for split, count in counts.items():
         if count < 1:
-            raise UsageError(f"`{split}` {count}: a split needs 1 image or more")
+            raise UsageError(f"`{split}` {count}: a split needs 1 example or more")
     known = ", ".join(FINDINGS)
     if not findings:
         raise UsageError(f"`findings` is empty: name at least one of {known}")

@@ -9,37 +9,57 @@ import numpy as np
 from inmerge_jax.errors import UsageError
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+"""What users call the splits, in lower case."""
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 """Shares of the groups; those of the splits that are missing are taken from the training set."""
+
+
+def split_named(name: str, where: str) -> str:
+    """The split that `name` stands for.
+
+    Raises:
+      UsageError: none; the message begins with `where`.
+    """
+    if name.lower() not in SPLIT_NAMES:
+        raise UsageError(f"{where}: split {name!r}; choose train, val or test")
+    return SPLIT_NAMES[name.lower()]
 
 
 def add_splits(
     splits: np.ndarray, labels: np.ndarray, keys: Sequence[str], source: str
 ) -> np.ndarray:
-    """Moves part of the training set to the splits that have no image.
+    """Moves part of the training set to the splits that have no example.
 
     Groups stay together. Each counts for its rarest label. The groups of a label are ordered by a
-    hash of their key, so the result depends neither on the order of the images nor on the machine.
+    hash of their key, so the result depends neither on the examples' order nor on the machine.
     Each split gets at least one of three or more groups.
 
     Args:
       splits: n names of `SPLITS`.
       labels: int (n,) classes, or 0 and 1 (n, k).
-      keys: n keys; images with the same key are one group.
-      source: origin of the images, for errors.
+      keys: n keys; examples with the same key are one group.
+      source: origin of the examples, for errors.
 
     Returns:
       n names of splits.
 
     Raises:
-      UsageError: a group is in two splits, or the images are too few for all splits.
+      UsageError: a group is in two splits, or the examples are too few for all splits.
     """
     splits = np.asarray(splits, "<U5")
     names, group = np.unique(np.asarray(keys, str), return_inverse=True)
     _check_groups(splits, names, group, source)
     missing = [name for name in SPLITS if not np.any(splits == name)]
     if "train" in missing:
-        raise UsageError(f"{source}: there is no training image")
+        raise UsageError(f"{source}: there is no training example")
     stratum = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(stratum, group, _rarity(labels))
     total = sum(SHARES[name] for name in ("train", *missing))
@@ -58,14 +78,14 @@ def add_splits(
     absent = [name for name in SPLITS if not np.any(splits == name)]
     if absent:
         raise UsageError(
-            f"{source}: {len(splits)} images in {len(names)} groups are too few to leave some for "
-            f"{' and '.join(absent)}; give more images, or assign them to splits"
+            f"{source}: {len(splits)} examples in {len(names)} groups are too few to leave some "
+            f"for {' and '.join(absent)}; give more examples, or assign them to splits"
         )
     return splits
 
 
 def _rarity(labels: np.ndarray) -> np.ndarray:
-    """The rank of each image's rarest label, int64 (n,): 0 for the rarest; k for no label."""
+    """The rank of each example's rarest label, int64 (n,): 0 for the rarest; k for no label."""
     counts = np.bincount(labels) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
     order = np.argsort(counts, kind="stable")
     if labels.ndim == 1:
@@ -87,7 +107,7 @@ def _check_groups(splits: np.ndarray, names: np.ndarray, group: np.ndarray, sour
 
 
 def check_classes(classes: Sequence[str], labels: np.ndarray, source: str) -> None:
-    """Checks that there are classes, an image of each, and no fewer images than classes.
+    """Checks that there are classes, an example of each, and no fewer examples than classes.
 
     Raises:
       UsageError: see above.
@@ -96,17 +116,17 @@ def check_classes(classes: Sequence[str], labels: np.ndarray, source: str) -> No
         raise UsageError(f"{source}: there is only the class {classes[0]}; give two or more")
     if len(labels) < len(classes):
         raise UsageError(
-            f"{source}: {len(labels)} images are fewer than the {len(classes)} classes"
+            f"{source}: {len(labels)} examples are fewer than the {len(classes)} classes"
         )
     if labels.ndim == 2 and not labels.any(0).all():
         empty = classes[int(labels.any(0).argmin())]
-        raise UsageError(f"{source}: no image has the label {empty}; remove its column")
+        raise UsageError(f"{source}: no example has the label {empty}; remove its column")
 
 
 def check_training_classes(
     classes: Sequence[str], labels: np.ndarray, splits: np.ndarray, source: str
 ) -> None:
-    """Checks that each class of a single label has a training image.
+    """Checks that each class of a single label has a training example.
 
     Raises:
       UsageError: a class has none.
@@ -116,6 +136,6 @@ def check_training_classes(
     empty = sorted(set(range(len(classes))) - set(labels[splits == "train"].tolist()))
     if empty:
         raise UsageError(
-            f"{source}: the class {classes[empty[0]]} has no training image; add one, or remove "
+            f"{source}: the class {classes[empty[0]]} has no training example; add one, or remove "
             "the class"
         )

@@ -21,15 +21,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.models import create_model
+from inmerge_jax.models import family
 from inmerge_jax.models.torch_layout import (
     Entries,
     Names,
+    check_counterpart,
+    is_r3d,
+    join_attention,
+    split_attention,
     to_ours,
     to_torch,
     torch_entries,
     torch_shape,
 )
+from inmerge_jax.models.vit import ViT
 from inmerge_jax.models.weight_files import (
     as_float32,
     read_state_dict,
@@ -62,7 +67,8 @@ class LoadReport:
       misshapen: entries of another shape, such as "conv1.weight: (64, 3, 7, 7) found, (64, 3, 3, 3)
         expected"; for the first convolution with the argument that would make it fit.
       share: loaded share of the convolution weights, by number of elements, in [0, 1]. It is that
-        of the network's, or of the state dict's if these are more, as in a deeper network's.
+        of the network's, or of the state dict's if these are more, as in a deeper network's. Of a
+        Vision Transformer, dense layers count too, but for the last.
     """
 
     loaded: int
@@ -91,12 +97,13 @@ def from_state_dict(
     Every entry must be there and fit; `match_state_dict` takes the layers that fit.
 
     Args:
-      name: one of `model_names()`.
+      name: a ResNet, DenseNet, VGG or Vision Transformer of `model_names()`.
       state_dict: of torchvision's network of that name, in its present or its oldest spelling, or
-        in timm's; of such a network with the small stem, whose VGG has one layer "classifier"; or
-        of the MedMNIST v2 benchmark's ResNet. Wrappers such as {"net": ...} and prefixes such as
-        "module." are removed. Values are PyTorch tensors or arrays; they are copied, and other
-        floating-point types are made float32.
+        in timm's; of `r3d_18` for "resnet18"; of such a network with the small stem, whose VGG has
+        one layer "classifier"; of a ResNet with 1-D or 3-D convolutions; or of the MedMNIST v2
+        benchmark's ResNet. Wrappers such as {"net": ...} and prefixes such as "module." are
+        removed. Values are PyTorch tensors or arrays; they are copied, and other floating-point
+        types are made float32.
       stem: "small" or "imagenet"; None for the stem of the state dict.
       num_classes: number of logits; None for the state dict's.
       channels: of the images; None for the state dict's.
@@ -111,14 +118,15 @@ def from_state_dict(
         of a dtype that is not floating-point.
     """
     given = _read(name, state_dict)
+    spatial = _spatial_of(name, given.shapes)
     if stem is None:
         stem = _stem_of(name, given.shapes)
-    first, head = _first_and_head(name, stem)
+    first, head = _first_and_head(name, stem, spatial)
     if num_classes is None:
         num_classes = (*given.shapes.get(f"{head}.weight", ()), 1)[0]
     if channels is None:
         channels = (*given.shapes.get(f"{first}.weight", ()), 3, 3)[1]
-    _, entries = torch_entries(name, num_classes, stem, channels, width)
+    _, entries = torch_entries(name, num_classes, stem, channels, width, spatial=spatial)
     missing, surplus, misshapen = _differences(given, entries, first)
     if missing or surplus or misshapen:
         remedy = "name the network, stem and width that it is of"
@@ -143,6 +151,7 @@ def match_state_dict(
     num_classes: int,
     channels: int,
     key: jax.Array,
+    spatial: tuple[int, ...] = (32, 32),
     width: float = 1.0,
     replace_head: bool = False,
     min_match: float = 0.9,
@@ -159,6 +168,8 @@ def match_state_dict(
       num_classes: number of logits.
       channels: of the images.
       key: random key; initialized layers have the values that `model.init` gives them.
+      spatial: size of an example: (height, width), with a depth before them for volumes, or (time,)
+        for signals. A Vision Transformer has one position per patch of it.
       width: as in `create_model`.
       replace_head: initialize the last layer, even if the state dict's fits.
       min_match: lowest accepted `LoadReport.share`.
@@ -168,21 +179,27 @@ def match_state_dict(
         entry that fits has a dtype that is not floating-point.
     """
     given = _read(name, state_dict)
-    init, entries = torch_entries(name, num_classes, stem, channels, width)
-    first, head = _first_and_head(name, stem)
+    init, entries = torch_entries(name, num_classes, stem, channels, width, spatial=spatial)
+    first, head = _first_and_head(name, stem, spatial)
     missing, surplus, misshapen = _differences(given, entries, first)
     fits = [entry for entry in entries if entry not in misshapen and entry in given.shapes]
     # A bias or a running mean is of no use without its layer's weight.
     layers = {_layer(entry) for entry in fits if entry.endswith(".weight")}
+    layers |= {_layer(entry) for entry in fits if entry in ("class_token", _POSITIONS)}
     if replace_head:
         layers.discard(head)
     if first not in layers:
-        layers.discard(_NORM_OF_FIRST[first])
+        layers.discard(_NORM_OF_FIRST.get(first, ""))
     loaded = {entry: entries[entry] for entry in fits if _layer(entry) in layers}
     initialized = [entry for entry in entries if entry not in loaded]
 
-    sizes = {entry: math.prod(leaf.shape) for entry, (_, leaf) in entries.items() if leaf.ndim == 4}
-    total = max(sum(sizes.values()), _convolution_weights(given, sizes))
+    least = 2 if family(name) is ViT else 2 + len(spatial)
+    sizes = {
+        entry: math.prod(leaf.shape)
+        for entry, (_, leaf) in entries.items()
+        if entry.endswith(".weight") and leaf.ndim >= least and _layer(entry) != head
+    }
+    total = max(sum(sizes.values()), _compared_weights(given, sizes, least))
     share = sum(size for entry, size in sizes.items() if entry in loaded) / total
     if share < min_match:
         raise _refusal(
@@ -203,7 +220,7 @@ def match_state_dict(
     leaves = _arrays(given, loaded)
     if initialized:
         paths = [entries[entry][0] for entry in initialized]
-        leaves |= _drawn(init, key, (1, 32, 32, channels), paths)
+        leaves |= _drawn(init, key, (1, *spatial, channels), paths)
     return unflatten_dict({path: leaves[path] for path, _ in entries.values()}), report
 
 
@@ -228,13 +245,13 @@ def to_state_dict(
         the benchmark's names for what it does not have.
     """
     leaves = flatten_dict(variables)
-    stem = _stem_of_ours(name, leaves)
+    stem, spatial = _stem_of_ours(name, leaves), _spatial_of_ours(name, leaves)
     if names == "medmnist" and not (name.startswith("resnet") and stem == "small"):
         raise UsageError(
             f"{name} with the {stem} stem has no names in the MedMNIST benchmark, whose networks "
             "are ResNets with the small stem; take torchvision's names"
         )
-    entries = torch_entries(name, 1, stem, 3, 1 / 64, names)[1]
+    entries = torch_entries(name, 1, stem, 3, 1 / 64, names, spatial)[1]
     expected = {path: "/".join(path) for path, _ in entries.values()}
     missing = [text for path, text in expected.items() if path not in leaves]
     surplus = ["/".join(path) for path in leaves if path not in expected]
@@ -250,35 +267,67 @@ def to_state_dict(
         state_dict[key] = to_torch(path, np.asarray(leaves[path], np.float32))
         if key.endswith(".running_var"):
             state_dict[key.replace("running_var", _TRACKED)] = np.zeros((), np.int64)
-    return state_dict
+    return join_attention(state_dict)
 
 
 # ---- the network's ends
 
-_NORM_OF_FIRST = {"features.0": "features.1", "features.conv0": "features.norm0", "conv1": "bn1"}
+_NORM_OF_FIRST = {
+    "features.0": "features.1",
+    "features.conv0": "features.norm0",
+    "conv1": "bn1",
+    "stem.0": "stem.1",
+}
 """PyTorch's name of the first convolution to that of its normalisation, if it has one."""
 
+_POSITIONS = "encoder.pos_embedding"
+_VOLUME, _IMAGE, _SIGNAL = (32, 32, 32), (32, 32), (32,)
 
-def _first_and_head(name: str, stem: str) -> tuple[str, str]:
+
+def _first_and_head(name: str, stem: str, spatial: tuple[int, ...]) -> tuple[str, str]:
     """PyTorch's names of the first convolution and of the last layer."""
+    if family(name) is ViT:
+        return "conv_proj", "heads.head"
     if name.startswith("vgg"):
         return "features.0", "classifier.6" if stem == "imagenet" else "classifier"
-    return ("features.conv0", "classifier") if name.startswith("densenet") else ("conv1", "fc")
+    if name.startswith("densenet"):
+        return "features.conv0", "classifier"
+    return "stem.0" if is_r3d(name, stem, spatial) else "conv1", "fc"
 
 
 def _stem_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if family(name) is ViT:
+        return "small"
     if name.startswith("vgg"):
         return "small" if "classifier.weight" in shapes else "imagenet"
     first = "features.conv0" if name.startswith("densenet") else "conv1"
-    return "small" if shapes.get(f"{first}.weight", ())[2:] == (3, 3) else "imagenet"
+    return "small" if set(shapes.get(f"{first}.weight", ())[2:]) == {3} else "imagenet"
+
+
+def _spatial_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """A size of examples that the network of a state dict reads, see `match_state_dict`."""
+    if family(name) is ViT:
+        tokens = (*shapes.get(_POSITIONS, ()), 0, 0)[1] - 1
+        patch = (*shapes.get("conv_proj.weight", ()), 4)[2:][0]
+        return (math.isqrt(max(tokens, 1)) * patch,) * 2
+    axes = {len(shape) - 2 for entry, shape in shapes.items() if entry.endswith("conv1.weight")}
+    axes |= {len(shape) - 2 for entry, shape in shapes.items() if entry == "stem.0.weight"}
+    return {3: _VOLUME, 1: _SIGNAL}.get(max(axes, default=2), _IMAGE)
 
 
 def _stem_of_ours(name: str, leaves: Mapping[tuple[str, ...], Any]) -> str:
+    if family(name) is ViT:
+        return "small"
     if name.startswith("vgg"):
         return "small" if ("params", "fc", "kernel") in leaves else "imagenet"
     first = "conv0" if name.startswith("densenet") else "conv1"
     stem = leaves.get(("params", first, "kernel"))
-    return "small" if np.shape(stem)[:2] == (3, 3) else "imagenet"
+    return "small" if set(np.shape(stem)[:-2]) == {3} else "imagenet"
+
+
+def _spatial_of_ours(name: str, leaves: Mapping[tuple[str, ...], Any]) -> tuple[int, ...]:
+    axes = np.ndim(leaves.get(("params", "conv1", "kernel"), np.zeros((1,) * 4))) - 2
+    return {3: _VOLUME, 1: _SIGNAL}.get(axes, _IMAGE) if name.startswith("resnet") else _IMAGE
 
 
 def _layer(entry: str) -> str:
@@ -288,12 +337,29 @@ def _layer(entry: str) -> str:
 # ---- other people's state dicts
 
 _ANCHORS = {
-    "resnet": "layer1.0.conv1.weight",
-    "densenet": "features.denseblock1.denselayer1.conv1.weight",
-    "vgg": "features.0.weight",
+    "resnet": ("layer1.0.conv1.weight", "layer1.0.conv1.0.weight"),
+    "densenet": ("features.denseblock1.denselayer1.conv1.weight",),
+    "vgg": ("features.0.weight",),
+    "vit": ("encoder.layers.encoder_layer_0.ln_1.weight", "blocks.0.norm1.weight"),
 }
-"""An entry that every network of a family has; what precedes it is a prefix."""
+"""Entries of which every network of a family has one; what precedes it is a prefix."""
 _RENAMED = {
+    "vit": {  # timm, and torchvision's oldest spelling
+        r"^cls_token$": "class_token",
+        r"^pos_embed$": _POSITIONS,
+        r"^patch_embed\.proj\.": "conv_proj.",
+        r"^blocks\.(\d+)\.norm(\d)\.": r"encoder.layers.encoder_layer_\1.ln_\2.",
+        r"^blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.encoder_layer_\1.self_attention.in_proj_",
+        r"^blocks\.(\d+)\.attn\.proj\.": (
+            r"encoder.layers.encoder_layer_\1.self_attention.out_proj."
+        ),
+        r"^blocks\.(\d+)\.mlp\.fc1\.": r"encoder.layers.encoder_layer_\1.mlp.0.",
+        r"^blocks\.(\d+)\.mlp\.fc2\.": r"encoder.layers.encoder_layer_\1.mlp.3.",
+        r"\.mlp\.linear_1\.": ".mlp.0.",
+        r"\.mlp\.linear_2\.": ".mlp.3.",
+        r"^norm\.": "encoder.ln.",
+        r"^head\.": "heads.head.",
+    },
     "resnet": {r"^linear\.": "fc.", r"\.shortcut\.": ".downsample."},  # the MedMNIST benchmark
     "vgg": {  # timm
         r"^pre_logits\.fc1\.": "classifier.0.",
@@ -321,8 +387,8 @@ class _Given(NamedTuple):
 
 def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
     """Finds a network's entries in a state dict, whatever it is wrapped in and prefixed by."""
-    create_model(name, 1)  # checks the name
-    family = name.rstrip("0123456789bn_")
+    check_counterpart(name)
+    kind = next(kind for kind in _ANCHORS if name.startswith(kind))
     # DataParallel and torch.compile wrap modules at any place. torchvision's DenseNet files still
     # spell norm1 as norm.1.
     values = unwrapped(state_dict)
@@ -332,9 +398,8 @@ def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
         for key, new in plain.items()
     }
     prefix, start = "", ""
-    anchor = _ANCHORS[family]
-    # The second: `model.features.state_dict()`.
-    for added in ("", "features."):
+    # With the second, `model.features.state_dict()`.
+    for anchor, added in itertools.product(_ANCHORS[kind], ("", "features.")):
         end = anchor.removeprefix(added)
         found = [key for key in plain.values() if f".{key}".endswith(f".{end}")]
         if found:
@@ -344,15 +409,18 @@ def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
     for key, new in plain.items():
         if new.startswith(prefix):
             new = start + new.removeprefix(prefix)
-            for pattern, replacement in _RENAMED.get(family, {}).items():
+            for pattern, replacement in _RENAMED.get(kind, {}).items():
                 new = re.sub(pattern, replacement, new)
             names[new] = key
-    shapes = {new: tuple(np.shape(values[key])) for new, key in names.items()}
+    others = tuple(key for key, new in plain.items() if not new.startswith(prefix))
+    found = split_attention({new: values[key] for new, key in names.items()})
+    fused = {new: re.sub(r"\.(?:query|key|value)\.(\w+)$", r".in_proj_\1", new) for new in found}
+    names = {new: names[new if new in names else fused[new]] for new in found}
+    shapes = {new: tuple(np.shape(value)) for new, value in found.items()}
     for new, shape in shapes.items():
         if len(shape) == 4 and new.startswith("classifier."):
             shapes[new] = (shape[0], math.prod(shape[1:]))  # timm's linear layers are convolutions
-    others = tuple(key for key, new in plain.items() if not new.startswith(prefix))
-    return _Given({new: values[key] for new, key in names.items()}, names, shapes, others)
+    return _Given(found, names, shapes, others)
 
 
 def _differences(
@@ -367,8 +435,8 @@ def _differences(
         and not (entry.endswith(_TRACKED) and f"{_layer(entry)}.running_var" in entries)
     ]
     misshapen = {}
-    for entry, (_, leaf) in entries.items():
-        found, expected = given.shapes.get(entry), torch_shape(leaf.shape)
+    for entry, (path, leaf) in entries.items():
+        found, expected = given.shapes.get(entry), torch_shape(path, leaf.shape)
         if found not in (None, expected):
             misshapen[entry] = f"{given.names[entry]}: {found} found, {expected} expected"
             if entry == f"{first}.weight":
@@ -387,16 +455,19 @@ def _remedy(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return f"; it would fit with {' and '.join(arguments)}" if arguments else ""
 
 
-def _convolution_weights(given: _Given, convolutions: Iterable[str]) -> int:
-    """Number of elements of all convolutions in those parts of a network that have some of ours.
+def _compared_weights(given: _Given, ours: Iterable[str], least: int) -> int:
+    """Number of elements of all weights in those parts of a network that have some of ours.
 
-    A deeper network's state dict has more of them in the same parts.
+    A deeper network's state dict has more of them in the same parts. Only weights with `least` axes
+    or more count.
     """
-    parts = {entry.partition(".")[0] for entry in convolutions}
+    parts = {entry.partition(".")[0] for entry in ours}
     return sum(
         math.prod(shape)
         for entry, shape in given.shapes.items()
-        if len(shape) == 4 and entry.partition(".")[0] in parts
+        if len(shape) >= least
+        and entry.partition(".")[0] in parts
+        and entry not in ("class_token", _POSITIONS)
     )
 
 

@@ -43,7 +43,7 @@ def counts(values: tuple[int, ...]) -> str:
     return " ".join(f"{value:,}" for value in values)
 
 
-def describe_images(images: int, patients: np.ndarray | None) -> str:
-    """Number of test images, and of their patients where these are known."""
-    text = f"{images:,} test images"
+def describe_test(count: int, examples: str, patients: np.ndarray | None) -> str:
+    """Number of test examples, such as "images", and of their patients where these are known."""
+    text = f"{count:,} test {examples}"
     return text if patients is None else f"{text} of {len(np.unique(patients)):,} patients"

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from inmerge_jax.files import write_text
+from inmerge_jax.modality import SIZE_UNITS
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
 from inmerge_jax.training.metrics import METRICS
@@ -51,7 +52,10 @@ def render(run: Run) -> str:
         report=tables.make_report(run),
         facts=facts(run),
         warnings=warnings(run),
+        modality=run.modality,
+        examples=run.examples,
         samples=samples(run),
+        signals=plots.signal_plots(run),
         curves=plots.training_plots(run),
         merges=plots.merge_plots(run),
         similarity=plots.similarity_plots(run),
@@ -75,8 +79,10 @@ def facts(run: Run) -> list[str]:
     counts = run.dataset.get("counts") or {}
     model, seconds = run.results.get("model") or {}, run.results.get("seconds")
     found = [
-        " / ".join(f"{counts[split]:,} {split}" for split in counts) + " images" if counts else "",
-        f"{run.dataset['size']} px" if "size" in run.dataset else "",
+        " / ".join(f"{counts[split]:,} {split}" for split in counts) + f" {run.examples}"
+        if counts
+        else "",
+        f"{run.dataset['size']} {SIZE_UNITS[run.modality]}" if "size" in run.dataset else "",
         run.dataset.get("task", ""),
         model.get("name", "") + (f" width {model['width']}" if model.get("width", 1) != 1 else ""),
         f"seeds {', '.join(map(str, run.seeds))}",
@@ -101,8 +107,8 @@ def warnings(run: Run) -> list[str]:
 
 
 def samples(run: Run) -> list[tuple[str, str]]:
-    """(label, PNG data URI) of each sample image."""
-    if run.samples is None:
+    """(label, PNG data URI) of each sample image, or middle slice of a sample volume."""
+    if run.samples is None or run.modality == "signal":
         return []
     images, names = run.samples["images"], run.samples["names"]
     return [(str(name), _png(image)) for image, name in zip(images, names, strict=True)]
@@ -123,7 +129,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _png(image: np.ndarray) -> str:
-    pixels = np.asarray(plots.middle(image, 3), np.uint8)
+    pixels = np.asarray(image, np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -131,6 +131,20 @@ def similarity_plots(run: Run) -> list[Plot]:
     return plots
 
 
+def signal_plots(run: Run) -> list[Plot]:
+    """The sample signals of each class; none for other data."""
+    if run.samples is None or run.modality != "signal":
+        return []
+    signals, names = run.samples["images"], run.samples["names"]
+    plots = []
+    for name in dict.fromkeys(names.tolist()):
+        chosen = signals[names == name]
+        many = f", {signals.shape[-1]} channels each" if signals.shape[-1] > 1 else ""
+        draw = partial(_signals, signals=chosen, name=name)
+        plots.append(make_plot(draw, f"{len(chosen)} of the class{many}.", f"Signals: {name}"))
+    return plots
+
+
 def roc_plots(run: Run) -> list[Plot]:
     """ROC curves of the arms on the test split, one panel per class and a line per seed."""
     labels, task = run.test_labels, run.dataset.get("task", "")
@@ -143,7 +157,7 @@ def roc_plots(run: Run) -> list[Plot]:
     for of_class in zip(*columns, strict=True):
         index, positive, _ = of_class[0]
         name = str(names[index]) if index < len(names) else f"class {index}"
-        caption = f"{positive.sum()} of {positive.size} test images have this label."
+        caption = f"{positive.sum()} of {positive.size} test {run.examples} have this label."
         if not 0 < positive.sum() < positive.size:
             caption = f"No curve: {caption}"
         lines = {key: column[1:] for key, column in zip(fitting, of_class, strict=True)}
@@ -167,16 +181,6 @@ def outline_plots(run: Run) -> list[Plot]:
         draw = partial(_outlines, image=image, true=true[row], found=found["masks"][row])
         plots.append(make_plot(draw, caption, f"Test image {row}", (3.6, 3.6)))
     return plots
-
-
-def middle(array: np.ndarray, ndim: int) -> np.ndarray:
-    """The middle slice along the depth of a volume or mask; others unchanged.
-
-    Args:
-      array: image, mask or volume.
-      ndim: number of axes of an image or mask without depth.
-    """
-    return array[len(array) // 2] if array.ndim > ndim else array
 
 
 def make_plot(
@@ -290,6 +294,12 @@ def _mean_over_seeds(
     return np.mean([[value(layer) for layer in layers] for layers in stages], axis=0)
 
 
+def _signals(axes: Axes, signals: np.ndarray, name: str) -> None:
+    for signal in signals:
+        axes.plot(signal, color=COLOURS["finetune"], lw=1, alpha=0.6)
+    _finish(axes, name, "sample", "value", legend=False)
+
+
 def _bands(axes: Axes, run: Run, arm: str) -> None:
     for when, colour, style in (("before", BEFORE, "--"), ("after", COLOURS[arm], "-")):
         low, middle, high, top = (
@@ -358,10 +368,10 @@ def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]])
 
 
 def _outlines(axes: Axes, image: np.ndarray, true: np.ndarray, found: np.ndarray) -> None:
-    image, true, found = middle(image, 3), middle(true, 2), middle(found, 2)
     axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
     lines = ((true, BEFORE, "solid"), (found, COLOURS["inmerge"], "dashed"))
     for mask, colour, style in lines:
+        mask = mask[len(mask) // 2] if mask.ndim == 3 else mask  # Of volumes, the middle slice.
         for index in set(mask.ravel().tolist()) - {0}:
             axes.contour(mask == index, [0.5], colors=colour, linestyles=style, linewidths=1.6)
     axes.set_axis_off()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inmerge_jax.reporting.formatting import describe_images
+from inmerge_jax.reporting.formatting import describe_test
 from inmerge_jax.reporting.published import (
     CHESTXRAY14,
     PublishedFindings,
@@ -77,7 +77,7 @@ def rank_findings(run: Run, resamples: int = RESAMPLES) -> Ranking | None:
     notes = [_comparability(run, comparable)]
     how = "n/a, the run folder lacks test labels or score files"
     if run.scored:
-        images = describe_images(run.dataset["counts"]["test"], run.test_patients)
+        images = describe_test(run.dataset["counts"]["test"], run.examples, run.test_patients)
         how = f"percentiles of {resamples:,} bootstrap resamples of the {images}"
     among = ", ".join(("the arms", *(row.label for row in comparable)))
     notes += [f"AUROC intervals: {how}.", f"Ranks: among {among}, by the mean over seeds."]

@@ -13,6 +13,7 @@ import numpy as np
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
+from inmerge_jax.modality import EXAMPLES, Modality
 from inmerge_jax.training.mask_metrics import read_masks
 from inmerge_jax.training.metrics import metric_names, read_scores
 
@@ -53,7 +54,7 @@ class Run:
         lost = [f"{arm}, seed {seed}" for (seed, arm), path in scores if not path.is_file()]
         if lost:
             kind = "predicted test masks" if self.segmentation else "test scores"
-            found.append(f"no {kind} of {'; '.join(lost)}, so no margin over test images")
+            found.append(f"no {kind} of {'; '.join(lost)}, so no margin over test {self.examples}")
         return found
 
     @property
@@ -82,6 +83,16 @@ class Run:
     def metrics(self) -> tuple[str, str]:
         """Names of the metrics of the results, the main one first."""
         return metric_names(self.dataset.get("task", ""))
+
+    @property
+    def modality(self) -> Modality:
+        """What the examples are."""
+        return self.dataset.get("modality", "image")
+
+    @property
+    def examples(self) -> str:
+        """What several examples are called, such as "images"."""
+        return EXAMPLES[self.modality]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -178,7 +189,10 @@ class Run:
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
-        """Images, labels and names of `samples.npz`; None where it is missing."""
+        """Examples ("images"), labels and names of `samples.npz`; None where it is missing.
+
+        Of volumes, the middle slice; a table has none.
+        """
         return self._optional("samples.npz", self._read_arrays)
 
     def _read_arrays(self, path: Path) -> dict[str, np.ndarray]:

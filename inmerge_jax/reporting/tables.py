@@ -13,7 +13,7 @@ from rich.text import Text
 from inmerge_jax.reporting.formatting import (
     MINUS,
     counts,
-    describe_images,
+    describe_test,
     interval,
     mean_sd,
     plain,
@@ -122,10 +122,10 @@ def summary_notes(run: Run, summary: Summary) -> list[str]:
         files = "predicted masks" if run.segmentation else "score files"
         margin = f"n/a, the run folder lacks test labels or {files}."
         if sampling is not None:
-            images = describe_images(len(run.test_labels), run.test_patients)
+            tested = describe_test(len(run.test_labels), run.examples, run.test_patients)
             source = "" if run.segmentation else " (AUC: DeLong et al. 1988)"
             margin = (
-                f"1.96 paired standard errors over the {images}{source}; the standard error of one "
+                f"1.96 paired standard errors over the {tested}{source}; the standard error of one "
                 f"arm's {METRICS[main]} is {plain(sampling.standard_error[main])}."
             )
         notes.append(f"Margin: {margin}")

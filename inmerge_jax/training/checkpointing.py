@@ -59,10 +59,12 @@ def save_checkpoint(
     keep: Collection[int] | None = None,
     checksums: bool = True,
 ) -> Path:
-    """Writes a checkpoint to `folder/<epoch>`, replacing an existing one; returns that path.
+    """Writes a checkpoint to `folder/<epoch>` and returns that path.
 
     A crash or a power failure leaves a complete checkpoint, or one without a manifest, which
-    counts as absent. Only one process may write at a time.
+    counts as absent. One that exists is deleted first, because Orbax writes no epoch twice; the
+    trainer only replaces one that is damaged or incomplete, or of a stage that starts again. Only
+    one process may write at a time.
 
     Args:
       folder: folder of the checkpoints; created if missing.

@@ -36,6 +36,11 @@ def _optional(metavar: str) -> Any:
 _FLAG = arg(help_behavior_hint="")
 
 
+def _negated(help: str) -> Any:
+    """An option --no-NAME, whose help says what it turns off."""
+    return arg(help=help, help_behavior_hint="")
+
+
 @dataclass(frozen=True)
 class PhantomOptions(PhantomConfig):
     """`PhantomConfig` for the command line."""
@@ -57,8 +62,9 @@ class DataOptions(DataConfig):
     """`DataConfig` for the command line.
 
     Attributes:
-      name: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a folder
-        per class, or a CSV), tfds:NAME, or chestxray14 (see inmerge data --help).
+      name: Images: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a
+        folder per class, or a CSV), tfds:NAME, chestxray14 (see inmerge data --help). Volumes:
+        phantom3d, organmnist3d, ... Signals: signals:FILE. Tables: table:FILE, breast_cancer.
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
@@ -67,7 +73,7 @@ class DataOptions(DataConfig):
     ] = None
     data_dir: Annotated[Path, arg(metavar="FOLDER")] = MEDMNIST_DIR
     file: Annotated[Path | None, _optional("FILE")] = None
-    download: Annotated[bool, _FLAG] = True
+    download: Annotated[bool, _negated("Do not download missing MedMNIST files.")] = True
     allow_unverified: Annotated[bool, _FLAG] = False
     resize: Annotated[Literal["nearest", "bilinear", "bicubic"] | None, _optional("METHOD")] = None
     channels: Annotated[
@@ -258,7 +264,9 @@ class OutputConfig:
     ] = ARMS
     resume: Annotated[bool, _FLAG] = False
     overwrite: Annotated[bool, _FLAG] = False
-    checksums: Annotated[bool, _FLAG] = True
+    checksums: Annotated[
+        bool, _negated("Write checkpoints without checksums; damage may then go unnoticed.")
+    ] = True
     compilation_cache_dir: Annotated[Path | None, arg(metavar="FOLDER")] = COMPILATION_CACHE
 
 
@@ -283,7 +291,9 @@ class DeviceConfig:
     ] = None
     grad_accum_steps: int = 1
     steps_per_execution: int = 1
-    fused: Annotated[bool, _FLAG] = True
+    fused: Annotated[
+        bool, _negated("Merge without the Pallas kernel, which is for TPU v4 and newer.")
+    ] = True
     coordinator: Annotated[str | None, _optional("HOST:PORT")] = None
     num_processes: Annotated[int | None, _optional("INT")] = None
     process_id: Annotated[int | None, _optional("INT")] = None

@@ -16,6 +16,7 @@ from inmerge_jax.data import Dataset, steps_per_epoch
 from inmerge_jax.files import write_arrays, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
+from inmerge_jax.modality import EXAMPLES
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import TrainConfig
@@ -99,7 +100,8 @@ def _run_experiment(
     if spec.dataset.test.patients is not None:
         labels["test_patients"] = spec.dataset.test.patients
     run_on_primary(_write_arrays, folder / "labels.npz", labels)
-    run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
+    if spec.dataset.modality != "table":
+        run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
@@ -254,7 +256,7 @@ def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
     if spec.init_sha256 is None:
         return init_variables(spec.model, spec.shape, seed)
     params, batch_stats, _ = pretrained_variables(
-        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape[-1], seed
+        spec.config.model, spec.init_sha256, spec.dataset.num_classes, spec.shape, seed
     )
     return params, batch_stats
 
@@ -282,18 +284,19 @@ def restore_best(
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first few training images of every class or label, with the names of the classes.
+    """The first few training examples of every class or label, with the names of the classes.
 
-    Where the labels are masks: the first few training images, and as "test_images" test images.
+    Of volumes, the middle slice. Where the labels are masks: the first few training images, and as
+    "test_images" those of the test split.
     """
     images, labels = dataset.train.images, dataset.train.labels
     if dataset.segmentation:
-        rows = list(range(min(_SAMPLES_PER_CLASS, len(images))))
+        first = images[:_SAMPLES_PER_CLASS]
         return {
-            "images": images[rows],
-            "labels": labels[rows],
-            "names": np.array([f"image {row}" for row in rows]),
-            "test_images": dataset.test.images[:_SAMPLES_PER_CLASS],
+            "images": _slices(dataset, first),
+            "labels": labels[: len(first)],
+            "names": np.array([f"image {row}" for row in range(len(first))]),
+            "test_images": _slices(dataset, dataset.test.images[:_SAMPLES_PER_CLASS]),
         }
     rows, names = [], []
     for index, name in enumerate(dataset.classes):
@@ -301,7 +304,16 @@ def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
         chosen = np.flatnonzero(members)[:_SAMPLES_PER_CLASS].tolist()
         rows += chosen
         names += [name] * len(chosen)
-    return {"images": images[rows], "labels": labels[rows], "names": np.array(names)}
+    return {
+        "images": _slices(dataset, images[rows]),
+        "labels": labels[rows],
+        "names": np.array(names),
+    }
+
+
+def _slices(dataset: Dataset, examples: np.ndarray) -> np.ndarray:
+    """Middle slices of volumes; other examples unchanged."""
+    return examples[:, examples.shape[1] // 2] if dataset.modality == "volume" else examples
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -315,7 +327,8 @@ def _headline(spec: RunSpec) -> str:
     data, recipe = spec.dataset, spec.recipe
     kinds = ", ".join(sorted({device.device_kind for device in spec.devices}))
     return (
-        f"{data.title} {data.size} px, {len(data.train)}/{len(data.val)}/{len(data.test)} images; "
+        f"{data.title} {data.size_text}, {len(data.train)}/{len(data.val)}/{len(data.test)} "
+        f"{EXAMPLES[data.modality]}; "
         f"{spec.config.model.name}, recipe {spec.config.recipe.name}, "
         f"{recipe.epochs}{'' if spec.single_stage else f'+{recipe.merging_epochs}'} epochs, "
         f"batch {recipe.batch_size}; "
@@ -336,6 +349,8 @@ def _results(spec: RunSpec, arms: dict[str, list[dict[str, Any]]]) -> dict[str, 
             "title": data.title,
             "source": data.source,
             "counts": counts,
+            **({"modality": data.modality} if data.modality != "image" else {}),
+            **({"features": list(data.features)} if data.features else {}),
             **({"split": data.split_name} if data.split_name else {}),
             **({"full_counts": dict(data.full_counts)} if data.full_counts else {}),
             **({"test_names_sha256": data.test_names_sha256} if data.test_names_sha256 else {}),

@@ -57,7 +57,7 @@ def init_variables(model: nn.Module, shape: tuple[int, ...], seed: int) -> tuple
 
 
 def pretrained_variables(
-    chosen: ModelConfig, sha256: str, num_classes: int, channels: int, seed: int
+    chosen: ModelConfig, sha256: str, num_classes: int, shape: tuple[int, ...], seed: int
 ) -> tuple[Any, Any, LoadReport]:
     """Parameters, batch statistics, and what of them is from the file `init_from`.
 
@@ -65,7 +65,7 @@ def pretrained_variables(
       chosen: the network and the file.
       sha256: the file's hash when the run was configured, see `file_sha256`.
       num_classes: number of outputs of the network.
-      channels: number of image channels.
+      shape: shape of one example, such as (h, w, c).
       seed: random seed of the layers that the file does not have.
 
     Raises:
@@ -79,7 +79,8 @@ def pretrained_variables(
             read_state_dict(local_copy(chosen.init_from)),
             stem=chosen.stem,
             num_classes=num_classes,
-            channels=channels,
+            channels=shape[-1],
+            spatial=shape[:-1],
             key=jax.random.key(seed),
             width=chosen.width,
             replace_head=chosen.replace_head,

@@ -1,5 +1,6 @@
 """A finished run as a predictor: its network, weights, preprocessing and thresholds."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from inmerge_jax.buckets import as_path
 from inmerge_jax.data.dataset import TASKS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, read_json_object
+from inmerge_jax.modality import Modality
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
@@ -94,36 +96,51 @@ def find_stage(run: Path | str, arm: str = "inmerge", seed: int | None = None) -
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network does to images before its first layer.
+    """What a network does to examples before its first layer.
 
     Attributes:
-      size: height and width in pixels.
-      channels: number of channels, 1 or 3; grey images are repeated for 3.
-      mean: mean per channel, or one for all, of images in [0, 1].
+      size: height and width (and depth) in pixels, length of a signal in samples, or number of
+        features of a table.
+      channels: number of channels, 1 or 3; grey images are repeated for 3. Of a signal, any number;
+        of a table, the number of features.
+      mean: mean per channel or feature, or one for all; of images, in [0, 1].
       std: standard deviation per channel, or one for all.
+      modality: what the examples are.
     """
 
     size: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    modality: Modality = "image"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example, as the network reads it."""
+        axes = {"image": 2, "volume": 3, "signal": 1, "table": 0}[self.modality]
+        return (*(self.size,) * axes, self.channels)
 
     def __call__(self, images: Any) -> jax.Array:
-        """Maps uint8 (n, size, size, 1 or `channels`) to float32 (n, size, size, `channels`).
+        """Maps examples (n, *`shape`) to float32 of this shape.
+
+        Images and volumes are uint8, and those of one channel become `channels`; signals and tables
+        are numbers.
 
         Raises:
-          UsageError: the images have another shape or dtype.
+          UsageError: the examples have another shape or dtype.
         """
         images = np.asarray(images)
-        fits = images.ndim == 4 and images.shape[1:3] == (self.size, self.size)
-        if not fits or images.shape[-1] not in (1, self.channels) or images.dtype != np.uint8:
+        pixels = self.modality in ("image", "volume")
+        right = images.dtype == np.uint8 if pixels else images.dtype.kind in "fiu"
+        shapes = {self.shape, (*self.shape[:-1], 1)} if pixels else {self.shape}
+        if not right or images.shape[1:] not in shapes:
             raise UsageError(
-                f"`images` of {images.dtype} {images.shape}: the network needs uint8 "
-                f"(n, {self.size}, {self.size}, {self.channels})"
+                f"`images` of {images.dtype} {images.shape}: the network needs "
+                f"{'uint8' if pixels else 'float32'} (n, {', '.join(map(str, self.shape))})"
             )
         if images.shape[-1] != self.channels:
             images = np.repeat(images, self.channels, axis=-1)
-        return normalise(jnp.asarray(images), self)
+        return normalise(jnp.asarray(images, None if pixels else jnp.float32), self)
 
 
 class Threshold(NamedTuple):
@@ -148,10 +165,11 @@ class LoadedRun:
       model: the network; call it as `model.apply(variables, x, train=False)` for logits.
       variables: {"params": ..., "batch_stats": ...} of NumPy arrays; no "batch_stats" without
         batch normalisation.
-      preprocessing: maps uint8 images to the network's input x.
+      preprocessing: maps examples, such as uint8 images, to the network's input x.
       classes: one name per column of the scores.
       task: one of `data.dataset.TASKS`.
       stage: where the run, its options and its results are.
+      features: names of a table's features, in their order; () for other data.
     """
 
     model: nn.Module
@@ -160,6 +178,7 @@ class LoadedRun:
     classes: tuple[str, ...]
     task: str
     stage: FinishedStage
+    features: tuple[str, ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -172,17 +191,17 @@ class LoadedRun:
         Masks are uint8 (n, size, size), indices of `classes`.
 
         Args:
-          images: see `Preprocessing`.
-          batch_size: number of images per call of the network.
+          images: the examples, see `Preprocessing`.
+          batch_size: number of examples per call of the network.
 
         Raises:
-          UsageError: the images have another shape or dtype.
+          UsageError: the examples have another shape or dtype.
         """
         variables, scores = jax.device_put(self.variables), []
         for start in range(0, len(images), batch_size):
             x = self.preprocessing(images[start : start + batch_size])
             short = min(batch_size, len(images)) - len(x)
-            x = jnp.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+            x = jnp.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1)))  # one shape, one compilation
             found = _scores(self.model, self.multi_label, variables, x)
             scores.append(np.asarray(found)[: len(x) - short])
         return np.concatenate(scores) if scores else np.zeros((0, len(self.classes)), np.float32)
@@ -190,7 +209,7 @@ class LoadedRun:
     def thresholds(self) -> dict[str, Threshold | None]:
         """A threshold for every label of a multi-label task, or for the second of two classes.
 
-        It is calibrated on the scores of the run's validation images. None for a label without
+        It is calibrated on the scores of the run's validation examples. None for a label without
         positive or without negative ones. Empty for more than two classes, where the class with the
         highest score is predicted.
 
@@ -233,20 +252,34 @@ def load_run(run: Path | str, arm: str = "inmerge", seed: int | None = None) -> 
     dataset = read_json_object(path, _RESTORE)["dataset"]
     chosen, recipe = stage.config["model"], stage.config["recipe"]
     classes, variables = tuple(dataset["classes"]), stage.variables()
+    modality = dataset.get("modality", "image")
     model = create_model(
         chosen["name"],
         len(classes),
+        modality=modality,
         stem=chosen["stem"],
         width=chosen["width"],
         dtype=jnp.dtype(chosen["dtype"]),
     )
-    # Only the first convolution reads images.
-    kernels = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 4]
-    channels = min(kernel.shape[2] for kernel in kernels)
     preprocessing = Preprocessing(
-        dataset["size"], channels, tuple(recipe["mean"]), tuple(recipe["std"])
+        dataset["size"],
+        len(recipe["mean"]),
+        tuple(recipe["mean"]),
+        tuple(recipe["std"]),
+        modality,
     )
-    return LoadedRun(model, variables, preprocessing, classes, dataset["task"], stage)
+    if not _reads(model, variables, preprocessing.shape):
+        # Colour images, which one mean and deviation normalise.
+        preprocessing = dataclasses.replace(preprocessing, channels=3)
+    features = tuple(dataset.get("features", ()))
+    return LoadedRun(model, variables, preprocessing, classes, dataset["task"], stage, features)
+
+
+def _reads(model: nn.Module, variables: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a network with these variables reads examples of this shape."""
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    needed = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    return jax.tree.map(jnp.shape, needed) == jax.tree.map(jnp.shape, variables)
 
 
 def youden_threshold(labels: np.ndarray, scores: np.ndarray) -> Threshold | None:

@@ -153,7 +153,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         return spec
     sha256 = file_sha256(config.model.init_from)
     *_, report = pretrained_variables(
-        config.model, sha256, dataset.num_classes, channels, config.seeds[0]
+        config.model, sha256, dataset.num_classes, shape, config.seeds[0]
     )
     return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
 

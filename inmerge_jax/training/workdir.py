@@ -24,6 +24,8 @@ PROBE = ".probe-"
 _DATA_PATHS = ("data.data_dir", "data.file")
 """Locations of images, which may change. Their content is identified by data.content_sha256, or by
 MedMNIST's MD5."""
+_FOLDER = '"folder:'
+"""Start of the field data.name, as JSON, where the rest of the name is such a location."""
 
 
 def prepare_workdir(
@@ -115,11 +117,14 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, s
     """
     before = {_RENAMED.get(name, name): value for name, value in _fields(_plain(old))}
     after = dict(_fields(_plain(new)))
+    unread = list(_DATA_PATHS)
+    if all(found.get("data.name", "").startswith(_FOLDER) for found in (before, after)):
+        unread.append("data.name")
     names = [*before, *(name for name in after if name not in before)]
     return tuple(
         (name, before.get(name, "absent"), after.get(name, "absent"))
         for name in names
-        if before.get(name, "absent") != after.get(name, "absent") and name not in _DATA_PATHS
+        if before.get(name, "absent") != after.get(name, "absent") and name not in unread
     )
 
 

@@ -29,3 +29,18 @@ def test_every_command_has_a_help_of_its_own(name, capsys):
         main.main([name, "--help"])
     assert ended.value.code == 0
     assert f"inmerge {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("build --images a --output gs://b/x", "--output"),
+        ("measure --data-dir gs://b/x", "--data-dir"),
+        ("prepare tfds:mnist --data-dir gs://b/x", "--data-dir"),
+    ],
+)
+def test_data_sets_are_not_made_in_buckets(options, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["data", *options.split()]) == 2
+    assert f"{name} gs://b/x: inmerge data reads and writes local" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,11 @@ from inmerge_jax.models.resnet import ResNet
 from inmerge_jax.models.vgg import VGG
 from tests.long import long_unless
 
+VGGS = [f"vgg{depth}{ending}" for depth in (11, 13, 16, 19) for ending in ("", "_bn")]
+CNNS = [*VGGS, "resnet18", "resnet34", "resnet50", "densenet121"]
+OTHERS = [
+    *("vit_tiny", "vit_s_16", "vit_b_16", "mamba_tiny", "mamba_130m", "mixer_tiny", "mlp", "unet")
+]
 VGG19_STAGES = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}
 
 
@@ -31,7 +36,7 @@ def random_images(batch, size):
     return jax.random.normal(jax.random.key(1), (batch, size, size, 3))
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", CNNS)
 def test_imagenet_stem_has_as_many_parameters_as_torchvision(name):
     torch = pytest.importorskip("torch")
     torchvision = pytest.importorskip("torchvision")
@@ -64,8 +69,37 @@ def test_small_densenet_differs_in_the_stem_alone():
 
 
 def test_what_there_is():
-    vggs = [f"vgg{depth}{ending}" for depth in (11, 13, 16, 19) for ending in ("", "_bn")]
-    assert {*model_names()} == {*vggs, "resnet18", "resnet34", "resnet50", "densenet121"}
+    assert [*model_names()] == [*CNNS[-4:], *VGGS, *OTHERS]
+    assert model_names("table") == ("mlp",)
+    assert model_names("volume") == ("resnet18", "resnet34", "resnet50", "unet")
+    assert model_names("signal") == (*CNNS[-4:-1], "mamba_tiny", "mamba_130m")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # torchvision's vit_b_16, timm's vit_small_patch16_224 and DeiT's tiny network, each with 1000
+    # classes; the last has patches of 16 px, and ours of 4.
+    [("vit_b_16", 86_567_656), ("vit_s_16", 22_050_664), ("vit_tiny", 5_717_416)],
+)
+def test_vision_transformers_have_as_many_parameters_as_others(name, parameters):
+    size = 56 if name == "vit_tiny" else 224
+    found = count(abstract_variables(create_model(name, 1000), size)["params"])
+    patches = (16**2 - 4**2) * 3 * 192 if name == "vit_tiny" else 0
+    assert found == parameters - patches
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "vit_tiny", "modality": "volume"}, "`model` vit_tiny reads images, not volumes"),
+        ({"name": "resnet18", "modality": "table"}, "reads images and volumes and signals, not ta"),
+        ({"name": "mlp", "modality": "table", "stem": "imagenet"}, "mlp has no stem"),
+        ({"name": "vit_tiny", "remat": True}, "`remat` is for densenet121"),
+    ],
+)
+def test_a_network_for_something_else_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        create_model(num_classes=3, **options)
 
 
 def copy_layers(theirs, layers):
@@ -187,7 +221,7 @@ def test_imagenet_vgg19_bn_computes_what_torchvision_does():
     ("name", "size"),
     long_unless(
         lambda case: case in (("resnet18", 28), ("vgg16", 64)),
-        itertools.product(model_names(), (28, 64)),
+        itertools.product(CNNS, (28, 64)),
     ),
 )
 def test_small_stem_trains_on_grey_and_on_bfloat16(name, size):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
+from inmerge_jax.errors import UsageError
+from inmerge_jax.models import create_model
 from inmerge_jax.models.mamba import Mamba
-from inmerge_jax.models.resnet import ResNet
-from inmerge_jax.models.vit import ViT
+from inmerge_jax.models.torchvision import from_state_dict, match_state_dict, to_state_dict
 
-CLASSES, DEPTH, HEADS = 5, 2, 2
+CLASSES, DEPTH = 5, 2
 
 
 def arrays(network):
@@ -40,61 +41,26 @@ def check_shapes(model, x, params):
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes["params"])
 
 
-def vit_params(state):
-    """The parameters of torchvision's network; see `EncoderBlock` for the attention's shapes."""
-
-    def dense(name):
-        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-
-    def norm(name):
-        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-
-    params = {
-        "class_token": state["class_token"],
-        "pos_embedding": state["encoder.pos_embedding"],
-        "patches": {
-            "kernel": state["conv_proj.weight"].transpose(2, 3, 1, 0),
-            "bias": state["conv_proj.bias"],
-        },
-        "ln": norm("encoder.ln"),
-        "head": dense("heads.head"),
-    }
-    for number in range(DEPTH):
-        block = f"encoder.layers.encoder_layer_{number}"
-        weight = state[f"{block}.self_attention.in_proj_weight"]
-        d = weight.shape[1]
-        weight = weight.T.reshape(d, 3, HEADS, -1)
-        bias = state[f"{block}.self_attention.in_proj_bias"].reshape(3, HEADS, -1)
-        attention = {
-            name: {"kernel": weight[:, part], "bias": bias[part]}
-            for part, name in enumerate(("query", "key", "value"))
-        }
-        out = dense(f"{block}.self_attention.out_proj")
-        attention["out"] = out | {"kernel": out["kernel"].reshape(HEADS, -1, d)}
-        params[f"block_{number}"] = {
-            "attention": attention,
-            "ln_1": norm(f"{block}.ln_1"),
-            "ln_2": norm(f"{block}.ln_2"),
-            "fc1": dense(f"{block}.mlp.0"),
-            "fc2": dense(f"{block}.mlp.3"),
-        }
-    return params
+def vision_transformer():
+    """torchvision's vit_b_16 with one head and few classes, for images of 32 px."""
+    return perturb(
+        torchvision.models.VisionTransformer(
+            image_size=32,
+            patch_size=16,
+            num_layers=12,
+            num_heads=1,
+            hidden_dim=64,
+            mlp_dim=256,
+            num_classes=CLASSES,
+        )
+    ).eval()
 
 
 def test_the_vision_transformer_is_torchvisions():
-    network = torchvision.models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=DEPTH,
-        num_heads=HEADS,
-        hidden_dim=64 * HEADS,
-        mlp_dim=256 * HEADS,
-        num_classes=CLASSES,
-    )
-    network = perturb(network).eval()
-    model = ViT(CLASSES, depth=DEPTH, heads=HEADS, patch=8)
+    network = vision_transformer()
+    model = create_model("vit_b_16", CLASSES, width=1 / 12)
     x = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
-    params = vit_params(arrays(network))
+    params = from_state_dict("vit_b_16", network.state_dict(), width=1 / 12)["params"]
     check_shapes(model, x, params)
 
     def loss(params):
@@ -105,12 +71,61 @@ def test_the_vision_transformer_is_torchvisions():
     theirs = network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
     (theirs**2).mean().backward()
     np.testing.assert_allclose(logits, theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
-    expected = vit_params({name: p.grad.numpy() for name, p in network.named_parameters()})
+    given = {name: p.grad for name, p in network.named_parameters()}
+    expected = from_state_dict("vit_b_16", given, width=1 / 12)["params"]
     for path, value in flatten_dict(gradients).items():
         there = flatten_dict(expected)[path]
         # A key's bias shifts all scores of a query alike, so its gradient is rounding.
         scale = 1e-4 * np.abs(there).max() + 1e-7
         np.testing.assert_allclose(value, there, rtol=1e-3, atol=scale, err_msg=str(path))
+
+
+def in_timms_names(state):
+    """A state dict of torchvision's network by timm's names, some of which it fuses."""
+    layer = "encoder.layers.encoder_layer_"
+    renamed = (
+        (f"{layer}(\\d+).ln_", r"blocks.\1.norm"),
+        (f"{layer}(\\d+).self_attention.in_proj_", r"blocks.\1.attn.qkv."),
+        (f"{layer}(\\d+).self_attention.out_proj", r"blocks.\1.attn.proj"),
+        (f"{layer}(\\d+).mlp.0", r"blocks.\1.mlp.fc1"),
+        (f"{layer}(\\d+).mlp.3", r"blocks.\1.mlp.fc2"),
+        ("encoder.pos_embedding", "pos_embed"),
+        ("class_token", "cls_token"),
+        ("conv_proj", "patch_embed.proj"),
+        ("encoder.ln", "norm"),
+        ("heads.head", "head"),
+    )
+    found = {}
+    for name, value in state.items():
+        for pattern, new in renamed:
+            name = re.sub(f"^{pattern}", new, name)
+        found[name] = value
+    return found
+
+
+def test_weights_of_a_vision_transformer_in_and_out():
+    state = vision_transformer().state_dict()
+    variables = from_state_dict("vit_b_16", state, width=1 / 12)
+    back = to_state_dict("vit_b_16", variables)
+    assert list(sorted(back)) == sorted(state)
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value.numpy(), err_msg=name)
+    timm = {f"model.{name}": value for name, value in in_timms_names(state).items()}
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, from_state_dict("vit_b_16", timm, width=1 / 12)
+    )
+    options = {"stem": "small", "channels": 3, "key": jax.random.key(0), "width": 1 / 12}
+    taken, report = match_state_dict("vit_b_16", timm, num_classes=2, spatial=(48, 48), **options)
+    assert set(report.initialized) == {
+        "encoder.pos_embedding",
+        "heads.head.bias",
+        "heads.head.weight",
+    }
+    assert report.share == 1 and taken["params"]["pos_embedding"].shape == (1, 10, 64)
+    ours = flatten_dict(variables)
+    for path, value in flatten_dict(taken).items():
+        if path[1] not in ("head", "pos_embedding"):
+            np.testing.assert_array_equal(value, ours[path])
 
 
 def mamba_params(state):
@@ -175,32 +190,25 @@ def test_mamba_is_hugging_faces():
         np.testing.assert_allclose(value, there, rtol=1e-3, atol=scale, err_msg=str(path))
 
 
-def r3d_name(path):
-    """torchvision's name of a leaf of a ResNet for volumes."""
-    _, *module, leaf = path
-    name = re.sub(r"^(layer\d)_", r"\1.", ".".join(module))
-    name = name.replace("shortcut_conv", "downsample.0").replace("shortcut_bn", "downsample.1")
-    name = {"conv1": "stem.0", "bn1": "stem.1"}.get(name, name)
-    name = re.sub(r"\.conv(\d)$", r".conv\1.0", name)
-    name = re.sub(r"\.bn(\d)$", r".conv\1.1", name)
-    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-    return f"{name}.{leaves.get(leaf, leaf)}"
-
-
 def test_a_residual_network_for_volumes_is_torchvisions():
     torch.manual_seed(0)
     network = perturb(torchvision.models.video.r3d_18(num_classes=CLASSES)).eval()
-    model = ResNet((2, 2, 2, 2), CLASSES, stem="imagenet")
+    model = create_model("resnet18", CLASSES, modality="volume", stem="imagenet")
     x = np.random.default_rng(0).normal(size=(2, 4, 16, 24, 3)).astype(np.float32)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    state = arrays(network)
-    leaves = {}
-    for path in flatten_dict(shapes):
-        array = state[r3d_name(path)]
-        leaves[path] = array.transpose(2, 3, 4, 1, 0) if array.ndim == 5 else array.T
-    named = {name for name in state if "num_batches_tracked" not in name}
-    assert {r3d_name(path) for path in leaves} == named
-    logits = jax.jit(lambda v: model.apply(v, x, train=False))(unflatten_dict(leaves))
+    variables = from_state_dict("resnet18", network.state_dict())
+    check_shapes(model, x, variables["params"])
+    back = to_state_dict("resnet18", variables)
+    assert sorted(back) == sorted(network.state_dict())
+    for name, value in network.state_dict().items():
+        np.testing.assert_array_equal(back[name], value.numpy(), err_msg=name)
+    logits = jax.jit(lambda v: model.apply(v, x, train=False))(variables)
     with torch.no_grad():
         theirs = network(torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy())).numpy()
     np.testing.assert_allclose(logits, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_networks_without_a_counterpart_are_refused():
+    with pytest.raises(UsageError, match="mamba_tiny has no counterpart in torchvision"):
+        from_state_dict("mamba_tiny", {})
+    with pytest.raises(UsageError, match="mlp has no counterpart"):
+        to_state_dict("mlp", {})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.models import create_model, model_names
+from inmerge_jax.models import create_model
 from inmerge_jax.models.torchvision import (
     from_state_dict,
     match_state_dict,
@@ -29,6 +29,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 from experiments.oracles.torch_networks import create_network  # noqa: E402
 from tests.long import long_unless  # noqa: E402
 from tests.models.parity import narrow as narrow_all  # noqa: E402
+from tests.models.test_create_model import CNNS  # noqa: E402
 
 CLASSES = 3
 WIDTH = 0.0625
@@ -71,7 +72,7 @@ def assert_same(actual, expected):
     "name",
     long_unless(
         ("resnet50", "vgg11_bn").__contains__,
-        [n for n in model_names() if n not in ("vgg13_bn", "vgg16")],
+        [n for n in CNNS if n not in ("vgg13_bn", "vgg16")],
     ),
 )
 def test_small_networks_come_back_bit_for_bit(name):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.reliability.jobs import run_evidence
 from inmerge_jax import buckets
 from inmerge_jax.buckets import as_path, local_copy
-from inmerge_jax.cli import export, report
+from inmerge_jax.cli import export, predict, report
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, load_dataset
 from inmerge_jax.errors import UsageError
@@ -119,6 +120,16 @@ def test_the_life_of_a_run_in_a_bucket(bucket, tmp_path, capsys):
     for folder, target in zip((output, output, local), targets, strict=True):
         assert export.main([str(folder), "--to", str(target)]) == 0
     assert len({target.read_bytes() for target in targets}) == 1
+    scan = bucket / "new" / "scan.png"
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / scan.name)
+    scan.write_bytes((tmp_path / scan.name).read_bytes())
+    for place, name in ((scan, "a.csv"), (scan.parent, "b.csv")):
+        command = [str(output), "--images", str(place), "--to", str(bucket / name)]
+        assert predict.main(command) == 0
+        assert predict.main(command) == 2 and f"{name} exists" in capsys.readouterr().err
+    assert (bucket / "a.csv").read_bytes() == (bucket / "b.csv").read_bytes()
+    assert f"\n,{scan.name},0." in (bucket / "a.csv").read_text()
+
     prepare_workdir(output, {}, overwrite=True)
     names = {path.name for path in output.iterdir()}
     assert names == {"config.json", "environment.json"}
@@ -203,6 +214,21 @@ def test_a_copy_that_arrives_damaged_is_not_kept(bucket, home, monkeypatch):
         local_copy(bucket / "weights.pth")
     assert not list(home.rglob("weights.pth"))
     monkeypatch.undo()
+
+
+def test_a_folder_of_images_in_a_bucket_is_the_one_that_was_copied_there(bucket, home, tmp_path):
+    rows = ["path,label"]
+    for number, image in enumerate(np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4)):
+        name = f"{'ab'[number % 2]}/{number}.png"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+        (bucket / "scans" / name).write_bytes((tmp_path / name).read_bytes())
+        rows.append(f"{name},{name[0]}")
+    local = load_dataset(DataConfig(f"folder:{tmp_path}"))
+    assert load_dataset(DataConfig(f"folder:{bucket}/scans")).fingerprint == local.fingerprint
+    (bucket / "scans" / "labels.csv").write_text("\n".join(rows))
+    listed = load_dataset(DataConfig(f"folder:{bucket}/scans/labels.csv"))
+    assert listed.fingerprint == local.fingerprint
 
 
 def test_a_data_set_that_is_not_in_the_bucket_is_named(bucket, home):

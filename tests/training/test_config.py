@@ -107,6 +107,8 @@ def test_help_names_every_option_in_groups(capsys, monkeypatch):
             nested = section is TrainConfig and name in groups
             if not nested and name not in ("phantom", "augment"):
                 assert re.search(rf"--(no-)?{name}\b", text), name
+    off = re.findall(r"--no-[a-z-]+ +(.*)", text)  # What an option --no-... does, not its contrary.
+    assert len(off) == 3 and all(re.match("Do not|Write .* without|Merge without", x) for x in off)
     for name in ("--data", "--model", "--recipe", "--phantom.train"):
         assert re.search(rf"{name} ", text), name
 

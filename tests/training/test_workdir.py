@@ -168,6 +168,19 @@ def test_images_may_lie_elsewhere_but_must_be_the_same(tmp_path):
     assert str(raised.value).splitlines()[1:-1] == ['  data.content_sha256: "ab" there, "c" now']
 
 
+def test_a_folder_of_images_may_move_but_is_no_other_data_set(tmp_path):
+    data = {"name": "folder:/old/scans", "content_sha256": "ab"}
+    prepare_workdir(tmp_path, {"data": data})
+    prepare_workdir(tmp_path, {"data": data | {"name": "folder:gs://b/scans"}}, resume=True)
+    for other, line in (
+        ({"content_sha256": "c"}, '  data.content_sha256: "ab" there, "c" now'),
+        ({"name": "tfds:scans"}, '  data.name: "folder:/old/scans" there, "tfds:scans" now'),
+    ):
+        with pytest.raises(UsageError) as raised:
+            prepare_workdir(tmp_path, {"data": data | other}, resume=True)
+        assert str(raised.value).splitlines()[1:-1] == [line]
+
+
 def test_a_configuration_under_the_names_of_earlier_versions_resumes(tmp_path):
     earlier = {"accumulate": 2, "recipe": {"name": "medmnist", "positive_weights": 3.0}}
     today = {"grad_accum_steps": 2, "recipe": {"name": "medmnist", "pos_weight": 3.0}}

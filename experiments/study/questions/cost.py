@@ -229,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     config = tyro.cli(CostConfig, prog="python -m experiments.study cost", args=arguments)
     for model in config.models:
-        if model not in model_names():
-            raise UsageError(f"--models {model}: unknown; choose from {', '.join(model_names())}")
+        if model not in (known := model_names("image")):
+            raise UsageError(f"--models {model}: unknown; choose from {', '.join(known)}")
     stored = read(config.results)
     if stored["config"] != config.options:
         stored = {"config": config.options, "models": {}}

@@ -190,6 +190,26 @@ def test_steps_are_compared_in_one_process():
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())
 
 
+def test_family_rows_have_cost_compilation_and_memory():
+    case = Case("mlp", "small", 6, 4, width=0.125, modality="table")
+    rows = [row.to_dict() for row in cpu.family_rows(case, rounds=2)]
+    assert [row["quantity"].partition(",")[0] for row in rows] == [
+        "merging / plain",
+        "examples per second",
+        "seconds of compilation",
+        "seconds of compilation",
+        "planned memory in MB",
+        "planned memory",
+    ]
+    assert all(row["low"] <= row["value"] <= row["high"] and row["value"] > 0 for row in rows)
+    assert rows[0]["met"] is None  # These steps are far shorter than 100 ms.
+
+
+def test_a_vision_transformer_has_a_counterpart_in_pytorch():
+    network = create_network("vit_s_16", 3, stem="small", size=32, width=1 / 6)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
 @pytest.mark.long
 def test_what_the_cpu_form_saves_is_a_share_of_a_step():
     case = dataclasses.replace(TINY, width=0.0625)
