@@ -5,6 +5,7 @@ Images and volumes: MedMNIST, ChestX-ray14, TFDS, image files, phantoms. Signals
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -41,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """The generated data sets "phantom", of images, and "phantom3d", of volumes."""
+    """The generated data sets "phantom" and "phantom_masks" of images, "phantom3d" of volumes."""
 
     train: int = 2000
     """Training examples."""
@@ -64,11 +65,12 @@ class DataConfig:
     """A data set and where its files are.
 
     Attributes:
-      name: "phantom" and "phantom3d" (generated images and volumes), "chestxray14" (built by
-        `inmerge data build`), a MedMNIST subset (see `medmnist.medmnist_names`), "folder:PATH" (a
-        folder or CSV of image files, see `folder.load_folder`), "tfds:NAME" (see
-        `tfds.load_tfds`), "signals:FILE" (see `signals.load_signals`), "table:FILE" (see
-        `tables.load_table`), or "breast_cancer" (scikit-learn's table).
+      name: "phantom" and "phantom3d" (generated images and volumes), "phantom_masks" (these images
+        with masks of lungs and heart), "chestxray14" (built by `inmerge data build`), a MedMNIST
+        subset (see `medmnist.medmnist_names`), "folder:PATH" (a folder or CSV of image files, see
+        `folder.load_folder`), "tfds:NAME" (see `tfds.load_tfds`), "signals:FILE" (see
+        `signals.load_signals`), "table:FILE" (see `tables.load_table`), or "breast_cancer"
+        (scikit-learn's table).
       size: Image or volume size; folder:, tfds:, chestxray14: that of the files by default.
       data_dir: Folder of MedMNIST files, of a ChestX-ray14 build, or of TFDS's data sets.
       file: MedMNIST npz file to read instead.
@@ -95,11 +97,20 @@ DEFAULT_SIZE = 28
 """Image size in pixels, unless the options or the files determine it."""
 
 
+def default_size(name: str) -> int:
+    """Image size in pixels of a data set whose files do not determine it, if none is given.
+
+    That of "phantom_masks" can be halved as often as a U-Net does.
+    """
+    return 64 if name == "phantom_masks" else DEFAULT_SIZE
+
+
 _FILES = ("folder", "tfds", "signals", "table")
 """Kinds of data sets whose name is followed by a colon and a place."""
 _READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "phantom": ("size", "channels"),
+        "phantom_masks": ("size", "channels"),
         "phantom3d": ("size", "channels"),
         "folder": ("size", "resize", "channels"),
         "tfds": ("size", "data_dir", "resize", "channels"),
@@ -183,10 +194,14 @@ def _load(config: DataConfig) -> Dataset:
                 "data build has written"
             )
         return load_chestxray14(data_dir, size=config.size)
-    size = DEFAULT_SIZE if config.size is None else config.size
-    if config.name in ("phantom", "phantom3d"):
+    size = default_size(config.name) if config.size is None else config.size
+    if config.name in ("phantom", "phantom_masks", "phantom3d"):
         chosen = config.phantom
-        make = make_phantom if config.name == "phantom" else make_phantom_volume
+        make = {
+            "phantom": make_phantom,
+            "phantom_masks": partial(make_phantom, masks=True),
+            "phantom3d": make_phantom_volume,
+        }[config.name]
         return make(
             size=size,
             train=chosen.train,

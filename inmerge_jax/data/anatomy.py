@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 
 FINDINGS = ("nodule", "mass", "effusion", "cardiomegaly", "pneumothorax")
+ORGANS = ("background", "lung", "heart")
+"""Classes of the masks."""
 # Random numbers per image: as many as `render` hands out, and a few to spare.
 NORMALS, UNIFORMS = 48, 80
 TEXTURE_GRIDS = (5, 12, 26)
@@ -71,8 +73,8 @@ def render(
     draws: Draws,
     textures: list[np.ndarray],
     grain: np.ndarray,
-) -> np.ndarray:
-    """Renders n images.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Renders n images, and the masks of their lungs and heart.
 
     Args:
       size: height and width in pixels.
@@ -83,14 +85,18 @@ def render(
       grain: (n, size, size) normal numbers.
 
     Returns:
-      uint8 (n, size, size).
+      Images, uint8 (n, size, size).
+      Masks, uint8 (n, size, size), indices of `ORGANS`. The lungs are where the chest holds more
+      air than tissue, without findings: fluid and collapsed lung are part of them. The heart is its
+      ventricles and atrium, without the great vessels; where both overlap, it is heart.
     """
     has = {
         finding: present[:, k, None, None].astype(np.float32) for k, finding in enumerate(FINDINGS)
     }
     chest = _place(size, draws)
-    heart = _heart(chest, has["cardiomegaly"], difficulty, draws)
+    heart, chambers = _heart(chest, has["cardiomegaly"], difficulty, draws)
     air = chest.cavity * (1 - 0.92 * heart)
+    masks = np.where(chambers > 0.5, 2, air > 0.5).astype(np.uint8)
     opacity = _lesions(chest, has, difficulty, draws) + _imitations(chest, draws)
     fluid = _effusion(chest, has["effusion"], difficulty, draws)
     collapsed, line = _pneumothorax(chest, has["pneumothorax"], difficulty, draws)
@@ -101,7 +107,7 @@ def render(
     tissue += air * (markings + opacity - depth * (1 + 0.22 * collapsed)) + line * air
     tissue += 0.25 * opacity * (1 - air) * chest.cavity
     tissue += _folds(chest, draws)
-    return _expose(tissue, chest, difficulty, draws, textures, grain)
+    return _expose(tissue, chest, difficulty, draws, textures, grain), masks
 
 
 def _step(distance: np.ndarray, softness: np.ndarray | float) -> np.ndarray:
@@ -148,8 +154,10 @@ def _place(size: int, draws: Draws) -> _Chest:
     return _Chest(u, v, across, pixel, apex, middle, width, wall, base, dome, radius, inner, cavity)
 
 
-def _heart(chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws) -> np.ndarray:
-    """The heart's shadow with the great vessels above it, 0 to 1."""
+def _heart(
+    chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws
+) -> tuple[np.ndarray, np.ndarray]:
+    """The heart's shadow with the great vessels above it, and ventricles and atrium, 0 to 1."""
     growth = enlarged * (0.02 + 0.18 * draws.severity()) / difficulty
     wide = draws.normal(0.33, 0.028) + growth
     high = (wide - 0.4 * growth) * draws.normal(0.72, 0.05)
@@ -167,9 +175,10 @@ def _heart(chest: _Chest, enlarged: np.ndarray, difficulty: float, draws: Draws)
     vessels = _step(waist - np.abs(chest.u - 0.03), max(0.04, chest.pixel))
     vessels = vessels * _step(chest.v + 0.45, 0.2)
     knob = _blob(chest.u - 0.15, chest.v + draws.normal(0.30, 0.03), 0.08, 0.09)
-    shadow = np.maximum(np.maximum(ventricles, atrium), np.maximum(vessels, np.minimum(knob, 1)))
+    chambers = np.maximum(ventricles, atrium)
+    shadow = np.maximum(chambers, np.maximum(vessels, np.minimum(knob, 1)))
     pad = draws.chance(0.35) * _blob(chest.u - 0.42, chest.v - chest.base, 0.16, 0.09)
-    return shadow + 0.6 * pad * (1 - shadow)
+    return shadow + 0.6 * pad * (1 - shadow), chambers
 
 
 def _lesions(

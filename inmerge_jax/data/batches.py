@@ -75,8 +75,8 @@ def train_batch(
       hosts: number of hosts.
 
     Returns:
-      "image" uint8 (B, h, w, c); "label" int32 (B,), or float32 (B, k) for multi-label;
-      "index" int32 (B,), the examples' positions in the split.
+      "image" uint8 (B, h, w, c); "label" int32 (B,), or float32 (B, k) for multi-label, or masks
+      uint8 (B, h, w); "index" int32 (B,), the examples' positions in the split.
 
     Raises:
       UsageError: `batch_size` exceeds the split or is no multiple of `hosts`.

@@ -10,7 +10,10 @@ import numpy as np
 
 from inmerge_jax.modality import SIZE_UNITS, Modality
 
-TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
+TASKS = (
+    *("multi-class", "binary-class", "ordinal-regression", "segmentation"),
+    "multi-label, binary-class",
+)
 
 
 class Images(Protocol):
@@ -44,7 +47,8 @@ class Split:
         (n, depth, height, width, channels); signals are float32 (n, time, channels), rows of a
         table float32 (n, features). A NumPy array, or an object that reads rows on indexing
         (`images.RowImages`).
-      labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks.
+      labels: int32 (n,), or uint8 (n, classes) of 0 and 1 for multi-label tasks, or masks of class
+        indices, uint8 (n, height, width) or (n, depth, height, width).
       patients: int (n,), patient number of each image; None if unknown.
       names: n names of the images; None if they have none.
     """
@@ -61,14 +65,18 @@ class Split:
                 "signals float32 (n, time, channels); tables float32 (n, features); found "
                 f"{self.images.dtype} {self.images.shape}"
             )
-        expected = {1: np.int32, 2: np.uint8}.get(self.labels.ndim)
-        if expected is None or self.labels.dtype != expected:
+        if self.labels.dtype != (np.int32 if self.labels.ndim == 1 else np.uint8):
             raise ValueError(
-                "labels must be int32 (n,) or uint8 (n, classes), "
-                f"found {self.labels.dtype} {self.labels.shape}"
+                "labels must be int32 (n,) or uint8 (n, classes), masks uint8 (n, height, width) "
+                f"or with a depth before them; found {self.labels.dtype} {self.labels.shape}"
             )
         if len(self.images) != len(self.labels):
             raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if self.labels.ndim > 2 and self.labels.shape != self.images.shape[:-1]:
+            raise ValueError(
+                f"masks of size {self.labels.shape[1:]} for images of size "
+                f"{self.images.shape[1:-1]}"
+            )
         if self.patients is not None and self.patients.shape != (len(self.images),):
             raise ValueError(
                 f"patients must be (n,), one for each of the {len(self.images)} images, found "
@@ -99,15 +107,15 @@ def names_sha256(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification data set of three splits.
+    """A data set of three splits, for classification or segmentation.
 
     Attributes:
       name: name of the data set, such as "breastmnist" or "phantom"; part of the names of score
         files.
       size: height and width of an image or volume in pixels, length of a signal in samples, or
         number of features of a table.
-      task: one of `TASKS` (MedMNIST's names).
-      classes: one name per column of the network's scores.
+      task: one of `TASKS` (MedMNIST's names, and "segmentation").
+      classes: one name per column of the network's scores; of masks, the first is "background".
       train: training split.
       val: validation split, for the choice of checkpoints.
       test: test split, for results.
@@ -145,6 +153,8 @@ class Dataset:
             raise ValueError(f"unknown task {self.task!r}; known: {TASKS}")
         if self.task == "binary-class" and len(self.classes) != 2:
             raise ValueError(f"a binary-class task has 2 classes, not {len(self.classes)}")
+        if self.segmentation != (self.train.labels.ndim > 2):
+            raise ValueError(f"{self.task}: labels of shape {self.train.labels.shape}")
 
     @property
     def modality(self) -> Modality:
@@ -170,6 +180,11 @@ class Dataset:
     def multi_label(self) -> bool:
         """Whether an image may have several labels, or none."""
         return self.task == "multi-label, binary-class"
+
+    @property
+    def segmentation(self) -> bool:
+        """Whether the labels are masks."""
+        return self.task == "segmentation"
 
     @property
     def title(self) -> str:

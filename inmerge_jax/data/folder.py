@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from inmerge_jax.data.images import (
     read_kind,
     used_bits,
 )
+from inmerge_jax.data.masks import read_masks
 from inmerge_jax.data.splitting import (
     SPLIT_NAMES,
     SPLITS,
@@ -54,6 +55,7 @@ class _Listing:
       labels: int32 (n,), or uint8 (n, classes) of 0 and 1.
       splits: n names of `SPLITS`.
       groups: n names of groups; None without.
+      masks: n paths of masks, in place of classes and labels; None without.
     """
 
     source: Path
@@ -63,6 +65,7 @@ class _Listing:
     labels: np.ndarray
     splits: np.ndarray
     groups: tuple[str, ...] | None = None
+    masks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,10 @@ def load_folder(
     """Opens the PNG and JPEG files of a folder or a CSV.
 
     A folder has one folder of images per class. It may have these in folders train, val and test.
-    A CSV has a column "path", relative to its folder, and either "label" (the class) or one column
-    of 0 and 1 per label. A column "group" keeps the images of a patient together; a column "split"
-    assigns images to train, val or test. Splits that are missing are taken from the training
-    images, see `splitting.add_splits`.
+    A CSV has a column "path", relative to its folder, and either "label" (the class), one column of
+    0 and 1 per label, or "mask" (a PNG of class indices, see `masks.read_masks`). A column "group"
+    keeps the images of a patient together; a column "split" assigns images to train, val or test.
+    Splits that are missing are taken from the training images, see `splitting.add_splits`.
 
     Images are resized to squares. Up to `images.IN_MEMORY` bytes they are decoded here; of more
     images, only the headers are read here, and files that are cut short are found.
@@ -119,11 +122,21 @@ def load_folder(
     """
     listing = _from_csv(place) if place.is_file() else _from_folders(place)
     source = str(listing.source)
+    masks = None
+    if listing.masks is not None:
+        decoder = _make_decoder(listing, size, channels, resize)
+        listing, masks = _with_masks(listing, listing.masks, decoder.size)
     check_classes(listing.classes, listing.labels, source)
     keys = listing.names if listing.groups is None else listing.groups
     splits = add_splits(listing.splits, listing.labels, keys, source)
     check_training_classes(listing.classes, listing.labels, splits, source)
-    decoder = _make_decoder(listing, size, channels, resize)
+    if masks is not None and not (seen := listing.labels[splits == "train"].any(0)).all():
+        raise UsageError(
+            f"{source}: no training mask has {listing.classes[int(seen.argmin())]}; give one, or "
+            "assign the images to other splits"
+        )
+    if masks is None:
+        decoder = _make_decoder(listing, size, channels, resize)
     rows = {name: np.flatnonzero(splits == name) for name in SPLITS}
     names = {name: tuple(listing.names[row] for row in rows[name].tolist()) for name in SPLITS}
     images = kept_in_memory([FileImages(listing.root, names[name], decoder) for name in SPLITS])
@@ -133,25 +146,34 @@ def load_folder(
     parts = {
         name: Split(
             array,
-            listing.labels[rows[name]],
+            (listing.labels if masks is None else masks)[rows[name]],
             None if patients is None else patients[rows[name]],
             names[name],
         )
         for name, array in zip(SPLITS, images, strict=True)
     }
-    single = listing.labels.ndim == 1
     task = "multi-class" if len(listing.classes) > 2 else "binary-class"
-    fingerprint = _fingerprint(listing, splits, images)
+    if listing.labels.ndim == 2:
+        task = "multi-label, binary-class" if masks is None else "segmentation"
+    fingerprint = _fingerprint(listing, splits, [*images, *(() if masks is None else (masks,))])
     return Dataset(
         name=f"folder-{plain(place.stem if place.is_file() else place.resolve().name)}",
         size=decoder.size,
-        task=task if single else "multi-label, binary-class",
+        task=task,
         classes=listing.classes,
         **parts,
         source=f"{place}, {len(listing.names):,} files, SHA-256 {fingerprint}",
         test_names_sha256=names_sha256(names["test"]),
         fingerprint=fingerprint,
     )
+
+
+def _with_masks(listing: _Listing, names: Sequence[str], size: int) -> tuple[_Listing, np.ndarray]:
+    """The listing with its masks' classes, which images have which, and the masks."""
+    images, files = ([listing.root / name for name in some] for some in (listing.names, names))
+    masks, present = read_masks(images, files, size, str(listing.source))
+    classes = ("background", *(f"class_{index}" for index in range(1, present.shape[1])))
+    return replace(listing, classes=classes, labels=present), masks
 
 
 def open_files(
@@ -305,14 +327,18 @@ def _from_csv(path: Path) -> _Listing:
     if "path" not in columns:
         raise UsageError(
             f"{path} has no column path; its header is {', '.join(columns) or 'empty'}. Name the "
-            "columns path, label or one per label, and if you like group and split"
+            "columns path, label, mask or one per label, and if you like group and split"
         )
     groups = [name for name in columns if name.lower() in GROUPS]
     if len(groups) > 1:
         raise UsageError(f"{path} has the columns {' and '.join(groups)}; keep one for the groups")
     rows.sort(key=lambda row: row["path"])
     _check_paths(path, rows)
-    if "label" in columns:
+    masks = None
+    if "mask" in columns:
+        masks = _mask_paths(path, columns, rows)
+        classes, labels = (), np.zeros(len(rows), np.int32)
+    elif "label" in columns:
         found = [_cell(path, row, "label") for row in rows]
         classes = tuple(sorted(set(found), key=natural))
         index = {name: number for number, name in enumerate(classes)}
@@ -335,7 +361,25 @@ def _from_csv(path: Path) -> _Listing:
         labels,
         np.array(splits),
         tuple(_cell(path, row, groups[0]) for row in rows) if groups else None,
+        masks,
     )
+
+
+def _mask_paths(
+    path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> tuple[str, ...]:
+    """The cells of the column mask; each file must be there."""
+    if "label" in columns:
+        raise UsageError(
+            f"{path} has the columns label and mask: keep label to classify images, or mask to "
+            "segment them"
+        )
+    for row in rows:
+        if not (path.parent / _cell(path, row, "mask")).is_file():
+            raise UsageError(
+                f"{path}, line {row[LINE]}: there is no mask {path.parent / row['mask']}"
+            )
+    return tuple(row["mask"] for row in rows)
 
 
 LINE = "\n"

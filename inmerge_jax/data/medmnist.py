@@ -23,7 +23,7 @@ MEDMNIST_DIR = Path("~/.medmnist")
 _ADDRESS = "https://zenodo.org/records/10519652/files"
 SIZES, SIZES_3D = (28, 64, 128, 224), (28, 64)
 SPLITS = ("train", "val", "test")
-_OTHERS = ("phantom", "phantom3d", "breast_cancer", "chestxray14")
+_OTHERS = ("phantom", "phantom_masks", "phantom3d", "breast_cancer", "chestxray14")
 
 
 def load_medmnist(

@@ -4,7 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inmerge_jax.data.anatomy import FINDINGS, NORMALS, TEXTURE_GRIDS, UNIFORMS, Draws, render
+from inmerge_jax.data.anatomy import (
+    FINDINGS,
+    NORMALS,
+    ORGANS,
+    TEXTURE_GRIDS,
+    UNIFORMS,
+    Draws,
+    render,
+)
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.errors import UsageError
 
@@ -34,6 +42,7 @@ def make_phantom(
     test: int = 1000,
     findings: tuple[str, ...] = FINDINGS,
     multi_label: bool = False,
+    masks: bool = False,
     difficulty: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
@@ -55,18 +64,25 @@ def make_phantom(
       findings: a subset of `FINDINGS`.
       multi_label: each finding is present with probability 0.3 (labels uint8 (n, k)), instead of
         one finding or "no finding" with equal probability (labels int32 (n,), 0 is none).
+      masks: the labels are masks of the lungs and the heart (uint8 (n, size, size), indices of
+        `anatomy.ORGANS`), see `anatomy.render`; the images stay the same.
       difficulty: 0.25 to 4; divides the contrast or extent of findings and multiplies the noise.
       seed: random seed, at least 0.
 
     Returns:
-      The data set "phantom", images uint8 (n, size, size, 1). With one finding and without
-      `multi_label` the task is binary-class.
+      The data set "phantom", or "phantom-masks", images uint8 (n, size, size, 1). With one finding
+      and without `multi_label` the task is binary-class.
 
     Raises:
-      UsageError: a number is out of range, or a finding is unknown or repeated.
+      UsageError: a number is out of range, a finding is unknown or repeated, or both `multi_label`
+        and `masks` are given.
     """
     counts = {"train": train, "val": val, "test": test}
     check_phantom(size, counts, findings, difficulty, seed)
+    if masks and multi_label:
+        raise UsageError(
+            "`multi_label` is for labels of images; phantom_masks has masks: leave it out"
+        )
     classes = tuple(findings) if multi_label else (NO_FINDING, *findings)
     if multi_label:
         task = "multi-label, binary-class"
@@ -74,12 +90,20 @@ def make_phantom(
         task = "binary-class" if len(classes) == 2 else "multi-class"
     splits = {
         split: _make_split(
-            size, count, tuple(findings), multi_label, difficulty, (seed, _SPLITS.index(split))
+            size,
+            count,
+            tuple(findings),
+            multi_label,
+            masks,
+            difficulty,
+            (seed, _SPLITS.index(split)),
         )
         for split, count in counts.items()
     }
+    if masks:
+        task, classes = "segmentation", ORGANS
     return Dataset(
-        name="phantom",
+        name="phantom-masks" if masks else "phantom",
         size=size,
         task=task,
         classes=classes,
@@ -95,10 +119,12 @@ def _make_split(
     count: int,
     findings: tuple[str, ...],
     multi_label: bool,
+    masks: bool,
     difficulty: float,
     key: tuple[int, int],
 ) -> Split:
     images = np.empty((count, size, size, 1), np.uint8)
+    organs = np.empty((count, size, size), np.uint8)
     shape, dtype = ((count, len(findings)), np.uint8) if multi_label else ((count,), np.int32)
     labels = np.empty(shape, dtype)
     columns = [FINDINGS.index(finding) for finding in findings]
@@ -113,10 +139,10 @@ def _make_split(
         else:
             labels[rows] = (random.labels[:, -1] * (len(findings) + 1)).astype(np.int32)
             present[:, columns] = labels[rows, None] == np.arange(1, len(findings) + 1)
-        images[rows, ..., 0] = render(
+        images[rows, ..., 0], organs[rows] = render(
             size, present, difficulty, random.draws, random.textures, random.grain
         )
-    return Split(images, labels)
+    return Split(images, organs if masks else labels)
 
 
 def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:

@@ -16,6 +16,7 @@ from inmerge_jax.files import write_text
 from inmerge_jax.modality import SIZE_UNITS
 from inmerge_jax.reporting import plots, tables
 from inmerge_jax.reporting.runs import Run, number, read_run
+from inmerge_jax.training.metrics import METRICS
 
 
 def write_report(folder: Path | str) -> Path:
@@ -58,7 +59,8 @@ def render(run: Run) -> str:
         curves=plots.training_plots(run),
         merges=plots.merge_plots(run),
         similarity=plots.similarity_plots(run),
-        roc=plots.roc_plots(run),
+        segmentation=run.segmentation,
+        last=plots.outline_plots(run) if run.segmentation else plots.roc_plots(run),
         settings=[
             ("Configuration", list(flatten(run.config))),
             ("Environment", list(flatten(run.environment))),
@@ -96,10 +98,11 @@ def warnings(run: Run) -> list[str]:
     for arm in run.arms:
         for seed, result in run.arm(arm).items():
             found += [f"{arm}, seed {seed}: {text}" for text in result.get("warnings") or ()]
-        results = run.arm(arm).items()
-        empty = [str(s) for s, r in results if not math.isfinite(number(r["test"]["auc"]))]
+        results, main = run.arm(arm).items(), run.metrics[0]
+        empty = [str(s) for s, r in results if not math.isfinite(number(r["test"][main]))]
         if empty:
-            found.append(f"{arm}: the test AUC is undefined for seed {', '.join(empty)}.")
+            name = METRICS[main]
+            found.append(f"{arm}: the test {name} is undefined for seed {', '.join(empty)}.")
     return found
 
 

@@ -15,8 +15,10 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from inmerge_jax.reporting.formatting import plain
 from inmerge_jax.reporting.runs import ARMS, Run, number
 from inmerge_jax.reporting.summary import class_columns
+from inmerge_jax.training.metrics import METRICS
 
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 COLOURS = {"backbone": "#000000", "finetune": "#0072B2", "inmerge": "#D55E00"}
@@ -56,12 +58,13 @@ class Plot:
 
 
 def training_plots(run: Run) -> list[Plot]:
-    """Loss, validation AUC and ACC of every arm and seed, the second stage after the backbone."""
+    """Losses and validation metrics of every arm and seed, the second stage after the backbone."""
+    unit = "mean loss" if run.segmentation else "mean loss (nats)"
+    measured = ("dice",) if run.segmentation else run.metrics
     panels = (
-        ("train_loss", "Training loss", "mean loss (nats)"),
-        ("val_loss", "Validation loss", "mean loss (nats)"),
-        ("val_auc", "Validation AUC", "AUC"),
-        ("val_acc", "Validation ACC", "ACC"),
+        ("train_loss", "Training loss", unit),
+        ("val_loss", "Validation loss", unit),
+        *((f"val_{x}", f"Validation {METRICS[x]}", METRICS[x]) for x in measured),
     )
     caption = "One line per seed. Dots: epoch of the tested checkpoint."
     if not run.single_stage:
@@ -160,6 +163,23 @@ def roc_plots(run: Run) -> list[Plot]:
         lines = {key: column[1:] for key, column in zip(fitting, of_class, strict=True)}
         draw = partial(_roc, name=name, columns=lines)
         plots.append(make_plot(draw, caption, f"ROC: {name}", (3.6, 3.6)))
+    return plots
+
+
+def outline_plots(run: Run) -> list[Plot]:
+    """The first test images with true outlines and those that the last arm's first seed found."""
+    seed, arm = run.seeds[0], run.arms[-1]
+    found, true = run.test_masks.get((seed, arm)), run.test_labels
+    if run.samples is None or true is None or found is None:
+        return []
+    names = (run.dataset.get("classes") or [])[1:]
+    plots = []
+    for row, image in enumerate(run.samples["test_images"]):
+        dice = zip(names, found["dice"][row], strict=False)
+        scores = ", ".join(f"{name} {plain(value)}" for name, value in dice)
+        caption = f"Dice: {scores}. Solid: true outline; dashed: {arm}, seed {seed}."
+        draw = partial(_outlines, image=image, true=true[row], found=found["masks"][row])
+        plots.append(make_plot(draw, caption, f"Test image {row}", (3.6, 3.6)))
     return plots
 
 
@@ -345,6 +365,16 @@ def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]])
     if len(axes.get_lines()) > 1:
         axes.legend(title="mean AUC", loc="lower right")
     _finish(axes, name, "false positive rate", "true positive rate", legend=False)
+
+
+def _outlines(axes: Axes, image: np.ndarray, true: np.ndarray, found: np.ndarray) -> None:
+    axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+    lines = ((true, BEFORE, "solid"), (found, COLOURS["inmerge"], "dashed"))
+    for mask, colour, style in lines:
+        mask = mask[len(mask) // 2] if mask.ndim == 3 else mask  # Of volumes, the middle slice.
+        for index in set(mask.ravel().tolist()) - {0}:
+            axes.contour(mask == index, [0.5], colors=colour, linestyles=style, linewidths=1.6)
+    axes.set_axis_off()
 
 
 def _overlay(axes: Axes, text: str) -> None:

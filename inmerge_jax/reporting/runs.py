@@ -14,7 +14,8 @@ from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
 from inmerge_jax.modality import EXAMPLES, Modality
-from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.mask_metrics import read_masks
+from inmerge_jax.training.metrics import metric_names, read_scores
 
 ARMS = ("backbone", "finetune", "inmerge")
 
@@ -52,9 +53,8 @@ class Run:
         scores = self._score_files().items()
         lost = [f"{arm}, seed {seed}" for (seed, arm), path in scores if not path.is_file()]
         if lost:
-            found.append(
-                f"no test scores of {'; '.join(lost)}, so no margin over test {self.examples}"
-            )
+            kind = "predicted test masks" if self.segmentation else "test scores"
+            found.append(f"no {kind} of {'; '.join(lost)}, so no margin over test {self.examples}")
         return found
 
     @property
@@ -73,6 +73,16 @@ class Run:
     def dataset(self) -> dict[str, Any]:
         """Name, size, task, classes, title, source and counts of the data set."""
         return self.results["dataset"]
+
+    @property
+    def segmentation(self) -> bool:
+        """Whether the labels are masks."""
+        return self.dataset.get("task") == "segmentation"
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """Names of the metrics of the results, the main one first."""
+        return metric_names(self.dataset.get("task", ""))
 
     @property
     def modality(self) -> Modality:
@@ -123,7 +133,7 @@ class Run:
 
     @cached_property
     def test_labels(self) -> np.ndarray | None:
-        """Labels of the test split, (n,) or (n, classes); None where the folder has none."""
+        """Labels of the test split, (n,) or (n, classes), or masks; None where there are none."""
         if self._labels is None:
             return None
         labels = self._labels["test"]
@@ -144,18 +154,32 @@ class Run:
         paths = self._score_files()
         return {key: read_scores(path) for key, path in paths.items() if path.is_file()}
 
+    @cached_property
+    def test_masks(self) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+        """Predicted test masks and their metrics by (seed, arm), see `read_masks`."""
+        paths = self._score_files()
+        return {key: read_masks(path) for key, path in paths.items() if path.is_file()}
+
     @property
     def scored(self) -> bool:
         """Whether the folder has test labels and finite test scores of every seed and arm."""
-        labels, scores = self.test_labels, self.test_scores
+        labels = self.test_labels
+        if self.segmentation:
+            masks = self.test_masks
+            return labels is not None and all(
+                key in masks and masks[key]["masks"].shape == labels.shape
+                for key in self._score_files()
+            )
+        scores = self.test_scores
         return labels is not None and all(
             key in scores and len(scores[key]) == len(labels) and np.isfinite(scores[key]).all()
             for key in self._score_files()
         )
 
     def _score_files(self) -> dict[tuple[int, str], Path]:
+        kind = "masks" if self.segmentation else "scores"
         return {
-            (seed, arm): self._stage(seed, arm) / (result.get("scores") or {}).get("test", "")
+            (seed, arm): self._stage(seed, arm) / (result.get(kind) or {}).get("test", "")
             for arm in self.arms
             for seed, result in self.arm(arm).items()
         }

@@ -11,7 +11,6 @@ from scipy import stats
 from inmerge_jax.reporting.resampling import patient_index
 from inmerge_jax.reporting.runs import Run, number
 
-METRICS = ("auc", "acc")
 CONFIDENCE = 0.95
 
 
@@ -70,7 +69,7 @@ class Summary:
       differences: (left, right) -> metric -> paired differences of the test values.
       sampling: uncertainty from the choice of test images; None without labels or scores.
       layers: layers that could merge, in order of depth.
-      undefined: number of classes whose test AUC is undefined.
+      undefined: number of classes whose test AUC or Dice is undefined.
       val_merged: kernels merged in validation, by seed; None where validation does not merge.
     """
 
@@ -104,12 +103,12 @@ def summarize(run: Run) -> Summary:
     arms = {
         arm: {
             metric: spread({s: number(r["test"][metric]) for s, r in sorted(run.arm(arm).items())})
-            for metric in METRICS
+            for metric in run.metrics
         }
         for arm in run.arms
     }
     differences = {
-        (left, right): {m: _difference(arms[left][m], arms[right][m]) for m in METRICS}
+        (left, right): {m: _difference(arms[left][m], arms[right][m]) for m in run.metrics}
         for left, right in run.pairs
         if left in arms and right in arms
     }
@@ -191,12 +190,28 @@ def _influence(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, n
     return {"auc": np.broadcast_to(auc, labels.shape[:1]), "acc": right - right.mean()}
 
 
+def _mean_influence(values: np.ndarray) -> np.ndarray:
+    """Each image's influence on the mean over classes of a metric (n, classes) with NaN."""
+    count = np.count_nonzero(~np.isnan(values), axis=0)
+    values = values[:, count > 0]
+    if not values.size:
+        return np.full(len(values), math.nan)
+    centred = np.nan_to_num(values - np.nanmean(values, axis=0))
+    return (centred * len(values) / count[count > 0]).mean(axis=1)
+
+
 def sampling_error(run: Run) -> SamplingError | None:
-    """Standard errors over the test images; None without labels and every arm's scores."""
+    """Standard errors over the test images; None without labels and all scores or masks."""
     labels, task = run.test_labels, run.dataset.get("task", "")
     if labels is None or not run.scored:
         return None
-    found = {key: _influence(labels, scores, task) for key, scores in run.test_scores.items()}
+    if run.segmentation:
+        found = {
+            key: {metric: _mean_influence(arrays[metric]) for metric in run.metrics}
+            for key, arrays in run.test_masks.items()
+        }
+    else:
+        found = {key: _influence(labels, scores, task) for key, scores in run.test_scores.items()}
     index = patient_index(len(labels), run.test_patients)
 
     def error(values: list[np.ndarray]) -> float:
@@ -211,10 +226,10 @@ def sampling_error(run: Run) -> SamplingError | None:
             margin[left, right] = {
                 metric: stats.norm.ppf((1 + CONFIDENCE) / 2)
                 * error([found[s, left][metric] - found[s, right][metric] for s in seeds])
-                for metric in METRICS
+                for metric in run.metrics
             }
     last = [value for (_, arm), value in found.items() if arm == run.arms[-1]]
-    single = {metric: error([value[metric] for value in last]) for metric in METRICS}
+    single = {metric: error([value[metric] for value in last]) for metric in run.metrics}
     return SamplingError(single, margin)
 
 

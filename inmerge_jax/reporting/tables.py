@@ -27,12 +27,12 @@ from inmerge_jax.reporting.published import (
 from inmerge_jax.reporting.ranking import Ranking, rank_findings
 from inmerge_jax.reporting.runs import ARMS, Run, read_run
 from inmerge_jax.reporting.summary import (
-    METRICS,
     LayerMerges,
     Summary,
     pairs_above,
     summarize,
 )
+from inmerge_jax.training.metrics import METRICS
 
 RELEASED_RULE = {
     "probability": 0.3,
@@ -91,10 +91,11 @@ def headline(run: Run, summary: Summary) -> str:
     pair = summary.differences.get(run.pairs[0])
     text = f"{title}: no paired difference, arms that were run: {', '.join(run.arms) or 'none'}"
     if pair is not None:
+        main = run.metrics[0]
         text = (
-            f"{title}: test AUC of {_pair_name(run.pairs[0])}, mean paired difference "
-            f"{signed(pair['auc'].mean)}, 95% interval {interval(pair['auc'])}; "
-            f"seeds: {pair['auc'].count}"
+            f"{title}: test {METRICS[main]} of {_pair_name(run.pairs[0])}, mean paired difference "
+            f"{signed(pair[main].mean)}, 95% interval {interval(pair[main])}; "
+            f"seeds: {pair[main].count}"
         )
     if any(summary.all_merged):
         return f"{text}; kernels merged by seed: {counts(summary.all_merged)}"
@@ -115,22 +116,27 @@ def merges_note(summary: Summary) -> str:
 
 def summary_notes(run: Run, summary: Summary) -> list[str]:
     """How the intervals were made, what was merged, and the source of the published row."""
-    notes, sampling = [], summary.sampling
+    notes, sampling, main = [], summary.sampling, run.metrics[0]
     if summary.differences:
         notes.append("95% interval: t-interval over seeds of the differences paired by seed.")
-        margin = "n/a, the run folder lacks test labels or score files."
+        files = "predicted masks" if run.segmentation else "score files"
+        margin = f"n/a, the run folder lacks test labels or {files}."
         if sampling is not None:
             tested = describe_test(len(run.test_labels), run.examples, run.test_patients)
+            source = "" if run.segmentation else " (AUC: DeLong et al. 1988)"
             margin = (
-                f"1.96 paired standard errors over the {tested} (AUC: DeLong et al. 1988); the "
-                f"standard error of one arm's AUC is {plain(sampling.standard_error['auc'])}."
+                f"1.96 paired standard errors over the {tested}{source}; the standard error of one "
+                f"arm's {METRICS[main]} is {plain(sampling.standard_error[main])}."
             )
         notes.append(f"Margin: {margin}")
-    if summary.undefined:
+    if run.segmentation:
         notes.append(
-            f"Classes left out of the mean AUC, with one label only in the test split: "
-            f"{summary.undefined}."
+            "Dice and HD95: mean over the test images, then over the classes but the background. "
+            "HD95, the 95th percentile of the Hausdorff distance, is in pixels; lower is better."
         )
+    if summary.undefined:
+        why = "in no test mask" if run.segmentation else "with one label only in the test split"
+        notes.append(f"Classes left out of the mean {METRICS[main]}, {why}: {summary.undefined}.")
     if "inmerge" in summary.arms:
         notes.append(merges_note(summary))
     if summary.shortcut_share > 0.5:
@@ -144,12 +150,12 @@ def summary_notes(run: Run, summary: Summary) -> list[str]:
 
 
 def comparison_table(run: Run, summary: Summary) -> Table:
-    """Test AUC and ACC of the arms, and the published result."""
+    """The test metrics of the arms, and the published result."""
     rows = []
     for arm in ARMS:
-        cells = ["not run"] * len(METRICS)
+        cells = ["not run"] * len(run.metrics)
         if arm in summary.arms:
-            cells = [mean_sd(summary.arms[arm][metric]) for metric in METRICS]
+            cells = [mean_sd(summary.arms[arm][metric]) for metric in run.metrics]
         rows.append((arm, *cells))
     kinds = ["arm"] * len(rows)
     known = published_reference(run.dataset, run.results.get("model", {}))
@@ -157,7 +163,8 @@ def comparison_table(run: Run, summary: Summary) -> Table:
         rows.append((known.label, plain(known.auc), plain(known.acc)))
         kinds.append("published")
     title = f"{run.dataset.get('title') or run.dataset['name']}: mean \u00b1 sd over seeds"
-    return Table(title, ("arm", "test AUC", "test ACC"), tuple(rows), tuple(kinds))
+    columns = ("arm", *(f"test {METRICS[metric]}" for metric in run.metrics))
+    return Table(title, columns, tuple(rows), tuple(kinds))
 
 
 def difference_table(summary: Summary) -> Table:
@@ -165,7 +172,7 @@ def difference_table(summary: Summary) -> Table:
     margins = summary.sampling.margin if summary.sampling is not None else {}
     rows = tuple(
         (
-            f"{_pair_name(pair)}, {metric.upper()}",
+            f"{_pair_name(pair)}, {METRICS[metric]}",
             signed(values.mean),
             interval(values),
             plain(margins.get(pair, {}).get(metric, nan)),
@@ -178,7 +185,7 @@ def difference_table(summary: Summary) -> Table:
 
 
 def seed_table(run: Run, summary: Summary) -> Table:
-    """Test AUC and ACC of every seed, and the differences between the arms of the main pair."""
+    """The test metrics of every seed, and the differences between the arms of the main pair."""
     shown = [(arm, found, plain) for arm, found in summary.arms.items()]
     pair = summary.differences.get(run.pairs[0])
     if pair is not None:
@@ -187,14 +194,15 @@ def seed_table(run: Run, summary: Summary) -> Table:
         (
             str(seed),
             *(
-                " / ".join(show(found[metric].values.get(seed, nan)) for metric in METRICS)
+                " / ".join(show(found[metric].values.get(seed, nan)) for metric in run.metrics)
                 for _, found, show in shown
             ),
         )
         for seed in run.seeds
     )
     columns = ("seed", *(name for name, *_ in shown))
-    return Table("Test AUC / ACC by seed", columns, rows, ("seed",) * len(rows))
+    names = " / ".join(METRICS[metric] for metric in run.metrics)
+    return Table(f"Test {names} by seed", columns, rows, ("seed",) * len(rows))
 
 
 def _pair_name(pair: tuple[str, str]) -> str:

@@ -51,13 +51,7 @@ def augment(
 
     def one(image: jax.Array, i: jax.Array) -> jax.Array:
         crop, rotate, brightness, contrast = jax.random.split(jax.random.fold_in(key, i), 4)
-        x = image.astype(jnp.float32)
-        if config.crop:
-            shift = jax.random.randint(crop, (2,), -config.crop, config.crop + 1)
-            x = _shifted(x, shift, config.crop)
-        if config.rotate:
-            limit = jnp.deg2rad(config.rotate)
-            x = rotated(x, jax.random.uniform(rotate, minval=-limit, maxval=limit))
+        x = _moved(image.astype(jnp.float32), crop, rotate, config)
         if config.brightness:
             x = x * _factor(brightness, config.brightness)
             x = jnp.clip(x, 0, 255)
@@ -66,6 +60,40 @@ def augment(
         return x
 
     return jax.vmap(one)(images, index)
+
+
+def augment_masks(
+    masks: jax.Array, index: jax.Array, key: jax.Array, config: AugmentConfig
+) -> jax.Array:
+    """Crops and rotates masks as `augment` does their images, by the nearest pixel.
+
+    Args:
+      masks: uint8 (n, h, w) of class indices.
+      index: as for `augment`.
+      key: as for `augment`.
+      config: the changes; brightness and contrast leave masks as they are.
+
+    Returns:
+      uint8 (n, h, w). Pixels from outside the mask are 0, the background.
+    """
+
+    def one(mask: jax.Array, i: jax.Array) -> jax.Array:
+        crop, rotate, *_ = jax.random.split(jax.random.fold_in(key, i), 4)
+        return _moved(mask[..., None].astype(jnp.float32), crop, rotate, config, order=0)[..., 0]
+
+    return jax.vmap(one)(masks, index).astype(jnp.uint8)
+
+
+def _moved(
+    image: jax.Array, crop: jax.Array, rotate: jax.Array, config: AugmentConfig, order: int = 1
+) -> jax.Array:
+    if config.crop:
+        shift = jax.random.randint(crop, (2,), -config.crop, config.crop + 1)
+        image = _shifted(image, shift, config.crop)
+    if config.rotate:
+        limit = jnp.deg2rad(config.rotate)
+        image = rotated(image, jax.random.uniform(rotate, minval=-limit, maxval=limit), order)
+    return image
 
 
 def _factor(key: jax.Array, width: float) -> jax.Array:
@@ -77,8 +105,11 @@ def _shifted(image: jax.Array, shift: jax.Array, most: int) -> jax.Array:
     return jax.lax.dynamic_slice(padded, (*(shift + most), 0), image.shape)
 
 
-def rotated(image: jax.Array, angle: jax.Array) -> jax.Array:
-    """The image (h, w, c) rotated counterclockwise about its centre by `angle` radians."""
+def rotated(image: jax.Array, angle: jax.Array, order: int = 1) -> jax.Array:
+    """The image (h, w, c) rotated counterclockwise about its centre by `angle` radians.
+
+    Pixels are interpolated: bilinearly for order 1, from the nearest for order 0.
+    """
     height, width = image.shape[:2]
     y, x = jnp.mgrid[:height, :width]
     y, x = y - (height - 1) / 2, x - (width - 1) / 2
@@ -86,7 +117,7 @@ def rotated(image: jax.Array, angle: jax.Array) -> jax.Array:
     columns = jnp.cos(angle) * x - jnp.sin(angle) * y + (width - 1) / 2
 
     def sampled(channel: jax.Array) -> jax.Array:
-        return jax.scipy.ndimage.map_coordinates(channel, [rows, columns], order=1)
+        return jax.scipy.ndimage.map_coordinates(channel, [rows, columns], order=order)
 
     return jax.vmap(sampled, in_axes=2, out_axes=2)(image)
 

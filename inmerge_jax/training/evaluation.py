@@ -25,8 +25,9 @@ def evaluate(
     workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, float]:
-    """Scores of all images of a split, float32 (n, classes), and its mean loss.
+    """Scores of all images of a split and its mean loss.
 
+    Scores are float32 (n, classes); of a segmenter masks, uint8 (n, height, width) or with a depth.
     Each process evaluates its rows of every batch, and gets the results of all processes.
 
     Args:
@@ -45,7 +46,7 @@ def evaluate(
 
     def fetch() -> None:
         batch_scores, batch_losses = in_flight.popleft()
-        scores.append(np.asarray(batch_scores).reshape(-1, batch_scores.shape[-1]))
+        scores.append(np.asarray(batch_scores).reshape(-1, *batch_scores.shape[2:]))
         losses.append(np.asarray(batch_losses).reshape(-1))
 
     batches = eval_batches(
@@ -66,7 +67,7 @@ def evaluate(
         fetch()
     all_scores, all_losses = gather_rows(np.stack(scores)), gather_rows(np.stack(losses))
     loss = all_losses.astype(np.float64).sum(1).sum() / len(images)
-    return all_scores.reshape(-1, all_scores.shape[-1])[: len(images)], float(loss)
+    return all_scores.reshape(-1, *all_scores.shape[2:])[: len(images)], float(loss)
 
 
 def with_batch_stats_of(
@@ -141,7 +142,7 @@ def evaluate_merging(
 
     Returns:
       The state with the merged weights; the totals, as NumPy arrays; the scores, float32
-      (n, classes); the mean loss.
+      (n, classes), or masks, see `evaluate`; the mean loss.
 
     Raises:
       TrainingInterrupted: `should_stop` returned True.

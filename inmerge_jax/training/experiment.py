@@ -288,19 +288,34 @@ def restore_best(
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:
     """The first few training examples of every class or label, with the names of the classes.
 
-    Of volumes, the middle slice.
+    Of volumes, the middle slice. Where the labels are masks: the first few training images, and as
+    "test_images" those of the test split.
     """
     images, labels = dataset.train.images, dataset.train.labels
+    if dataset.segmentation:
+        first = images[:_SAMPLES_PER_CLASS]
+        return {
+            "images": _slices(dataset, first),
+            "labels": labels[: len(first)],
+            "names": np.array([f"image {row}" for row in range(len(first))]),
+            "test_images": _slices(dataset, dataset.test.images[:_SAMPLES_PER_CLASS]),
+        }
     rows, names = [], []
     for index, name in enumerate(dataset.classes):
         members = labels[:, index] == 1 if dataset.multi_label else labels == index
         chosen = np.flatnonzero(members)[:_SAMPLES_PER_CLASS].tolist()
         rows += chosen
         names += [name] * len(chosen)
-    chosen = images[rows]
-    if dataset.modality == "volume":
-        chosen = chosen[:, chosen.shape[1] // 2]
-    return {"images": chosen, "labels": labels[rows], "names": np.array(names)}
+    return {
+        "images": _slices(dataset, images[rows]),
+        "labels": labels[rows],
+        "names": np.array(names),
+    }
+
+
+def _slices(dataset: Dataset, examples: np.ndarray) -> np.ndarray:
+    """Middle slices of volumes; other examples unchanged."""
+    return examples[:, examples.shape[1] // 2] if dataset.modality == "volume" else examples
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -22,7 +22,7 @@ from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.train import read_result, read_tested
-from inmerge_jax.training.train_step import normalise
+from inmerge_jax.training.train_step import normalise, predictions
 
 _RESTORE = "restore it, or train again"
 
@@ -186,7 +186,9 @@ class LoadedRun:
         return self.task == TASKS[-1]
 
     def predict(self, images: Any, batch_size: int = 128) -> np.ndarray:
-        """Probabilities of the classes or labels, float32 (n, classes).
+        """Probabilities of the classes or labels, float32 (n, classes); of a U-Net masks.
+
+        Masks are uint8 (n, size, size), indices of `classes`.
 
         Args:
           images: the examples, see `Preprocessing`.
@@ -304,5 +306,4 @@ def youden_threshold(labels: np.ndarray, scores: np.ndarray) -> Threshold | None
 
 @functools.partial(jax.jit, static_argnames=("model", "multi_label"))
 def _scores(model: nn.Module, multi_label: bool, variables: Any, x: jax.Array) -> jax.Array:
-    logits = model.apply(variables, x, train=False)
-    return jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+    return predictions(model.apply(variables, x, train=False), multi_label)

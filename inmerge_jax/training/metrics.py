@@ -6,6 +6,7 @@ A score file is named `{flag}{_size}_{split}_[AUC]{auc:.3f}_[ACC]{acc:.3f}@{run}
 
 import math
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,14 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.training.recipes import Recipe
 from inmerge_jax.training.workdir import write_error
+
+METRICS = MappingProxyType({"auc": "AUC", "acc": "ACC", "dice": "Dice", "hd95": "HD95"})
+"""Names of metrics in files, and in text."""
+
+
+def metric_names(task: str) -> tuple[str, str]:
+    """Keys of `METRICS` that results of a task have, the main one first."""
+    return ("dice", "hd95") if task == "segmentation" else ("auc", "acc")
 
 
 class Metrics(NamedTuple):
@@ -47,7 +56,7 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
       labels: integers (n,) or (n, 1); for "multi-label, binary-class" 0 or 1, (n, labels).
       scores: finite floats (n, classes); for binary tasks the last column is used, and (n,) and
         (n, 1) are accepted; for multi-label tasks (n, labels). Ties count half.
-      task: one of `TASKS`.
+      task: one of `TASKS` but "segmentation", see `mask_metrics`.
 
     Raises:
       ValueError: the task is unknown, the shapes do not match, there are no rows, or a score is not
@@ -56,8 +65,9 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
     Source: `medmnist.evaluator`. Its mean fails or is NaN if a class has only positives or only
     negatives; here such a class is excluded from the mean and counted.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if task not in TASKS or task == "segmentation":
+        known = ", ".join(name for name in TASKS if name != "segmentation")
+        raise ValueError(f"unknown task {task!r}; known: {known}")
     labels, scores = _two_dimensional(labels, scores, task)
     if task == "multi-label, binary-class":
         per_class = [_auroc(labels[:, k] == 1, scores[:, k]) for k in range(scores.shape[1])]
@@ -77,10 +87,11 @@ def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
 
 def selection_notice(recipe: Recipe, dataset: Dataset) -> str:
     """Warning if no validation AUC is defined, so that `best_epoch` uses the loss; else ""."""
+    if recipe.select != "val_auc":
+        return ""
     labels = dataset.val.labels
     scores = np.zeros((len(labels), dataset.num_classes))
-    auc = compute_metrics(labels, scores, dataset.task).auc
-    if recipe.select != "val_auc" or not math.isnan(auc):
+    if not math.isnan(compute_metrics(labels, scores, dataset.task).auc):
         return ""
     return (
         "the validation images have one class only, or one value of each label, so their AUC is "

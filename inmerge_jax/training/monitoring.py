@@ -11,10 +11,12 @@ import jax
 
 from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.metrics import METRICS
 from inmerge_jax.training.workdir import write_error
 
 _WARM_UP = 2
 """Dispatches of an epoch before a trace; the first may compile."""
+_VAL_METRICS = tuple(f"val_{name}" for name in METRICS)
 
 
 def check_monitoring(
@@ -147,8 +149,7 @@ class StageMonitor:
         scalars = {
             "loss/train": line["train_loss"],
             "loss/val": line["val_loss"],
-            "metrics/val_auc": line["val_auc"],
-            "metrics/val_acc": line["val_acc"],
+            **{f"metrics/{name}": line[name] for name in _VAL_METRICS if name in line},
             "learning_rate": line["learning_rate"],
             "images_per_second": line["images_per_second"],
         }

@@ -28,7 +28,8 @@ class Recipe:
         of the stage. "plateau" multiplies it, and resets the optimizer, after every epoch that is
         `tolerance` or more epochs past the lowest validation loss; it fires again at every further
         epoch without a new lowest loss.
-      select: criterion for the best checkpoint: highest "val_auc" or lowest "val_loss".
+      select: criterion for the best checkpoint: highest "val_auc" (of a segmenter "val_dice", see
+        `fit_recipe`) or lowest "val_loss".
       merging_learning_rate: initial learning rate of the second stage; None for that of the
         backbone's best epoch.
       momentum: momentum of SGD.
@@ -55,7 +56,7 @@ class Recipe:
     epochs: int
     merging_epochs: int
     schedule: Literal["milestones", "plateau"]
-    select: Literal["val_auc", "val_loss"]
+    select: Literal["val_auc", "val_dice", "val_loss"]
     merging_learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -131,7 +132,8 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
 
     Grey images enter the network with as many channels as `mean` has values. If `channels` differs
     from that, one value is repeated, and three become their average. The channels of signals and
-    the features of tables are standardised by the training split, and are not flipped.
+    the features of tables are standardised by the training split, and are not flipped. Where the
+    data set has masks, the validation Dice stands in for the AUC in `select`.
 
     Args:
       recipe: the recipe.
@@ -146,11 +148,18 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
             f"`pos_weight` {recipe.pos_weight} is for multi-label data; {dataset.name} is "
             f"{dataset.task}: leave it out"
         )
+    if recipe.class_weights is not None and dataset.segmentation:
+        raise UsageError(
+            f"`class_weights` {recipe.class_weights} is for labels of images; {dataset.name} has "
+            "masks, and the Dice loss gives all classes the same weight: leave it out"
+        )
     if recipe.class_weights is not None and dataset.multi_label:
         raise UsageError(
             f"`class_weights` {recipe.class_weights}: the images of {dataset.name} may have "
             "several labels; give `pos_weight` instead"
         )
+    if dataset.segmentation and recipe.select == "val_auc":
+        recipe = dataclasses.replace(recipe, select="val_dice")
     if dataset.modality in ("signal", "table"):
         return _standardised(recipe, dataset.train.images)
     if recipe.augment.crop >= dataset.size:
@@ -199,18 +208,18 @@ def loss_weights(recipe: Recipe, labels: np.ndarray, classes: int) -> np.ndarray
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]], select: str) -> int:
-    """The 1-based epoch with the highest "val_auc" or the lowest "val_loss"; the first of ties.
+    """The 1-based epoch with the highest metric or the lowest "val_loss"; the first of ties.
 
-    An undefined value (None or NaN) is worse than any number. If the AUC is undefined in every
-    epoch, the validation loss decides.
+    Metrics are "val_auc" and "val_dice". An undefined value (None or NaN) is worse than any number.
+    If the metric is undefined in every epoch, the validation loss decides.
     """
 
     def undefined(line: Mapping[str, Any], name: str) -> bool:
         return line[name] is None or math.isnan(line[name])
 
-    if select == "val_auc" and all(undefined(line, "val_auc") for line in history):
+    if select != "val_loss" and all(undefined(line, select) for line in history):
         select = "val_loss"
-    sign = 1 if select == "val_auc" else -1
+    sign = -1 if select == "val_loss" else 1
 
     def worth(index: int) -> float:
         line = history[index]

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from inmerge_jax.data import DEFAULT_SIZE, has_own_size
+from inmerge_jax.data import default_size, has_own_size
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
 from inmerge_jax.models.units import default_units
@@ -69,7 +69,7 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
         arms = ("backbone", "inmerge")
     data = config.data
     if data.size is None and not has_own_size(data.name):
-        data = dataclasses.replace(data, size=DEFAULT_SIZE)
+        data = dataclasses.replace(data, size=default_size(data.name))
     return dataclasses.replace(config, recipe=recipe, rule=rule, data=data, arms=arms)
 
 

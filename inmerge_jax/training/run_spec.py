@@ -11,8 +11,9 @@ from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.merging.units import group_weights
-from inmerge_jax.models import create_model, model_names
+from inmerge_jax.models import create_model, model_names, segments
 from inmerge_jax.models.torchvision import LoadReport
+from inmerge_jax.models.unet import UNet
 from inmerge_jax.models.units import find_units
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import TrainConfig
@@ -120,6 +121,7 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         axis_name=DATA_AXIS,
         remat=config.model.remat,
     )
+    _check_halving(config, dataset, model)
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (*dataset.train.images.shape[1:-1], channels)
     kernels = find_units(model, shape, config.rule.units)
@@ -164,6 +166,14 @@ def _check_model(config: TrainConfig, dataset: Dataset) -> None:
             f"`model` {name} does not read {kind}s, which `data` {dataset.name} has: choose one of "
             f"{', '.join(model_names(kind))}, or another data set"
         )
+    if name in model_names() and segments(name) != dataset.segmentation:
+        needs, has = ("masks", "labels") if segments(name) else ("labels of images", "masks")
+        others = [other for other in model_names(kind) if segments(other) == dataset.segmentation]
+        raise UsageError(
+            f"`model` {name} needs {needs}, and `data` {dataset.name} has {has}: choose one of "
+            f"{', '.join(others)}, or another data set, such as "
+            f"{'phantom_masks' if segments(name) else 'phantom'}"
+        )
     numeric = kind in ("signal", "table")
     for option, given, unread in (
         ("flip", config.recipe.flip, numeric),
@@ -172,6 +182,16 @@ def _check_model(config: TrainConfig, dataset: Dataset) -> None:
     ):
         if given and unread:
             raise UsageError(f"`{option}`: {dataset.name} has {kind}s; leave it out")
+
+
+def _check_halving(config: TrainConfig, dataset: Dataset, model: nn.Module) -> None:
+    """Refuses images that a U-Net cannot halve as often as it has levels."""
+    factor = 2**model.levels if isinstance(model, UNet) else 1
+    if any(length % factor for length in dataset.train.images.shape[1:-1]):
+        raise UsageError(
+            f"`size` {dataset.size}: {config.model.name} halves the images of {dataset.name} "
+            f"{model.levels} times; choose a multiple of {factor}"
+        )
 
 
 def _check_batch_stats(

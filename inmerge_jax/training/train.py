@@ -42,7 +42,20 @@ from inmerge_jax.training.evaluation import (
     evaluate_merging,
     with_batch_stats_of,
 )
-from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number, write_scores
+from inmerge_jax.training.mask_metrics import (
+    dice_scores,
+    image_metrics,
+    mask_metrics,
+    mean_over_classes,
+    write_masks,
+)
+from inmerge_jax.training.metrics import (
+    METRICS,
+    compute_metrics,
+    json_metrics,
+    json_number,
+    write_scores,
+)
 from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.multihost import run_on_primary
 from inmerge_jax.training.parallel import (
@@ -175,7 +188,7 @@ class TrainContext:
     should_stop: Callable[[], bool] = lambda: False
 
     def evaluate(self, state: TrainState, images: Split) -> tuple[np.ndarray, float]:
-        """Scores of a split and its mean loss, see `evaluation.evaluate`."""
+        """Scores or masks of a split and its mean loss, see `evaluation.evaluate`."""
         return evaluate(
             self.eval_step,
             state,
@@ -319,7 +332,7 @@ def train_stage(
             raise keep(unreplicate(state) if copy is None else copy) from stopped
         del copy
         _require_finite("validation", val_loss, stage, epoch, rate, history)
-        val = compute_metrics(context.dataset.val.labels, scores, context.dataset.task)
+        val = _val_metrics(context.dataset, scores)
 
         # ---- metrics, one line per epoch
         line = {
@@ -328,8 +341,7 @@ def train_stage(
             "learning_rate": rate,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            "val_auc": json_number(val.auc),
-            "val_acc": val.acc,
+            **{f"val_{name}": json_number(value) for name, value in val.items()},
             "seconds": time.monotonic() - started,
             "images_per_second": images_per_second,
         }
@@ -345,7 +357,8 @@ def train_stage(
         run_on_primary(append_metrics, metrics_file, line)
         run_on_primary(stage.monitor.epoch_finished, line)
         history.append(line)
-        progress.milestone(figures, f"val loss {val_loss:.4f} AUC {val.auc:.3f} ACC {val.acc:.3f}")
+        found = " ".join(f"{METRICS[name]} {value:.3f}" for name, value in val.items())
+        progress.milestone(figures, f"val loss {val_loss:.4f} {found}")
 
         # ---- warn if a merging stage merges nothing
         any_merged = sums.merged.any() or (val_sums is not None and val_sums.merged.any())
@@ -383,18 +396,7 @@ def train_stage(
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
         scores, _ = context.evaluate(state, images)
-        metrics = compute_metrics(images.labels, scores, context.dataset.task)
-        result[name] = json_metrics(metrics)
-        path = run_on_primary(
-            write_scores,
-            stage.folder / "scores",
-            context.dataset.name,
-            context.dataset.size,
-            name,
-            scores,
-            metrics,
-            f"{stage.arm}-seed{stage.seed}",
-        )
+        result[name], path = _write_predictions(context.dataset, stage, name, images, scores)
         files[name] = str(path.relative_to(stage.folder))
 
     # ---- result.json is written last: it marks the stage as finished
@@ -414,12 +416,43 @@ def train_stage(
         "val_selected": _column_sums(history, "val_selected"),
         "val_merged": _column_sums(history, "val_merged"),
         "warnings": warnings,
-        "scores": files,
+        "masks" if context.dataset.segmentation else "scores": files,
     }
     run_on_primary(prune, stage.checkpoints, {best, stage.epochs})
     run_on_primary(write_json_with_checksum, stage.folder / "result.json", result)
     progress.say(_summary(stage, result))
     return result
+
+
+def _val_metrics(dataset: Dataset, scores: np.ndarray) -> dict[str, float]:
+    """The metrics of an epoch by name; HD95, which takes longer, is that of the result alone."""
+    labels = dataset.val.labels
+    if dataset.segmentation:
+        return {"dice": mean_over_classes(dice_scores(labels, scores, dataset.num_classes))}
+    metrics = compute_metrics(labels, scores, dataset.task)
+    return {"auc": metrics.auc, "acc": metrics.acc}
+
+
+def _write_predictions(
+    dataset: Dataset, stage: StageConfig, split: str, images: Split, scores: np.ndarray
+) -> tuple[dict[str, Any], Path]:
+    """Writes scores or masks of a split; their metrics for result.json, and the file's path."""
+    if dataset.segmentation:
+        found = image_metrics(images.labels, scores, dataset.num_classes)
+        path = stage.folder / "masks" / f"{split}.npz"
+        return mask_metrics(found).to_json(), run_on_primary(write_masks, path, scores, found)
+    metrics = compute_metrics(images.labels, scores, dataset.task)
+    path = run_on_primary(
+        write_scores,
+        stage.folder / "scores",
+        dataset.name,
+        dataset.size,
+        split,
+        scores,
+        metrics,
+        f"{stage.arm}-seed{stage.seed}",
+    )
+    return json_metrics(metrics), path
 
 
 def _executions(
@@ -533,10 +566,13 @@ def _summary(stage: StageConfig, result: dict[str, Any]) -> str:
     merged = f", {sum(result['merged']):,} kernels merged" if stage.deep else ""
     if stage.merging_eval_step is not None:
         merged += f" in training, {sum(result['val_merged']):,} in validation"
-    auc = result["test"]["auc"]
+    values = {name: result["test"][name] for name in METRICS if name in result["test"]}
+    found = ", ".join(
+        f"{METRICS[name]} {'undefined' if value is None else f'{value:.3f}'}"
+        for name, value in values.items()
+    )
     return (
-        f"{stage.name}: test AUC {'undefined' if auc is None else f'{auc:.3f}'}, "
-        f"ACC {result['test']['acc']:.3f} at epoch {result['best_epoch']} of {stage.epochs}, "
+        f"{stage.name}: test {found} at epoch {result['best_epoch']} of {stage.epochs}, "
         f"{result['seconds']:.0f} s{merged}"
     )
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from inmerge_jax.merging import Kernel, MergeRule, MergeStats, merge_kernels
 from inmerge_jax.merging.backends import supports_pallas
-from inmerge_jax.training.augment import augment
+from inmerge_jax.training.augment import augment, augment_masks
 from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices
 from inmerge_jax.training.recipes import Recipe
 
@@ -169,7 +169,8 @@ def make_train_step(
         devices.
       optimizer: the result of `make_optimizer`.
       recipe: supplies the normalisation, the flip and the augmentation.
-      multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy.
+      multi_label: use sigmoid and binary cross-entropy instead of softmax and cross-entropy. The
+        loss of masks follows from their shape, see `example_losses`.
       devices: the devices that the step runs on.
       kernels: the kernels to merge.
       rule: the merging rule, or a function from the number of updates so far to it; None compiles a
@@ -201,8 +202,14 @@ def make_train_step(
             augmenting = jax.random.fold_in(key, AUGMENTATION)
             pixels = augment(pixels, batch["index"], augmenting, recipe.augment)
         images = normalise(pixels, recipe)
+        labels = batch["label"]
+        if labels.ndim > 2 and not recipe.augment.is_off:
+            labels = augment_masks(labels, batch["index"], augmenting, recipe.augment)
         if recipe.flip:
-            images = flip(images, batch["index"], jax.random.fold_in(key, FLIPPING))
+            flipping = jax.random.fold_in(key, FLIPPING)
+            images = flip(images, batch["index"], flipping)
+            if labels.ndim > 2:
+                labels = flip(labels[..., None], batch["index"], flipping)[..., 0]
         dropout = jax.random.fold_in(key, DROPOUT)
         dropout = dropout if grad_accum_steps == 1 else jax.random.fold_in(dropout, part)
 
@@ -214,7 +221,7 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout},
             )
-            losses = example_losses(logits, batch["label"], multi_label, pos_weight)
+            losses = example_losses(logits, labels, multi_label, pos_weight)
             return jnp.mean(losses), updated.get("batch_stats", {})
 
         (loss, updated), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
@@ -322,7 +329,8 @@ def make_eval_step(
 
     Returns:
       step(params, batch_stats, batch) -> (scores, losses): probabilities (devices, n, classes) and
-      per-example losses (devices, n), float32; rows where batch["mask"] is 0 have loss 0.
+      per-example losses (devices, n), float32; rows where batch["mask"] is 0 have loss 0. Of a
+      segmenter, the scores are masks, uint8 (devices, n, ...), of the most probable classes.
     """
 
     def step(params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -412,12 +420,19 @@ def _score(
     batch_stats: Any,
     batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Probabilities (n, classes), and losses (n,) that are 0 where the mask is 0."""
+    """Probabilities (n, classes) or masks, and losses (n,) that are 0 where the mask is 0."""
     images = normalise(batch["image"], recipe)
     logits = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
-    scores = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+    scores = predictions(logits, multi_label)
     losses = example_losses(logits, batch["label"], multi_label, pos_weight)
     return scores, jnp.where(batch["mask"] > 0, losses, 0)
+
+
+def predictions(logits: jax.Array, multi_label: bool) -> jax.Array:
+    """Probabilities, float32 (n, classes); of a segmenter's logits masks, uint8 (n, ...)."""
+    if logits.ndim > 2:
+        return jnp.argmax(logits, -1).astype(jnp.uint8)
+    return jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
 
 
 def normalise(images: jax.Array, recipe: Recipe) -> jax.Array:
@@ -452,14 +467,22 @@ def example_losses(
 ) -> jax.Array:
     """Cross-entropy per example, float32 (n,); for multi-label data, its mean over the labels.
 
+    Of masks, it is the mean over the pixels, plus the soft Dice loss 1 - D. D is the mean over the
+    classes c but the background of (2 sum(p_c y_c) + 1) / (sum(p_c) + sum(y_c) + 1), with sums over
+    the pixels of one example, probabilities p_c, and y_c 1 where the mask is c, else 0. The ones
+    define D where a class is absent.
+
     Args:
-      logits: float32 (n, classes).
-      labels: int32 (n,), or float32 (n, classes) of 0 and 1 for multi-label data.
+      logits: float32 (n, classes); for masks (n, height, width, classes) or with a depth.
+      labels: int32 (n,), or float32 (n, classes) of 0 and 1 for multi-label data, or masks uint8
+        (n, height, width) or with a depth.
       multi_label: whether an example may have several labels.
       pos_weight: float32 (classes,). For multi-label data, factor on the loss of labels that are
         1, as `pos_weight` of PyTorch's BCEWithLogitsLoss; else, factor on the loss of the examples
         of a class.
     """
+    if logits.ndim > 2:
+        return _mask_losses(logits, labels)
     if multi_label:
         losses = optax.sigmoid_binary_cross_entropy(logits, labels)
         if pos_weight is not None:
@@ -467,3 +490,14 @@ def example_losses(
         return losses.mean(-1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses if pos_weight is None else losses * jnp.asarray(pos_weight)[labels]
+
+
+def _mask_losses(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Cross-entropy and soft Dice loss of masks, see `example_losses`."""
+    pixels = tuple(range(1, masks.ndim))
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, masks.astype(jnp.int32))
+    found = jax.nn.softmax(logits)[..., 1:]
+    true = jax.nn.one_hot(masks, logits.shape[-1])[..., 1:]
+    both = jnp.sum(found * true, pixels)
+    dice = (2 * both + 1) / (jnp.sum(found, pixels) + jnp.sum(true, pixels) + 1)
+    return jnp.mean(entropy, pixels) + 1 - jnp.mean(dice, -1)
