@@ -71,6 +71,11 @@ def predict(config: PredictConfig) -> str:
     """
     _check_target(config.to, overwrite=config.overwrite)
     run = load_run(config.run, config.arm, config.seed)
+    if run.task == "segmentation":
+        raise UsageError(
+            f"{config.run} is a run of segmentation, whose masks do not fit a CSV; use predict() of "
+            "load_run in Python"
+        )
     title, parts = _chosen_images(config, run)
     thresholds = run.thresholds()
 
