@@ -96,7 +96,7 @@ def test_masks_are_flipped_cropped_and_rotated_like_their_images():
     # Where bilinear interpolation meets one class alone, the nearest pixel has it too.
     inside = (smooth % 100 == 0) & (np.abs(smooth - turned * 100.0) < 100)
     np.testing.assert_array_equal(smooth[inside], (turned * 100.0)[inside])
-    assert inside.mean() > 0.4 and (turned != masks).any() and set(np.unique(turned)) <= {0, 1, 2}
+    assert inside.mean() > 0.3 and (turned != masks).any() and set(np.unique(turned)) <= {0, 1, 2}
 
 
 def reference_hausdorff95(a, b):
@@ -137,7 +137,8 @@ def test_absent_classes_are_left_out_and_missed_ones_get_the_diagonal():
 SMALL = (
     "--data phantom_masks --model unet --size 32 --phantom.train 24 --phantom.val 6 "
     "--phantom.test 6 --batch-size 8 --epochs 2 --merging-epochs 1 --learning-rate 0.01 "
-    "--flip True --units kernels --layers decoder|up --skip 0 --quantile 0.5 --arms inmerge --augment.crop 2"
+    "--flip True --units kernels --layers decoder|up --skip 0 --quantile 0.5 "
+    "--arms inmerge --augment.crop 2"
 ).split()
 
 
