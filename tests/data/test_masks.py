@@ -23,7 +23,7 @@ def write_set(root, count=20, size=(12, 12), mask=None):
 
 
 def test_phantom_masks_are_masks_of_the_phantoms_images():
-    options = {"size": 32, "train": 40, "val": 2, "test": 2, "difficulty": 0.25}
+    options = {"size": 32, "train": 40, "val": 2, "test": 2}
     data, plain = make_phantom(masks=True, **options), make_phantom(**options)
     for split in SPLITS:
         part = getattr(data, split)
