@@ -26,15 +26,18 @@ class Progress:
         *,
         description: str = "",
         done: int = 0,
+        unit: str = "img",
     ) -> None:
         """Creates the line; enter the object as a context to show it.
 
         Args:
-          total: number of images to process.
+          total: number of images, or other examples, to process.
           console: where to print.
           description: what is running.
           done: images of the total that were processed by an earlier start.
+          unit: what the rate counts.
         """
+        self._unit = unit
         self._console = console or Console(highlight=False)
         self._total, self._done = total, done
         self._description, self._details = description, ""
@@ -140,7 +143,7 @@ class Progress:
         return f"{self._done:,} of {self._total:,}"
 
     def _speed(self) -> str:
-        return f"  {self.rate:,.0f} img/s" if self.rate else ""
+        return f"  {self.rate:,.0f} {self._unit}/s" if self.rate else ""
 
     def _with_speed(self, details: str) -> str:
         left, rate = max(self._total - self._done, 0), self._rate(self._overall)

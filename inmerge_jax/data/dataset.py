@@ -146,7 +146,9 @@ class Dataset:
 
     def __post_init__(self):
         if not self.name or set(self.name) & set("_@/"):  # They separate parts of file names.
-            raise ValueError(f"a name is not empty, without '_', '@', '/': {self.name!r}")
+            raise ValueError(
+                f"a data set's name is not empty, without '_', '@', '/': {self.name!r}"
+            )
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; known: {TASKS}")
         if self.task == "binary-class" and len(self.classes) != 2:

@@ -64,7 +64,7 @@ def load_breast_cancer() -> Dataset:
 
     table = datasets.load_breast_cancer()
     return dataset_from_arrays(
-        "breast_cancer",
+        "breast-cancer",
         "scikit-learn's breast cancer table (UCI, Wolberg et al. 1995)",
         table.data.astype(np.float32),
         table.target.astype(np.int32),

@@ -109,7 +109,9 @@ def _run_experiment(
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
     epochs = spec.recipe.epochs + spec.second_epochs * (len(arms) - 1)
     console = None if is_primary() else Console(quiet=True)
-    with Progress(images * epochs * len(config.seeds), console) as progress:
+    modality = spec.dataset.modality
+    unit = "img" if modality == "image" else EXAMPLES[modality]
+    with Progress(images * epochs * len(config.seeds), console, unit=unit) as progress:
         progress.say(_headline(spec))
         inmerge_notices = (*notices, spec.notice) if spec.notice else notices
         for notice in inmerge_notices if "inmerge" in arms else notices:

@@ -138,7 +138,7 @@ SMALL = (
     "--data phantom_masks --model unet --size 32 --phantom.train 24 --phantom.val 6 "
     "--phantom.test 6 --batch-size 8 --epochs 2 --merging-epochs 1 --learning-rate 0.01 "
     "--flip True --units kernels --layers decoder|up --skip 0 --quantile 0.5 "
-    "--arms inmerge --augment.crop 2"
+    "--augment.crop 2"
 ).split()
 
 
@@ -167,7 +167,7 @@ def trained(small_unet, tmp_path_factory):
 def test_a_run_on_masks_leaves_dice_hd95_and_masks(trained):
     folder, spec, _, _, results = trained
     assert results["dataset"]["classes"] == ["background", "lung", "heart"]
-    for arm in ("backbone", "inmerge"):
+    for arm in ("backbone", "finetune", "inmerge"):
         place = folder / "seed0" / arm
         lines, result = read_metrics(place / "metrics.jsonl"), read_result(place)
         assert not {"val_auc", "val_acc"} & lines[0].keys() and "scores" not in result
