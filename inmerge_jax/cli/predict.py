@@ -71,6 +71,11 @@ def predict(config: PredictConfig) -> str:
     """
     _check_target(config.to, overwrite=config.overwrite)
     run = load_run(config.run, config.arm, config.seed)
+    if run.task == "segmentation":
+        raise UsageError(
+            f"{config.run} segments images, and this command writes tables of scores: call "
+            "inmerge_jax.training.load.load_run(...).predict(images), which returns masks"
+        )
     title, parts = _chosen_images(config, run)
     thresholds = run.thresholds()
 
