@@ -19,5 +19,5 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Source lines in programs are read in profiles alone, and take time at each lowering.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Tracing allocates many objects that live long; collecting at every 700 is a tenth of the time.
+# Tracing allocates many objects that live long, which each collection visits again.
 gc.set_threshold(100_000, 20, 50)
