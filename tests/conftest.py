@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, set before jax is imported, and faster compilation."""
+"""Eight simulated CPU devices and settings for fast compilation, before jax is imported."""
 
 import gc
 import os
