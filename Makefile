@@ -25,7 +25,8 @@ run: $(READY)
 	$(BIN)/python -m experiments.quickstart
 
 # Most of a test's time is XLA's. It compiles faster without these optimizations.
-QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+  --xla_cpu_parallel_codegen_split_count=1
 # JAX 0.11 and newer end at this flag.
 EMITTERS := import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * (jaxlib.__version__ < "0.11"))
 

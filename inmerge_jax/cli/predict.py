@@ -73,8 +73,8 @@ def predict(config: PredictConfig) -> str:
     run = load_run(config.run, config.arm, config.seed)
     if run.task == "segmentation":
         raise UsageError(
-            f"{config.run} is a run of segmentation, whose masks do not fit a CSV; use "
-            "predict() of load_run in Python"
+            f"{config.run} segments images, and this command writes tables of scores: call "
+            "inmerge_jax.training.load.load_run(...).predict(images), which returns masks"
         )
     title, parts = _chosen_images(config, run)
     thresholds = run.thresholds()

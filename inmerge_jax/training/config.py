@@ -65,6 +65,7 @@ class DataOptions(DataConfig):
       name: Images: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a
         folder per class, or a CSV), tfds:NAME, chestxray14 (see inmerge data --help). Volumes:
         phantom3d, organmnist3d, ... Signals: signals:FILE. Tables: table:FILE, breast_cancer.
+        Masks: phantom_masks, folder:PATH (a CSV).
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"

@@ -254,10 +254,3 @@ def test_images_have_their_names_where_the_data_set_knows_them(run, dataset, tmp
     assert tuple(row[1] for row in read_csv(tmp_path / "a.csv")[1:]) == names
     with pytest.raises(ValueError, match="10 images but 9 names"):
         dataclasses.replace(dataset.test, names=names[1:])
-
-
-def test_masks_are_not_written_as_a_csv(tmp_path, monkeypatch, capsys):
-    masks = LoadedRun(None, {}, None, ("background", "heart"), "segmentation", None)
-    monkeypatch.setattr(predict, "load_run", lambda *_: masks)
-    error = error_of([str(tmp_path), "--to", str(tmp_path / "a.csv")], capsys)
-    assert "a run of segmentation" in error and not (tmp_path / "a.csv").exists()

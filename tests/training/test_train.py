@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -14,7 +13,12 @@ from inmerge_jax.data import Split
 from inmerge_jax.errors import UsageError
 from inmerge_jax.progress import Progress
 from inmerge_jax.training import train
-from inmerge_jax.training.checkpointing import checkpoint_epochs, read_meta, restore_checkpoint
+from inmerge_jax.training.checkpointing import (
+    checkpoint_epochs,
+    read_arrays,
+    read_meta,
+    restore_checkpoint,
+)
 from inmerge_jax.training.metrics import compute_metrics, read_scores
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.train_step import make_optimizer, new_state
@@ -35,15 +39,17 @@ def run(folder, *, setup=None, rule=None, **changes):
 
 
 def evidence(folder):
-    """Bytes of arrays and scores, and metrics but for timings: what no interruption may change."""
+    """What no interruption may change: bytes of arrays, scores, masks; metrics but for timings."""
     timings = {"seconds", "images_per_second"}
     lines = read_metrics(folder / "metrics.jsonl")
     lines = [{k: v for k, v in line.items() if k not in timings} for line in lines]
-    files = {path.name: path.read_bytes() for path in (folder / "scores").iterdir()}
+    found = [path for kind in ("scores", "masks") for path in (folder / kind).glob("*.*")]
+    files = {path.name: path.read_bytes() for path in found}
+    assert files
     state = {}
     for epoch in checkpoint_epochs(folder / "checkpoints"):
-        leaves = jax.tree.leaves(restore(folder, epoch))
-        state[epoch] = [np.asarray(leaf).tobytes() for leaf in leaves]
+        arrays = read_arrays(folder / "checkpoints" / str(epoch))
+        state[epoch] = {name: array.tobytes() for name, array in arrays.items()}
     return lines, files, state
 
 
