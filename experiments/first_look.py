@@ -18,14 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from experiments.benchmarks.timing import machine, measured_on
 from experiments.study.render import heat_map
+from inmerge_jax.data import load_breast_cancer
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.summary import Spread, spread
 from inmerge_jax.reporting.tables import markdown_rows
+from inmerge_jax.training.metrics import compute_metrics
 
 
 class Case(NamedTuple):
@@ -172,6 +177,15 @@ def gathered(folders: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
+def baseline() -> float:
+    """Test AUC of scikit-learn's logistic regression on the breast cancer table."""
+    data = load_breast_cancer()
+    regression = make_pipeline(StandardScaler(), LogisticRegression())
+    regression.fit(data.train.images, data.train.labels)
+    scores = regression.predict_proba(data.test.images)
+    return compute_metrics(data.test.labels, scores, data.task).auc
+
+
 def _similarity(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """By layer: units, and means over seeds before and after the training of the backbone."""
     files = [
@@ -217,7 +231,11 @@ def answers(stored: Mapping[str, Any]) -> str:
         mean = _spread(case["arms"]["finetune"]["test"]).mean
         rows.append((title, f"{metric} {mean:.3f}", *cells))
     header = ("network: units; data", "fine-tuning", *RULES)
-    return markdown_rows(header, rows, "llrrr") + "\n"
+    text = markdown_rows(header, rows, "llrrr") + "\n"
+    if "mlp" in stored["cases"]:
+        auc = stored["cases"]["mlp"]["baseline"]
+        text += f"\nLogistic regression on the table (scikit-learn): AUC {auc:.3f}.\n"
+    return text
 
 
 def similarities(stored: Mapping[str, Any]) -> str:
@@ -290,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in config.only:
         case = gathered({rule: train(config, name, rule) for rule in RULES})
         command = f"{CASES[name].options} {SEEDS}"
+        case |= {"baseline": baseline()} if name == "mlp" else {}
         cases = stored["cases"] | {name: case | {"command": command, "machine": machine()}}
         stored["cases"] = {name: cases[name] for name in CASES if name in cases}
         write_json(config.output, stored)

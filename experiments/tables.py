@@ -82,8 +82,8 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     met = {True: "yes", False: "**no**", None: ""}
     columns = ("measured", "median times", "quantity", "value", "target", "met", "earlier", "met")
     lines = []
-    for section in stored.values():
-        for row in section["rows"]:
+    for name, section in stored.items():
+        for row in section["rows"] if name != "families" else ():
             medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
             same = old.get((row["name"], row["quantity"]))
             earlier_cells = ("", "") if same is None else (f"{same['value']:.3g}", met[same["met"]])
@@ -95,6 +95,27 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     ]
     table = markdown_rows(columns, lines, "l" * len(columns))
     return f"{table}\n\n{' '.join(where)}\n"
+
+
+def families_table(path: Path) -> str:
+    """A row per network other than image CNNs: rate, cost of merging, compilation and memory."""
+    section = json.loads(path.read_bytes()).get("families", {"rows": []})
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in section["rows"]:
+        found.setdefault(row["name"].removeprefix("step, "), []).append(row)
+    lines = []
+    for name, (cost, rate, plain, merging, memory, more) in found.items():
+        step = _time(cost["seconds"]["plain"]["median"])
+        ratio = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
+        compilation = f"{plain['value']:.0f}, {merging['value']:.0f}"
+        size = f"{memory['value']:.0f}, {more['value']:.3f}"
+        lines.append((name, step, f"{rate['value']:,.0f}", ratio, compilation, size))
+    columns = (
+        *("network", "step", "examples/s", "merging / plain (range)"),
+        *("compilation in s: plain, merging", "memory: MB, merging / plain"),
+    )
+    where = f"Measured on {measured_on([section['environment']])}.\n" if lines else ""
+    return f"{markdown_rows(columns, lines, 'lrrrrr')}\n\n{where}"
 
 
 def _time(seconds: float) -> str:
@@ -122,6 +143,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
+    "families": lambda: families_table(RESULTS / "benchmark.json"),
     "recompute_batch_stats": lambda: batch_statistics.markdown(
         json.loads(batch_statistics.RESULTS.read_bytes())
     ),
@@ -150,7 +172,7 @@ PAGES = {
     "docs/interruptions.md": ("kills", "kills_bucket"),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
-    accelerator.PAGE: ("accelerator", "benchmark"),
+    accelerator.PAGE: ("accelerator", "benchmark", "families"),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
