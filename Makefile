@@ -26,8 +26,9 @@ run: $(READY)
 
 # Most of a test's time is XLA's. It compiles faster without these optimizations.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
-# JAX 0.11 and newer end at this flag.
-EMITTERS := import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * (jaxlib.__version__ < "0.11"))
+# JAX 0.11 and newer end at the first of these flags.
+EMITTERS := import jaxlib; print("--xla_cpu_use_fusion_emitters=false \
+  --xla_cpu_parallel_codegen_split_count=1" * (jaxlib.__version__ < "0.11"))
 
 test: $(READY)
 	XLA_FLAGS="$(QUICK) $$($(BIN)/python -c '$(EMITTERS)')" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile

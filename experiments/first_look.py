@@ -71,7 +71,7 @@ CASES = {
         "U-Net: kernels",
         "phantom, lungs and heart",
         "--data phantom_masks --size 32 --phantom.train 256 --phantom.val 64 --phantom.test 256 "
-        "--model unet --width 0.25 --batch-size 32 --epochs 8 --merging-epochs 4",
+        "--model unet --width 0.25 --batch-size 32 --epochs 16 --merging-epochs 8",
     ),
     "volumes": Case(
         "ResNet-18, 3-D: kernels",
@@ -97,7 +97,7 @@ RULES = {
     "nearest": "--partner nearest",
     "quantile 0.5": "--partner nearest --quantile 0.5",
 }
-SEEDS = "--seeds 0 1 2 3 4 --devices 1"
+SEEDS = "--seeds 0 1 2 3 4 --devices 1 --merging-learning-rate 1e-4"
 RESULTS = Path(__file__).parent / "results" / "first_look.json"
 METRICS = ("dice", "auc")
 """Of a result's "test", the first that it has."""

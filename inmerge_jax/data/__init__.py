@@ -228,7 +228,7 @@ def _check_options(config: DataConfig) -> None:
     kind, colon, place = config.name.partition(":")
     forms = ", ".join(f"{one}:{'NAME' if one == 'tfds' else 'PATH'}" for one in _FILES)
     if kind in _FILES and not place:
-        raise UsageError(f"`data` {config.name}: name the place, as in {forms}")
+        raise UsageError(f"`data` {config.name}: give {forms}")
     if colon and kind not in _FILES:
         raise UsageError(f"`data` {config.name}: only {forms} have a colon")
     if config.size is not None and config.size < 1:

@@ -139,6 +139,13 @@ def summary_notes(run: Run, summary: Summary) -> list[str]:
         notes.append(f"Classes left out of the mean {METRICS[main]}, {why}: {summary.undefined}.")
     if "inmerge" in summary.arms:
         notes.append(merges_note(summary))
+        units = run.results.get("rule", {}).get("units")
+        if units or run.segmentation or run.modality != "image":
+            merged = ", ".join(units or ["kernels"])
+            notes.append(
+                f"Units that merge: {merged}. This extends the paper, which merges convolution "
+                "kernels of image classifiers."
+            )
     if summary.shortcut_share > 0.5:
         notes.append(
             f"Share of the merges in 1x1 shortcut convolutions: {summary.shortcut_share:.0%}."

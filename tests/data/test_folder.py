@@ -143,7 +143,7 @@ def test_columns_of_0_and_1_are_several_labels(tmp_path):
     make_csv(tmp_path, [(*row[:2], "yes") for row in rows], ["path", "mass", "edema"])
     assert "edema is 'yes'; without a column label" in refusal(path)
     make_csv(tmp_path, [(*row[:2], 0) for row in rows], ["path", "mass", "edema"])
-    assert "no image has the label edema" in refusal(path)
+    assert "no example has the label edema" in refusal(path)
 
 
 def test_large_sets_are_read_while_training(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_folders_that_cannot_be_right(tmp_path):
     assert "there is only the class dog" in refusal(tmp_path / "one")
     for name in CLASSES:
         save(tmp_path / "few" / name / "a.png", picture(1))
-    assert "2 images in 2 groups are too few" in refusal(tmp_path / "few")
+    assert "2 examples in 2 groups are too few" in refusal(tmp_path / "few")
 
 
 def test_images_of_mixed_modes_are_named_and_converted_on_request(tmp_path):
@@ -232,7 +232,7 @@ def test_csvs_that_cannot_be_right(tmp_path):
     )
     only = [("000.png", "cat", "val"), *((*row[:2], "train") for row in rows[3:])]
     assert "rare" in refused([("001.png", "rare", "val"), *only], ("path", "label", "split"))
-    assert "2 images are fewer than the 3 classes" in refused(
+    assert "2 examples are fewer than the 3 classes" in refused(
         [("000.png", 1, 0, 1), ("001.png", 0, 1, 0)], ("path", "a", "b", "c")
     )
 

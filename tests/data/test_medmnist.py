@@ -228,7 +228,7 @@ def test_an_unknown_name_is_answered_with_all(tmp_path):
     message = refusal(tmp_path, "zzz")
     assert "did you mean" not in message
     assert all(name in message for name in (*medmnist_names(), "phantom", "chestxray14"))
-    assert "folder:PATH and tfds:NAME" in message
+    assert "folder:PATH, tfds:NAME" in message
 
 
 def test_an_unknown_size_is_answered_with_the_known():

@@ -116,7 +116,7 @@ def test_the_breast_cancer_table_is_scikit_learns():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "signals:"}, "`data` signals:: name the place"),
+        ({"name": "signals:"}, "`data` signals:: give folder:PATH"),
         ({"name": "other:x"}, "`data` other:x: only folder:PATH, tfds:NAME, signals:PATH"),
         ({"name": "signals:x.csv", "size": 28}, "`size` 28 is not read for signals:x.csv"),
         ({"name": "table:x.csv", "channels": 3}, "`channels` 3 is not read for table:x.csv"),

@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_named(prepared, tmp_path):
         load(tmp_path, "tfds:mnist")
     with pytest.raises(UsageError, match="name its configuration"):
         load(prepared, "tfds:shapes/none")
-    with pytest.raises(UsageError, match="give folder:PATH, a folder or CSV, or tfds:NAME"):
+    with pytest.raises(UsageError, match="give folder:PATH, tfds:NAME"):
         load(prepared, "tfds:")
 
 

@@ -140,6 +140,12 @@ def test_published_row_is_labelled(tmp_path):
     assert row(markdown(folder), "resnet18 28 px, published")[1:3] == ["0.901", "0.863"]
 
 
+def test_merging_beyond_the_paper_is_noted(folder):
+    assert "extends the paper" not in markdown(folder)
+    edit(folder, lambda results: results["rule"].update(units=["heads", "neurons"]))
+    assert "Units that merge: heads, neurons. This extends the paper" in markdown(folder)
+
+
 def test_rule_stands_beside_the_released_codes(folder):
     text = markdown(folder)
     assert row(text, "threshold")[1:] == ["0.1", "0.3"]

@@ -172,7 +172,7 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         (["--data-dir", "d"], r"--data-dir d is not read for phantom.* --data"),
         (["--resize", "bicubic"], r"--resize bicubic is not read for phantom"),
         (["--data", "folder:"], r"--data folder:: give folder:PATH"),
-        (["--data", "folders:x"], r"--data folders:x: only folder:PATH and tfds:NAME"),
+        (["--data", "folders:x"], r"--data folders:x: only folder:PATH, tfds:NAME"),
         (["--size", "0"], r"--size 0"),
         (["--seeds", "1", "1"], r"--seeds 1 1.*once"),
         (["--seeds", "-1"], r"--seeds -1"),

@@ -16,6 +16,7 @@ from inmerge_jax.training.load import load_run
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train import TrainingInterrupted
+from tests.long import LONG
 
 COMMON = (
     "--devices 1 --batch-size 16 --epochs 1 --merging-epochs 1 --arms inmerge --skip 0 "
@@ -37,7 +38,7 @@ def signals(tmp_path_factory):
 
 
 def run(folder, *options):
-    assert train.main([*options, *COMMON, "--output", str(folder)]) == 0
+    assert train.main([*COMMON, *options, "--output", str(folder)]) == 0
     return json.loads((folder / "results.json").read_text())["dataset"]
 
 
@@ -106,32 +107,61 @@ def test_a_table(tmp_path, capsys, signals):
     assert "mlp" in error and not (tmp_path / "x.pth").exists()
 
 
-def test_a_signal_run_resumes_bit_for_bit(tmp_path, capsys, signals):
-    options = ["--data", f"signals:{signals}", "--model", "resnet18", "--width", "0.0625"]
-    options += ["--recompute-batch-stats", "all"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    stored = run(whole, *options)
-    assert "signals-waves 32 samples, 42/6/12 signals; resnet18" in capsys.readouterr().out
+RESNET = "--model resnet18 --width 0.03125 --skip 18".split()
+
+
+def interrupt_and_resume(folder, options):
+    """Ends a run after its second update, as Ctrl-C does, and finishes it."""
+    calls = iter(range(100))
+    spec = make_run_spec(parse_config([*COMMON, *options, "--output", str(folder)]))
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(spec, lambda: next(calls) >= 2)
+    assert not (folder / "results.json").exists()
+    return run(folder, *options, "--resume")
+
+
+def test_a_resumed_run_on_signals(tmp_path, capsys, signals):
+    folder, options = tmp_path / "run", ["--data", f"signals:{signals}", *RESNET]
+    stored = interrupt_and_resume(folder, options)
+    said = capsys.readouterr().out
+    assert "signals-waves 32 samples, 42/6/12 signals; resnet18" in said and "resumes from" in said
     assert stored["modality"] == "signal" and "features" not in stored
-    said, page, text = check_life(whole, options, capsys)
+    said, page, text = check_life(folder, options, capsys)
     assert "12 signals of signals-waves (test)" in said
     assert "Sample signals" in text and 'aria-label="Signals: 1"' in page and "<img" not in page
     assert "32 samples" in text
-    with np.load(whole / "samples.npz") as samples:
+    with np.load(folder / "samples.npz") as samples:
         assert samples["images"].shape == (8, 32, 1) and samples["images"].dtype == np.float32
 
-    calls = iter(range(100))
-    spec = make_run_spec(parse_config([*options, *COMMON, "--output", str(parts)]))
-    with pytest.raises(TrainingInterrupted):
-        run_experiment(spec, lambda: next(calls) >= 4)
-    assert not (parts / "results.json").exists()
-    run(parts, *options, "--resume")
+
+@LONG
+def test_a_resumed_run_on_signals_is_bit_identical(tmp_path, signals):
+    options = ["--data", f"signals:{signals}", *RESNET, "--recompute-batch-stats", "all"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, *options)
+    interrupt_and_resume(parts, options)
     for arm in ("backbone", "inmerge"):
         np.testing.assert_array_equal(stored_scores(parts, arm), stored_scores(whole, arm))
-    error = error_of(export, [str(whole), "--to", str(tmp_path / "x.pth")], capsys)
-    assert "resnet18" in error and "signals" in error
 
 
+@LONG
+def test_a_medmnist_file_of_volumes(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 24), ("val", 8), ("test", 8)):
+        labels = np.arange(count) % 2
+        volumes = rng.integers(0, 100, (count, 28, 28, 28)) + 100 * labels[:, None, None, None]
+        arrays[f"{split}_images"] = volumes.astype(np.uint8)
+        arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
+    np.savez(tmp_path / "nodulemnist3d.npz", **arrays)
+    options = ["--data", "nodulemnist3d", "--data-dir", str(tmp_path), "--allow-unverified"]
+    options += RESNET
+    with pytest.warns(UserWarning, match="NoduleMNIST3D"):
+        assert run(tmp_path / "run", *options)["modality"] == "volume"
+        check_life(tmp_path / "run", options, capsys)
+
+
+@LONG
 def test_a_state_space_network_on_signals(tmp_path, capsys, signals):
     options = ["--data", f"signals:{signals}", "--model", "mamba_tiny", "--width", "0.125"]
     run(tmp_path / "run", *options)
@@ -141,15 +171,15 @@ def test_a_state_space_network_on_signals(tmp_path, capsys, signals):
 
 
 def test_volumes(tmp_path, capsys):
-    options = "--data phantom3d --size 16 --phantom.train 24 --phantom.val 8 --phantom.test 8"
+    options = "--data phantom3d --size 16 --phantom.train 16 --phantom.val 6 --phantom.test 6"
     options = [*options.split(), *"--phantom.findings mass".split()]
-    options += ["--model", "resnet18", "--width", "0.03125"]
+    options += RESNET
     folder = tmp_path / "run"
     stored = run(folder, *options, "--flip", "True")
-    assert "phantom3d 16 voxels a side, 24/8/8 volumes" in capsys.readouterr().out
+    assert "phantom3d 16 voxels a side, 16/6/6 volumes" in capsys.readouterr().out
     assert stored["modality"] == "volume"
-    said, page, text = check_life(folder, options, capsys)
-    assert "8 volumes of phantom3d (test)" in said and "the middle slices" in text
+    said, _, text = check_life(folder, options, capsys)
+    assert "6 volumes of phantom3d (test)" in said and "the middle slices" in text
     data = load_dataset(parse_config(options).data)
     with np.load(folder / "samples.npz") as samples:
         first = np.flatnonzero(data.train.labels == 0)[0]
@@ -165,10 +195,10 @@ def test_a_network_for_another_modality_is_refused_with_both_names(signals, tmp_
         (["--data", "phantom", "--model", "mlp"], "`model` mlp does not read images.* phantom"),
         (
             ["--data", f"signals:{signals}", "--model", "vit_tiny"],
-            "vit_tiny does not read signals, which `data` signals-waves has: choose one of resnet18",
+            "vit_tiny does not read signals, which `data` signals-waves has: choose one of resn",
         ),
         (["--data", "breast_cancer"], "resnet18 does not read tables.*breast-cancer has"),
         (["--data", "breast_cancer", "--model", "mlp", "--flip", "True"], "`flip`: .* tables"),
     ):
         with pytest.raises(UsageError, match=message):
-            make_run_spec(parse_config([*options, "--output", str(tmp_path / "x")]))
+            make_run_spec(parse_config([*options, *COMMON, "--output", str(tmp_path / "x")]))
