@@ -62,10 +62,9 @@ class DataOptions(DataConfig):
     """`DataConfig` for the command line.
 
     Attributes:
-      name: Images: phantom (generated), a 2-D MedMNIST subset such as breastmnist, folder:PATH (a
-        folder per class, or a CSV), tfds:NAME, chestxray14 (see inmerge data --help). Volumes:
+      name: Images: phantom (generated), phantom_masks (for unet), a 2-D MedMNIST
+        subset, folder:PATH (a folder per class, or a CSV), tfds:NAME, chestxray14. Volumes:
         phantom3d, organmnist3d, ... Signals: signals:FILE. Tables: table:FILE, breast_cancer.
-        Masks: phantom_masks, folder:PATH (a CSV).
     """
 
     name: Annotated[str, arg(name="data", metavar="NAME")] = "phantom"
