@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs from experiments/results, and the figures of the results.
 
 python -m experiments.tables                     rewrite the tables between their markers
-python -m experiments.tables --figures FOLDER    write one SVG per page of results
+python -m experiments.tables --figures FOLDER    write an SVG per page of results; check the tables
 """
 
 import functools
@@ -218,6 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
         if words[:1] == ["--figures"] and len(words) == 2:
             for name, svg in figures().items():
                 write_text(Path(words[1]) / name, svg)
+            for page in PAGES:
+                text = (ROOT / page).read_text()
+                if render(text, page) != text:
+                    raise UsageError(
+                        f"{page}: its tables are not those of experiments/results; run python -m "
+                        "experiments.tables"
+                    )
         elif words:
             raise UsageError(f"{' '.join(words)}: the only option is --figures FOLDER")
         else:

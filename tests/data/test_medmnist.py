@@ -25,7 +25,7 @@ from inmerge_jax.data.medmnist import (
     medmnist_names,
 )
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.config import RecipeConfig, TrainConfig
+from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig
 from inmerge_jax.training.run_spec import make_run_spec
 from tests.paths import MEDMNIST, needs
 
@@ -136,8 +136,16 @@ def test_volumes_are_for_networks_of_volumes(tmp_path, verified):
     verified(tmp_path / "organmnist3d.npz", "organmnist3d")
     config = DataConfig(name="organmnist3d", size=28, data_dir=tmp_path)
     assert load_dataset(config).train.images.shape == (9, 28, 28, 28, 1)
-    with pytest.raises(UsageError, match="organmnist3d has volumes .* `model` resnet18"):
-        make_run_spec(TrainConfig(data=config, devices=1, recipe=RecipeConfig(batch_size=4)))
+    message = "`model` vgg16 does not read volumes, which `data` organmnist3d has"
+    with pytest.raises(UsageError, match=message):
+        make_run_spec(
+            TrainConfig(
+                data=config,
+                model=ModelConfig(name="vgg16"),
+                devices=1,
+                recipe=RecipeConfig(batch_size=4),
+            )
+        )
     with pytest.raises(UsageError, match="`size` 128: organmnist3d has 28, 64 px"):
         load_medmnist("organmnist3d", size=128, data_dir=tmp_path)
     with pytest.raises(UsageError, match="`resize` nearest: the volumes .* are not resized"):

@@ -10,6 +10,7 @@ from experiments.study import archive
 from experiments.study.questions import QUESTIONS
 from experiments.study.statistics import MARGIN
 from inmerge_jax.errors import UsageError
+from tests.long import long_unless
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 NUMBER = re.compile(
@@ -17,12 +18,20 @@ NUMBER = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", tables.PAGES)
+# `make docs` checks every page, and so does .ci/run.
+_ANALYSED = (
+    *("README.md", "docs/results/index.md"),
+    *(f"docs/results/{question.page}" for question in QUESTIONS.values()),
+)
+
+
+@pytest.mark.parametrize("page", long_unless(lambda page: page not in _ANALYSED, tables.PAGES))
 def test_every_page_is_up_to_date(page):
     text = (tables.ROOT / page).read_text()
     assert tables.render(text, page) == text, "run python -m experiments.tables"
 
 
+@pytest.mark.long
 def test_a_number_typed_by_hand_is_noticed():
     readme = (tables.ROOT / "README.md").read_text()
     begin = "<!-- begin main -->"
@@ -66,6 +75,7 @@ def unknown_numbers(text, analysis, allowed):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_every_number_of_an_answer_is_of_the_stored_results(name):
     question = QUESTIONS[name]
@@ -79,6 +89,7 @@ def test_every_number_of_an_answer_is_of_the_stored_results(name):
     assert unknown_numbers(forged, analysis, settings(question)) == wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_handwritten_verdict_is_the_computed_one(name):
     question = QUESTIONS[name]
@@ -99,6 +110,7 @@ def test_a_page_of_results_is_short(name):
     assert command in page and f"](../figures/results/{QUESTIONS[name].page[:-3]}.svg)" in page
 
 
+@pytest.mark.long
 def test_every_question_has_a_figure_and_plain_numbers(tmp_path):
     assert tables.main(["--figures", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.iterdir()}

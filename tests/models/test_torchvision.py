@@ -94,6 +94,7 @@ def test_small_densenet_computes_what_pytorchs_does():
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_every_entry_of_the_full_networks_has_torchvisions_name_and_shape():
     # The round trip of a narrow VGG can't tell whether a full one's entries have these shapes.
     with torch.device("meta"):
@@ -168,6 +169,7 @@ def test_a_checkpoint_of_the_benchmark_is_read(tmp_path, zipped):
     assert_same(to_state_dict("resnet18", variables, names="medmnist"), network.state_dict())
 
 
+@pytest.mark.long
 def test_torchvisions_oldest_spelling_and_half_precision_are_read():
     state_dict = theirs("densenet121").state_dict()
     old = {

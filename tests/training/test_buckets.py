@@ -135,6 +135,7 @@ def test_the_life_of_a_run_in_a_bucket(bucket, tmp_path, capsys):
     assert names == {"config.json", "environment.json"}
 
 
+@pytest.mark.long
 def test_damage_in_a_bucket_is_seen_and_passed_over(bucket):
     folder, tree = bucket / "checkpoints", {"w": np.arange(1000.0), "none": np.zeros((0, 2))}
     for epoch in range(2, 5):

@@ -13,6 +13,7 @@ from inmerge_jax.training.checkpointing import checkpoint_epochs
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train_step import make_merging_eval_step
 from inmerge_jax.training.workdir import read_metrics
+from tests.long import long_unless
 from tests.training import tiny
 from tests.training.test_train import evidence, run
 
@@ -51,7 +52,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_unless(("inmerge", "released").__contains__, CASES))
 def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path, name):
     options, updates, patience = CASES[name]
     if "merging_eval_step" in options:

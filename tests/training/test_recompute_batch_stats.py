@@ -100,6 +100,7 @@ def test_the_number_of_batches_is_as_given(tmp_path):
         np.testing.assert_allclose(values, ours[name], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_more_devices_find_the_same(tmp_path):
     for devices in (1, 2):
         recompute(tmp_path / str(devices), devices)

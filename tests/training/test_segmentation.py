@@ -192,6 +192,7 @@ def test_it_learns_and_merges_in_the_decoder_only(trained):
     assert all(name.startswith(("decoder", "up")) for name in result["layers"])
 
 
+@pytest.mark.long
 def test_a_resumed_stage_has_the_same_bits(trained, tmp_path, monkeypatch):
     _, spec, context, (_, merging, _), _ = trained
 
@@ -234,6 +235,7 @@ def test_a_finished_run_predicts_masks(trained):
     assert (found == stored).mean() > 0.999  # Another batch size rounds differently.
 
 
+@pytest.mark.long
 def test_a_3d_unet_learns_volumes(small_unet):
     rng = np.random.default_rng(2)
     masks = blobs(rng, (6, 8, 8, 8), 2)

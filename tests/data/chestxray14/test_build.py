@@ -221,6 +221,7 @@ def test_a_build_that_stops_late_is_as_if_it_had_not(nih, built, tmp_path, monke
     assert content(tmp_path / "out") == content(built)
 
 
+@pytest.mark.long
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
     nih = tmp_path / "nih"
     table = [(f"{i:08}_000.png", FINDINGS[i % 14], 0, i, 50) for i in range(1, 401)]
@@ -412,6 +413,7 @@ def test_bad_input_on_the_command_line_is_status_2(nih, tmp_path, capsys):
     assert "there is no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @needs(NIH / "images_224")
 def test_the_real_folder_of_224_px(tmp_path):
     made, said = make(

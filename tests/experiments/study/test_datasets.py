@@ -4,10 +4,11 @@ import pytest
 
 from experiments.study import datasets
 from inmerge_jax.data import load_dataset
+from tests.long import long_unless
 from tests.paths import SHARED
 
 
-@pytest.mark.parametrize("name", datasets.SOURCES)
+@pytest.mark.parametrize("name", long_unless(lambda name: name != "chestxray14", datasets.SOURCES))
 def test_counts_and_size(name, tmp_path):
     if name != "phantom" and not (SHARED / "data" / "medmnist").exists():
         pytest.skip("needs the real images")

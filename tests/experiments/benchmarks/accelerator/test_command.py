@@ -128,6 +128,7 @@ def test_a_folder_of_mixed_results_is_not_imported(measured, tmp_path):
         page.import_folder(tmp_path / "nothing", tmp_path / "results", tiny=True)
 
 
+@pytest.mark.long
 def test_the_time_ends_the_run(tmp_path):
     began = time.monotonic()
     process = start(tmp_path, minutes=0.2)
