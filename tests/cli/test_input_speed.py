@@ -102,7 +102,7 @@ def die(*_):
     os._exit(9)
 
 
-def test_a_killed_process_is_told(folders, monkeypatch):
+def test_a_killed_process_is_reported(folders, monkeypatch):
     monkeypatch.setattr(input_speed, "_reduced_bytes", die)
     paths = sorted(find_images(folders[0]).values())[:2]
     with pytest.raises(UsageError, match="one of the 1 processes .* was killed"):

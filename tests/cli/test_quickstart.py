@@ -64,7 +64,7 @@ def test_run_again_replaces_its_own_run_and_prints_the_table(first, output, caps
 
 
 @pytest.mark.long
-def test_an_interrupted_run_goes_on(first, output, monkeypatch):
+def test_an_interrupted_run_resumes(first, output, monkeypatch):
     (output / "results.json").unlink()
     (output / "seed1" / "inmerge" / "result.json").unlink()
     assert quickstart.continuation(output, SMALL) == "--resume"

@@ -180,7 +180,7 @@ def test_each_platform_gets_its_form():
     assert "optimization_barrier" not in program("cuda")
 
 
-def test_a_form_can_be_asked_for():
+def test_an_implementation_can_be_chosen():
     assert "optimization_barrier" not in program("tpu", "reference")
     assert loops(program("cuda", "cpu")) > loops(program("cuda"))
 

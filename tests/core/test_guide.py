@@ -467,7 +467,7 @@ def test_lora_added_to_a_weight_merges_the_weight_alone():
     np.testing.assert_array_equal(after["b"], LORA["b"])
 
 
-def test_lora_on_a_weight_that_is_no_parameter_is_passed_over_with_the_reason():
+def test_lora_on_a_weight_that_is_no_parameter_is_skipped_with_the_reason():
     factors = {"a": LORA["a"], "b": LORA["b"]}
     trace = traced(lambda p, x: x @ (LORA["w"] + p["a"] @ p["b"]), factors)
     assert trace.kernels == ()

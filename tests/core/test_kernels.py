@@ -320,7 +320,7 @@ def test_all_convolutions_in_a_scan_are_found(image):
     assert places(STACKS["scan"], jnp.ones((2, 3, 3, 4, 4)), image) == {"": (4, (0,), 1, "conv")}
 
 
-def test_dense_layers_are_listed_where_asked_for(image):
+def test_dense_layers_are_listed_on_request(image):
     params = {"w": jnp.ones((3, 3, 4, 4)), "fc": jnp.ones((4, 5)), "out": jnp.ones((6, 5))}
 
     def forward(p, x):
@@ -395,7 +395,7 @@ def test_a_transformer(scan, batch):
         assert (0 in kernel.batch_axes) == (scan and kernel.name.startswith("Block"))
 
 
-def test_what_is_passed_over_has_its_reason(image):
+def test_skipped_weights_have_a_reason(image):
     params = {"w": jnp.ones((3, 3, 4, 4)), "fc": jnp.ones((4, 5)), "v": jnp.ones((3, 3, 4, 4))}
 
     def forward(p, x):
@@ -410,7 +410,7 @@ def test_what_is_passed_over_has_its_reason(image):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_weight_used_in_part_and_whole_is_not_listed(order, image):
+def test_a_weight_used_in_part_and_in_full_is_not_listed(order, image):
     params = {"w": jnp.ones((3, 3, 4, 4)), "z": jnp.ones((3, 3, 4, 4))}
 
     def forward(p, x):
@@ -456,7 +456,7 @@ def test_weights_that_a_loop_carries_unchanged_are_listed(image):
     assert names(forward, {"w": jnp.ones((3, 3, 4, 4))}, image) == ["w"]
 
 
-def test_all_parameters_of_a_computed_weight_are_passed_over():
+def test_all_parameters_of_a_computed_weight_are_skipped():
     params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 5)), "w": jnp.ones((5, 3))}
     found = trace_kernels(lambda p, x: x @ (p["a"] @ p["b"]) @ p["w"], params, jnp.ones((2, 4)))
     assert [kernel.name for kernel in found.kernels] == ["w"]
@@ -465,7 +465,7 @@ def test_all_parameters_of_a_computed_weight_are_passed_over():
     }
 
 
-def test_low_rank_factors_beside_a_weight_are_passed_over():
+def test_low_rank_factors_of_a_weight_are_skipped():
     params = {"w": jnp.ones((4, 5)), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 5))}
     found = trace_kernels(lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), params, jnp.ones((2, 4)))
     assert [kernel.name for kernel in found.kernels] == ["w"]
@@ -483,7 +483,7 @@ def test_experts_of_a_ragged_product_are_problems_of_their_own():
     assert found == {"moe": (2, (0,), 1, "dense")}
 
 
-def test_a_transposed_convolution_is_told_from_others(image, weight):
+def test_transposed_convolutions_are_recognised(image, weight):
     def forward(p, x):
         return lax.conv_transpose(x, p["w"], (2, 2), "SAME")
 
@@ -581,7 +581,7 @@ def test_unknown_operations_are_refused(image, weight):
         find_kernels(lambda p, x: conv(x, p["w"]), weight, image, ops=("attention",))
 
 
-def test_a_network_of_dense_layers_is_told_of_them():
+def test_an_error_for_a_network_without_convolutions_names_its_dense_layers():
     with pytest.raises(ValueError, match=r'ops=\("conv", "dense"\) also takes matrix products'):
         find_kernels(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
 
@@ -616,7 +616,7 @@ def test_a_masked_weight_is_still_followed():
         lambda p: jnp.pad(p["w"], ((0, 0), (0, 2))),
     ],
 )
-def test_a_computed_dense_weight_is_passed_over_with_its_reason(compute):
+def test_a_computed_dense_weight_is_skipped_with_its_reason(compute):
     found = trace_kernels(lambda p, x: x @ compute(p), {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
     assert found.kernels == ()
     assert [(one.name, one.op) for one in found.passed_over] == [("w", "dense")]

@@ -192,7 +192,7 @@ def program(run, *arguments, platform="tpu"):
 
 
 @needs_lowering
-def test_it_is_in_the_program_for_tpus_alone_where_asked_for():
+def test_the_kernel_is_only_in_programs_for_tpus():
     weight = case((1, 1, 48, 128))
     for platform in ("tpu", "cuda", "cpu"):
         text = program(lambda w: merge(w, MergeRule()), weight, platform=platform)

@@ -56,7 +56,7 @@ def test_passes_and_seeds_have_orders_of_their_own():
     assert not np.array_equal(second, other)
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before():
+def test_a_batch_does_not_depend_on_earlier_batches():
     split = numbered(30)
     forward = [train_batch(split, seed=3, step=s, batch_size=8) for s in range(12)]
     for step in (11, 0, 7, 7, 3):

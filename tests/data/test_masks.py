@@ -49,7 +49,7 @@ def test_the_phantoms_images_have_not_changed():
     assert hashlib.sha256(images.tobytes()).hexdigest().startswith("1a151c301e9cc13f")
 
 
-def test_masks_of_a_csv_are_read_beside_their_images(tmp_path):
+def test_masks_of_a_csv_are_read_with_their_images(tmp_path):
     data = load(write_set(tmp_path))
     assert (data.task, data.classes) == ("segmentation", ("background", "class_1", "class_2"))
     assert [len(getattr(data, split)) for split in SPLITS] == [14, 2, 4]

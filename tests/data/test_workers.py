@@ -124,7 +124,7 @@ def test_workers_end_with_a_command_that_leaves_them_alone(tmp_path):
     assert done.returncode == 1 and done.stderr == "an error elsewhere\n"
 
 
-def test_signals_to_the_whole_group_do_not_reach_workers():
+def test_signals_to_the_process_group_do_not_reach_workers():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     split = lazy(21)
     row = train_batches(split, seed=1, batch_size=6, stop=9, workers=1)

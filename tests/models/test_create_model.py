@@ -405,7 +405,7 @@ def test_small_densenet_refuses_images_that_vanish():
 
 
 @pytest.mark.parametrize(("name", "barriers"), [("resnet18", 3), ("resnet50", 6), ("vgg16", 0)])
-def test_on_tpus_alone_a_barrier_stands_before_strided_convolutions(name, barriers):
+def test_a_barrier_precedes_strided_convolutions_on_tpus_only(name, barriers):
     model = create_model(name, 10, stem="small", width=0.125)
     variables = abstract_variables(model, 28)
     traced = jax.jit(lambda v, x: model.apply(v, x, train=False)).trace(

@@ -285,7 +285,7 @@ def test_features_without_a_classifier_are_loaded():
         assert "initialized at random: classifier.bias, classifier.weight" in str(report)
 
 
-def test_a_head_of_another_size_is_initialized_and_one_that_fits_when_asked():
+def test_a_head_of_another_size_is_initialized_and_one_that_fits_on_request():
     head = fresh("fc")
     variables, report = match(narrow(classes=7))
     assert_equal({"fc": variables["params"]["fc"]}, head)
@@ -321,7 +321,7 @@ def test_a_first_convolution_that_does_not_fit_is_initialized_with_its_normalisa
         assert_equal({k: variables[kind][k] for k in others}, {k: tree[k] for k in others})
 
 
-def test_a_vgg_of_the_other_stem_lends_its_convolutions():
+def test_convolutions_are_loaded_from_a_vgg_of_the_other_stem():
     state_dict = narrow()
     variables, report = match(state_dict, stem="imagenet")
     assert report.share == 1 and set(report.unused) == {"classifier.weight", "classifier.bias"}
@@ -452,7 +452,7 @@ def test_float8_of_pytorchs_own_files_is_refused(tmp_path):
         match(read_state_dict(tmp_path / "a.bin"))
 
 
-def test_options_that_a_training_loop_stores_are_passed_over(tmp_path):
+def test_options_that_a_training_loop_stores_are_ignored(tmp_path):
     content = {"args": argparse.Namespace(lr=0.1), "state_dict": {"a": torch.ones(2)}}
     torch.save(content, tmp_path / "checkpoint")
     assert_same(read_state_dict(tmp_path / "checkpoint"), {"a": torch.ones(2)})

@@ -146,7 +146,7 @@ def test_merging_beyond_the_paper_is_noted(folder):
     assert "Units that merge: heads, neurons. This extends the paper" in markdown(folder)
 
 
-def test_rule_stands_beside_the_released_codes(folder):
+def test_the_rule_is_compared_with_the_released_codes(folder):
     text = markdown(folder)
     assert row(text, "threshold")[1:] == ["0.1", "0.3"]
     assert row(text, "skip")[1:] == ["4", "10"]

@@ -136,7 +136,7 @@ def test_the_life_of_a_run_in_a_bucket(bucket, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_damage_in_a_bucket_is_seen_and_passed_over(bucket):
+def test_damage_in_a_bucket_is_detected_and_skipped(bucket):
     folder, tree = bucket / "checkpoints", {"w": np.arange(1000.0), "none": np.zeros((0, 2))}
     for epoch in range(2, 5):
         save_checkpoint(folder, epoch, tree, {"epoch": epoch}, keep={2, epoch - 1, epoch})

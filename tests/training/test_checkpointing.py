@@ -219,7 +219,7 @@ def test_every_missing_truncated_or_longer_file_is_seen(tmp_path):
     assert_same(restore_checkpoint(path, make_state())[0], make_state())
 
 
-def test_newest_whole_passes_over_the_damaged(tmp_path):
+def test_the_latest_valid_checkpoint_is_found(tmp_path):
     for epoch in (2, 9, 10, 11):
         save_checkpoint(tmp_path, epoch, {"w": np.full(1000, epoch)}, {})
     file = max(bits(tmp_path / "11" / "state"), key=lambda file: file.stat().st_size)
@@ -243,7 +243,7 @@ def test_folders_without_checkpoints(tmp_path):
         read_meta(tmp_path / "5")
 
 
-def test_prune_keeps_what_it_is_told(tmp_path):
+def test_prune_keeps_the_given_epochs(tmp_path):
     for epoch in range(1, 5):
         save_checkpoint(tmp_path, epoch, {"w": np.ones(3)}, {})
     (tmp_path / "notes").mkdir()
@@ -270,7 +270,7 @@ def test_keeping_deletes_the_others_once_the_new_one_is_complete(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "3", "4"]
 
 
-def test_without_checksums_what_cannot_be_read_is_still_passed_over(tmp_path):
+def test_unreadable_checkpoints_are_skipped_without_checksums(tmp_path):
     for epoch in (1, 2):
         path = save_checkpoint(tmp_path, epoch, make_state(epoch), META, checksums=False)
     assert not (path / "manifest.json").exists()
@@ -335,7 +335,7 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     "point", ["ocp.CheckpointManager.save", "files.sync_all", "files.write_json_with_checksum"]
 )
-def test_full_disk_leaves_the_earlier_whole(tmp_path, monkeypatch, point):
+def test_a_full_disk_leaves_the_earlier_checkpoint_valid(tmp_path, monkeypatch, point):
     first = save_checkpoint(tmp_path, 1, make_state(), META)
     before = bits(first)
     monkeypatch.setattr(f"inmerge_jax.training.checkpointing.{point}", full)

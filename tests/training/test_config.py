@@ -61,7 +61,7 @@ def test_every_option_reaches_its_place():
     assert (config.seeds, config.arms, config.resume) == ((3, 5), ("inmerge",), True)
 
 
-def test_a_quantile_stands_in_place_of_the_threshold():
+def test_a_quantile_replaces_the_threshold():
     config = parse_config(["--quantile", "0.9"])
     assert resolve_rule(config.rule).threshold == quantile(0.9)
     kept = config_dict(config, resolve_recipe(config.recipe), 1)["rule"]

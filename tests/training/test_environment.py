@@ -72,7 +72,7 @@ def test_environment_without_git(monkeypatch):
     assert environment()["git"] == {"commit": None, "dirty": None}
 
 
-def test_what_may_change_the_bits_is_told_and_nothing_else():
+def test_only_changes_that_may_affect_the_bits_are_reported():
     before = environment() | {"git": {"commit": "a", "dirty": False}}
     before["variables"] = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     assert diff_environments(before, before) == ()

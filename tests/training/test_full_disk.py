@@ -39,7 +39,7 @@ def full_at(monkeypatch, save):
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "mid-epoch"])
-def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, stopped):
+def test_a_stage_resumes_from_the_last_valid_checkpoint(tmp_path, monkeypatch, stopped):
     run(tmp_path / "whole")
     folder, setup = tmp_path / "parts", tiny.make_setup()
     full_at(monkeypatch, 2)
@@ -55,7 +55,7 @@ def test_a_stage_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, s
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
+def test_no_write_continues_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once, and does not wait for the others when one finds no room.
     look_away(monkeypatch)
     sizes = (10, 1_000, 20_000, 50_000) * 8
@@ -78,7 +78,7 @@ def test_no_write_goes_on_after_the_error(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_command_ends_with_status_2_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_status_2_and_resumes(tmp_path, monkeypatch, capsys):
     # Nobody looks for room first, so the disk is full in the middle of the write.
     look_away(monkeypatch)
     append = train.append_metrics

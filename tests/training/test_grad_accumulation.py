@@ -93,7 +93,7 @@ def train(model, given, **options):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_train_as_the_whole_where_nothing_spans_it(parts):
+def test_microbatches_train_as_the_full_batch_without_batch_statistics(parts):
     whole, expected = train(Plain(), batches(4), rule=tiny.ALWAYS)
     state, totals = train(Plain(), batches(4), rule=tiny.ALWAYS, grad_accum_steps=parts)
     assert totals.steps == 4 and totals.loss == pytest.approx(expected.loss, rel=1e-5)

@@ -209,7 +209,7 @@ def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path,
 
 
 @pytest.mark.long
-def test_a_run_told_to_stop_in_process_1_stops_in_all_and_resumes(tmp_path, evidence):
+def test_a_signal_in_process_1_stops_all_processes_and_the_run_resumes(tmp_path, evidence):
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGTERM)
     assert statuses == [128 + signal.SIGTERM] * 2, said
     assert "SIGTERM: stopping after this update" in said[1], said

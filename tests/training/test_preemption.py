@@ -78,7 +78,7 @@ def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path
         assert checkpoint_epochs(folder / "mid_epoch") == []
 
 
-def test_a_stop_says_what_it_keeps_and_a_resumed_stage_where_it_goes_on(tmp_path):
+def test_an_interruption_reports_its_checkpoint_and_resumption_its_epoch(tmp_path):
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(0))
     with pytest.raises(TrainingInterrupted, match=r"after update 0 of epoch 1$"):
         run(tmp_path, setup=stopping)
@@ -104,7 +104,7 @@ def test_a_notice_is_given_once(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["mid_epoch/4", "checkpoints/1"])
-def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, broken):
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, broken):
     run(tmp_path / "whole")
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
     with pytest.raises(TrainingInterrupted):

@@ -99,7 +99,7 @@ def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole,
 
 
 @pytest.mark.long
-def test_told_to_stop_and_resumed_is_bit_identical(whole, tmp_path):
+def test_stopped_by_signals_and_resumed_is_bit_identical(whole, tmp_path):
     output = tmp_path / "parts"
     said = kill_mid_epoch(output, "backbone", signals=(signal.SIGTERM, signal.SIGTERM))
     assert said.count("SIGTERM: stopping after this update") == 1

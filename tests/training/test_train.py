@@ -157,7 +157,7 @@ def test_plateau_restarts_the_optimizer_and_resumes_bit_identically(tmp_path, mo
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_falls_back_to_the_latest_valid_one(tmp_path, monkeypatch):
     run(tmp_path / "whole")
     resume = interrupt_at(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
@@ -296,7 +296,7 @@ def test_merging_nothing_warns_once_and_names_what_it_saw(tmp_path, monkeypatch)
     assert result["warnings"] == [] and "WARNING" not in text
 
 
-def test_an_undefined_auc_becomes_null_and_training_goes_on(tmp_path):
+def test_an_undefined_auc_becomes_null_and_training_continues(tmp_path):
     dataset = tiny.make_dataset()
     few = Split(dataset.val.images[:1], dataset.val.labels[:1])
     setup = tiny.make_setup(dataset=dataclasses.replace(dataset, val=few))

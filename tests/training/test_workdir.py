@@ -130,7 +130,7 @@ def test_resume_keeps_everything_and_notes_where(run):
         assert after.items() <= before.items()
 
 
-def test_what_changed_since_the_start_is_told(run):
+def test_changes_since_the_start_are_reported(run):
     assert workdir.environment_changes(run) == ()
     prepare_workdir(run, CONFIG, resume=True)
     assert workdir.environment_changes(run) == ()
@@ -201,7 +201,7 @@ def test_resume_with_a_damaged_configuration(run):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_overwrite_starts_anew_and_spares_what_links_lead_to(run, tmp_path, finished):
+def test_overwrite_restarts_and_spares_the_targets_of_links(run, tmp_path, finished):
     if finished:
         finish(run)
     (tmp_path / "elsewhere").mkdir()

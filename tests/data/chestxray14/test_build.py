@@ -145,7 +145,7 @@ def test_a_link_to_nothing_is_a_missing_image(nih, tmp_path):
         make(place, tmp_path / "out")
 
 
-def test_a_finished_build_is_looked_at_before_it_is_said_to_be_whole(nih, copy):
+def test_a_finished_build_is_verified_before_it_is_reported_complete(nih, copy):
     made, _ = make(nih, copy)
     assert made.verified().startswith("60 images and their labels were verified by")
     shard = next(path for path in copy.rglob("*train*array_record*") if path.is_file())
@@ -222,7 +222,7 @@ def test_a_build_that_stops_late_is_as_if_it_had_not(nih, built, tmp_path, monke
 
 
 @pytest.mark.long
-def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
     nih = tmp_path / "nih"
     table = [(f"{i:08}_000.png", FINDINGS[i % 14], 0, i, 50) for i in range(1, 401)]
     labels = write_labels(nih / "Data_Entry_2017.csv", table)
@@ -320,7 +320,7 @@ def test_threads_that_read_at_once_open_the_shards_once(built, monkeypatch):
     assert len(opened) == 1
 
 
-def test_the_test_images_are_told_by_their_names(built, nih):
+def test_test_images_are_identified_by_name(built, nih):
     data = load_chestxray14(built)
     labels = read_labels(nih / "Data_Entry_2017_v2020.csv")
     rows = assign("patient_hash", labels, None)["test"].tolist()

@@ -97,7 +97,7 @@ def test_16_bit_images_are_scaled_by_the_bits_that_they_use(tmp_path, bits, used
             reduce_image(brighter, 20, usual(paths))
 
 
-def test_files_that_macos_adds_to_archives_are_passed_over(tmp_path):
+def test_files_that_macos_adds_to_archives_are_skipped(tmp_path):
     (make_nih(tmp_path, flat=True) / "._00000051_000.png").write_bytes(b"Mac OS X")
     assert len(find_images(tmp_path)) == 60
 

@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_while_shards_are_written(nih, built, tmp_path, monk
         assert content(output) == content(built)
 
 
-def test_what_array_record_says_of_a_disk_is_told(nih, tmp_path, monkeypatch):
+def test_array_records_disk_errors_are_reported(nih, tmp_path, monkeypatch):
     said = "write() failed: No space left on device; writing /data/x; at byte 1048576"
 
     def full(*_):
@@ -139,7 +139,7 @@ def die(*_):
     os._exit(9)
 
 
-def test_a_killed_process_is_told_with_a_remedy(nih, tmp_path, monkeypatch):
+def test_a_killed_process_is_reported_with_a_remedy(nih, tmp_path, monkeypatch):
     monkeypatch.setattr(reduce, "IMAGES_PER_PART", 30)
     monkeypatch.setattr(reduce, "reduce_part", die)
     with pytest.raises(UsageError, match=r"of the 2 processes .* was killed.* fewer `workers`"):

@@ -132,7 +132,7 @@ def test_target_decides_what_is_met(target, met):
 
 
 @pytest.mark.long
-def test_what_was_measured_on_is_told_once_for_each_processor():
+def test_each_processor_is_named_once():
     def around(processor, day, commit, dirty=False):
         return {
             "cpus": 2,
@@ -234,7 +234,7 @@ def test_conversion_is_timed_both_ways():
         assert row["met"] == (row["value"] <= 5)
 
 
-def test_second_start_compiles_nothing_anew():
+def test_a_second_start_compiles_nothing():
     row, times = (row.to_dict() for row in cache_rows(ONE_PROGRAM, []))
     assert (row["value"], row["met"]) == (0, True)
     assert "0 compiled by the first" not in row["note"]
@@ -269,7 +269,7 @@ def test_file_keeps_the_sections_that_are_not_measured(tmp_path, capsys):
     assert "a / b" in capsys.readouterr().out
 
 
-def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
+def test_bad_input_is_reported_without_a_traceback(tmp_path, capsys):
     assert cpu.main(["--rounds", "0"]) == 2
     assert "--rounds 0" in capsys.readouterr().err
     broken = tmp_path / "benchmark.json"

@@ -101,7 +101,7 @@ def test_without_a_violation_the_status_is_zero(capsys):
     assert check.main(["--dry-run"]) == 0
 
 
-def test_a_terminal_of_80_columns_shows_the_chosen_networks_whole(capsys, monkeypatch):
+def test_a_terminal_of_80_columns_shows_the_chosen_networks(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert check.main(["--dry-run"]) == 0
     shown = capsys.readouterr().out

@@ -21,7 +21,7 @@ def job(output):
     ("phase", "moment", "innermost"),
     [(fault_injection.EVALUATION, 0.0, "evaluate"), (fault_injection.STEP, 0.1, "train_stage")],
 )
-def test_a_command_is_killed_where_it_was_aimed_at_and_goes_on(tmp_path, phase, moment, innermost):
+def test_a_command_is_killed_at_the_chosen_moment_and_resumes(tmp_path, phase, moment, innermost):
     output = tmp_path / "run"
     row = fault_injection.kill_and_resume(job(output), moment, phase, {"count": "10"})
     assert row["doing"] == phase and row["innermost"] == innermost
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_left_unfinished(tmp_path, later, files):
     )
 
 
-def test_a_moment_after_the_end_is_drawn_forward_and_a_difference_is_told(tmp_path):
+def test_a_moment_after_the_end_is_moved_forward_and_a_difference_is_reported(tmp_path):
     row = fault_injection.kill_and_resume(
         job(tmp_path / "run"), 2.0, fault_injection.STEP, {"count": "9", "more": 1}
     )
@@ -68,7 +68,7 @@ def test_twenty_kills_cover_every_phase():
     assert phases - {None} <= set(fault_injection._PHASES)
 
 
-def test_what_tells_the_phases_are_functions_of_the_project():
+def test_phases_are_detected_by_functions_of_the_project():
     code = "\n".join(path.read_text() for path in (tables.ROOT / "inmerge_jax").rglob("*.py"))
     known = set(re.findall(r"^def (\w+)\(", code, re.MULTILINE))
     jax_own = {"compile_or_get_cached", "backend_compile_and_load"}

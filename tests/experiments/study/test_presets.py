@@ -29,7 +29,7 @@ def options(folder, *more):
 
 
 @pytest.mark.long
-def test_it_counts_merges_of_both_presets_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_it_counts_merges_of_both_presets_and_resumes(tmp_path, capsys):
     assert presets.main(options(tmp_path)) == 0
     stored = json.loads((tmp_path / "presets.json").read_text())
     given, quantile = stored["runs"]

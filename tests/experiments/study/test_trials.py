@@ -61,7 +61,7 @@ def test_backbones_come_first_and_once():
 
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=lambda question: question.name)
-def test_a_grids_arms_are_told_apart_by_name(question):
+def test_arms_of_a_grid_have_distinct_names(question):
     seen = {}
     for trial in with_dependencies(question.trials):
         key = (trial.backbone, trial.arm)

@@ -147,6 +147,6 @@ def test_a_profile_is_summed_by_operation():
     assert found == {"milliseconds": 4.0, "operations": [["conv", 3.0, 1.0]]}
 
 
-def test_shares_of_the_time_rise_to_the_whole():
+def test_fractions_of_the_time_rise_to_one():
     shares = list(PARTS.values())
     assert shares == sorted(shares) and shares[-1] == 1

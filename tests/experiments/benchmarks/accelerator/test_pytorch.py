@@ -56,7 +56,7 @@ def test_calls_are_queued_and_waited_for_once(monkeypatch):
     assert log == warm_up + first + second
 
 
-def test_a_failure_is_kept_and_the_measurement_goes_on(capsys):
+def test_a_failure_is_stored_and_the_measurement_continues(capsys):
     failed = {}
     with failures(failed, "eager"):
         raise ValueError("out of memory")
