@@ -75,20 +75,21 @@ def benchmark_table(path: Path, earlier: Path) -> str:
 
     Args:
       path: what the benchmark stored.
-      earlier: what it stored on another machine, for the last two columns.
+      earlier: what it stored on another machine, for the last column.
     """
     stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
     old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
     met = {True: "yes", False: "**no**", None: ""}
-    columns = ("measured", "median times", "quantity", "value", "target", "met", "earlier", "met")
+    columns = ("measured", "quantity", "value", "target", "met", "earlier")
     lines = []
     for name, section in stored.items():
         for row in section["rows"] if name != "families" else ():
-            medians = " / ".join(_time(times["median"]) for times in row["seconds"].values())
             same = old.get((row["name"], row["quantity"]))
-            earlier_cells = ("", "") if same is None else (f"{same['value']:.3g}", met[same["met"]])
+            before_it = ""
+            if same is not None:
+                before_it = f"{same['value']:.3g}{' (**not met**)' if same['met'] is False else ''}"
             value = (row["quantity"], f"{row['value']:.3g}", row["target"] or "", met[row["met"]])
-            lines.append((row["name"], medians, *value, *earlier_cells))
+            lines.append((row["name"], *value, before_it))
     where = [
         f"{what}: {measured_on(part['environment'] for part in sections.values())}."
         for what, sections in (("Measured on", stored), ("Earlier", before))
