@@ -161,17 +161,17 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
 def _check_model(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a network that does not read what the data set has."""
     name, kind = config.model.name, dataset.modality
+    fits = [other for other in model_names(kind) if segments(other) == dataset.segmentation]
     if name in model_names() and name not in model_names(kind):
         raise UsageError(
             f"`model` {name} does not read {kind}s, which `data` {dataset.name} has: choose one of "
-            f"{', '.join(model_names(kind))}, or another data set"
+            f"{', '.join(fits)}, or another data set"
         )
     if name in model_names() and segments(name) != dataset.segmentation:
         needs, has = ("masks", "labels") if segments(name) else ("labels of images", "masks")
-        others = [other for other in model_names(kind) if segments(other) == dataset.segmentation]
         raise UsageError(
             f"`model` {name} needs {needs}, and `data` {dataset.name} has {has}: choose one of "
-            f"{', '.join(others)}, or another data set, such as "
+            f"{', '.join(fits)}, or another data set, such as "
             f"{'phantom_masks' if segments(name) else 'phantom'}"
         )
     numeric = kind in ("signal", "table")
