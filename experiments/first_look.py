@@ -69,7 +69,7 @@ CASES = {
     "vit": Case(
         "ViT: heads, neurons",
         "BreastMNIST",
-        f"--data breastmnist {_MEDMNIST} --model vit_tiny --epochs 10 --merging-epochs 5 "
+        f"--data breastmnist {_MEDMNIST} --model vit_tiny --epochs 6 --merging-epochs 3 "
         "--learning-rate 3e-4",
     ),
     "unet": Case(
