@@ -69,7 +69,7 @@ CASES = {
     "vit": Case(
         "ViT: heads, neurons",
         "BreastMNIST",
-        f"--data breastmnist {_MEDMNIST} --model vit_tiny --epochs 6 --merging-epochs 3 "
+        f"--data breastmnist {_MEDMNIST} --model vit_tiny --epochs 10 --merging-epochs 5 "
         "--learning-rate 3e-4",
     ),
     "unet": Case(
@@ -174,6 +174,7 @@ def gathered(folders: Mapping[str, Path]) -> dict[str, Any]:
         },
         "similarity": _similarity(folders[first], results[first]["seeds"]),
         "seconds": sum(found["seconds"] for found in results.values()),
+        "machine": machine(results[first]["environment"]),
     }
 
 
@@ -309,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         case = gathered({rule: train(config, name, rule) for rule in RULES})
         command = f"{CASES[name].options} {SEEDS}"
         case |= {"baseline": baseline()} if name == "mlp" else {}
-        cases = stored["cases"] | {name: case | {"command": command, "machine": machine()}}
+        cases = stored["cases"] | {name: case | {"command": command}}
         stored["cases"] = {name: cases[name] for name in CASES if name in cases}
         write_json(config.output, stored)
     print(answers(stored), similarities(stored), provenance(stored), sep="\n")

@@ -49,10 +49,14 @@ def take_turns(
     return seconds
 
 
-def machine() -> dict[str, Any]:
-    """The machine and versions stored with a result: `environment` without the command."""
+def machine(around: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The machine and versions stored with a result: `environment` without the command.
+
+    Args:
+      around: a stored `environment`; None for that of this process.
+    """
     kept = ("started", "python", "platform", "cpus", "processor", "packages", "devices", "git")
-    around = environment()
+    around = environment() if around is None else around
     return {name: around[name] for name in kept}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import first_look
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.environment import environment
 
 SEEDS = range(5)
 GAIN = {"random": 0.0, "nearest": 0.0625, "quantile-0.5": -0.0625}
@@ -48,6 +49,7 @@ def trained(monkeypatch):
             }
             (place / "similarity.json").write_text(json.dumps(found))
         results = {"arms": arms, "dataset": {"counts": {}}, "seeds": [*SEEDS], "seconds": 1200}
+        results["environment"] = environment()
         (folder / "results.json").write_text(json.dumps(results))
 
     monkeypatch.setattr(first_look, "run_trainer", run)
