@@ -57,6 +57,7 @@ def test_small_resnets_are_the_benchmarks(name, parameters):
     assert count(abstract_variables(create_model(name, 10), 28)["params"]) == parameters
 
 
+@pytest.mark.long
 def test_small_densenet_differs_in_the_stem_alone():
     small, imagenet = (
         abstract_variables(create_model("densenet121", 10, stem=stem), 32)["params"]

@@ -77,6 +77,7 @@ def test_no_write_continues_after_the_error(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_ends_with_status_2_and_resumes(tmp_path, monkeypatch, capsys):
     # Nobody looks for room first, so the disk is full in the middle of the write.

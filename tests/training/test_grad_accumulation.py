@@ -156,6 +156,7 @@ def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives(
     assert names[0] == names[1] and len(names[0]) == 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_bfloat16_is_for_activations_alone(name, monkeypatch):
     merged = set()

@@ -118,6 +118,7 @@ def test_stored_trials_have_the_hash_of_their_configuration():
         assert archive.trial_of(stored).hash == one
 
 
+@pytest.mark.long
 def test_stored_metrics_are_those_of_the_stored_scores():
     stored = archive.read()
     for one, row in stored.records.items():

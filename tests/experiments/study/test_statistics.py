@@ -174,6 +174,7 @@ def row(mean, sd, count):
     return found
 
 
+@pytest.mark.long
 def test_a_verdict_is_one_of_four():
     assert statistics.verdict(row(0.02, 0.004, 12)) == "helps"
     assert statistics.verdict(row(-0.02, 0.004, 12)) == "harms"
