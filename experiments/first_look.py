@@ -244,7 +244,9 @@ def similarities(stored: Mapping[str, Any]) -> str:
     rows = []
     for name, case in stored["cases"].items():
         for kind, layers in _by_kind(case["similarity"]).items():
-            for place, layer in (("first", 0), ("middle", len(layers) // 2), ("last", -1)):
+            # Of two layers, none is in the middle.
+            places = {len(layers) // 2: "middle", len(layers) - 1: "last", 0: "first"}
+            for layer, place in sorted(places.items()):
                 one = layers[layer]
                 cells = (
                     f"{one[when]['nearest']:.2f}, {one[when]['above']:.1%}"
