@@ -100,7 +100,9 @@ def benchmark_table(path: Path, earlier: Path) -> str:
 
 def families_table(path: Path) -> str:
     """A row per network other than image CNNs: rate, cost of merging, compilation and memory."""
-    section = json.loads(path.read_bytes()).get("families", {"rows": []})
+    section = json.loads(path.read_bytes()).get("families")
+    if section is None:
+        return "*Not measured yet.*\n"
     found: dict[str, list[dict[str, Any]]] = {}
     for row in section["rows"]:
         found.setdefault(row["name"].removeprefix("step, "), []).append(row)
@@ -115,8 +117,8 @@ def families_table(path: Path) -> str:
         *("network", "step", "examples/s", "merging / plain (range)"),
         *("compilation in s: plain, merging", "memory: MB, merging / plain"),
     )
-    where = f"Measured on {measured_on([section['environment']])}.\n" if lines else ""
-    return f"{markdown_rows(columns, lines, 'lrrrrr')}\n\n{where}"
+    where = measured_on([section["environment"]])
+    return f"{markdown_rows(columns, lines, 'lrrrrr')}\n\nMeasured on {where}.\n"
 
 
 def _time(seconds: float) -> str:

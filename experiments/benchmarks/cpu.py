@@ -87,7 +87,7 @@ FAMILY_CASES = (
     Rounds(Case("mixer_tiny", "small", 28, 64), 10),
     Rounds(Case("mamba_tiny", "small", 140, 32, modality="signal"), 10),
     Rounds(Case("resnet18", "small", 140, 64, modality="signal"), 10),
-    Rounds(Case("resnet18", "small", 28, 4, modality="volume"), 8),
+    Rounds(Case("resnet18", "small", 28, 2, modality="volume"), 4),
     Rounds(Case("mlp", "small", 30, 64, modality="table"), 40),
 )
 PYTORCH_CASES = (
