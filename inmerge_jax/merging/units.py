@@ -390,7 +390,8 @@ def deep_kernels(
 
     Args:
       kernels: Kernels from `find_kernels`.
-      skip: Number of weights to leave out, counted from the input.
+      skip: Number of layers to leave out, counted from the input. Weights of one group are one
+        layer, so that no unit is divided.
       where: Predicate on a `Kernel` that further selects the remaining ones, such as
         `lambda kernel: "conv2" in kernel.name`.
 
@@ -402,7 +403,13 @@ def deep_kernels(
     """
     if skip < 0:
         raise ValueError(f"skip is {skip}; it counts weights to leave alone, so 0 or more")
-    deep = tuple(kernel for kernel in kernels[skip:] if where is None or where(kernel))
+    layers = dict.fromkeys((kernel.group is None, kernel.label) for kernel in kernels)
+    shallow = set(list(layers)[:skip])
+    deep = tuple(
+        kernel
+        for kernel in kernels
+        if (kernel.group is None, kernel.label) not in shallow and (where is None or where(kernel))
+    )
     if not deep:
         names = ", ".join(kernel.name for kernel in kernels[-3:])
         few = (

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.merging import Kernel
+from inmerge_jax.merging import Kernel, deep_kernels
 from inmerge_jax.merging.units import group_weights
 
 PresetName = Literal["paper", "released", "released_intent"]
@@ -88,8 +88,7 @@ def select_units(
       UsageError: `skip` or `layers` leaves nothing to merge, `layers` is no regular expression, or
         the released code is not for this network, or its intent is unknown.
     """
-    named = group_weights(kernels)
-    skip = len(named) // 2 if skip is None else skip
+    skip = len(group_weights(kernels)) // 2 if skip is None else skip
     family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
     if preset.selection != "forward" and (
         family not in ("vgg", "resnet", "densenet") or any(k.op == "dense" for k in kernels)
@@ -113,34 +112,32 @@ def select_units(
             "DenseNet's first convolution, which any skip above 0 leaves out. The arm inmerge is "
             "plain fine-tuning here."
         )
-    if preset.selection == "intent" and family == "resnet":
-        named = [layer for layer in named if "conv2" in layer[0].name.split("/")]
-        count = f"{model} has {len(named)} residual blocks"
-    elif preset.selection == "intent" and family == "densenet":
+    if preset.selection == "intent" and family == "densenet":
         raise UsageError(
             f"`preset` released_intent: the layers that the released code meant to merge in "
             f"{model} are unknown; choose released or paper"
         )
-    else:
-        convolutions = all(kernel.op != "dense" for kernel in kernels)
-        count = f"{model} has {len(named)} {'convolutions' if convolutions else 'layers of units'}"
-    if skip >= len(named):
+    unit = "layers of units" if any(kernel.op == "dense" for kernel in kernels) else "convolutions"
+    if preset.selection == "intent" and family == "resnet":
+        kernels = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
+        unit = "residual blocks"
+    count = len({kernel.label for kernel in kernels})
+    if skip >= count:
         raise UsageError(
-            f"`skip` {skip} leaves nothing to merge: {count}; choose 0 to {len(named) - 1}"
+            f"`skip` {skip} leaves nothing to merge: {model} has {count} {unit}; choose 0 to "
+            f"{count - 1}"
         )
-    deep = named[skip:]
-    if layers is not None:
-        deep = _matching(layers, deep)
-    return tuple(kernel for layer in deep for kernel in layer), ""
+    deep = deep_kernels(kernels, skip=skip)
+    return (deep if layers is None else _matching(layers, deep)), ""
 
 
-def _matching(layers: str, deep: Sequence[tuple[Kernel, ...]]) -> list[tuple[Kernel, ...]]:
+def _matching(layers: str, deep: Sequence[Kernel]) -> tuple[Kernel, ...]:
     try:
         pattern = re.compile(layers)
     except re.error as error:
         raise UsageError(f"`layers` {layers}: {error}; give a regular expression") from error
-    found = [layer for layer in deep if pattern.search(layer[0].label)]
+    found = tuple(kernel for kernel in deep if pattern.search(kernel.label))
     if not found:
-        names = ", ".join(layer[0].label for layer in deep)
+        names = ", ".join(dict.fromkeys(kernel.label for kernel in deep))
         raise UsageError(f"`layers` {layers} matches none of the layers after `skip`: {names}")
     return found

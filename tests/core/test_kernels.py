@@ -11,6 +11,7 @@ from inmerge_jax import (
     deep_kernels,
     find_kernels,
     in_model_merging,
+    tie,
     trace_kernels,
 )
 from tests.core import networks
@@ -263,6 +264,22 @@ def test_deep_kernels():
     assert deep_kernels(kernels, skip=0) == kernels
     chosen = deep_kernels(kernels, skip=3, where=lambda kernel: kernel.name.startswith("Conv_1"))
     assert [k.name for k in chosen] == ["Conv_10/kernel", "Conv_11/kernel"]
+
+
+def test_deep_kernels_counts_weights_of_a_group_as_one_layer():
+    params = {name: {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)} for name in ("fc1", "fc2")}
+    neurons = [
+        kernel
+        for name in params
+        for kernel in tie(
+            [
+                Kernel.named(params, f"{name}/kernel", 1),
+                Kernel.named(params, f"{name}/bias", 0),
+            ],
+            name,
+        )
+    ]
+    assert [k.name for k in deep_kernels(neurons, skip=1)] == ["fc2/kernel", "fc2/bias"]
 
 
 def test_selecting_nothing_says_how_many_there_are():
