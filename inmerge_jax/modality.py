@@ -15,3 +15,8 @@ EXAMPLES: Mapping[Modality, str] = MappingProxyType(
     {"image": "images", "volume": "volumes", "signal": "signals", "table": "rows"}
 )
 """What several examples are called."""
+
+SPATIAL_AXES: Mapping[Modality, int] = MappingProxyType(
+    {"image": 2, "volume": 3, "signal": 1, "table": 0}
+)
+"""Number of axes of an example before its channels or features."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from inmerge_jax import MergeRule
 from inmerge_jax.merging.units import group_weights
-from inmerge_jax.modality import SIZE_UNITS, Modality
+from inmerge_jax.modality import SIZE_UNITS, SPATIAL_AXES, Modality
 from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.units import default_units, find_units
 from inmerge_jax.training.init import init_variables
@@ -72,8 +72,8 @@ class Case:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
-        axes = {"image": 2, "volume": 3, "signal": 1, "table": 0}[self.modality]
-        return (*(self.size,) * axes, {"image": 3, "table": self.size}.get(self.modality, 1))
+        channels = {"image": 3, "table": self.size}.get(self.modality, 1)
+        return (*(self.size,) * SPATIAL_AXES[self.modality], channels)
 
     @property
     def recipe(self) -> Recipe:

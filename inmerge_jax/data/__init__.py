@@ -161,7 +161,7 @@ def _load(config: DataConfig) -> Dataset:
         from inmerge_jax.data.folder import load_folder
 
         copy = local_copy(place).expanduser()
-        if in_bucket(place) and copy.is_file():  # A CSV, whose images are beside it.
+        if in_bucket(place) and copy.is_file():  # A CSV; its images are in the same folder.
             copy = local_copy(as_path(place).parent) / copy.name
         return load_folder(
             copy,

@@ -1,6 +1,7 @@
 """The common format of all data sets."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -98,6 +99,11 @@ class Split:
     def in_memory(self) -> bool:
         """Whether the images are in memory."""
         return isinstance(self.images, np.ndarray)
+
+
+def plain(name: str) -> str:
+    """The name with dashes for all but letters and digits, so that it can name a data set."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "images"
 
 
 def names_sha256(names: Iterable[str]) -> str:

@@ -1,10 +1,7 @@
 """A data set of the user's own image files: a folder per class, or a CSV."""
 
-import csv
 import hashlib
-import io
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.data.chestxray14.labels import read_text
-from inmerge_jax.data.dataset import Dataset, Split, names_sha256
+from inmerge_jax.data.csv_rows import LINE, group_columns, natural, read_rows
+from inmerge_jax.data.dataset import Dataset, Split, names_sha256, plain
 from inmerge_jax.data.images import (
     SUFFIXES,
     Decoder,
@@ -35,8 +32,6 @@ from inmerge_jax.data.splitting import (
 )
 from inmerge_jax.errors import UsageError
 
-GROUPS = ("group", "patient", "patient_id", "subject", "subject_id")
-"""Names of a CSV's column of groups, in lower case."""
 _OTHER_IMAGES = (".bmp", ".dcm", ".gif", ".jp2", ".nii", ".npy", ".tif", ".tiff", ".webp")
 _SAMPLE = 64
 """Number of 16-bit images that are read to find the bits that they use."""
@@ -203,11 +198,6 @@ def open_files(
     return FileImages(root, names, _make_decoder(listing, size, channels, resize))
 
 
-def plain(name: str) -> str:
-    """The name with dashes for all but letters, digits and dots, for names of score files."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "images"
-
-
 def _fingerprint(
     listing: _Listing, splits: np.ndarray, images: Sequence[np.ndarray | RowImages]
 ) -> str:
@@ -317,11 +307,6 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def natural(name: str) -> tuple[int, str]:
-    """Sorts numbers by value, before other names."""
-    return (int(name), "") if name.isdecimal() else (2**63, name)
-
-
 def _from_csv(path: Path) -> _Listing:
     columns, rows = read_rows(path)
     if "path" not in columns:
@@ -329,9 +314,7 @@ def _from_csv(path: Path) -> _Listing:
             f"{path} has no column path; its header is {', '.join(columns) or 'empty'}. Name the "
             "columns path, label, mask or one per label, and if you like group and split"
         )
-    groups = [name for name in columns if name.lower() in GROUPS]
-    if len(groups) > 1:
-        raise UsageError(f"{path} has the columns {' and '.join(groups)}; keep one for the groups")
+    groups = group_columns(path, columns)
     rows.sort(key=lambda row: row["path"])
     _check_paths(path, rows)
     masks = None
@@ -380,39 +363,6 @@ def _mask_paths(
                 f"{path}, line {row[LINE]}: there is no mask {path.parent / row['mask']}"
             )
     return tuple(row["mask"] for row in rows)
-
-
-LINE = "\n"
-"""Key of a row's line number, which is no column's name."""
-
-
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The names of a CSV's columns, and its rows, each with the number of its line as `LINE`.
-
-    Raises:
-      UsageError: the file cannot be read, has no rows, or a row or the header is malformed.
-    """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
-    rows: list[dict[str, Any]] = []
-    try:
-        columns = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        for row in reader:
-            if None in row or None in row.values():
-                raise UsageError(
-                    f"{path}, line {reader.line_num}: it has not the {len(columns)} cells of the "
-                    "header"
-                )
-            cells = {name: cell.strip() for name, cell in row.items()}
-            rows.append({**cells, LINE: reader.line_num})
-    except csv.Error as error:
-        raise UsageError(f"{path}, from line {reader.line_num} on: {error}; correct it") from error
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise UsageError(f"{path} has the column {twice[0]!r} twice; keep one")
-    if not rows:
-        raise UsageError(f"{path} holds no rows")
-    return columns, rows
 
 
 def _check_paths(path: Path, rows: Iterable[dict[str, Any]]) -> None:

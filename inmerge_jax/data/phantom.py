@@ -83,11 +83,7 @@ def make_phantom(
         raise UsageError(
             "`multi_label` is for labels of images; phantom_masks has masks: leave it out"
         )
-    classes = tuple(findings) if multi_label else (NO_FINDING, *findings)
-    if multi_label:
-        task = "multi-label, binary-class"
-    else:
-        task = "binary-class" if len(classes) == 2 else "multi-class"
+    classes, task = classes_and_task(findings, multi_label)
     splits = {
         split: _make_split(
             size,
@@ -163,6 +159,14 @@ def _draw(key: tuple[int, int], rows: slice, size: int) -> _Randomness:
         [np.stack(texture) for texture in textures],
         np.stack(grain),
     )
+
+
+def classes_and_task(findings: tuple[str, ...], multi_label: bool) -> tuple[tuple[str, ...], str]:
+    """Names of the classes of a phantom with these findings, and its task."""
+    if multi_label:
+        return tuple(findings), "multi-label, binary-class"
+    classes = (NO_FINDING, *findings)
+    return classes, "binary-class" if len(classes) == 2 else "multi-class"
 
 
 def check_phantom(

@@ -10,7 +10,7 @@ import numpy as np
 
 from inmerge_jax.data.anatomy import FINDINGS
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.phantom import NO_FINDING, PREVALENCE, check_phantom
+from inmerge_jax.data.phantom import PREVALENCE, check_phantom, classes_and_task
 from inmerge_jax.data.splitting import SPLITS
 
 _TEXTURE_GRID = 6
@@ -56,11 +56,7 @@ def make_phantom_volume(
     """
     counts = {"train": train, "val": val, "test": test}
     check_phantom(size, counts, findings, difficulty, seed)
-    classes = tuple(findings) if multi_label else (NO_FINDING, *findings)
-    if multi_label:
-        task = "multi-label, binary-class"
-    else:
-        task = "binary-class" if len(classes) == 2 else "multi-class"
+    classes, task = classes_and_task(findings, multi_label)
     parts = {}
     for number, split in enumerate(SPLITS):
         volumes = np.empty((counts[split], size, size, size, 1), np.uint8)

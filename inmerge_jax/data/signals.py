@@ -9,8 +9,7 @@ import numpy as np
 
 from inmerge_jax.data.arrays import dataset_from_arrays
 from inmerge_jax.data.chestxray14.labels import read_text
-from inmerge_jax.data.dataset import Dataset
-from inmerge_jax.data.folder import plain
+from inmerge_jax.data.dataset import Dataset, plain
 from inmerge_jax.data.splitting import split_named
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.data.arrays import dataset_from_arrays
-from inmerge_jax.data.dataset import Dataset
-from inmerge_jax.data.folder import GROUPS, LINE, natural, plain, read_rows
+from inmerge_jax.data.csv_rows import LINE, group_columns, natural, read_rows
+from inmerge_jax.data.dataset import Dataset, plain
 from inmerge_jax.data.splitting import split_named
 from inmerge_jax.errors import UsageError
 
@@ -32,9 +32,7 @@ def load_table(path: Path) -> Dataset:
             f"{path} has no column label; its header is {', '.join(columns) or 'empty'}. Name the "
             "column of the classes label"
         )
-    groups = [name for name in columns if name.lower() in GROUPS]
-    if len(groups) > 1:
-        raise UsageError(f"{path} has the columns {' and '.join(groups)}; keep one for the groups")
+    groups = group_columns(path, columns)
     features = [name for name in columns if name not in ("label", "split", *groups)]
     if not features:
         raise UsageError(f"{path} has no column of numbers next to label; add the features")

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.folder import plain
+from inmerge_jax.data.dataset import Dataset, Split, plain
 from inmerge_jax.data.images import Decoder, Resize, RowImages, kept_in_memory
 from inmerge_jax.data.records import Records
 from inmerge_jax.data.splitting import SPLITS, add_splits

@@ -65,7 +65,7 @@ def model_names(modality: Modality | None = None) -> tuple[str, ...]:
 
 
 def segments(name: str) -> bool:
-    """Whether a network labels every pixel or voxel, instead of the whole example."""
+    """Whether a network is a segmenter, which labels every pixel or voxel."""
     return family(name) is UNet
 
 

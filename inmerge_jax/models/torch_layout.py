@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.modality import Modality
+from inmerge_jax.modality import SPATIAL_AXES
 from inmerge_jax.models import create_model, family, model_names
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import ResNet
@@ -52,9 +51,6 @@ _VIT_MODULES = {
     **{f"attention.{name}": f"{_ATTENTION}.{name}" for name in _INPUTS},
 }
 
-MODALITIES: Mapping[int, Modality] = MappingProxyType({1: "signal", 2: "image", 3: "volume"})
-"""Modality by number of spatial axes."""
-
 Names = Literal["torchvision", "medmnist"]
 
 Entries = Mapping[str, tuple[tuple[str, ...], Any]]
@@ -75,7 +71,7 @@ def torch_entries(
     Raises:
       UsageError: an unknown name or stem, or a network without a counterpart in torchvision.
     """
-    modality = MODALITIES[len(spatial)]
+    modality = next(kind for kind, axes in SPATIAL_AXES.items() if axes == len(spatial))
     check_counterpart(name)
     model = create_model(name, num_classes, modality=modality, stem=stem, width=width)
     init = partial(model.init, train=False)

@@ -17,7 +17,7 @@ from inmerge_jax.buckets import as_path
 from inmerge_jax.data.dataset import TASKS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, read_json_object
-from inmerge_jax.modality import Modality
+from inmerge_jax.modality import SPATIAL_AXES, Modality
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
@@ -117,8 +117,7 @@ class Preprocessing:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example, as the network reads it."""
-        axes = {"image": 2, "volume": 3, "signal": 1, "table": 0}[self.modality]
-        return (*(self.size,) * axes, self.channels)
+        return (*(self.size,) * SPATIAL_AXES[self.modality], self.channels)
 
     def __call__(self, images: Any) -> jax.Array:
         """Maps examples (n, *`shape`) to float32 of this shape.
