@@ -127,7 +127,7 @@ class FirstLookConfig:
 
 
 def run_trainer(arguments: Sequence[str]) -> None:
-    """Runs `inmerge train` in a process of its own."""
+    """Runs `inmerge train` in a subprocess."""
     subprocess.run([sys.executable, "-m", "experiments.train", *arguments], check=True)
 
 

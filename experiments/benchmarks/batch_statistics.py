@@ -49,7 +49,7 @@ class BatchStatisticsConfig:
 
 
 def run_trainer(arguments: list[str]) -> None:
-    """Runs `inmerge train` in a process of its own."""
+    """Runs `inmerge train` in a subprocess."""
     subprocess.run([sys.executable, "-m", "experiments.train", *arguments], check=True)
 
 

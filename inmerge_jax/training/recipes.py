@@ -133,7 +133,7 @@ def fit_recipe(recipe: Recipe, dataset: Dataset, channels: int | None) -> Recipe
     Grey images enter the network with as many channels as `mean` has values. If `channels` differs
     from that, one value is repeated, and three become their average. The channels of signals and
     the features of tables are standardised by the training split, and are not flipped. Where the
-    data set has masks, the validation Dice stands in for the AUC in `select`.
+    data set has masks, `select` uses the validation Dice instead of the AUC.
 
     Args:
       recipe: the recipe.

@@ -7,6 +7,7 @@ import pytest
 
 from inmerge_jax.data import DataConfig, load_dataset, load_signals
 from inmerge_jax.errors import UsageError
+from tests.data.edits import change
 from tests.paths import SHARED, needs
 
 ECG = SHARED / "data" / "ecg" / "ecg5000_train.csv.gz"
@@ -114,14 +115,6 @@ def test_real_heartbeats():
     assert counts.tolist() == [292, 177, 10, 19, 2]
     first = rows_of(data)["line 1"]
     np.testing.assert_array_equal(first[:3], np.array([0, -0.11252, -2.8272], np.float32))
-
-
-def change(row, column, value):
-    def changed(rows):
-        rows[row][column] = value
-        return rows
-
-    return changed
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from sklearn.datasets import load_breast_cancer as from_sklearn
 
 from inmerge_jax.data import DataConfig, load_breast_cancer, load_dataset, load_table, reads
 from inmerge_jax.errors import UsageError
+from tests.data.edits import change
 
 SPLITS = ("train", "val", "test")
 HEADER = ["age", "label", "bmi"]
@@ -64,14 +65,6 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
     assert data.classes == ("1", "2", "10") and data.task == "multi-class"
     ages = data.train.images[:, 0].astype(int)
     np.testing.assert_array_equal(data.train.labels, np.array([1, 2, 0])[ages % 3])
-
-
-def change(row, column, value):
-    def changed(rows):
-        rows[row][column] = value
-        return rows
-
-    return changed
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,8 @@ from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import ResNet
 from inmerge_jax.models.vgg import VGG
 from tests.long import long_unless
+from tests.models.names import CNNS, OTHERS, VGGS
 
-VGGS = [f"vgg{depth}{ending}" for depth in (11, 13, 16, 19) for ending in ("", "_bn")]
-CNNS = [*VGGS, "resnet18", "resnet34", "resnet50", "densenet121"]
-OTHERS = [
-    *("vit_tiny", "vit_s_16", "vit_b_16", "mamba_tiny", "mamba_130m", "mixer_tiny", "mlp", "unet")
-]
 VGG19_STAGES = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}
 
 

@@ -28,8 +28,8 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from experiments.oracles.torch_networks import create_network  # noqa: E402
 from tests.long import long_unless  # noqa: E402
+from tests.models.names import CNNS  # noqa: E402
 from tests.models.parity import narrow as narrow_all  # noqa: E402
-from tests.models.test_create_model import CNNS  # noqa: E402
 
 CLASSES = 3
 WIDTH = 0.0625

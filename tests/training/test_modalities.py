@@ -1,4 +1,4 @@
-"""Tables, signals and volumes through the whole life of a run: train, resume, report, predict."""
+"""Tables, signals and volumes: training, resumption, report and prediction."""
 
 import csv
 import json
@@ -137,11 +137,12 @@ def test_a_resumed_run_on_signals(tmp_path, capsys, signals):
 @LONG
 def test_a_resumed_run_on_signals_is_bit_identical(tmp_path, signals):
     options = ["--data", f"signals:{signals}", *RESNET, "--recompute-batch-stats", "all"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, *options)
-    interrupt_and_resume(parts, options)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    run(uninterrupted, *options)
+    interrupt_and_resume(resumed, options)
     for arm in ("backbone", "inmerge"):
-        np.testing.assert_array_equal(stored_scores(parts, arm), stored_scores(whole, arm))
+        expected = stored_scores(uninterrupted, arm)
+        np.testing.assert_array_equal(stored_scores(resumed, arm), expected)
 
 
 @LONG

@@ -41,7 +41,7 @@ def train(output, *options):
 
 
 def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1):
-    """Starts a run and signals it soon after the arm's checkpoint is whole; what it said."""
+    """Starts a run and signals it soon after the arm's checkpoint is complete; its output."""
     checkpoint = output / "seed7" / arm / "checkpoints" / str(epoch)
     with subprocess.Popen(
         command(output, *options),
@@ -67,15 +67,15 @@ def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "whole"
+def reference(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "reference"
     done = train(output)
     assert done.returncode == 0, done.stdout + done.stderr
     return output
 
 
-def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
-    output = tmp_path / "parts"
+def test_killed_mid_epoch_and_resumed_is_bit_identical(reference, tmp_path, capsys):
+    output = tmp_path / "resumed"
     kill_mid_epoch(output, "inmerge")
     assert main(command(output)[3:]) == 2
     assert "--resume" in capsys.readouterr().err
@@ -85,22 +85,22 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(whole, tmp_path, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 inmerge: resumes from epoch" in done.stdout
     assert "seed 7 backbone" not in done.stdout.partition("Kernels merged")[0].replace("┃", "")
-    assert jobs.run_evidence(output) == jobs.run_evidence(whole)
+    assert jobs.run_evidence(output) == jobs.run_evidence(reference)
 
 
 @pytest.mark.long
-def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(whole, tmp_path):
+def test_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_identical(reference, tmp_path):
     job = jobs.training(tmp_path / "run", Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     row = fault_injection.kill_and_resume(
-        job, 0.0, fault_injection.CHECKPOINT, jobs.run_evidence(whole)
+        job, 0.0, fault_injection.CHECKPOINT, jobs.run_evidence(reference)
     )
     assert row["doing"] == fault_injection.CHECKPOINT and row["differences"] == []
     assert row["resumed_from"] in ("the beginning", "epoch 1 of 3")
 
 
 @pytest.mark.long
-def test_stopped_by_signals_and_resumed_is_bit_identical(whole, tmp_path):
-    output = tmp_path / "parts"
+def test_stopped_by_signals_and_resumed_is_bit_identical(reference, tmp_path):
+    output = tmp_path / "resumed"
     said = kill_mid_epoch(output, "backbone", signals=(signal.SIGTERM, signal.SIGTERM))
     assert said.count("SIGTERM: stopping after this update") == 1
     assert "seed 7 backbone: stopped after update" in said and "--resume continues" in said
@@ -111,69 +111,73 @@ def test_stopped_by_signals_and_resumed_is_bit_identical(whole, tmp_path):
     assert "seed 7 inmerge: stopped" in said
     done = train(output, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert jobs.run_evidence(output) == jobs.run_evidence(whole)
+    assert jobs.run_evidence(output) == jobs.run_evidence(reference)
 
 
 @pytest.mark.long
-def test_a_run_from_a_file_of_weights_is_bit_identical_too(whole, tmp_path, capsys):
-    file, parts = tmp_path / "start.safetensors", tmp_path / "parts"
-    assert export.main([str(whole), "--to", str(file)]) == 0
+def test_a_run_from_a_file_of_weights_is_bit_identical_too(reference, tmp_path, capsys):
+    file, resumed = tmp_path / "start.safetensors", tmp_path / "resumed"
+    assert export.main([str(reference), "--to", str(file)]) == 0
     options = ["--init-from", str(file), *"--epochs 2 --merging-epochs 1".split()]
-    kill_mid_epoch(parts, "backbone", *options)
-    assert not (parts / "seed7" / "backbone" / "result.json").exists()
+    kill_mid_epoch(resumed, "backbone", *options)
+    assert not (resumed / "seed7" / "backbone" / "result.json").exists()
     kept = file.read_bytes()
-    assert export.main([str(whole), "--arm", "backbone", "--to", str(file), "--overwrite"]) == 0
-    assert main(command(parts, *options, "--resume")[3:]) == 2
+    assert export.main([str(reference), "--arm", "backbone", "--to", str(file), "--overwrite"]) == 0
+    assert main(command(resumed, *options, "--resume")[3:]) == 2
     assert "model.init_sha256" in capsys.readouterr().err
     file.write_bytes(kept)
-    done = train(parts, *options, "--resume")
+    done = train(resumed, *options, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 7 backbone: resumes from epoch 1" in done.stdout
-    assert main(command(tmp_path / "whole", *options)[3:]) == 0
-    assert jobs.run_evidence(parts) == jobs.run_evidence(tmp_path / "whole")
-    first = [read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (parts, whole)]
+    assert main(command(tmp_path / "reference", *options)[3:]) == 0
+    assert jobs.run_evidence(resumed) == jobs.run_evidence(tmp_path / "reference")
+    first = [
+        read_metrics(run / "seed7" / "backbone" / "metrics.jsonl") for run in (resumed, reference)
+    ]
     assert first[0][0]["train_loss"] < first[1][0]["train_loss"], "it starts from the file"
 
 
-def test_a_run_leaves_everything_that_its_report_needs(whole):
-    names = {path.name for path in whole.iterdir()}
+def test_a_run_leaves_everything_that_its_report_needs(reference):
+    names = {path.name for path in reference.iterdir()}
     files = {"config.json", "environment.json", "results.json", "report.html"}
     assert names >= files | {"samples.npz", "labels.npz", "seed7"}
-    results = json.loads((whole / "results.json").read_text())
+    results = json.loads((reference / "results.json").read_text())
     assert list(results["arms"]) == ["backbone", "inmerge"] and results["seeds"] == [7]
     assert results["dataset"]["counts"] == {"train": 480, "val": 128, "test": 32}
     (inmerge,) = results["arms"]["inmerge"]
     assert len(inmerge["layers"]) == 5 and sum(inmerge["merged"]) > 0
-    with np.load(whole / "samples.npz") as samples:
+    with np.load(reference / "samples.npz") as samples:
         assert len(samples["images"]) == len(samples["names"]) == len(samples["labels"])
         assert set(samples["names"]) == set(results["dataset"]["classes"])
-    second = read_metrics(whole / "seed7" / "inmerge" / "metrics.jsonl")
-    backbone = read_metrics(whole / "seed7" / "backbone" / "metrics.jsonl")
+    second = read_metrics(reference / "seed7" / "inmerge" / "metrics.jsonl")
+    backbone = read_metrics(reference / "seed7" / "backbone" / "metrics.jsonl")
     (first,) = results["arms"]["backbone"]
     assert second[0]["learning_rate"] == backbone[first["best_epoch"] - 1]["learning_rate"]
 
 
-def test_a_finished_run_is_not_touched(whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+def test_a_finished_run_is_not_touched(reference, capsys):
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
     for options in ([], ["--resume"]):
-        assert main(command(whole, *options)[3:]) == 2
+        assert main(command(reference, *options)[3:]) == 2
         assert "--overwrite" in capsys.readouterr().err
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.long
-def test_a_run_that_only_lacks_its_report_gets_it(whole, tmp_path):
-    output = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_a_run_that_only_lacks_its_report_gets_it(reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "run"))
     for name in ("report.html", "table.md"):
         (output / name).unlink()
     assert main(command(output, "--resume")[3:]) == 0
-    assert (output / "table.md").read_bytes() == (whole / "table.md").read_bytes()
+    assert (output / "table.md").read_bytes() == (reference / "table.md").read_bytes()
     assert (output / "report.html").exists()
 
 
 @pytest.mark.long
-def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_path, capsys):
-    output = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(reference, tmp_path, capsys):
+    output = Path(shutil.copytree(reference, tmp_path / "run"))
     (output / "results.json").unlink()
     result = output / "seed7" / "inmerge" / "result.json"
     text = result.read_text()
@@ -185,24 +189,26 @@ def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(whole, tmp_
     assert main(command(output, "--resume")[3:]) == 0
 
     (output / "table.md").unlink()
-    (output / "labels.npz").write_bytes((whole / "labels.npz").read_bytes()[:200])
+    (output / "labels.npz").write_bytes((reference / "labels.npz").read_bytes()[:200])
     assert main(command(output, "--resume")[3:]) == 2
     assert "labels.npz is damaged" in (said := capsys.readouterr().err) and "delete" in said
     (output / "results.json").unlink()
     assert main(command(output, "--resume")[3:]) == 0
-    assert (output / "table.md").read_bytes() == (whole / "table.md").read_bytes()
+    assert (output / "table.md").read_bytes() == (reference / "table.md").read_bytes()
 
 
-def test_resuming_with_another_configuration_names_the_difference(whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run")
+def test_resuming_with_another_configuration_names_the_difference(reference, tmp_path, capsys):
+    shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     assert main(command(tmp_path / "run", "--resume", "--alpha", "0.5")[3:]) == 2
     assert "rule.alpha: 0.8 there, 0.5 now" in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(whole, tmp_path, capsys):
-    output = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_resuming_under_other_conditions_is_said_and_kept_in_the_results(
+    reference, tmp_path, capsys
+):
+    output = Path(shutil.copytree(reference, tmp_path / "run"))
     (output / "results.json").unlink()
     shutil.rmtree(output / "seed7" / "inmerge")
     started = json.loads((output / "environment.json").read_text())
