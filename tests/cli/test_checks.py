@@ -64,6 +64,7 @@ def bare_run(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.long
 def test_a_run_needs_no_home_no_backend_no_unix_module_and_no_utf_8(bare_run):
     folder, done = bare_run
     assert done.returncode == 0, done.stderr
@@ -115,6 +116,7 @@ for package in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_a_missing_package_is_named_with_its_remedy():
     names = ("matplotlib", "jinja2", "rich", "sklearn", "orbax", "flax", "filelock")
     done = python("-c", MISSING, *names)

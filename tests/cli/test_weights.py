@@ -93,6 +93,7 @@ def test_a_file_that_does_not_fit_is_named_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_run_says_and_stores_what_was_loaded(tmp_path, capsys, monkeypatch):
     network = create_network("vgg11", 7, stem="small", size=16, width=0.125)
     given = save(network, tmp_path / "vgg11.bin")
@@ -157,6 +158,7 @@ def test_the_finetune_arm_goes_to_the_benchmarks_resnet_with_its_scores(resnet_r
     assert not torch.equal(backbone["conv1.weight"], checkpoint["net"]["conv1.weight"])
 
 
+@pytest.mark.long
 def test_an_unfinished_run_or_an_arm_that_was_not_trained_is_not_exported(
     resnet_run, tmp_path, capsys
 ):

@@ -395,7 +395,7 @@ def transformer(scan):
     return Net()
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=LONG), True])
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=LONG)])
 def test_a_transformer(scan, batch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

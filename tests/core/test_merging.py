@@ -336,6 +336,7 @@ def test_rules_out_of_range(numbers, message):
         )
 
 
+@pytest.mark.long
 def test_a_rule_may_be_learned():
     """Its gradient, and differences of rules, are rules whose numbers may be any."""
     weight = {"w": jax.random.normal(jax.random.key(0), (3, 3, 8, 8))}

@@ -60,9 +60,7 @@ SPECS = {
 CASES = list(itertools.product(("Auto", "Explicit"), SPECS, ("random", "nearest")))
 QUICK = [
     ("Auto", "both", "nearest"),
-    ("Auto", "units", "random"),
     ("Explicit", "both", "random"),
-    ("Explicit", "inputs", "nearest"),
 ]
 
 
@@ -84,6 +82,7 @@ def test_sharded_weights_merge_as_unsharded_ones(kind, specs, partner):
             assert found[name].sharding.spec == shardings[name].spec
 
 
+@pytest.mark.long
 def test_a_quantile_and_the_transformation_over_an_explicit_mesh():
     params, rule = params_of(), MergeRule(0.6, quantile(0.5))
     mesh = mesh_of(AxisType.Explicit)

@@ -18,7 +18,7 @@ from inmerge_jax import (
     with_merging,
 )
 from tests.core import networks
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 
 STEPS = 5
 RULE = MergeRule(probability=0.6, threshold=-0.2, alpha=0.7)
@@ -143,7 +143,9 @@ def test_multi_steps_merges_once_per_accumulated_update():
     assert int(state.inner_opt_state[-1].count) == 2
 
 
-@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, pytest.param(lambda tx: optax.MultiSteps(tx, 2), marks=LONG)]
+)
 def test_bfloat16_parameters(wrap):
     tx = wrap(optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY)))
     params, _ = train(tx, initial(jnp.bfloat16), steps=2)
@@ -177,7 +179,7 @@ def test_hyperparameters_can_be_injected():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("key", [11, KEY])
+@pytest.mark.parametrize("key", [11, pytest.param(KEY, marks=LONG)])
 def test_the_transformation_itself_can_be_injected(key):
     """A seed then becomes an array, a key stays one."""
     injected = optax.inject_hyperparams(in_model_merging)(KERNELS, RULE, key)
@@ -286,6 +288,7 @@ def test_the_state_is_plain_arrays_that_a_checkpoint_keeps(tmp_path, impl):
 
 
 # The programs in examples/, which the suite runs, have them in each library.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "library", long_unless(lambda name: name == "nnx", ["linen", "nnx", "equinox", "haiku"])
 )
@@ -346,7 +349,7 @@ WRAPPERS = {
 }
 
 
-QUICK = ("MultiSteps", "masked", "partition", "schedule_free")
+QUICK = ("MultiSteps", "masked")
 
 
 @pytest.mark.parametrize("wrapper", long_unless(QUICK.__contains__, WRAPPERS))
@@ -494,6 +497,7 @@ def test_other_leaves_may_be_none_or_integers():
     np.testing.assert_array_equal(updates["conv_2"], expected["conv_2"])
 
 
+@pytest.mark.long
 def test_an_nnx_module_and_its_state_are_interchangeable():
     from flax import nnx
 

@@ -23,6 +23,7 @@ from inmerge_jax import (
 )
 from inmerge_jax.merging.merge import draw_pairs
 from inmerge_jax.merging.units import as_rows, from_rows, group_weights
+from tests.long import long_unless
 
 
 def at(name):
@@ -88,7 +89,7 @@ def draw_and_merge(params, key, kernels, rule):
     return draw_pairs(key, kernels[0], rule), merge_kernels(params, key, kernels, rule)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     case=st.sampled_from(sorted(CASES)),
     seed=st.integers(0, 99),
@@ -120,7 +121,10 @@ def test_every_kind_of_unit_agrees_with_the_oracle(case, seed, threshold, partne
         np.testing.assert_allclose(merged[kernel.name], weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("convolution", "OIHW", "grouped", "fused heads", "experts", "state space")
+
+
+@pytest.mark.parametrize("case", long_unless(QUICK.__contains__, CASES))
 def test_units_of_different_problems_never_mix(case):
     """With every problem at a value of its own, a mix within problems changes nothing."""
     kernels = CASES[case]

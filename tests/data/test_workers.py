@@ -17,7 +17,7 @@ import pytest
 from inmerge_jax.data import train_batch, train_batches, workers
 from inmerge_jax.errors import UsageError
 from tests.data.test_batches import Lazy, lazy, same
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Large(Lazy):
         return (self.count, 256, 256, 3)
 
 
-@pytest.mark.parametrize("images", [Lazy, Large])
+@pytest.mark.parametrize("images", [pytest.param(Lazy, marks=LONG), Large])
 @pytest.mark.parametrize("workers", long_unless(lambda workers: workers == 2, [1, 2]))
 def test_a_killed_worker_ends_the_batches(images, workers):
     split = dataclasses.replace(lazy(40), images=images(40))
@@ -69,6 +69,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
@@ -114,6 +115,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_workers_end_with_a_command_that_leaves_them_alone(tmp_path):
     script = tmp_path / "leaving.py"
     script.write_text(ABANDONED)

@@ -83,6 +83,7 @@ def linen():
     return net, jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
 
 
+@pytest.mark.long
 def test_heads_in_linen(linen):
     _, params = linen
     check_heads(run(LINEN, params=params), params)

@@ -89,6 +89,7 @@ def test_an_unknown_case_is_refused(trained, tmp_path):
     assert not trained
 
 
+@pytest.mark.long
 def test_the_options_of_each_case_are_options_of_the_trainer():
     from inmerge_jax.cli.options import parse_config
 

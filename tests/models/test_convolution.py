@@ -104,6 +104,7 @@ def test_tiles_equal_the_native_convolution_in_float64(case):
             assert relative_error(a, e) < 1e-12
 
 
+@pytest.mark.long
 def test_tiles_are_not_for_16_bit_floats():
     *sizes, stride, padding = SHAPES["tiles"]
     route, _ = route_and_native(stride, padding)

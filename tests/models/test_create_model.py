@@ -13,7 +13,7 @@ from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.resnet import ResNet
 from inmerge_jax.models.vgg import VGG
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 from tests.models.names import CNNS, OTHERS, VGGS
 
 VGG19_STAGES = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}
@@ -401,7 +401,10 @@ def test_small_densenet_refuses_images_that_vanish():
         abstract_variables(create_model("densenet121", 2), 7)
 
 
-@pytest.mark.parametrize(("name", "barriers"), [("resnet18", 3), ("resnet50", 6), ("vgg16", 0)])
+@pytest.mark.parametrize(
+    ("name", "barriers"),
+    [("resnet18", 3), pytest.param("resnet50", 6, marks=LONG), ("vgg16", 0)],
+)
 def test_a_barrier_precedes_strided_convolutions_on_tpus_only(name, barriers):
     model = create_model(name, 10, stem="small", width=0.125)
     variables = abstract_variables(model, 28)

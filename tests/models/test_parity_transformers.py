@@ -190,6 +190,7 @@ def test_mamba_is_hugging_faces():
         np.testing.assert_allclose(value, there, rtol=1e-3, atol=scale, err_msg=str(path))
 
 
+@pytest.mark.long
 def test_a_residual_network_for_volumes_is_torchvisions():
     torch.manual_seed(0)
     network = perturb(torchvision.models.video.r3d_18(num_classes=CLASSES)).eval()

@@ -10,6 +10,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.merging.units import group_weights
 from inmerge_jax.models import create_model, model_names
 from inmerge_jax.models.units import default_units, find_units
+from tests.long import long_unless
 
 IMAGE, SIGNAL, ROW = (32, 32, 1), (36, 2), (30,)
 
@@ -101,7 +102,10 @@ def test_units_that_a_network_does_not_have_are_refused(name, kinds, message):
 
 @pytest.mark.parametrize(
     ("name", "shape", "modality"),
-    [("vit_tiny", (8, 8, 1), "image"), ("mamba_tiny", (8, 1), "signal"), ("mlp", ROW, "table")],
+    long_unless(
+        lambda case: case[0] != "mamba_tiny",
+        [("vit_tiny", (8, 8, 1), "image"), ("mamba_tiny", (8, 1), "signal"), ("mlp", ROW, "table")],
+    ),
 )
 def test_merging_mixes_the_weights_of_a_unit_together(name, shape, modality):
     """With two units, each mixes with the other, by the formula, in all its weights."""

@@ -173,6 +173,7 @@ def test_damaged_lines_are_named(tmp_path, name):
         write_report(folder)
 
 
+@pytest.mark.long
 def test_undefined_metrics_are_visible(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0,))
 
@@ -198,6 +199,7 @@ def test_a_run_that_merged_nothing_says_so_at_the_top(tmp_path):
     assert "nothing was merged" in text[text.index("Block_3/Conv_1") :]
 
 
+@pytest.mark.long
 def test_warnings_of_the_run_are_shown(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0, 1))
     edit(folder, lambda r: r["arms"]["inmerge"][1]["warnings"].append("no merges by epoch 1"))
@@ -205,6 +207,7 @@ def test_warnings_of_the_run_are_shown(tmp_path):
     assert "inmerge, seed 1: no merges by epoch 1" in text
 
 
+@pytest.mark.long
 def test_a_class_with_one_label_has_a_panel_without_curve(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0,))
     labels = np.load(folder / "labels.npz")["test"]
@@ -213,10 +216,12 @@ def test_a_class_with_one_label_has_a_panel_without_curve(tmp_path):
     assert "No curve: 0 of 160 test images have this label." in text
 
 
+@pytest.mark.long
 def test_the_same_folder_gives_the_same_bytes(folder, page):
     assert write_report(folder).read_text(encoding="utf-8") == page
 
 
+@pytest.mark.long
 def test_only_the_report_is_written(folder, page):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     write_report(folder)
@@ -224,6 +229,7 @@ def test_only_the_report_is_written(folder, page):
     assert {path for path in after if after[path] != before.get(path)} <= {folder / "report.html"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
 @pytest.mark.parametrize("width", long_unless((390).__eq__, [1200, 390]))
 def test_tables_fit_the_screen(tmp_path, width):

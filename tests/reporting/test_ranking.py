@@ -12,7 +12,6 @@ from inmerge_jax.reporting.published import CHESTXRAY14
 from inmerge_jax.reporting.ranking import bootstrap_auroc, rank_findings
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.tables import make_report, markdown
-from tests.long import long_unless
 from tests.paths import SHARED, needs
 from tests.reporting.folder import edit, write_run
 
@@ -55,39 +54,37 @@ def test_fifteen_ranks_with_intervals(tmp_path):
         assert cells[3].rank == 1 + sum(rival > cells[3].auc for rival in rivals)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("split", "full", "digest", "line"),
-    long_unless(
-        lambda case: "160 of the split" in case[3],
-        [
-            (
-                "chexnet",
-                FULL,
-                PUBLISHED,
-                "Same 160 test images: reproduce-chexnet, DenseNet-121\\.$",
-            ),
-            (
-                "chexnet",
-                {**FULL, "train": 78_468},
-                PUBLISHED,
-                r"Same 160 test images: .*; this run trained on 640 of 78,468 images\.",
-            ),
-            (
-                "chexnet",
-                FULL,
-                "others",
-                "NOT COMPARABLE.*160 test images are not the 22,433 of chexnet",
-            ),
-            ("chexnet", FULL, "", "NOT COMPARABLE.*160 test images are not the 22,433 of chexnet"),
-            (
-                "chexnet",
-                {**FULL, "test": 22_433},
-                "",
-                "NOT COMPARABLE.*160 of the split's 22,433 test images",
-            ),
-            ("patient_hash", FULL, "", "NOT COMPARABLE.*no published row.*split patient_hash"),
-        ],
-    ),
+    [
+        (
+            "chexnet",
+            FULL,
+            PUBLISHED,
+            "Same 160 test images: reproduce-chexnet, DenseNet-121\\.$",
+        ),
+        (
+            "chexnet",
+            {**FULL, "train": 78_468},
+            PUBLISHED,
+            r"Same 160 test images: .*; this run trained on 640 of 78,468 images\.",
+        ),
+        (
+            "chexnet",
+            FULL,
+            "others",
+            "NOT COMPARABLE.*160 test images are not the 22,433 of chexnet",
+        ),
+        ("chexnet", FULL, "", "NOT COMPARABLE.*160 test images are not the 22,433 of chexnet"),
+        (
+            "chexnet",
+            {**FULL, "test": 22_433},
+            "",
+            "NOT COMPARABLE.*160 of the split's 22,433 test images",
+        ),
+        ("patient_hash", FULL, "", "NOT COMPARABLE.*no published row.*split patient_hash"),
+    ],
 )
 def test_one_line_says_what_is_comparable(tmp_path, split, full, digest, line):
     run = read_run(write(tmp_path / "run", split, full, digest))

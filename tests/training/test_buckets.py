@@ -88,6 +88,7 @@ def killed_after_the_first_epoch(output):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_stage_in_a_bucket_resumes_to_the_bits_of_a_local_one(bucket, tmp_path, monkeypatch):
     run(tmp_path, rule=tiny.ALWAYS)
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))

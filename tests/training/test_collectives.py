@@ -10,6 +10,7 @@ import pytest
 from inmerge_jax.data import train_batch
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch
 from inmerge_jax.training.train_step import make_optimizer, new_state, zero_totals
+from tests.long import long_unless
 from tests.training import tiny
 
 
@@ -26,7 +27,7 @@ def collectives(devices, rule):
     return collections.Counter((kind, shapes) for shapes, kind in re.findall(kinds, text))
 
 
-@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("partner", long_unless("nearest".__eq__, ["random", "nearest"]))
 def test_merging_adds_none(partner):
     rule = dataclasses.replace(tiny.ALWAYS, partner=partner)
     counts = {}

@@ -13,6 +13,7 @@ from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import checkpointing, train
 from inmerge_jax.training.checkpointing import checkpoint_epochs, save_checkpoint
+from tests.long import LONG
 from tests.training import tiny
 from tests.training.disk import look_away, small_disk
 from tests.training.test_checkpointing import valid
@@ -38,7 +39,9 @@ def full_at(monkeypatch, save):
     monkeypatch.setattr(checkpointing.ocp.CheckpointManager, "save", failing)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "mid-epoch"])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(False, marks=LONG), True], ids=["epoch", "mid-epoch"]
+)
 def test_a_stage_resumes_from_the_last_valid_checkpoint(tmp_path, monkeypatch, stopped):
     run(tmp_path / "whole")
     folder, setup = tmp_path / "parts", tiny.make_setup()
@@ -54,6 +57,7 @@ def test_a_stage_resumes_from_the_last_valid_checkpoint(tmp_path, monkeypatch, s
     assert evidence(folder) == evidence(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_write_continues_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once, and does not wait for the others when one finds no room.

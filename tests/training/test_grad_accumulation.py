@@ -31,6 +31,7 @@ from inmerge_jax.training.train_step import (
     new_state,
     zero_totals,
 )
+from tests.long import LONG
 from tests.training import tiny
 
 DEVICES = tuple(jax.local_devices()[:2])
@@ -92,7 +93,7 @@ def train(model, given, **options):
     return unreplicate(state), unreplicate(totals)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=LONG)])
 def test_microbatches_train_as_the_full_batch_without_batch_statistics(parts):
     whole, expected = train(Plain(), batches(4), rule=tiny.ALWAYS)
     state, totals = train(Plain(), batches(4), rule=tiny.ALWAYS, grad_accum_steps=parts)
@@ -206,6 +207,7 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
     assert jax.eval_shape(forward, params, batch_stats, image).dtype == float32
 
 
+@pytest.mark.long
 def test_the_options_reach_the_step_and_the_network(monkeypatch):
     plan = make_run_spec(
         parse_config([*SMALL, *"--batch-size 16 --grad-accum-steps 2 --devices 2".split()])

@@ -12,6 +12,7 @@ from inmerge_jax import locking
 from inmerge_jax.errors import UsageError
 from inmerge_jax.locking import FolderInUseError, lock, require_free
 from tests.emulator import cloud_storage
+from tests.long import LONG
 from tests.training.lock_holder import another_process
 
 HOLDER = """
@@ -125,7 +126,7 @@ def test_a_write_whose_answer_is_lost_counts(folder, monkeypatch):
     ("take", "words"),
     [
         (lambda folder: of_another_host(folder, 60), "process 7 on tpu-3 has taken it"),
-        (lambda folder: blob(folder).delete(), "it was removed"),
+        pytest.param(lambda folder: blob(folder).delete(), "it was removed", marks=LONG),
     ],
 )
 def test_a_process_that_loses_its_lease_ends(folder, take, words):

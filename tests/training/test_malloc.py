@@ -32,6 +32,7 @@ def child(argument, **variables):
     return done.stdout.split()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator isn't glibc's")
 def test_the_second_allocation_of_a_size_faults_no_page_in():
     answer, faults = child("keep")

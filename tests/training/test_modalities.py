@@ -120,6 +120,7 @@ def interrupt_and_resume(folder, options):
     return run(folder, *options, "--resume")
 
 
+@LONG
 def test_a_resumed_run_on_signals(tmp_path, capsys, signals):
     folder, options = tmp_path / "run", ["--data", f"signals:{signals}", *RESNET]
     stored = interrupt_and_resume(folder, options)

@@ -12,6 +12,7 @@ from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.workdir import read_metrics
+from tests.long import LONG
 from tests.training import tiny
 from tests.training.test_train import check_resumption, evidence, run
 
@@ -70,7 +71,11 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
     check_scalars(tmp_path, monitored(tmp_path, tensorboard=True))
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["from the start", "from the resumption on"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(True, marks=LONG), False],
+    ids=["from the start", "from the resumption on"],
+)
 def test_a_resumed_run_loses_and_repeats_no_point(tmp_path, monkeypatch, first):
     check_resumption(
         tmp_path,

@@ -395,6 +395,7 @@ def test_another_number_of_processes_is_refused():
     assert "`num_processes` 3: process 0 was started with 2; give every process the same" in said
 
 
+@pytest.mark.long
 def test_a_process_that_never_appears_ends_the_others():
     (status,), (said,) = finish([connecting(f"127.0.0.1:{free_port()}", 2, 0, 2)])
     assert status == -signal.SIGABRT and "DEADLINE_EXCEEDED" in said

@@ -13,7 +13,7 @@ from inmerge_jax.training.checkpointing import checkpoint_epochs
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train_step import make_merging_eval_step
 from inmerge_jax.training.workdir import read_metrics
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 from tests.training import tiny
 from tests.training.test_train import evidence, run
 
@@ -103,7 +103,7 @@ def test_a_notice_is_given_once(tmp_path):
     assert result["warnings"] == ["nothing merges"]
 
 
-@pytest.mark.parametrize("broken", ["mid_epoch/4", "checkpoints/1"])
+@pytest.mark.parametrize("broken", ["mid_epoch/4", pytest.param("checkpoints/1", marks=LONG)])
 def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, broken):
     run(tmp_path / "whole")
     stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))

@@ -28,7 +28,7 @@ from inmerge_jax.training.train_step import (
     normalise,
     zero_totals,
 )
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 from tests.training import tiny
 from tests.training.test_train import check_resumption, run
 
@@ -74,7 +74,7 @@ def test_a_vgg_merges_the_convolutions_after_the_first_ten(preset):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
-@pytest.mark.parametrize("skip", [0, 10])
+@pytest.mark.parametrize("skip", [pytest.param(0, marks=LONG), 10])
 def test_released_merges_nothing_in_resnets_and_densenets(name, skip):
     kernels = kernels_of(name)
     chosen, notice = select_units(PRESETS["released"], name, kernels, skip)
@@ -84,7 +84,10 @@ def test_released_merges_nothing_in_resnets_and_densenets(name, skip):
     assert chosen == () and f"merges nothing in {name}" in notice
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet34", 16), ("resnet50", 16)])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    long_unless(("resnet18", 8).__eq__, [("resnet18", 8), ("resnet34", 16), ("resnet50", 16)]),
+)
 def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
     chosen, notice = select_units(PRESETS["released_intent"], name, kernels_of(name), 6)
     assert len(chosen) == blocks - 6 and not notice
@@ -112,6 +115,7 @@ def merging_eval(devices):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", long_unless(lambda count: count > 1, [1, 8]))
 def test_image_k_is_evaluated_after_k_merges(count):
     devices = tuple(jax.local_devices()[:count])

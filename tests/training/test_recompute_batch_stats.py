@@ -67,6 +67,7 @@ def expected(params, batches=3):
     return flatten_dict(jax.tree.map(lambda *x: 10 * np.mean(x, (0, 1)), *found), sep=".")
 
 
+@pytest.mark.long
 def test_every_evaluation_uses_them_and_training_does_not(tmp_path):
     plain, _ = run(tmp_path / "plain", rule=tiny.ALWAYS)
     result = recompute(tmp_path / "renewed")
@@ -109,6 +110,7 @@ def test_more_devices_find_the_same(tmp_path):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.long
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     folders = check_resumption(tmp_path, monkeypatch, recompute, 4)
     files = [(folder / TESTED).read_bytes() for folder in folders]

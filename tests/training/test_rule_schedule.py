@@ -83,6 +83,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     check_resumption(tmp_path, monkeypatch, late, 5)
 
 
+@pytest.mark.long
 def test_the_warning_comes_after_the_first_epoch_that_should_merge(tmp_path):
     nothing = dataclasses.replace(ALL, threshold=1.0)
     schedule = RuleSchedule(nothing, nothing, first=STEPS, last=8)

@@ -75,6 +75,7 @@ def test_the_loss_is_cross_entropy_plus_soft_dice(shape):
     )
 
 
+@pytest.mark.long
 def test_masks_are_flipped_cropped_and_rotated_like_their_images():
     masks = blobs(np.random.default_rng(1), (8, 12, 12))
     images, index, key = masks[..., None] * 100, jnp.arange(8), jax.random.key(3)

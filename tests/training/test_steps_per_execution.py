@@ -18,6 +18,7 @@ from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard
 from inmerge_jax.training.resolve import check_steps_per_execution
 from inmerge_jax.training.train import train_stage
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
+from tests.long import LONG
 from tests.training import tiny
 
 
@@ -34,7 +35,7 @@ def several_steps(devices, steps, rule=tiny.ALWAYS):
     )
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=LONG)])
 def test_three_steps_in_one_call_are_three_calls(count):
     devices = tuple(jax.local_devices()[:count])
     train = tiny.make_dataset().train

@@ -23,6 +23,7 @@ from inmerge_jax.training.metrics import compute_metrics, read_scores
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.train_step import make_optimizer, new_state
 from inmerge_jax.training.workdir import read_metrics
+from tests.long import LONG
 from tests.training import tiny
 
 MERGING = [tiny.ALWAYS, None]
@@ -130,7 +131,7 @@ def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("rule", MERGING, ids=["inmerge", "backbone"])
-@pytest.mark.parametrize("step", [1, 4, 8])
+@pytest.mark.parametrize("step", [1, pytest.param(4, marks=LONG), 8])
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, step):
     run(tmp_path / "whole", rule=rule)
     resume = interrupt_at(monkeypatch, step)
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_latest_valid_one(tmp_path, monke
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("lost", [pytest.param(False, marks=LONG), True])
 def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, lost):
     recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
     monkeypatch.setattr(train, "best_epoch", lambda history, select: 1)

@@ -30,6 +30,7 @@ from inmerge_jax.data.dataset import names_sha256
 from inmerge_jax.data.records import Records
 from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import content, make, pixels, write_labels, write_lists
+from tests.long import long_unless
 from tests.paths import SHARED, needs
 
 NIH = SHARED / "data" / "nih"
@@ -80,7 +81,7 @@ def test_tfds_reads_the_folder_without_tensorflow(built):
     assert done.stdout.strip() == "(32, 32, 1) (14,) False", done.stderr
 
 
-@pytest.mark.parametrize("split", ["chexnet", "nih_official"])
+@pytest.mark.parametrize("split", long_unless("chexnet".__eq__, ["chexnet", "nih_official"]))
 def test_lists_processes_and_a_second_call_change_nothing(nih, built, tmp_path, split):
     first, said = make(nih, tmp_path / "a", split=split, lists=nih, workers=2)
     assert "60 of the 60 images" in said and "reducing images  60 of 60" in said
@@ -369,6 +370,7 @@ def test_a_finished_build_of_images_that_changed_is_not_taken_for_theirs(nih, tm
     assert make(place, tmp_path / "out")[0].reduced is None
 
 
+@pytest.mark.long
 def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     from inmerge_jax.cli.options import parse_config
     from inmerge_jax.cli.train import main as train
@@ -431,6 +433,7 @@ def test_the_real_folder_of_224_px(tmp_path):
     assert made.manifest["positives"]["test"]["Hernia"] == 0
 
 
+@pytest.mark.long
 @needs(NIH / "images_original")
 def test_the_real_folder_of_originals(tmp_path):
     made = build(

@@ -139,6 +139,7 @@ def die(*_):
     os._exit(9)
 
 
+@pytest.mark.long
 def test_a_killed_process_is_reported_with_a_remedy(nih, tmp_path, monkeypatch):
     monkeypatch.setattr(reduce, "IMAGES_PER_PART", 30)
     monkeypatch.setattr(reduce, "reduce_part", die)

@@ -80,6 +80,7 @@ def test_lists_with_labels_after_the_name_or_a_folder_before_it(tmp_path, labels
         np.testing.assert_array_equal(rows, plain[part])
 
 
+@pytest.mark.long
 @needs(NIH / "train_list.txt.gz")
 def test_the_reproductions_own_lists():
     labels = read_labels(NIH / "Data_Entry_2017_v2020.csv.gz")

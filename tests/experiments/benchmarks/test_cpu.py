@@ -190,6 +190,7 @@ def test_steps_are_compared_in_one_process():
     assert all(len(times["all"]) == 2 for row in rows for times in row["seconds"].values())
 
 
+@pytest.mark.long
 def test_family_rows_have_cost_compilation_and_memory():
     case = Case("mlp", "small", 6, 4, width=0.125, modality="table")
     rows = [row.to_dict() for row in cpu.family_rows(case, rounds=2)]
@@ -222,6 +223,7 @@ def test_what_the_cpu_form_saves_is_a_share_of_a_step():
         assert share["value"] == pytest.approx((slow - fast) / step)
 
 
+@pytest.mark.long
 def test_conversion_is_timed_both_ways():
     rows = [row.to_dict() for row in conversion_rows(rounds=2, name="resnet18")]
     assert [row["quantity"] for row in rows] == [
@@ -234,6 +236,7 @@ def test_conversion_is_timed_both_ways():
         assert row["met"] == (row["value"] <= 5)
 
 
+@pytest.mark.long
 def test_a_second_start_compiles_nothing():
     row, times = (row.to_dict() for row in cache_rows(ONE_PROGRAM, []))
     assert (row["value"], row["met"]) == (0, True)
@@ -249,6 +252,7 @@ def test_failed_start_is_an_error():
 # ---- the command
 
 
+@pytest.mark.long
 def test_file_keeps_the_sections_that_are_not_measured(tmp_path, capsys):
     file = tmp_path / "results" / "benchmark.json"
     sections = {

@@ -1,6 +1,7 @@
 """The figure of README.md."""
 
 import numpy as np
+import pytest
 
 from experiments.figures import readme
 
@@ -20,6 +21,7 @@ def test_similar_kernels_are_neighbours_in_both_panels():
     np.testing.assert_allclose(first, second / 2)
 
 
+@pytest.mark.long
 def test_a_short_training_gives_the_figure_of_64_kernels():
     before, after = shown(readme.main(images=64, epochs=1, merging_epochs=1))
     assert before.shape == after.shape == (64, 64)

@@ -88,6 +88,7 @@ def test_trainings_in_which_nothing_merged_do_not_count():
     assert row["p"] <= row["p_holm"] <= 1
 
 
+@pytest.mark.long
 def test_trainings_of_constant_backbones_can_be_left_out():
     trials, archive = make(seeds=4, constant=[0, 2])
     own = analysis.groups(trials, archive)
@@ -118,6 +119,7 @@ def test_a_difference_is_over_the_seeds_of_both_arms():
     assert group.merged("inmerge") == pytest.approx(0.5) and group.merged("finetune") is None
 
 
+@pytest.mark.long
 def test_holms_correction_leaves_out_rows_in_which_fewer_than_two_trainings_differ():
     trials, archive = both(make(same=[0, 1]), make("retinamnist", seeds=3))
     found = analysis.intervals(analysis.groups(trials, archive), [PAIR])["inmerge - finetune"]

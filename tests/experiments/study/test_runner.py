@@ -88,6 +88,7 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     assert one["test"] == two["test"] and one["merged"] == two["merged"]
 
 
+@pytest.mark.long
 def test_a_trial_that_another_process_trains_is_left_to_it(tmp_path):
     paths = stages.Paths(tmp_path, tmp_path)
     with lock(paths.trial(TRIALS[0])), pytest.raises(UsageError, match="is in use: process"):

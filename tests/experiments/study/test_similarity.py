@@ -57,6 +57,7 @@ def test_merges_are_counted_by_kernel_size(found):
     assert found["most"]["quantile 99 %"]["inmerge"] == 0.25
 
 
+@pytest.mark.long
 def test_convolutions_of_1x1_are_known_from_their_shapes():
     assert similarity.pointwise("vgg11") == frozenset()
     assert all("shortcut_conv" in name for name in similarity.pointwise("resnet18"))

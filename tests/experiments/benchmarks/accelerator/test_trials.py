@@ -75,10 +75,10 @@ def test_seeds_that_train_together_train_as_alone(paths, alone):
 @pytest.mark.parametrize(
     "treatment",
     [
-        Treatment(),
+        pytest.param(Treatment(), marks=pytest.mark.long),
         Treatment("merge", threshold=-1.0),
         Treatment("merge", threshold=-1.0, partner="random"),
-        Treatment("merge", quantile=0.5),
+        pytest.param(Treatment("merge", quantile=0.5), marks=pytest.mark.long),
         Treatment("merge", threshold=-1.0, every=2),
     ],
 )
