@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
-QUICK = ("linen", "nnx")
+QUICK = ("nnx",)
 
 
 @pytest.mark.parametrize("name", long_unless(QUICK.__contains__, NAMES))

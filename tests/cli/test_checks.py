@@ -76,12 +76,14 @@ def test_a_run_needs_no_home_no_backend_no_unix_module_and_no_utf_8(bare_run):
     assert not Path(home).exists()
 
 
+@pytest.mark.long
 def test_a_log_file_has_a_line_per_epoch(bare_run):
     lines = [line for line in bare_run[1].stdout.splitlines() if "val loss" in line]
     names = ["seed 0 backbone 1/2", "seed 0 backbone 2/2"]
     assert [line.split("  ")[0] for line in lines] == names
 
 
+@pytest.mark.long
 def test_with_one_class_in_validation_the_loss_selects_the_epoch_and_the_run_says_so(bare_run):
     folder, done = bare_run
     said = "their AUC is undefined; the epoch with the lowest validation loss is tested"

@@ -167,6 +167,7 @@ def test_scaling_after_the_merge_halves_it():
 # around with_merging, and inject_hyperparams, are in test_transform.py.
 
 
+@LONG
 def test_with_merging_around_multi_steps_merges_at_each_of_the_steps():
     accumulating = optax.MultiSteps(SGD, 3).gradient_transformation()
     params, state = updated(merging(accumulating), steps=2, compiled=True)

@@ -309,6 +309,7 @@ def test_the_two_lines_in_four_libraries(library):
     np.testing.assert_array_equal(state[-1].stats.merged, [networks.WIDTH, networks.LAST])
 
 
+@LONG
 def test_with_an_optimizer_of_nnx():
     from flax import nnx
 

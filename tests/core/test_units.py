@@ -121,7 +121,7 @@ def test_every_kind_of_unit_agrees_with_the_oracle(case, seed, threshold, partne
         np.testing.assert_allclose(merged[kernel.name], weight, rtol=1e-5, atol=1e-6)
 
 
-QUICK = ("convolution", "OIHW", "grouped", "fused heads", "experts", "state space")
+QUICK = ("convolution", "OIHW", "grouped", "fused heads")
 
 
 @pytest.mark.parametrize("case", long_unless(QUICK.__contains__, CASES))

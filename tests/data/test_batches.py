@@ -15,7 +15,7 @@ from inmerge_jax.data import (
     train_batches,
 )
 from inmerge_jax.errors import UsageError
-from tests.long import long_unless
+from tests.long import LONG, long_unless
 
 
 def numbered(n: int, *, columns: int = 0) -> Split:
@@ -224,7 +224,7 @@ def test_hosts_that_do_not_fit_are_refused():
         train_batches(lazy(21), seed=0, batch_size=22)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=LONG)])
 def test_an_image_that_cannot_be_read_stops_the_batches(workers):
     row = train_batches(lazy(120), seed=0, batch_size=8, stop=40, workers=workers)
     with pytest.raises(UsageError, match="image 99 is damaged"):

@@ -89,6 +89,7 @@ def test_heads_in_linen(linen):
     check_heads(run(LINEN, params=params), params)
 
 
+@pytest.mark.long
 def test_heads_in_nnx():
     model = NnxViT(nnx.Rngs(0))
     check_heads(run(NNX, model=model), nnx.state(model, nnx.Param))

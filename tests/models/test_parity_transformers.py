@@ -103,6 +103,7 @@ def in_timms_names(state):
     return found
 
 
+@pytest.mark.long
 def test_weights_of_a_vision_transformer_in_and_out():
     state = vision_transformer().state_dict()
     variables = from_state_dict("vit_b_16", state, width=1 / 12)

@@ -41,7 +41,6 @@ CONVERSION = """
 import re, sys, time
 from pathlib import Path
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict, to_state_dict
-from tests.long import long_unless
 tensors = read_state_dict(sys.argv[1])
 started = time.process_time()
 variables = from_state_dict("vgg19", tensors)

@@ -147,6 +147,7 @@ def test_without_labels_there_is_no_interval_and_none_is_spoken_of(tmp_path):
     assert "bootstrap resamples" not in text
 
 
+@pytest.mark.long
 def test_patients_are_drawn_with_all_of_their_images(tmp_path):
     folder = write(tmp_path / "run")
     narrow = rank_findings(read_run(folder))

@@ -126,6 +126,7 @@ def test_a_resumed_run_draws_the_same():
     assert not np.array_equal(other[1].loss, straight[1].loss)
 
 
+@pytest.mark.long
 def test_the_program_without_augmentation_has_no_part_of_it():
     plain = lowered(AugmentConfig())
     assert lowered(AugmentConfig(crop=0, rotate=0.0, brightness=0.0, contrast=0.0)) == plain

@@ -104,6 +104,7 @@ def test_microbatches_train_as_the_full_batch_without_batch_statistics(parts):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
+@LONG
 def test_batch_normalisation_sees_each_part_on_its_own():
     still = dataclasses.replace(tiny.RECIPE, learning_rate=0.0, flip=False)
     (batch,) = batches(1)

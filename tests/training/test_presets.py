@@ -73,7 +73,9 @@ def test_a_vgg_merges_the_convolutions_after_the_first_ten(preset):
         assert chosen == kernels[10:] and len(chosen) == count and not notice
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(n, marks=LONG) for n in ("resnet50", "densenet121"))]
+)
 @pytest.mark.parametrize("skip", [pytest.param(0, marks=LONG), 10])
 def test_released_merges_nothing_in_resnets_and_densenets(name, skip):
     kernels = kernels_of(name)
@@ -99,6 +101,7 @@ def test_intent_is_conv2_of_the_blocks_after_the_first(name, blocks):
         select_units(PRESETS["released_intent"], name, kernels_of(name), blocks)
 
 
+@LONG
 def test_what_was_meant_for_a_densenet_is_not_made_up():
     with pytest.raises(UsageError, match="are unknown"):
         select_units(PRESETS["released_intent"], "densenet121", kernels_of("densenet121"), 10)

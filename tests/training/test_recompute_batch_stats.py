@@ -94,6 +94,7 @@ def test_every_evaluation_uses_them_and_training_does_not(tmp_path):
     assert not (tmp_path / "plain" / TESTED).exists() and plain["epochs"] == 3
 
 
+@pytest.mark.long
 def test_the_number_of_batches_is_as_given(tmp_path):
     result = recompute(tmp_path, batch_stats_batches=1)
     ours = expected(restore(tmp_path, result["best_epoch"]).params, batches=1)

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 SMALLER = "--model vgg11_bn --skip 4".split()
 
 
-def command(output, *options):
+def command(output, *options, training=(*jobs.TRAINING, *SMALLER)):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     start = [
         sys.executable,
@@ -32,7 +32,7 @@ def command(output, *options):
         "--compilation-cache-dir",
         cache,
     ]
-    return [*start, *jobs.TRAINING, *SMALLER, *options]
+    return [*start, *training, *options]
 
 
 def train(output, *options):
@@ -41,11 +41,11 @@ def train(output, *options):
     )
 
 
-def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1):
+def kill_mid_epoch(output, arm, *options, signals=(signal.SIGKILL,), epoch=1, **given):
     """Starts a run and signals it soon after the arm's checkpoint is complete; its output."""
     checkpoint = output / "seed7" / arm / "checkpoints" / str(epoch)
     with subprocess.Popen(
-        command(output, *options),
+        command(output, *options, **given),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -74,6 +74,25 @@ def reference(tmp_path_factory):
     return output
 
 
+ROWS = (
+    "--data breast_cancer --model mlp --skip 0 --batch-size 32 --epochs 2 --merging-epochs 12 "
+    "--arms inmerge --devices 1 --threshold 0.1 --seeds 7"
+).split()
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path, capsys):
+    """On a table, whose network compiles in a second."""
+    output = tmp_path / "resumed"
+    kill_mid_epoch(output, "inmerge", training=ROWS)
+    assert not (output / "seed7" / "inmerge" / "result.json").exists()
+    assert main(command(output, "--resume", training=ROWS)[3:]) == 0
+    said = capsys.readouterr().out
+    assert "seed 7 inmerge: resumes from epoch" in said
+    assert main(command(tmp_path / "whole", training=ROWS)[3:]) == 0
+    assert jobs.run_evidence(output) == jobs.run_evidence(tmp_path / "whole")
+
+
+@pytest.mark.long
 def test_killed_mid_epoch_and_resumed_is_bit_identical(reference, tmp_path, capsys):
     output = tmp_path / "resumed"
     kill_mid_epoch(output, "inmerge")
@@ -138,6 +157,7 @@ def test_a_run_from_a_file_of_weights_is_bit_identical_too(reference, tmp_path, 
     assert first[0][0]["train_loss"] < first[1][0]["train_loss"], "it starts from the file"
 
 
+@pytest.mark.long
 def test_a_run_leaves_everything_that_its_report_needs(reference):
     names = {path.name for path in reference.iterdir()}
     files = {"config.json", "environment.json", "results.json", "report.html"}
@@ -156,6 +176,7 @@ def test_a_run_leaves_everything_that_its_report_needs(reference):
     assert second[0]["learning_rate"] == backbone[first["best_epoch"] - 1]["learning_rate"]
 
 
+@pytest.mark.long
 def test_a_finished_run_is_not_touched(reference, capsys):
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
     for options in ([], ["--resume"]):
@@ -198,6 +219,7 @@ def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(reference, 
     assert (output / "table.md").read_bytes() == (reference / "table.md").read_bytes()
 
 
+@pytest.mark.long
 def test_resuming_with_another_configuration_names_the_difference(reference, tmp_path, capsys):
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()

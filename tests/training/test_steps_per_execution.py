@@ -63,6 +63,7 @@ def test_three_steps_in_one_call_are_three_calls(count):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
+@LONG
 def test_a_stage_loses_and_repeats_no_step(tmp_path):
     """Five steps an epoch, two in a call: two calls and one single step."""
     dataset = tiny.make_dataset(train=80)

@@ -144,6 +144,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, s
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
+@LONG
 def test_plateau_restarts_the_optimizer_and_resumes_bit_identically(tmp_path, monkeypatch):
     recipe = dataclasses.replace(tiny.RECIPE, tolerance=1, epochs=5, learning_rate=1.0)
     setup = tiny.make_setup(recipe)
@@ -173,7 +174,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_latest_valid_one(tmp_path, monke
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", [pytest.param(False, marks=LONG), True])
+@LONG
+@pytest.mark.parametrize("lost", [False, True])
 def test_a_damaged_best_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, lost):
     recipe = dataclasses.replace(tiny.RECIPE, epochs=4, select="val_auc")
     monkeypatch.setattr(train, "best_epoch", lambda history, select: 1)
@@ -205,6 +207,7 @@ def cut_short(monkeypatch, folder):
     return path, path.read_text()
 
 
+@LONG
 def test_a_changed_loss_is_not_trained_on(tmp_path, monkeypatch):
     path, whole = cut_short(monkeypatch, tmp_path / "parts")
     losses = [line["val_loss"] for line in read_metrics(path)]

@@ -146,6 +146,7 @@ def test_merging_happens_before_the_forward_pass_and_nowhere_else():
     np.testing.assert_allclose(totals.similarity, stats.similarity * stats.merged, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_the_optax_transformation_goes_through_the_same_step_and_a_checkpoint(tmp_path):
     devices = tuple(jax.local_devices()[:2])
     merging = in_model_merging(tiny.kernels(), tiny.ALWAYS, jax.random.key(5))

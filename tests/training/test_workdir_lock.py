@@ -124,6 +124,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.long
 def test_a_second_start_of_a_run_is_refused_and_the_first_continues(tmp_path, capsys):
     options = "--model vgg11 --width 0.05 --skip 4 --devices 1 --compilation-cache-dir None".split()
     options += "--phantom.train 128 --phantom.val 32 --phantom.test 32 --output".split()

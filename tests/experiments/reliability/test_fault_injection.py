@@ -7,6 +7,7 @@ from jax._src import compiler
 from experiments import tables
 from experiments.benchmarks.timing import machine
 from experiments.reliability import fault_injection, jobs
+from tests.long import LONG
 
 
 def job(output):
@@ -32,7 +33,9 @@ def test_a_command_is_killed_at_the_chosen_moment_and_resumes(tmp_path, phase, m
     assert row["differences"] == []
 
 
-@pytest.mark.parametrize(("later", "files"), [(0.0, 0), (0.15, 1), (0.35, 1)])
+@pytest.mark.parametrize(
+    ("later", "files"), [(0.0, 0), *(pytest.param(later, 1, marks=LONG) for later in (0.15, 0.35))]
+)
 def test_a_checkpoint_is_left_unfinished(tmp_path, later, files):
     output = tmp_path / "run"
     row = fault_injection.kill_and_resume(

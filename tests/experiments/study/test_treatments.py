@@ -15,6 +15,7 @@ from experiments.study.treatments import (
 from experiments.study.trials import Treatment
 from inmerge_jax import merge_kernels
 from tests.core.test_merging import kernel, similar_weight
+from tests.long import LONG, long_unless
 
 SHAPE = (3, 3, 4, 30)
 LAYER = kernel("w", SHAPE)
@@ -50,7 +51,7 @@ def test_merge_is_merge_kernels(weight):
     assert stats.merged == counts.merged > 3
 
 
-@pytest.mark.parametrize("kind", ["any", "least", "noise", "perturb"])
+@pytest.mark.parametrize("kind", long_unless("least".__eq__, ["any", "least", "noise", "perturb"]))
 def test_a_control_changes_the_kernels_that_would_merge(kind, weight):
     old = rows(weight)
     merged, stats = treat("merge", weight)
@@ -86,7 +87,10 @@ def test_a_controls_draws_change_with_the_step(kind, weight):
     assert np.any(treat(kind, weight, seed=0)[0] != treat(kind, weight, seed=1)[0])
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (3, [0, 3]), (0, [0])])
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [pytest.param(1, [0, 1, 2, 3], marks=LONG), (3, [0, 3]), pytest.param(0, [0], marks=LONG)],
+)
 def test_merging_now_and_then(every, steps, weight):
     given = dataclasses.replace(RULE, every=every)
     merged = [int(treat("merge", weight, step, given=given)[1].merged[0]) for step in range(5)]

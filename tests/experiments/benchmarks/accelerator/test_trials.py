@@ -76,7 +76,7 @@ def test_seeds_that_train_together_train_as_alone(paths, alone):
     "treatment",
     [
         pytest.param(Treatment(), marks=pytest.mark.long),
-        Treatment("merge", threshold=-1.0),
+        pytest.param(Treatment("merge", threshold=-1.0), marks=pytest.mark.long),
         Treatment("merge", threshold=-1.0, partner="random"),
         pytest.param(Treatment("merge", quantile=0.5), marks=pytest.mark.long),
         Treatment("merge", threshold=-1.0, every=2),
