@@ -10,7 +10,8 @@ key and value here, (inputs, heads, head width), and one for all three there; `s
 import math
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -57,6 +58,7 @@ Entries = Mapping[str, tuple[tuple[str, ...], Any]]
 """PyTorch's name of an entry to our path and the leaf there."""
 
 
+@lru_cache(maxsize=8)  # The abstract trace takes up to a second.
 def torch_entries(
     name: str,
     num_classes: int,
@@ -93,7 +95,7 @@ def torch_entries(
             place = place.replace("_denselayer", ".denselayer")
             place = place if place == "classifier" else f"features.{place}"
         entries[_WHOLE.get(last) or f"{place}.{_LEAVES[last]}"] = (path, leaf)
-    return init, entries
+    return init, MappingProxyType(entries)
 
 
 def check_counterpart(name: str) -> None:

@@ -12,7 +12,6 @@ from inmerge_jax.models import create_model
 from inmerge_jax.training.init import conv_kernels, init_variables
 from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices, replicate, shard_batch
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
-from tests.long import long_unless
 from tests.training import tiny
 
 PLATFORMS = ("tpu", "cuda", "cpu")
@@ -69,9 +68,8 @@ def test_the_exported_training_step_is_the_step(name, partner):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", long_unless("resnet18".__eq__, ["resnet18", "densenet121", "vgg16"])
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vgg16"])
 def test_exported_inference_is_inference(name):
     model, params, batch_stats = network(name)
 

@@ -188,6 +188,7 @@ def test_the_transformation_itself_can_be_injected(key):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@LONG
 def test_a_schedule_of_rules():
     def rule_at(step):
         return MergeRule(jnp.where(step < 2, 0.0, 1.0), -1.0, 0.5)

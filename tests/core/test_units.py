@@ -89,7 +89,7 @@ def draw_and_merge(params, key, kernels, rule):
     return draw_pairs(key, kernels[0], rule), merge_kernels(params, key, kernels, rule)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     case=st.sampled_from(sorted(CASES)),
     seed=st.integers(0, 99),
@@ -173,6 +173,7 @@ def test_similarities_are_those_of_the_pairs_of_each_problem(case):
     assert layer.maximum == pytest.approx(np.max(found), abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_quantile_is_that_of_each_problem():
     kernel = Kernel(at("w"), (4, 3, 3, 2, 20), 4, batch_axes=(0,))
     params = weights_of([kernel], 0)

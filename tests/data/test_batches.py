@@ -165,6 +165,7 @@ def test_batches_in_a_row_are_those_by_number(make, start, stop):
     endless.close()
 
 
+@LONG
 @pytest.mark.parametrize("workers", long_unless(lambda workers: workers == 1, [1, 3]))
 def test_worker_processes_change_nothing(workers):
     import multiprocessing

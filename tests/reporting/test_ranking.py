@@ -113,6 +113,7 @@ def test_the_published_test_images_are_those_of_the_list():
     assert names_sha256(reversed(names)) == PUBLISHED != names_sha256(names[1:])
 
 
+@pytest.mark.long
 def test_a_finding_without_a_positive_image_is_counted_and_breaks_nothing(tmp_path):
     folder = write(tmp_path / "run")
     with np.load(folder / "labels.npz") as arrays:

@@ -39,6 +39,7 @@ def test_averages_are_those_of_the_weights_after_each_update():
     assert np.abs(average - params["w"]).max() > 0.1
 
 
+@pytest.mark.long
 def test_the_average_is_tested_and_kept(tmp_path):
     recipe = dataclasses.replace(tiny.RECIPE, average_weights=0.9)
     average = tmp_path / "seed0" / "inmerge"

@@ -88,6 +88,7 @@ def test_a_lease_is_renewed_while_it_is_held(folder, monkeypatch):
             require_free(folder)
 
 
+@LONG
 def test_of_several_processes_at_once_a_single_one_gets_the_lease(folder):
     of_another_host(folder, seconds=-1)
     together, done = threading.Barrier(4), threading.Event()

@@ -71,9 +71,10 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
     check_scalars(tmp_path, monitored(tmp_path, tensorboard=True))
 
 
+@LONG
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(True, marks=LONG), False],
+    [True, False],
     ids=["from the start", "from the resumption on"],
 )
 def test_a_resumed_run_loses_and_repeats_no_point(tmp_path, monkeypatch, first):

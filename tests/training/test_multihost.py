@@ -382,6 +382,7 @@ def connecting(address, count, number, seconds):
     )
 
 
+@pytest.mark.long
 def test_another_number_of_processes_is_refused():
     address = f"127.0.0.1:{free_port()}"
     processes = [connecting(address, count, n, 100) for n, count in enumerate((2, 3))]

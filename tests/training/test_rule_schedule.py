@@ -66,6 +66,7 @@ def late(folder):
     return result, read_metrics(folder / "metrics.jsonl")
 
 
+@pytest.mark.long
 def test_a_single_stage_is_the_backbone_until_it_merges(tmp_path):
     result, lines = late(tmp_path / "late")
     assert [line["selected"] for line in lines] == [line["merged"] for line in lines]

@@ -141,6 +141,7 @@ def test_the_interval_over_trials_is_students_and_p_that_of_all_sign_flips():
     assert 0 < statistics.over_trials(np.linspace(1, 2, 30))["p"] < 1e-3
 
 
+@pytest.mark.long
 def test_holms_correction_is_over_all_rows():
     rows = [{"p": p} for p in (0.01, 0.04, 0.03)]
     statistics.add_holm(rows)

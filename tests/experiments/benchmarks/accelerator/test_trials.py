@@ -72,13 +72,14 @@ def test_seeds_that_train_together_train_as_alone(paths, alone):
     assert not np.allclose(backbones[0].scores, backbones[1].scores, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "treatment",
     [
-        pytest.param(Treatment(), marks=pytest.mark.long),
-        pytest.param(Treatment("merge", threshold=-1.0), marks=pytest.mark.long),
+        Treatment(),
+        Treatment("merge", threshold=-1.0),
         Treatment("merge", threshold=-1.0, partner="random"),
-        pytest.param(Treatment("merge", quantile=0.5), marks=pytest.mark.long),
+        Treatment("merge", quantile=0.5),
         Treatment("merge", threshold=-1.0, every=2),
     ],
 )
