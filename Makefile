@@ -24,6 +24,9 @@ setup: $(READY)
 run: $(READY)
 	$(BIN)/python -m experiments.quickstart
 
+# Files in their order: those with few tests, each of which is slow, are not left for the end.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Most of a test's time is XLA's. It compiles faster without these optimizations.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 # JAX 0.11 and newer end at the first of these flags.
@@ -31,15 +34,15 @@ EMITTERS := import jaxlib; print("--xla_cpu_use_fusion_emitters=false \
   --xla_cpu_parallel_codegen_split_count=1" * (jaxlib.__version__ < "0.11"))
 
 test: $(READY)
-	XLA_FLAGS="$(QUICK) $$($(BIN)/python -c '$(EMITTERS)')" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	XLA_FLAGS="$(QUICK) $$($(BIN)/python -c '$(EMITTERS)')" $(BIN)/python -m pytest -m "not long" $(TWO)
 
 # Counting lines takes a third of a test's time, so `test` goes without.
 coverage: $(READY)
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --cov=inmerge_jax --cov-report= tests/core
+	$(BIN)/python -m pytest -m "not long" $(TWO) --cov=inmerge_jax --cov-report= tests/core
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=95
 
 test-long: $(READY) coverage
-	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m long $(TWO)
 
 # On each Python: the core's tests and a short training, with the versions that requirements.txt pins
 # for it. PyTorch, medmnist and TensorFlow's data sets are for other tests and are left out.
@@ -55,7 +58,7 @@ test-matrix: $(MATRIX:%=matrix-%)
 matrix-%:
 	@python=$$(.ci/find-python $*) || { echo "skipped on Python $*: $$python"; exit 0; }; \
 	$(MAKE) --no-print-directory PYTHON="$$python" build/matrix/$*/.ready && \
-	XLA_FLAGS="$(QUICK)" build/matrix/$*/bin/python -m pytest -m "not long" -n 2 --dist loadfile $(MATRIX_TESTS) && \
+	XLA_FLAGS="$(QUICK)" build/matrix/$*/bin/python -m pytest -m "not long" $(TWO) $(MATRIX_TESTS) && \
 	build/matrix/$*/bin/python -m experiments.train $(MATRIX_TRAINING) --output runs/matrix-$*
 
 build/matrix/%/.ready: requirements.txt Makefile

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_jax.cli import predict, train
+from inmerge_jax.cli import predict
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.data import DataConfig, Dataset, Split, load_dataset
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.experiment import run_experiment
 from inmerge_jax.training.load import (
     LoadedRun,
     Preprocessing,
@@ -24,6 +25,7 @@ from inmerge_jax.training.load import (
     youden_threshold,
 )
 from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.run_spec import make_run_spec
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 DATA = (
@@ -41,7 +43,7 @@ REST = (
 def run(tmp_path_factory):
     """A multi-label run whose network reads three channels, with the seed 3."""
     folder = tmp_path_factory.mktemp("runs") / "scans"
-    assert train.main([*DATA, *REST, "--output", str(folder)]) == 0
+    run_experiment(make_run_spec(parse_config([*DATA, *REST, "--output", str(folder)])))
     return folder
 
 

@@ -143,9 +143,8 @@ def test_multi_steps_merges_once_per_accumulated_update():
     assert int(state.inner_opt_state[-1].count) == 2
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda tx: tx, pytest.param(lambda tx: optax.MultiSteps(tx, 2), marks=LONG)]
-)
+@LONG
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
 def test_bfloat16_parameters(wrap):
     tx = wrap(optax.chain(optax.sgd(0.1), in_model_merging(KERNELS, RULE, KEY)))
     params, _ = train(tx, initial(jnp.bfloat16), steps=2)

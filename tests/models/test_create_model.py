@@ -141,7 +141,7 @@ def randomise(torch, module):
                 tensor.normal_(0, 0.1)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=LONG)])
 def test_imagenet_resnet18_computes_what_torchvision_does(train):
     torch = pytest.importorskip("torch")
     torchvision = pytest.importorskip("torchvision")

@@ -123,11 +123,12 @@ def test_a_write_whose_answer_is_lost_counts(folder, monkeypatch):
     assert len(tries) > 1 and not blob(folder).exists()
 
 
+@LONG
 @pytest.mark.parametrize(
     ("take", "words"),
     [
         (lambda folder: of_another_host(folder, 60), "process 7 on tpu-3 has taken it"),
-        pytest.param(lambda folder: blob(folder).delete(), "it was removed", marks=LONG),
+        (lambda folder: blob(folder).delete(), "it was removed"),
     ],
 )
 def test_a_process_that_loses_its_lease_ends(folder, take, words):

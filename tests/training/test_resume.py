@@ -14,7 +14,10 @@ import pytest
 
 from experiments.reliability import fault_injection, jobs
 from inmerge_jax.cli import export
+from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
+from inmerge_jax.training.experiment import run_experiment
+from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.workdir import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,7 +91,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, capsys):
     assert main(command(output, "--resume", training=ROWS)[3:]) == 0
     said = capsys.readouterr().out
     assert "seed 7 inmerge: resumes from epoch" in said
-    assert main(command(tmp_path / "whole", training=ROWS)[3:]) == 0
+    run_experiment(make_run_spec(parse_config(command(tmp_path / "whole", training=ROWS)[3:])))
     assert jobs.run_evidence(output) == jobs.run_evidence(tmp_path / "whole")
 
 

@@ -80,6 +80,7 @@ def test_a_single_stage_is_the_backbone_until_it_merges(tmp_path):
     assert lines[1]["train_loss"] != pytest.approx(backbone[1]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     check_resumption(tmp_path, monkeypatch, late, 5)
 

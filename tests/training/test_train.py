@@ -131,7 +131,7 @@ def test_validation_decides_and_the_test_images_are_read_once(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("rule", MERGING, ids=["inmerge", "backbone"])
-@pytest.mark.parametrize("step", [1, pytest.param(4, marks=LONG), 8])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=LONG), pytest.param(4, marks=LONG), 8])
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, rule, step):
     run(tmp_path / "whole", rule=rule)
     resume = interrupt_at(monkeypatch, step)

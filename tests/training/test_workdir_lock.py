@@ -55,6 +55,7 @@ def test_another_process_is_named_and_no_obstacle_once_it_is_killed(tmp_path):
             assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.long
 def test_a_process_that_waits_gets_the_folder_as_soon_as_it_is_free(tmp_path):
     with another_process(HOLDER, tmp_path) as process, ThreadPoolExecutor(1) as pool:
 

@@ -181,7 +181,7 @@ def test_a_split_without_images_is_refused(nih, tmp_path):
     assert set(train[:3]) <= set(labels.names)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_damaged_image_stops_the_build_and_is_named(nih, tmp_path, workers):
     place = shutil.copytree(nih, tmp_path / "nih")
     victim = sorted(find_images(place).values())[7]

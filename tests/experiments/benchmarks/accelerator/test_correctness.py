@@ -11,12 +11,12 @@ from experiments.benchmarks.accelerator.correctness import (
     relative_error,
 )
 from inmerge_jax import MergeRule, merge_kernels, quantile
-from tests.long import long_unless
 
 CPU = jax.devices("cpu")[0]
 
 
-@pytest.mark.parametrize("partner", long_unless("random".__eq__, ["random", "nearest"]))
+@pytest.mark.long
+@pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("threshold", [0.3, quantile(0.5)], ids=["fixed", "quantile"])
 def test_the_merge_agrees_with_the_oracle(partner, threshold):
     rule = MergeRule(probability=0.6, threshold=threshold, partner=partner)
