@@ -95,6 +95,7 @@ def test_heads_in_nnx():
     check_heads(run(NNX, model=model), nnx.state(model, nnx.Param))
 
 
+@pytest.mark.long
 def test_heads_in_equinox():
     keys = jax.random.split(jax.random.key(0), DEPTH)
     blocks = [EquinoxBlock(eqx.nn.MultiheadAttention(HEADS, D, key=key)) for key in keys]

@@ -27,7 +27,7 @@ pytest.importorskip("torchvision")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from experiments.oracles.torch_networks import create_network  # noqa: E402
-from tests.long import long_unless
+from tests.long import long_unless  # noqa: E402
 from tests.models.names import CNNS  # noqa: E402
 from tests.models.parity import narrow as narrow_all  # noqa: E402
 

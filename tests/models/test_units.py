@@ -29,6 +29,7 @@ def names(name, shape, kinds=None, **options):
     return [label for label, _, _ in layers(name, shape, kinds, **options)]
 
 
+@pytest.mark.long
 def test_heads_and_neurons_of_a_vision_transformer():
     found = layers("vit_tiny", IMAGE)
     assert [label for label, _, _ in found[:4]] == [

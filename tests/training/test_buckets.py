@@ -218,6 +218,7 @@ def test_a_copy_that_arrives_damaged_is_not_kept(bucket, home, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.long
 def test_a_folder_of_images_in_a_bucket_is_the_one_that_was_copied_there(bucket, home, tmp_path):
     rows = ["path,label"]
     for number, image in enumerate(np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4)):

@@ -30,7 +30,6 @@ from inmerge_jax.data.dataset import names_sha256
 from inmerge_jax.data.records import Records
 from inmerge_jax.errors import UsageError
 from tests.data.chestxray14.nih import content, make, pixels, write_labels, write_lists
-from tests.long import long_unless
 from tests.paths import SHARED, needs
 
 NIH = SHARED / "data" / "nih"
@@ -81,7 +80,8 @@ def test_tfds_reads_the_folder_without_tensorflow(built):
     assert done.stdout.strip() == "(32, 32, 1) (14,) False", done.stderr
 
 
-@pytest.mark.parametrize("split", long_unless("chexnet".__eq__, ["chexnet", "nih_official"]))
+@pytest.mark.long
+@pytest.mark.parametrize("split", ["chexnet", "nih_official"])
 def test_lists_processes_and_a_second_call_change_nothing(nih, built, tmp_path, split):
     first, said = make(nih, tmp_path / "a", split=split, lists=nih, workers=2)
     assert "60 of the 60 images" in said and "reducing images  60 of 60" in said
