@@ -65,6 +65,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     options = tyro.cli(
         _CommandLine,
         prog="inmerge train",
+        compact_help=True,
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
         registry=path_registry(),
