@@ -217,6 +217,9 @@ def figures() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Rewrites the pages, or writes the figures; returns 0, or 2 on bad input."""
     words = sys.argv[1:] if arguments is None else arguments
+    if words in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
         if words[:1] == ["--figures"] and len(words) == 2:
             for name, svg in figures().items():

@@ -116,8 +116,8 @@ def table(stored: dict[str, Any]) -> str:
             name = f"{preset}, threshold {row['rule']['threshold']:g}"
             rows.append((name, *counts, " / ".join(aucs)))
     columns = (
-        *("Preset", "Merge passes, training", "validation"),
-        *("Kernels merged, training", "validation", "Test AUC"),
+        *("Preset", "Merge passes (training)", "Merge passes (validation)"),
+        *("Kernels merged (training)", "Kernels merged (validation)", "Test AUC"),
     )
     return markdown(columns, rows)
 

@@ -4,7 +4,6 @@ Memory, FLOPs, bytes accessed and collectives are the compiler's counts for one 
 timed.
 """
 
-import importlib.util
 import json
 import os
 import resource
@@ -19,7 +18,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks.tpu.compile import Case, environment, fingerprints
+from experiments.benchmarks.tpu.compile import Case, environment, fingerprints, need_libtpu
 from experiments.benchmarks.tpu.limits import Row, failures
 from experiments.benchmarks.tpu.table import tables
 from inmerge_jax.errors import UsageError
@@ -98,7 +97,7 @@ def compile_cases(config: TpuCheckConfig) -> None:
     """
     if config.jobs < 1:
         raise UsageError(f"--jobs {config.jobs}: at least 1 case is compiled at a time")
-    _need_libtpu()
+    need_libtpu()
     _deep_stack()
     stored = {} if config.overwrite else read(config.output)
     errors = []
@@ -183,7 +182,7 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
     Raises:
       UsageError: libtpu is missing, or the output file can't be read.
     """
-    _need_libtpu()
+    need_libtpu()
     os.environ.update(environment(os.environ))
     stored, cases = read(config.output), chosen_cases(config)
     return [
@@ -191,15 +190,6 @@ def stale_cases(config: TpuCheckConfig) -> list[str]:
         for case, current in zip(cases, fingerprints(cases), strict=True)
         if stored.get(case.name, {}).get("fingerprint") != current
     ]
-
-
-def _need_libtpu() -> None:
-    """Raises UsageError where libtpu is missing."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError(
-            "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
-            "or put such a folder on PYTHONPATH"
-        )
 
 
 def _deep_stack() -> None:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.benchmarks.tpu.collectives import collectives
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 WITHOUT_TPU = {
@@ -236,6 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """`inherited` with the variables that keep libtpu from looking for a TPU."""
     return {**inherited, **WITHOUT_TPU}
+
+
+def need_libtpu() -> None:
+    """Raises UsageError where libtpu is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError(
+            "libtpu is not installed: run make tpu-check, which installs it into build/tpu-check, "
+            "or put such a folder on PYTHONPATH"
+        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.timing import machine, measured_on
-from experiments.benchmarks.tpu.compile import CLASSES, WITHOUT_TPU
+from experiments.benchmarks.tpu.compile import CLASSES, WITHOUT_TPU, need_libtpu
 from inmerge_jax import MergeRule, deep_kernels, merge_kernels
+from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
 from inmerge_jax.reporting.tables import markdown_rows
@@ -78,7 +79,15 @@ def markdown(path: Path = OUTPUT) -> str:
 
 
 def main() -> int:
-    """Compiles every implementation for every network and partner; returns 0."""
+    """Compiles every form for every network and partner; returns 0, or 2 without libtpu."""
+    if sys.argv[1:]:
+        print(__doc__)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    try:
+        need_libtpu()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     os.environ.update(WITHOUT_TPU)
     from jax.experimental import topologies
 

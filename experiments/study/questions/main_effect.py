@@ -114,7 +114,7 @@ def table(found: Found) -> str:
         rows.append((f"{name} ({group['seeds']} seeds)", *values, *gaps, published))
     columns = (
         *("Test AUC", "Backbone", "Fine-tuning", "Merging, threshold 0.3, minus fine-tuning"),
-        *("Merging, median threshold, minus fine-tuning", "Published, 100 epochs"),
+        *("Merging, median threshold, minus fine-tuning", "MedMNIST benchmark, 100 epochs"),
     )
     return markdown(columns, rows)
 
@@ -128,7 +128,7 @@ def short_table(found: Found) -> str:
         p = " / ".join(p_value(row[metric]["p_holm"]) for metric in ("auc", "acc"))
         rows.append((f"Merging, {name}", *gaps, str(row["auc"]["trials"]), p))
     columns = (
-        *("Minus fine-tuning without merging", "Test AUC [95 % interval]"),
+        *("Difference from fine-tuning without merging", "Test AUC [95 % interval]"),
         *("Test ACC [95 % interval]", "Pairs", "p after Holm, AUC / ACC"),
     )
     return markdown(columns, rows)

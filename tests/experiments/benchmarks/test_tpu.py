@@ -1,12 +1,14 @@
 """The stored counts of the TPU compiler keep their limits, and a violation is noticed."""
 
 import copy
+import importlib.util
 import json
+import sys
 import threading
 
 import pytest
 
-from experiments.benchmarks.tpu import check, limits, table
+from experiments.benchmarks.tpu import check, forms, limits, table
 from experiments.benchmarks.tpu.collectives import collectives
 from experiments.tables import RESULTS, ROOT
 from inmerge_jax.errors import UsageError
@@ -158,15 +160,17 @@ def test_a_file_without_the_chosen_rows_is_no_pass(tmp_path, capsys):
 
 
 def test_without_libtpu_the_message_names_the_remedy(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["forms"])
     assert check.main(["--output", str(tmp_path / "rows.json")]) == 2
     assert "make tpu-check" in capsys.readouterr().err
+    assert forms.main() == 2 and "make tpu-check" in capsys.readouterr().err
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     """Stands for the compiler: gives the stored rows, of `nearest` an error."""
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(check, "_deep_stack", lambda: None)
     both, started = threading.Barrier(2, timeout=60), {}
 
@@ -213,7 +217,7 @@ def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path
     path = tmp_path / "rows.json"
     stored = {case.name: {"fingerprint": case.step} for case in check.CASES}
     path.write_text(json.dumps(stored))
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(check.os, "environ", dict(check.os.environ))
     monkeypatch.setattr(check, "fingerprints", lambda cases: [case.step for case in cases])
     arguments = ["--output", str(path), "--stale"]
