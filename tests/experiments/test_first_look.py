@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import first_look
@@ -89,11 +90,32 @@ def test_an_unknown_case_is_refused(trained, tmp_path):
     assert not trained
 
 
+def test_a_part_of_the_blood_cells_is_a_medmnist_file_with_the_first_images(tmp_path, trained):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{kind}": rng.integers(0, 8, (1200, *shape), dtype=np.uint8)
+        for split in ("train", "val", "test")
+        for kind, shape in (("images", (2, 2, 3)), ("labels", (1,)))
+    }
+    (tmp_path / "medmnist").mkdir()
+    np.savez(tmp_path / "medmnist" / "bloodmnist_like.npz", **arrays)
+    given = ["--data-dir", str(tmp_path), "--work", str(tmp_path / "work")]
+    output = ["--output", str(tmp_path / "found.json")]
+    assert first_look.main([*given, *output, "--only", "vit_blood"]) == 0
+    file = tmp_path / "work" / "blood.npz"
+    assert all(f"--file {file}" in command for command in trained)
+    with np.load(file) as found:
+        assert {len(found[f"{split}_images"]) for split in ("val", "test")} == {300, 1000}
+        np.testing.assert_array_equal(found["train_labels"], arrays["train_labels"][:1000])
+
+
 @pytest.mark.long
 def test_the_options_of_each_case_are_options_of_the_trainer():
     from inmerge_jax.cli.options import parse_config
 
     for case in first_look.CASES.values():
         for rule in first_look.RULES.values():
-            command = f"{case.options.format(data='data')} {rule} {first_look.SEEDS}"
+            command = (
+                f"{case.options.format(data='data', blood='blood.npz')} {rule} {first_look.SEEDS}"
+            )
             assert parse_config(command.split()).seeds == tuple(SEEDS)
