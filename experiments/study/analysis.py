@@ -100,7 +100,8 @@ def group_name(trial: Trial) -> str:
     start = trial.backbone
     width = "" if start.width == 1 else f" \u00d7{start.width:g}"
     sgd = ", SGD" if start.optimizer == "sgd" else ""
-    return f"{datasets.SOURCES[start.data].title}, {start.model}{width}{sgd}"
+    edges = ", pretrained" if start.weights == "edges" else ""
+    return f"{datasets.SOURCES[start.data].title}, {start.model}{width}{edges}{sgd}"
 
 
 @functools.cache

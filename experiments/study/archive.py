@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.study.trials import Backbone, Treatment, Trial
+from experiments.study.trials import ADDED_LATER, Backbone, Treatment, Trial
 from inmerge_jax.data import Dataset
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
@@ -31,10 +31,13 @@ from inmerge_jax.training.metrics import read_scores
 RESULTS = Path(__file__).parents[1] / "results"
 TABLE, ARRAYS, CHECKSUMS = "trials.csv", "trials.zip", "trials.sha256"
 _DETAILS = "details.json"
+_VALIDATION = ("val_selected", "val_merged")
+"""Counts per layer of a treatment that merges in validation too."""
 _DIGITS = 4
 
 _BACKBONE = {
-    "data": str, "model": str, "width": float, "stem": str, "optimizer": str, "seed": int,
+    "data": str, "model": str, "width": float, "stem": str, "weights": str, "optimizer": str,
+    "seed": int,
     "backbone_epochs": int, "backbone_learning_rate": float,
 }  # fmt: skip
 _STAGE = {"epochs": int, "learning_rate": float, "treatment": str}
@@ -113,7 +116,8 @@ def make_record(
         "name": trial.name,
         "arm": trial.arm,
         "config": trial.described(),
-        "result": {name: result[name] for name in names.split()},
+        "result": {name: result[name] for name in names.split()}
+        | {name: result[name] for name in _VALIDATION if result.get(name)},
         "similarity": {when: _rounded(similarity[when]) for when in stages},
         "trained": trained,
     }
@@ -266,7 +270,8 @@ def trial_of(record: Mapping[str, Any]) -> Trial:
 def _to_row(one: str, record: Mapping[str, Any]) -> dict[str, Any]:
     config, result, trained = record["config"], record["result"], record["trained"]
     backbone, treatment = config["backbone"], dict(config.get("treatment", {}))
-    row = {"hash": one, "arm": record["arm"], "stem": "small", **backbone}
+    defaults = {name: getattr(Backbone, name) for name in ADDED_LATER}
+    row = {"hash": one, "arm": record["arm"], **defaults, **backbone}
     row["backbone_epochs"] = row.pop("epochs")
     row["backbone_learning_rate"] = row.pop("learning_rate")
     if treatment:
@@ -289,6 +294,7 @@ def _details(record: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: result[name] for name in ("layers", "kernels", "selected", "merged", "warnings")}
     for split in ("val", "test"):
         found[split] = {k: v for k, v in result[split].items() if k not in ("auc", "acc")}
+    found |= {name: result[name] for name in _VALIDATION if name in result}
     found["similarity"] = record["similarity"]
     more = {"batch_statistics"} & set(record)
     return found | {name: record[name] for name in more}
@@ -298,8 +304,9 @@ def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, 
     values = {name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] != ""}
     backbone = {name: values[name] for name in _BACKBONE if not name.startswith("backbone_")}
     backbone |= {name: values[f"backbone_{name}"] for name in ("epochs", "learning_rate")}
-    if backbone["stem"] == "small":
-        del backbone["stem"]
+    for name in ADDED_LATER:
+        if backbone[name] == getattr(Backbone, name):
+            del backbone[name]
     config: dict[str, Any] = {"backbone": backbone}
     if "treatment" in values:
         treatment = {name: values[name] for name in _TREATMENT if name in values}
@@ -312,6 +319,7 @@ def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, 
         result[split] = {**metrics, **details[split]}
     for name in ("layers", "kernels", "selected", "merged", "warnings"):
         result[name] = details[name]
+    result |= {name: details[name] for name in _VALIDATION if name in details}
     trained = {name: values.get(name) for name in ("started", "cpus", "processor")}
     trained |= {name: values[name] for name in ("device", "driver") if name in values}
     trained["git"] = {"commit": values.get("commit"), "dirty": values["dirty"] == "true"}

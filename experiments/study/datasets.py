@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.data.chestxray14.build import MANIFEST
@@ -17,11 +18,13 @@ class Source:
       title: for people, with a caveat where one is needed.
       config: how to load it; paths are relative to the folder of the data.
       images: number of training, validation and test images.
+      batch: images per update.
     """
 
     title: str
     config: DataConfig
     images: tuple[int, int, int]
+    batch: int = 128
 
 
 _MEDMNIST = Path("medmnist")
@@ -71,6 +74,24 @@ SOURCES = {
 }
 
 
+def _for_pretrained(name: str, **changes: Any) -> Source:
+    """A data set as docs/protocol.md has it for networks that are pretrained on RGB images."""
+    source = SOURCES[name]
+    config = dataclasses.replace(source.config, **changes)
+    title = f"{source.title}, 64 px" if "resize" in changes else source.title
+    return Source(title, config, source.images, batch=64)
+
+
+_ENLARGED = {"size": 64, "resize": "bilinear"}
+SOURCES |= {
+    "breastmnist_64": _for_pretrained("breastmnist", channels=3, **_ENLARGED),
+    "retinamnist_64": _for_pretrained("retinamnist", **_ENLARGED),
+    "chestxray14_rgb": _for_pretrained("chestxray14", channels=3),
+    "pneumoniamnist_rgb": _for_pretrained("pneumoniamnist", channels=3),
+    "bloodmnist_like_rgb": _for_pretrained("bloodmnist_like"),
+}
+
+
 def config_of(name: str, folder: Path, built: Path) -> DataConfig:
     """The options that load a data set; ChestX-ray14 is built first if it is not built yet.
 
@@ -85,7 +106,7 @@ def config_of(name: str, folder: Path, built: Path) -> DataConfig:
     if name not in SOURCES:
         raise UsageError(f"data set {name}: unknown; choose one of {', '.join(SOURCES)}")
     config = SOURCES[name].config
-    if name == "chestxray14":
+    if config.name == "chestxray14":
         config = dataclasses.replace(config, data_dir=built / config.data_dir)
         if not (config.data_dir / MANIFEST).exists():
             _build_chestxray14(folder / "nih", config)

@@ -26,8 +26,16 @@ from inmerge_jax.training.experiment import initial_variables, make_context, ste
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.run_spec import RunSpec, make_run_spec
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result
-from inmerge_jax.training.train_step import TrainState, make_optimizer, make_train_step, new_state
+from inmerge_jax.training.train_step import (
+    TrainState,
+    make_merging_eval_step,
+    make_optimizer,
+    make_train_step,
+    new_state,
+)
 
+EDGES = Path("weights/vgg16_features_hed.safetensors")
+"""Convolutions of a VGG16 for images in [0, 1]: ImageNet's, fine-tuned for edge detection."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
@@ -39,7 +47,7 @@ class Paths:
     """Where things are.
 
     Attributes:
-      data: folder with medmnist/ and nih/.
+      data: folder with medmnist/, nih/ and weights/.
       output: folder of the runs.
       results: folder of the archive.
       devices: that share every batch, or fewer where they cannot share it evenly.
@@ -70,7 +78,12 @@ def _plan(backbone: Any, paths: Paths) -> RunSpec:
     options = OPTIMIZERS[backbone.optimizer]
     config = TrainConfig(
         data=datasets.config_of(backbone.data, paths.data, paths.built),
-        model=ModelConfig(name=backbone.model, stem=backbone.stem, width=backbone.width),
+        model=ModelConfig(
+            name=backbone.model,
+            stem=backbone.stem,
+            width=backbone.width,
+            init_from=paths.data / EDGES if backbone.weights == "edges" else None,
+        ),
         recipe=RecipeConfig(
             name="medmnist",
             epochs=backbone.epochs,
@@ -83,12 +96,17 @@ def _plan(backbone: Any, paths: Paths) -> RunSpec:
         devices=math.gcd(batch_size(backbone.data), paths.devices),
         workers=0,
     )
-    return make_run_spec(config)
+    spec = make_run_spec(config)
+    if backbone.weights == "edges":
+        # The file expects images in [0, 1].
+        recipe = dataclasses.replace(spec.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+        spec = dataclasses.replace(spec, recipe=recipe)
+    return spec
 
 
 def batch_size(data: str) -> int:
-    """The benchmark's 128; smaller for the phantom of the tests."""
-    return min(128, datasets.SOURCES[data].images[0] // 4)
+    """Images per update; fewer for the phantom of the tests."""
+    return min(datasets.SOURCES[data].batch, datasets.SOURCES[data].images[0] // 4)
 
 
 def images_of(trial: Trial) -> int:
@@ -123,11 +141,17 @@ def second_stage(
     if treatment.kind == "ema":
         recipe = dataclasses.replace(recipe, average_weights=treatment.decay)
     setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe))
-    deep = ()
+    deep, merging_eval = (), None
     given: dict[str, Any] = step_options(plan)
     if treatment.kind not in ("none", "ema", "decay"):
         deep = selection(treatment, plan.kernels)
-        given["param_transform"] = make_treatment(treatment.kind, deep)
+        if treatment.kind == "released":
+            rule = numbers(treatment, steps).rule
+            merging_eval = make_merging_eval_step(
+                plan.model, recipe, kernels=deep, rule=rule, **given
+            )
+        kind = "merge" if treatment.kind == "released" else treatment.kind
+        given["param_transform"] = make_treatment(kind, deep)
         given["hyperparams"] = numbers(treatment, steps)
         given["kernels"] = deep
     step = make_train_step(plan.model, setup.optimizer, recipe, **given)
@@ -140,6 +164,7 @@ def second_stage(
         learning_rate=trial.learning_rate,
         train_step=step,
         deep=deep,
+        merging_eval_step=merging_eval,
     )
     return setup, stage
 

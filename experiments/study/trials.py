@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["none", "merge", "any", "least", "noise", "perturb", "ema", "decay"]
+Kind = Literal["none", "merge", "released", "any", "least", "noise", "perturb", "ema", "decay"]
 RULE = ("probability", "threshold", "quantile", "alpha", "partner", "skip", "every")
 _MATTERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "merge": RULE,
+    "released": RULE,
     "any": RULE,
     "least": RULE,
     "noise": RULE,
@@ -27,7 +28,8 @@ class Treatment:
     """The intervention of a second stage; see `treatments` for each kind.
 
     Attributes:
-      kind: "none" (fine-tuning); "merge"; the controls "any", "least", "noise" and "perturb", which
+      kind: "none" (fine-tuning); "merge"; "released" (merges before each validation image too, as
+        the released code does); the controls "any", "least", "noise" and "perturb", which
         act on the kernels that the rule would merge; "ema" (evaluates averaged weights); "decay".
       probability, threshold, alpha, partner: see `MergeRule`.
       quantile: replaces the threshold, see `inmerge_jax.quantile`.
@@ -70,6 +72,8 @@ class Backbone:
         as in the MedMNIST benchmark.
       learning_rate: of the first epoch; default: see `optimizer`.
       stem: form of the first layers.
+      weights: "random", or "edges": the file `stages.EDGES`, a VGG16 with ImageNet weights that was
+        fine-tuned for edge detection.
     """
 
     data: str
@@ -80,11 +84,16 @@ class Backbone:
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float | None = None
     stem: Literal["small", "imagenet"] = "small"
+    weights: Literal["random", "edges"] = "random"
 
     @property
     def rate(self) -> float:
         """Learning rate of the first epoch."""
         return self.learning_rate or {"adam": 1e-3, "sgd": 0.05}[self.optimizer]
+
+
+ADDED_LATER = ("stem", "weights")
+"""Fields of a backbone that stored trials need not have."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,10 @@ class Trial:
             "width": float(self.backbone.width),
             "learning_rate": self.backbone.rate,
         }
-        # Not named where it is small, as in the hashes of trials stored before this field existed.
-        if self.backbone.stem == "small":
-            del found["backbone"]["stem"]
+        # Not named by default, as in the hashes of trials stored before these fields existed.
+        for name in ADDED_LATER:
+            if getattr(self.backbone, name) == getattr(Backbone, name):
+                del found["backbone"][name]
         if not self.is_backbone:
             found |= {
                 "epochs": self.epochs,
@@ -138,9 +148,10 @@ class Trial:
     def name(self) -> str:
         """For people."""
         start = self.backbone
+        edges = " pretrained" if start.weights == "edges" else ""
         width = "" if start.width == 1 else f" x{start.width:g}"
         sgd = " sgd" if start.optimizer == "sgd" else ""
-        return f"{start.data} {start.model}{width}{sgd} seed {start.seed} {self.arm}"
+        return f"{start.data} {start.model}{width}{edges}{sgd} seed {start.seed} {self.arm}"
 
     def first(self) -> "Trial":
         """The backbone's trial."""

@@ -18,6 +18,7 @@ TRIALS = (
     Trial(START),
     Trial(START, "inmerge, adaptive", 2, treatment=Treatment("merge", quantile=0.5)),
     Trial(START, "decay", 2, 1e-3, Treatment("decay", decay=5e-4)),
+    Trial(Backbone("phantom", "vgg16", 0, 1, weights="edges"), "r", 1, 1e-3, Treatment("released")),
 )
 LABELS = Labels(
     np.array([[0, 1], [1, 0], [1, 1]], np.uint8), "multi-label, binary-class", np.arange(3)
@@ -31,6 +32,8 @@ def record(trial, auc=0.123456789012345):
     result = {"best_epoch": 1, "epochs": trial.epochs or 4, "steps": 12, "seconds": 1.25}
     result |= {"val": metrics, "test": metrics, "layers": layers, "kernels": counts}
     result |= {"selected": counts, "merged": counts, "warnings": ["one\ntwo"]}
+    if trial.treatment.kind == "released":
+        result |= {"val_selected": [30], "val_merged": [7]}
     layer = {"name": "conv1/kernel", "mean": 0.123456, "above": {"0.3": 0.0}}
     environment = {"started": "2026-01-01", "cpus": 2, "packages": {"jax": "0.1", "flax": "0.2"}}
     environment |= {"git": {"commit": None, "dirty": True}, "processor": "a, b"}
@@ -77,7 +80,7 @@ def test_further_measurements_of_a_trial_are_added(tmp_path):
         tmp_path, {one: records[one] | {"batch_statistics": more}}, {f"corrupted/{one}": classes}
     )
     found = archive.read(tmp_path)
-    assert found.records[one]["batch_statistics"] == more and len(found.records) == 3
+    assert found.records[one]["batch_statistics"] == more and len(found.records) == len(TRIALS)
     np.testing.assert_array_equal(found.arrays[f"corrupted/{one}"], classes)
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments.study import archive, runner, stages
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.experiment import initial_variables
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.workdir import lock
+from tests.paths import SHARED, needs
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
 MERGE = Treatment("merge", threshold=-1.0, skip=4)
@@ -23,6 +26,7 @@ TRIALS = (
     Trial(START, "in.merge", 2, treatment=MERGE),
     Trial(START, "ema", 2, treatment=Treatment("ema", decay=0.9)),
     Trial(START, "decay", 2, treatment=Treatment("decay", decay=0.5)),
+    Trial(START, "released", 2, treatment=dataclasses.replace(MERGE, kind="released")),
 )
 
 
@@ -54,6 +58,9 @@ def test_every_trial_has_its_result(trained):
     }
     assert losses["ema"] == losses["finetune"] != losses["in.merge"]
     assert losses["decay"][-1] != losses["finetune"][-1]
+    # Before each of the 64 validation images, in two epochs.
+    assert sum(results["released"]["val_merged"]) > sum(results["released"]["merged"]) > 0
+    assert losses["released"][0] == losses["in.merge"][0]
     assert results["ema"]["val"] != results["finetune"]["val"] or (
         json.loads((paths.trial(TRIALS[3]) / "metrics.jsonl").read_text().splitlines()[0])
         != json.loads((paths.trial(TRIALS[1]) / "metrics.jsonl").read_text().splitlines()[0])
@@ -165,3 +172,17 @@ def test_a_stored_trial_has_the_scores_that_its_run_wrote(trained, tmp_path):
     assert (scores.argmax(1) == labels).mean() == results["finetune"]["test"]["acc"]
     assert stored.records[TRIALS[1].hash]["result"]["test"] == results["finetune"]["test"]
     assert str(tmp_path) not in (tmp_path / archive.TABLE).read_text()
+
+
+@pytest.mark.long
+@needs(SHARED / "data" / "weights")
+def test_a_pretrained_backbone_starts_from_the_file_and_sees_images_from_0_to_1(tmp_path):
+    paths = stages.Paths(SHARED / "data", tmp_path)
+    start = Backbone("breastmnist_64", "vgg16", 0, 1, optimizer="sgd", weights="edges")
+    plan = stages.plan_of(Trial(start), paths)
+    params, _ = initial_variables(plan, 0)
+    file = load_file(SHARED / "data" / stages.EDGES)["features.28.weight"]
+    last = params["conv5_3"]["kernel"]
+    np.testing.assert_array_equal(last, file.transpose(2, 3, 1, 0).astype(np.float32))
+    assert plan.shape == (64, 64, 3) and plan.recipe.batch_size == 64
+    assert plan.recipe.mean == (0.0,) * 3 and plan.recipe.std == (1.0,) * 3

@@ -68,9 +68,10 @@ def test_arms_of_a_grid_have_distinct_names(question):
         assert seen.setdefault(key, trial.hash) == trial.hash
 
 
-def test_a_small_stem_is_not_named_so_that_older_hashes_stand():
+@pytest.mark.parametrize(("field", "value"), [("stem", "imagenet"), ("weights", "edges")])
+def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field, value):
     start = Backbone("chestxray14", "vgg16", 0, 4)
     assert Trial(start).hash == "9927e1e683"
-    other = Trial(dataclasses.replace(start, stem="imagenet"))
+    other = Trial(dataclasses.replace(start, **{field: value}))
     assert other.hash != Trial(start).hash
-    assert other.described()["backbone"]["stem"] == "imagenet"
+    assert other.described()["backbone"][field] == value
