@@ -107,18 +107,21 @@ def families_table(path: Path) -> str:
     for row in section["rows"]:
         found.setdefault(row["name"].removeprefix("step, "), []).append(row)
     lines = []
-    for name, (cost, rate, plain, merging, memory, more) in found.items():
+    for name, (cost, alone, rate, plain, merging, memory, more) in found.items():
         step = _time(cost["seconds"]["plain"]["median"])
         ratio = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
         compilation = f"{plain['value']:.0f}, {merging['value']:.0f}"
         size = f"{memory['value']:.0f}, {more['value']:.3f}"
-        lines.append((name, step, f"{rate['value']:,.0f}", ratio, compilation, size))
+        share = f"{alone['value']:.1%}" + (
+            "" if alone["met"] in (True, None) else " (**above 1 %**)"
+        )
+        lines.append((name, step, f"{rate['value']:,.3g}", share, ratio, compilation, size))
     columns = (
-        *("network", "step", "examples/s", "merging / plain (range)"),
+        *("network", "step", "examples/s", "merge alone, of a step", "merging / plain (range)"),
         *("compilation in s: plain, merging", "memory: MB, merging / plain"),
     )
     where = measured_on([section["environment"]])
-    return f"{markdown_rows(columns, lines, 'lrrrrr')}\n\nMeasured on {where}.\n"
+    return f"{markdown_rows(columns, lines, 'lrrrrrr')}\n\nMeasured on {where}.\n"
 
 
 def _time(seconds: float) -> str:

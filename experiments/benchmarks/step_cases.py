@@ -102,12 +102,8 @@ class StepProgram:
     peak_bytes: int
 
 
-def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram]:
-    """JAX training steps on one device, one for each rule; all update one state.
-
-    The programs are compiled concurrently, one per thread.
-    """
-    devices = choose_devices(1)
+def network_and_units(case: Case) -> tuple[Any, tuple[Kernel, ...]]:
+    """The network of a case, and the units that merge by default, from half the layers or ten on."""
     model = create_model(
         case.model,
         CLASSES,
@@ -117,9 +113,19 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
         dtype=jnp.dtype(case.dtype),
         axis_name=DATA_AXIS,
     )
+    units = find_units(model, case.shape, default_units(case.model))
+    layers = len(group_weights(units))
+    return model, select_units(NO_PRESET, case.model, units, min(10, layers // 2))[0]
+
+
+def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram]:
+    """JAX training steps on one device, one for each rule; all update one state.
+
+    The programs are compiled concurrently, one per thread.
+    """
+    devices = choose_devices(1)
+    model, merged = network_and_units(case)
     params, batch_stats = init_variables(model, case.shape, seed=0)
-    kernels = find_units(model, case.shape, default_units(case.model))
-    layers = len(group_weights(kernels))
     optimizer = make_optimizer(case.recipe)
     state = new_state(params, batch_stats, optimizer, case.recipe.learning_rate)
     state = replicate(state, devices)
@@ -133,8 +139,7 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
     def lower(rule: MergeRule | None) -> tuple[Any, Any]:
         deep, merging = (), 0
         if rule is not None:
-            deep, _ = select_units(NO_PRESET, case.model, kernels, min(10, layers // 2))
-            merging = len(group_weights(deep))
+            deep, merging = merged, len(group_weights(merged))
         totals = replicate(zero_totals(merging), devices)
         step = make_train_step(
             model,
