@@ -112,9 +112,8 @@ def families_table(path: Path) -> str:
         ratio = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
         compilation = f"{plain['value']:.0f}, {merging['value']:.0f}"
         size = f"{memory['value']:.0f}, {more['value']:.3f}"
-        share = f"{alone['value']:.1%}" + (
-            "" if alone["met"] in (True, None) else " (**above 1 %**)"
-        )
+        missed = " (**above 1 %**)" if alone["met"] is False else ""
+        share = f"{alone['value']:.1%}{missed}"
         lines.append((name, step, f"{rate['value']:,.3g}", share, ratio, compilation, size))
     columns = (
         *("network", "step", "examples/s", "merge alone, of a step", "merging / plain (range)"),

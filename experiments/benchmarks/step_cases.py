@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inmerge_jax import MergeRule
+from inmerge_jax import Kernel, MergeRule
 from inmerge_jax.merging.units import group_weights
 from inmerge_jax.modality import SIZE_UNITS, SPATIAL_AXES, Modality
 from inmerge_jax.models import create_model, model_names
@@ -103,7 +103,7 @@ class StepProgram:
 
 
 def network_and_units(case: Case) -> tuple[Any, tuple[Kernel, ...]]:
-    """The network of a case, and the units that merge by default, from half the layers or ten on."""
+    """The network of a case, and the units that merge by default."""
     model = create_model(
         case.model,
         CLASSES,
