@@ -114,13 +114,17 @@ def families_table(path: Path) -> str:
         size = f"{memory['value']:.0f}, {more['value']:.3f}"
         missed = " (**above 1 %**)" if alone["met"] is False else ""
         share = f"{alone['value']:.1%}{missed}"
-        lines.append((name, step, f"{rate['value']:,.3g}", share, ratio, compilation, size))
+        lines.append((name, step, _rate(rate["value"]), share, ratio, compilation, size))
     columns = (
         *("network", "step", "examples/s", "merge alone, of a step", "merging / plain (range)"),
         *("compilation in s: plain, merging", "memory: MB, merging / plain"),
     )
     where = measured_on([section["environment"]])
     return f"{markdown_rows(columns, lines, 'lrrrrrr')}\n\nMeasured on {where}.\n"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _time(seconds: float) -> str:
