@@ -1,7 +1,7 @@
 # make setup   make .venv with the pinned requirements
 # make run     set up, then train the three arms on the embedded phantom
 # make test    set up, then run the tests
-# make test-long   the others, in 45 minutes: every network against PyTorch, kills, long runs
+# make test-long   the others, in an hour: every network against PyTorch, kills, long runs
 # make coverage   the core's tests, which run 95 % of its lines or more; a part of test-long
 # make test-matrix   the core's tests and a short training on each of Python 3.11 to 3.13 that is installed
 # make check   lint, format and types
@@ -34,7 +34,7 @@ EMITTERS := import jaxlib; print("--xla_cpu_use_fusion_emitters=false \
   --xla_cpu_parallel_codegen_split_count=1" * (jaxlib.__version__ < "0.11"))
 
 test: $(READY)
-	XLA_FLAGS="$(QUICK) $$($(BIN)/python -c '$(EMITTERS)')" $(BIN)/python -m pytest -m "not long" $(TWO)
+	XLA_FLAGS="$(QUICK) $$($(BIN)/python -c '$(EMITTERS)')" $(BIN)/python -m pytest -m "not long" --hypothesis-profile quick $(TWO)
 
 # Counting lines takes a third of a test's time, so `test` goes without.
 coverage: $(READY)

@@ -108,7 +108,7 @@ RULES = {
 SEEDS = "--seeds 0 1 2 3 4 --devices 1 --merging-learning-rate 1e-4"
 RESULTS = Path(__file__).parent / "results" / "first_look.json"
 METRICS = ("dice", "auc")
-"""Of a result's "test", the first that it has."""
+"""A case is compared by the first of these that its results have."""
 _BINS = 10
 
 
@@ -299,7 +299,7 @@ def _row_name(name: str, kind: str) -> str:
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The layers by kind of unit, of which their names tell."""
+    """The layers by kind of unit, which is inferred from their names."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for layer in layers:
         name = layer["layer"]

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -16,10 +17,15 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# `make test` draws fewer examples than `make coverage`, which is a part of `make test-long`.
+settings.register_profile("thorough", max_examples=50)
+settings.register_profile("quick", max_examples=15)
+settings.load_profile("thorough")
+
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_programs_of_long_tests(request: pytest.FixtureRequest):
-    """Without it, the programs of the long tests grow to 12 GB in each worker."""
+def clear_caches_after_long_tests(request: pytest.FixtureRequest):
+    """Frees the compiled programs of a file, which would otherwise fill the memory."""
     yield
     if request.config.getoption("markexpr") == "long":
         import jax

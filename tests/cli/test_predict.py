@@ -43,7 +43,8 @@ REST = (
 def run(tmp_path_factory):
     """A multi-label run whose network reads three channels, with the seed 3."""
     folder = tmp_path_factory.mktemp("runs") / "scans"
-    run_experiment(make_run_spec(parse_config([*DATA, *REST, "--output", str(folder)])))
+    config = parse_config([*DATA, *REST, "--output", str(folder)])
+    run_experiment(make_run_spec(config))
     return folder
 
 

@@ -220,7 +220,7 @@ def test_on_tpus_alone_large_layers_wait_for_the_one_before(channels, waiting):
 # ---- JAX's own settings
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.parametrize("partner", ["nearest", "random"])
 def test_debugging_settings_change_nothing(partner):
     shape = (3, 3, 8, 16)

@@ -65,7 +65,7 @@ def merges(draw):
     return jnp.asarray(weight).astype(dtype), axis, rule, draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(deadline=None)
 @given(merges())
 def test_every_changed_kernel_is_a_mix_with_a_similar_one(case):
     """For any draw: K_i is bit-equal, or alpha K_i + (1-alpha) K_j for a j != i above tau."""
@@ -94,7 +94,7 @@ def test_every_changed_kernel_is_a_mix_with_a_similar_one(case):
     assert changed <= stats.merged <= stats.selected <= stats.kernels == len(old)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @given(merges())
 def test_agrees_with_the_oracle_on_the_same_draws(case):
     weight, axis, rule, seed = case

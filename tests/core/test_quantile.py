@@ -16,7 +16,7 @@ from tests.core.test_merging import kernel, merge, similar_weight
 PARTNERS = ("random", "nearest")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 99),
     share=st.floats(0, 1, width=32),

@@ -288,10 +288,8 @@ def test_the_state_is_plain_arrays_that_a_checkpoint_keeps(tmp_path, impl):
 
 
 # The programs in examples/, which the suite runs, have them in each library.
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "library", long_unless(lambda name: name == "nnx", ["linen", "nnx", "equinox", "haiku"])
-)
+@LONG
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox", "haiku"])
 def test_the_two_lines_in_four_libraries(library):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own deprecations are not ours
@@ -496,7 +494,7 @@ def test_other_leaves_may_be_none_or_integers():
     np.testing.assert_array_equal(updates["conv_2"], expected["conv_2"])
 
 
-@pytest.mark.long
+@LONG
 def test_an_nnx_module_and_its_state_are_interchangeable():
     from flax import nnx
 

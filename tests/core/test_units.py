@@ -89,7 +89,7 @@ def draw_and_merge(params, key, kernels, rule):
     return draw_pairs(key, kernels[0], rule), merge_kernels(params, key, kernels, rule)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(deadline=None)
 @given(
     case=st.sampled_from(sorted(CASES)),
     seed=st.integers(0, 99),

@@ -69,7 +69,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.long
+@LONG
 def test_a_command_that_lost_a_worker_comes_to_its_end(tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
@@ -115,7 +115,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.long
+@LONG
 def test_workers_end_with_a_command_that_leaves_them_alone(tmp_path):
     script = tmp_path / "leaving.py"
     script.write_text(ABANDONED)

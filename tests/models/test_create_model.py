@@ -53,7 +53,7 @@ def test_small_resnets_are_the_benchmarks(name, parameters):
     assert count(abstract_variables(create_model(name, 10), 28)["params"]) == parameters
 
 
-@pytest.mark.long
+@LONG
 def test_small_densenet_differs_in_the_stem_alone():
     small, imagenet = (
         abstract_variables(create_model("densenet121", 10, stem=stem), 32)["params"]
@@ -318,7 +318,7 @@ def test_batch_statistics_and_gradients_are_those_of_one_device():
         np.testing.assert_array_equal(b[0], b[3])
 
 
-@pytest.mark.long
+@LONG
 def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     images = random_images(8, 32)
 
@@ -340,7 +340,7 @@ def test_imagenet_vgg_is_the_same_however_the_batch_is_split():
     assert np.abs(whole[0] - whole[1]).max() > 1e-3 * scale
 
 
-@pytest.mark.long
+@LONG
 def test_initial_values_of_a_densenet_have_torchvisions_spread():
     params = initial_parameters(DenseNet((2,), num_classes=500))
     layer = params["denseblock1_denselayer1"]
@@ -356,7 +356,7 @@ def initial_parameters(model):
     return jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))["params"]
 
 
-@pytest.mark.long
+@LONG
 def test_initial_values_have_pytorchs_spread():
     params = initial_parameters(ResNet((1,), num_classes=500))
     weight, head = params["layer1_0"]["conv2"]["kernel"], params["fc"]

@@ -57,7 +57,7 @@ def test_a_stage_resumes_from_the_last_valid_checkpoint(tmp_path, monkeypatch, s
     assert evidence(folder) == evidence(tmp_path / "whole")
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_write_continues_after_the_error(tmp_path, monkeypatch, caplog):
     # Orbax writes all arrays at once, and does not wait for the others when one finds no room.
@@ -81,7 +81,7 @@ def test_no_write_continues_after_the_error(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_ends_with_status_2_and_resumes(tmp_path, monkeypatch, capsys):
     # Nobody looks for room first, so the disk is full in the middle of the write.

@@ -122,7 +122,7 @@ def test_batch_normalisation_sees_each_part_on_its_own():
     )
 
 
-@pytest.mark.long
+@LONG
 def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives():
     model = DenseNet((4,), tiny.CLASSES, growth=8)
     # XLA's CPU backend drops the barriers before what is computed again, and then shares it with
@@ -158,7 +158,7 @@ def test_remat_gives_the_same_gradients_in_less_memory_without_more_collectives(
     assert names[0] == names[1] and len(names[0]) == 9
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_bfloat16_is_for_activations_alone(name, monkeypatch):
     merged = set()
@@ -208,7 +208,7 @@ def test_bfloat16_is_for_activations_alone(name, monkeypatch):
     assert jax.eval_shape(forward, params, batch_stats, image).dtype == float32
 
 
-@pytest.mark.long
+@LONG
 def test_the_options_reach_the_step_and_the_network(monkeypatch):
     plan = make_run_spec(
         parse_config([*SMALL, *"--batch-size 16 --grad-accum-steps 2 --devices 2".split()])

@@ -172,7 +172,7 @@ def test_a_state_space_network_on_signals(tmp_path, capsys, signals):
     assert "mamba_tiny" in error
 
 
-@pytest.mark.long
+@LONG
 def test_volumes(tmp_path, capsys):
     options = "--data phantom3d --size 16 --phantom.train 16 --phantom.val 6 --phantom.test 6"
     options = [*options.split(), *"--phantom.findings mass".split()]

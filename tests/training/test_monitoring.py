@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         monitored(tmp_path, tensorboard=True)
 
 
-@pytest.mark.long
+@LONG
 def test_a_profile_of_updates_is_written_once_and_changes_nothing(tmp_path):
     monitored(tmp_path / "traced", rule=None, profile=1)
     (trace,) = (tmp_path / "traced" / "profile").rglob("*.xplane.pb")

@@ -118,7 +118,7 @@ def merging_eval(devices):
     )
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.parametrize("count", long_unless(lambda count: count > 1, [1, 8]))
 def test_image_k_is_evaluated_after_k_merges(count):
     devices = tuple(jax.local_devices()[:count])
@@ -180,7 +180,7 @@ def test_validation_merges_are_in_the_checkpoint_and_counted(tmp_path):
     assert second[0]["train_loss"] != second[1]["train_loss"]
 
 
-@pytest.mark.long
+@LONG
 def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     step = merging_eval(tuple(jax.local_devices()[:1]))
 
@@ -190,7 +190,7 @@ def test_a_resumed_run_merges_the_same_in_validation(tmp_path, monkeypatch):
     check_resumption(tmp_path, monkeypatch, train_in, 4)
 
 
-@pytest.mark.long
+@LONG
 def test_released_on_a_vgg_merges_in_validation_and_reports_it(tmp_path, capsys):
     options = "--model vgg16 --preset released --threshold -1 --arms inmerge".split()
     assert main([*TINY, *options, "--output", str(tmp_path / "run")]) == 0
@@ -202,7 +202,7 @@ def test_released_on_a_vgg_merges_in_validation_and_reports_it(tmp_path, capsys)
     assert f"by seed: {sum(result['val_merged']):,}." in capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.long
+@LONG
 def test_released_on_a_resnet_runs_merges_nothing_and_says_why(tmp_path, capsys):
     options = "--model resnet18 --preset released --arms inmerge".split()
     assert main([*TINY, *options, "--output", str(tmp_path / "run")]) == 0

@@ -91,8 +91,10 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, capsys):
     assert main(command(output, "--resume", training=ROWS)[3:]) == 0
     said = capsys.readouterr().out
     assert "seed 7 inmerge: resumes from epoch" in said
-    run_experiment(make_run_spec(parse_config(command(tmp_path / "whole", training=ROWS)[3:])))
-    assert jobs.run_evidence(output) == jobs.run_evidence(tmp_path / "whole")
+    uninterrupted = tmp_path / "uninterrupted"
+    config = parse_config(command(uninterrupted, training=ROWS)[3:])
+    run_experiment(make_run_spec(config))
+    assert jobs.run_evidence(output) == jobs.run_evidence(uninterrupted)
 
 
 @pytest.mark.long

@@ -49,7 +49,7 @@ def test_a_checkpoint_is_left_unfinished(tmp_path, later, files):
     )
 
 
-@pytest.mark.long
+@LONG
 def test_a_moment_after_the_end_is_moved_forward_and_a_difference_is_reported(tmp_path):
     row = fault_injection.kill_and_resume(
         job(tmp_path / "run"), 2.0, fault_injection.STEP, {"count": "9", "more": 1}
