@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init
 QUICK = ("nnx",)
 
 
-@pytest.mark.parametrize("name", long_unless(QUICK.__contains__, NAMES))
+@pytest.mark.parametrize("name", long_unless(QUICK, NAMES))
 def test_an_example_trains_and_merges(name, capsys):
     importlib.import_module(f"examples.{name}").main()
     printed = capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_a_nan_stays_in_its_own_kernel(form, shape, partner):
     np.testing.assert_array_equal(np.flatnonzero(broken), [1, 2])
 
 
-@pytest.mark.parametrize("scale", long_unless((1e30).__eq__, [1e-22, 1e21, 1e30]))
+@pytest.mark.parametrize("scale", long_unless([1e30], [1e-22, 1e21, 1e30]))
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("form", [merge_layer, cpu.merge], ids=["reference", "cpu"])
 def test_similarities_do_not_depend_on_the_scale(scale, partner, form):

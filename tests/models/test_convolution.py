@@ -91,7 +91,7 @@ def test_value_and_both_gradients_equal_the_native_ones(case, dtype, tolerance):
         assert relative_error(a, e) < tolerance
 
 
-@pytest.mark.parametrize("case", long_unless(BRIEFLY.__contains__, TILES))
+@pytest.mark.parametrize("case", long_unless(BRIEFLY, TILES))
 def test_tiles_equal_the_native_convolution_in_float64(case):
     *sizes, stride, padding = SHAPES[case]
     with jax.enable_x64(True):
@@ -118,7 +118,7 @@ def lowered_text(convolve, x, w, platform):
     return step.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("case", long_unless(BRIEFLY.__contains__, SHAPES))
+@pytest.mark.parametrize("case", long_unless(BRIEFLY, SHAPES))
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_only_the_cpu_leaves_the_native_convolution(case, platform):
     *sizes, stride, padding = SHAPES[case]

@@ -43,7 +43,7 @@ def train(count, devices, recipe=tiny.RECIPE, rule=None, multi_label=False, weig
 
 @pytest.mark.parametrize(
     ("devices", "multi_label"),
-    long_unless((8, False).__eq__, [(2, False), (4, False), (8, False), (8, True)]),
+    long_unless([(8, False)], [(2, False), (4, False), (8, False), (8, True)]),
 )
 def test_more_devices_train_the_same(devices, multi_label):
     one, one_totals, one_losses = train(4, 1, rule=tiny.ALWAYS, multi_label=multi_label)
@@ -70,7 +70,7 @@ def test_in_float64_eight_devices_train_as_one_to_rounding():
             np.testing.assert_allclose(a[0], b[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("devices", long_unless((8).__eq__, [2, 4, 8]))
+@pytest.mark.parametrize("devices", long_unless([8], [2, 4, 8]))
 def test_replicas_are_bit_equal_after_fifty_merging_steps(devices):
     state, totals, losses = train(50, devices, rule=tiny.ALWAYS)
     assert unreplicate(totals).merged.sum() > 50 and np.isfinite(losses).all()

@@ -3,6 +3,7 @@
 Run `PYTHONPATH=build/tpu-check python -m experiments.benchmarks.tpu.forms` after `make tpu-check`.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -80,9 +81,7 @@ def markdown(path: Path = OUTPUT) -> str:
 
 def main() -> int:
     """Compiles every form for every network and partner; returns 0, or 2 without libtpu."""
-    if sys.argv[1:]:
-        print(__doc__)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    argparse.ArgumentParser(description=__doc__).parse_args()
     try:
         need_libtpu()
     except UsageError as error:

@@ -51,7 +51,7 @@ def test_merge_is_merge_kernels(weight):
     assert stats.merged == counts.merged > 3
 
 
-@pytest.mark.parametrize("kind", long_unless("least".__eq__, ["any", "least", "noise", "perturb"]))
+@pytest.mark.parametrize("kind", long_unless(["least"], ["any", "least", "noise", "perturb"]))
 def test_a_control_changes_the_kernels_that_would_merge(kind, weight):
     old = rows(weight)
     merged, stats = treat("merge", weight)
