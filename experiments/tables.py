@@ -4,7 +4,6 @@ python -m experiments.tables                     rewrite the tables between thei
 python -m experiments.tables --figures FOLDER    write an SVG per page of results; check the tables
 """
 
-import argparse
 import functools
 import json
 import re
@@ -222,24 +221,27 @@ def figures() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrites the tables of the pages, or writes the figures and checks the tables."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description=main.__doc__)
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write figures here instead")
-    folder = parser.parse_args(arguments).figures
+    """Rewrites the pages, or writes the figures; returns 0, or 2 on bad input."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
-        if folder is not None:
+        if words[:1] == ["--figures"] and len(words) == 2:
             for name, svg in figures().items():
-                write_text(folder / name, svg)
-        for page in PAGES:
-            old = (ROOT / page).read_text()
-            new = render(old, page)
-            if folder is None:
-                write_text(ROOT / page, new)
-            elif new != old:
-                raise UsageError(
-                    f"{page}: its tables are not those of experiments/results; run python -m "
-                    "experiments.tables"
-                )
+                write_text(Path(words[1]) / name, svg)
+            for page in PAGES:
+                text = (ROOT / page).read_text()
+                if render(text, page) != text:
+                    raise UsageError(
+                        f"{page}: its tables are not those of experiments/results; run python -m "
+                        "experiments.tables"
+                    )
+        elif words:
+            raise UsageError(f"{' '.join(words)}: the only option is --figures FOLDER")
+        else:
+            for page in PAGES:
+                write_text(ROOT / page, render((ROOT / page).read_text(), page))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
