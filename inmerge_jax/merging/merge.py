@@ -204,7 +204,9 @@ def unit_vectors(rows: Sequence[jax.Array]) -> list[jax.Array]:
     floats = [row.astype(jnp.float32) for row in rows]
     largest = [jnp.max(jnp.abs(row), tuple(range(1, row.ndim))) for row in floats]
     _, exponent = jnp.frexp(functools.reduce(jnp.maximum, largest))
-    scaled = [jnp.ldexp(row, -_beside(exponent, row)) for row in floats]
+    # A product per entry takes half as long as ldexp. 2 ** 127 is the largest power of two.
+    scale = jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -120, 120))
+    scaled = [row * _beside(scale, row) for row in floats]
     square = _total([_sums(row * row) for row in scaled])
     inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return [row * _beside(inverse, row) for row in scaled]

@@ -1,5 +1,6 @@
 """The forms for CPU and TPU agree with the reference, and each is in its platform's program."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile
+from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile, tie
 from inmerge_jax.merging.backends import cpu, tpu
 from inmerge_jax.merging.merge import draw_pairs, merge_layer
 from tests.long import LONG, long_unless
@@ -142,6 +143,45 @@ def test_gradients_are_those_of_the_formula(form, probability):
     np.testing.assert_allclose(by_alpha, difference, rtol=1e-4, atol=1e-3)
 
 
+NEURONS = tie(
+    [
+        Kernel((jax.tree_util.DictKey("w"),), (300, 40), 1, op="dense"),
+        Kernel((jax.tree_util.DictKey("b"),), (40,), 0, op="dense"),
+        Kernel((jax.tree_util.DictKey("fused"),), (5, 80), 2, view=(5, 2, 40), op="dense"),
+    ],
+    "fc",
+    compared=lambda one: one.name == "w",
+)
+
+
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neurons_with_biases_merge_on_cpu_as_in_the_reference(partner, dtype):
+    params = {k.name: example(k.shape, dtype, seed) for seed, k in enumerate(NEURONS)}
+    rule = MergeRule(0.6, 0.1, 0.8, partner)
+
+    def merge(params, alpha, implementation):
+        now = MergeRule(0.6, 0.1, alpha, partner)
+        key = jax.random.key(3)
+        new, stats = merge_kernels(params, key, NEURONS, now, implementation=implementation)
+        total = sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in new.values())
+        return total, (new, stats)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(merge, argnums=(0, 1), has_aux=True), static_argnums=2)(
+            params, rule.alpha, implementation
+        )
+        for implementation in ("cpu", "reference")
+    )
+    stats = found[0][1][1]
+    assert 0 < stats.merged[0] < stats.selected[0] or partner == "nearest"
+    rounding = 1e-5 if dtype == "float32" else 2e-2
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(one).astype(np.float32) for one in (a, b))
+        np.testing.assert_allclose(a, b, rtol=rounding, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 3])
 def test_rows_and_back_for_any_axis(axis):
     weight = jnp.arange(2 * 64 * 2 * 3, dtype=jnp.float32).reshape(2, 64, 2, 3)
@@ -155,16 +195,14 @@ def test_rows_and_back_for_any_axis(axis):
 # ---- which form is in which program
 
 
-def program(platform, implementation="auto", shape=(3, 3, 4, 6), **fields):
-    layer = Kernel((jax.tree_util.DictKey("w"),), shape, 3, **fields)
-
-    def merge(w):
+def program(platform, implementation="auto", layer=(kernel((3, 3, 4, 6)),)):
+    def merge(params):
         return merge_kernels(
-            {"w": w}, jax.random.key(0), [layer], MergeRule(), implementation=implementation
+            params, jax.random.key(0), layer, MergeRule(), implementation=implementation
         )
 
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.jit(merge).trace(weight).lower(lowering_platforms=(platform,)).as_text()
+    params = {k.name: jax.ShapeDtypeStruct(k.shape, jnp.float32) for k in layer}
+    return jax.jit(merge).trace(params).lower(lowering_platforms=(platform,)).as_text()
 
 
 def loops(text):
@@ -185,10 +223,25 @@ def test_an_implementation_can_be_chosen():
     assert loops(program("cuda", "cpu")) > loops(program("cuda"))
 
 
-def test_other_units_take_the_reference_on_every_platform():
+def test_neurons_with_biases_have_a_form_on_cpu_alone():
     for platform in ("cpu", "tpu", "cuda"):
-        text = program(platform, groups=2)
-        assert loops(text) == loops(program(platform, "reference"))
+        text, reference = (program(platform, name, NEURONS) for name in ("auto", "reference"))
+        assert (loops(text) > loops(reference)) == (platform == "cpu")
+        assert "optimization_barrier" not in text
+
+
+HEADS = tie([kernel((8, 4, 3), 1, name=name) for name in "qkv"], "attention")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [(dataclasses.replace(kernel((3, 3, 4, 6)), groups=2),), HEADS],
+    ids=["grouped", "heads"],
+)
+def test_other_units_take_the_reference_on_every_platform(layer):
+    for platform in ("cpu", "tpu", "cuda"):
+        text = program(platform, layer=layer)
+        assert loops(text) == loops(program(platform, "reference", layer))
         assert "optimization_barrier" not in text
 
 

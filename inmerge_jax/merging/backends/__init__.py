@@ -1,7 +1,8 @@
-"""Faster implementations of `merge.merge_layer` for single weights on CPU and TPU, chosen here.
+"""Faster implementations of `merge.merge_layer` on CPU and TPU, chosen here.
 
-Each takes and returns what `merge_layer` does. Layers of several weights, and weights with batch
-axes, groups or a view, take the reference on every platform.
+Each takes and returns what `merge_layer` does. The TPU form is for single weights, the CPU form
+also for a weight with its biases. All other layers of several weights, and those with batch axes
+or groups, take the reference.
 """
 
 import functools
@@ -123,23 +124,28 @@ def _by_entries(weight: jax.Array, kernel: Kernel, mesh: Any) -> jax.Array:
 def _of_platform(
     weights: Sequence[jax.Array], members: Sequence[Kernel], implementation: str, reference: Form
 ) -> Form:
-    kernel = members[0]
-    plain = len(members) == 1 and kernel.problems == 1 and kernel.view is None
-    if implementation == "reference" or not plain or _needs_reference(weights[0]):
+    several = any(kernel.problems > 1 for kernel in members)
+    if implementation == "reference" or several or any(map(_needs_reference, weights)):
         return reference
-    cpu_form: Form = cpu.merge if cpu.fits(weights[0], kernel.out_axis) else reference
+    cpu_form: Form = cpu.merge if cpu.fits(members) else reference
     if implementation == "cpu":
         return cpu_form
-    tpu_form: Form = tpu.merge
-    if implementation == "tpu":
+    single = len(members) == 1 and members[0].view is None
+    tpu_form: Form = tpu.merge if single else reference
+    if implementation == "tpu" and single:
         # Here, since Pallas takes a third of a second to import.
         from inmerge_jax.merging.backends import pallas
 
-        if pallas.fits(weights[0], kernel.out_axis):
+        if pallas.fits(weights[0], members[0].out_axis):
             tpu_form = pallas.merge
+    if cpu_form is tpu_form:
+        return reference
 
-    # Without its path, so that layers of one shape are traced once.
-    kernel = Kernel((), kernel.shape, kernel.out_axis)
+    # Without their paths, so that layers of the same shapes are traced once.
+    shapes = tuple(
+        Kernel((), kernel.shape, kernel.out_axis, compared=kernel.compared, view=kernel.view)
+        for kernel in members
+    )
 
     def merge(
         weights: Sequence[jax.Array],
@@ -149,27 +155,27 @@ def _of_platform(
         rule: MergeRule,
     ) -> Any:
         def call(form: Form) -> Callable[..., Any]:
-            return functools.partial(_merge_weight, form, kernel)
+            return functools.partial(_merge_layer, form, shapes)
 
         def elsewhere(*arguments: Any) -> Any:
             return lax.platform_dependent(*arguments, cpu=call(cpu_form), default=call(reference))
 
-        arguments = (weights[0], selected, partner, rule)
+        arguments = (list(weights), selected, partner, rule)
         return lax.platform_dependent(*arguments, tpu=call(tpu_form), default=elsewhere)
 
     return merge
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _merge_weight(
+def _merge_layer(
     form: Form,
-    kernel: Kernel,
-    weight: jax.Array,
+    members: tuple[Kernel, ...],
+    weights: list[jax.Array],
     selected: jax.Array,
     partner: jax.Array | None,
     rule: MergeRule,
 ) -> Any:
-    return form([weight], [kernel], selected, partner, rule)
+    return form(weights, members, selected, partner, rule)
 
 
 def supports_pallas(device: jax.Device) -> bool:

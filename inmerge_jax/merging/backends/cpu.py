@@ -24,9 +24,16 @@ _UNROLL = 4
 _FEW = 8
 
 
-def fits(weight: jax.Array, axis: int) -> bool:
-    """Whether this form takes a weight: one of two axes or more whose last indexes the units."""
-    return weight.ndim >= 2 and axis == weight.ndim - 1
+def fits(members: Sequence[Kernel]) -> bool:
+    """Whether this form takes a layer: its units are the last axis of each weight.
+
+    One weight is compared, which has two axes or more. The others are mixed with it, such as the
+    biases of neurons.
+    """
+    compared = [kernel for kernel in members if kernel.compared]
+    last = all(kernel.out_axis == len(kernel.dims) - 1 for kernel in members)
+    single = all(kernel.problems == 1 for kernel in members)
+    return last and single and len(compared) == 1 and len(compared[0].dims) >= 2
 
 
 def merge(
@@ -36,11 +43,15 @@ def merge(
     partner: jax.Array | None,
     rule: MergeRule,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """As `merge.merge_layer`, for one weight that `fits`; differentiable in it and in alpha."""
-    del members
-    (weight,) = weights
-    # Which kernels merge is a decision: no gradient goes through it.
-    compared = lax.stop_gradient(weight)
+    """As `merge.merge_layer`, for a layer that `fits`; differentiable in the weights and alpha."""
+    # Two axes for a bias too; the last one indexes units.
+    matrices = [
+        weight.reshape(kernel.dims if len(kernel.dims) > 1 else (1, -1))
+        for weight, kernel in zip(weights, members, strict=True)
+    ]
+    # Which units merge is a decision: no gradient goes through it.
+    number = next(n for n, kernel in enumerate(members) if kernel.compared)
+    compared = lax.stop_gradient(matrices[number])
     if partner is None:
         partner, similarity = nearest_partner(compared, selected)
     else:
@@ -49,7 +60,11 @@ def merge(
     merged = (similarity > threshold) & (similarity > NOT_COMPARED)
     total = jnp.sum(jnp.where(merged, similarity, 0))
     alpha = jnp.asarray(rule.alpha, jnp.float32)
-    return [mix_pairs(weight, partner, merged, alpha)], jnp.sum(merged, dtype=jnp.int32), total
+    mixed = [
+        mix_pairs(matrix, partner, merged, alpha).reshape(weight.shape)
+        for matrix, weight in zip(matrices, weights, strict=True)
+    ]
+    return mixed, jnp.sum(merged, dtype=jnp.int32), total
 
 
 def scales(weight: jax.Array) -> jax.Array:
