@@ -8,6 +8,7 @@ and similarities for docs/results/beyond-convolutions.md. FOLDER holds medmnist/
 
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -153,12 +154,16 @@ def first_images(file: Path, counts: Mapping[str, int], output: Path) -> Path:
 def train(config: FirstLookConfig, name: str, rule: str) -> Path:
     """Trains one case with one rule; returns the run folder.
 
-    The backbones and the arm finetune do not depend on the rule, so only the first rule has the
-    latter.
+    The backbones and the arm finetune do not depend on the rule, so only the first rule trains
+    them. The others begin with a copy of its backbones.
     """
-    folder = config.work / f"{name}-{rule.replace(' ', '-')}"
+    first, folder = (
+        config.work / f"{name}-{one.replace(' ', '-')}" for one in (next(iter(RULES)), rule)
+    )
     if (folder / "results.json").exists():
         return folder
+    if folder != first and not (folder / "config.json").exists():
+        copy_backbones(first, folder, rule)
     options, blood = CASES[name].options, config.work / "blood.npz"
     if "{blood}" in options:
         first_images(config.data_dir / "medmnist" / "bloodmnist_like.npz", BLOOD, blood)
@@ -168,6 +173,26 @@ def train(config: FirstLookConfig, name: str, rule: str) -> Path:
     again = ["--resume"] if (folder / "config.json").exists() else []
     run_trainer([*command, "--output", str(folder), *again])
     return folder
+
+
+def copy_backbones(source: Path, folder: Path, rule: str) -> None:
+    """Begins the run of another rule with the backbones of a finished run, for `--resume`.
+
+    The trainer refuses the folder if the configuration written here is not that of its options.
+    """
+    settings = json.loads((source / "config.json").read_bytes())
+    settings["arms"] = ["backbone", "inmerge"]
+    settings["rule"] |= {"partner": "nearest"}
+    if "quantile" in rule:
+        del settings["rule"]["threshold"]
+        settings["rule"]["quantile"] = float(rule.partition(" ")[2])
+    for seed in settings["seeds"]:
+        part = Path(f"seed{seed}") / "backbone"
+        shutil.copytree(source / part, folder / part)
+    for name in ("environment.json", "labels.npz", "samples.npz"):
+        if (source / name).exists():
+            shutil.copy(source / name, folder)
+    write_json(folder / "config.json", settings)
 
 
 def gathered(folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -195,7 +220,8 @@ def gathered(folders: Mapping[str, Path]) -> dict[str, Any]:
             for arm, found in stages.items()
         },
         "similarity": _similarity(folders[first], results[first]["seeds"]),
-        "seconds": sum(found["seconds"] for found in results.values()),
+        # Backbones and fine-tuning are those of the first rule.
+        "seconds": sum(stage["seconds"] for found in stages.values() for stage in found),
         "machine": machine(results[first]["environment"]),
     }
 

@@ -21,7 +21,7 @@ from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, presets
-from experiments.study.questions import QUESTIONS, main_effect
+from experiments.study.questions import QUESTIONS, main_effect, pretrained
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
@@ -174,6 +174,8 @@ SOURCES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "totals": totals,
     **{name: functools.partial(question_table, name) for name in QUESTIONS},
+    "pretrained_rates": lambda: pretrained.rates_table(analysis("pretrained")),
+    "pretrained_layers": lambda: pretrained.layers_table(analysis("pretrained")),
 }
 PAGES = {
     "README.md": ("main",),
@@ -187,6 +189,7 @@ PAGES = {
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
     ),
     **{f"docs/results/{question.page}": (name,) for name, question in QUESTIONS.items()},
+    "docs/results/pretrained.md": ("pretrained_rates", "pretrained", "pretrained_layers"),
 }
 
 

@@ -30,6 +30,7 @@ questions: {", ".join(QUESTIONS)}
 other commands:
   verify     check the stored results and recompute every published table from them
   reproduce  retrain some trials and compare them with the stored ones
+  import     add the trials of another folder of results to the stored ones
   presets    train the presets paper and released and compare their merges
 
 {PROGRAM} COMMAND --help lists the options."""
@@ -70,7 +71,7 @@ class StudyConfig:
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status, 2 on bad input."""
     commands = {"verify": verify, "reproduce": reproduce.main, "presets": presets.main}
-    commands["cost"] = cost.main
+    commands |= {"cost": cost.main, "import": import_trials}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -247,6 +248,48 @@ def compare(trials: Sequence[Trial], paths: stages.Paths) -> int:
             known = "none" if record is None else f"{record['result']['test'][metric]:.6f}"
             print(f"  test {metric.upper()} {result['test'][metric]:.6f}, stored: {known}")
     return int(any(differs(trial, paths) for trial in trials))
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Adds the trials of another folder of results to the stored ones.
+
+    Trials that are stored already stay as they are.
+
+    Attributes:
+      source: Folder with trials.csv and trials.zip, the --results of a question.
+      results: Folder of the stored trials.
+    """
+
+    source: tyro.conf.Positional[Path]
+    results: Path = RESULTS
+
+
+def import_trials(arguments: Sequence[str]) -> int:
+    """Adds the trials of another folder of results; returns the exit status.
+
+    Raises:
+      UsageError: the folder has no trials, one of no question, or one that was trained with
+        uncommitted changes; or the test labels of a data set differ.
+    """
+    config = tyro.cli(ImportConfig, prog=f"{PROGRAM} import", args=arguments)
+    found, stored = archive.read(config.source), archive.read(config.results)
+    if not found.records:
+        raise UsageError(f"{config.source} holds no trials; give the --results of a question")
+    known = {t.hash for q in QUESTIONS.values() for t in with_dependencies(q.trials)}
+    new = {one: record for one, record in found.records.items() if one not in stored.records}
+    for one, record in new.items():
+        if one not in known:
+            raise UsageError(f"{config.source}: the trial {one} is of no question of this version")
+        if record["trained"]["git"]["dirty"]:
+            raise UsageError(
+                f"{config.source}: the trial {one} was trained with uncommitted changes; train it "
+                "again at a commit"
+            )
+    arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in new}
+    archive.add(config.results, new, arrays, found.labels)
+    print(f"{len(new)} of {len(found.records)} trials are new")
+    return 0
 
 
 def verify(arguments: Sequence[str]) -> int:

@@ -27,12 +27,15 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
 from inmerge_jax.locking import lock
 from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.workdir import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLE, ARRAYS, CHECKSUMS = "trials.csv", "trials.zip", "trials.sha256"
 _DETAILS = "details.json"
-_VALIDATION = ("val_selected", "val_merged")
-"""Counts per layer of a treatment that merges in validation too."""
+_COUNTS = ("merged_by_epoch", "val_selected", "val_merged")
+"""Merged kernels (epochs, layers); and counts per layer of a treatment that merges in validation.
+
+Results of earlier versions, and of treatments without them, have none."""
 _DIGITS = 4
 
 _BACKBONE = {
@@ -117,7 +120,7 @@ def make_record(
         "arm": trial.arm,
         "config": trial.described(),
         "result": {name: result[name] for name in names.split()}
-        | {name: result[name] for name in _VALIDATION if result.get(name)},
+        | {name: result[name] for name in _COUNTS if result.get(name)},
         "similarity": {when: _rounded(similarity[when]) for when in stages},
         "trained": trained,
     }
@@ -217,6 +220,8 @@ def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:
         json.loads((run / f"{name}.json").read_bytes())
         for name in ("result", "similarity", "environment")
     )
+    lines = read_metrics(run / "metrics.jsonl")
+    result["merged_by_epoch"] = [line["merged"] for line in lines if line.get("merged")]
     record = make_record(trial, result, similarity, environment)
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
     labels = {trial.backbone.data: labels_of(dataset)}
@@ -294,7 +299,7 @@ def _details(record: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: result[name] for name in ("layers", "kernels", "selected", "merged", "warnings")}
     for split in ("val", "test"):
         found[split] = {k: v for k, v in result[split].items() if k not in ("auc", "acc")}
-    found |= {name: result[name] for name in _VALIDATION if name in result}
+    found |= {name: result[name] for name in _COUNTS if name in result}
     found["similarity"] = record["similarity"]
     more = {"batch_statistics"} & set(record)
     return found | {name: record[name] for name in more}
@@ -319,7 +324,7 @@ def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, 
         result[split] = {**metrics, **details[split]}
     for name in ("layers", "kernels", "selected", "merged", "warnings"):
         result[name] = details[name]
-    result |= {name: details[name] for name in _VALIDATION if name in details}
+    result |= {name: details[name] for name in _COUNTS if name in details}
     trained = {name: values.get(name) for name in ("started", "cpus", "processor")}
     trained |= {name: values[name] for name in ("device", "driver") if name in values}
     trained["git"] = {"commit": values.get("commit"), "dirty": values["dirty"] == "true"}

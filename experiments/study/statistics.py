@@ -4,7 +4,7 @@ Two kinds of interval: the crossed bootstrap over trainings and test images of o
 (`bootstrap`), and Student's interval over the trainings of all data sets (`over_trials`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,18 +221,18 @@ def trials_needed(sd: float, mean: float, comparisons: int = 1) -> int:
     return max(flips, int(np.ceil(np.max(count))))
 
 
-def is_significant(row: dict[str, Any]) -> bool:
+def is_significant(row: Mapping[str, Any], level: float = 1 - CONFIDENCE) -> bool:
     """Whether the difference is significant after Holm's correction."""
-    return row["p_holm"] < 1 - CONFIDENCE
+    return row["p_holm"] < level
 
 
-def verdict(row: dict[str, Any]) -> str:
+def verdict(row: Mapping[str, Any], level: float = 1 - CONFIDENCE) -> str:
     """The conclusion about a difference in AUC of `over_trials`, after `add_holm`.
 
     "helps" or "harms" where the difference is significant; "no effect" where it is within
-    +-`MARGIN` by two one-sided tests at 5 %; else "undecided".
+    +-`MARGIN` by two one-sided tests; else "undecided". Each test is at `level`.
     """
-    if is_significant(row):
+    if is_significant(row, level):
         return "helps" if row["mean"] > 0 else "harms"
     equivalent = row.get("p_equivalent")
-    return "no effect" if equivalent is not None and equivalent < 1 - CONFIDENCE else "undecided"
+    return "no effect" if equivalent is not None and equivalent < level else "undecided"

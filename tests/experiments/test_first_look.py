@@ -35,6 +35,7 @@ def trained(monkeypatch):
                     "test": {"auc": 0.5 + seed / 16 + gain * (arm == "inmerge")},
                     "merged": [1, 2],
                     "selected": [3, 3],
+                    "seconds": 48,
                 }
                 for seed in SEEDS
             ]
@@ -43,13 +44,19 @@ def trained(monkeypatch):
         }
         for seed in SEEDS:
             place = folder / f"seed{seed}" / "backbone"
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             found = {
                 "before": [layer(name, 0.25) for name in LAYERS],
                 "after": [layer(name, 0.25 + seed / 8) for name in LAYERS],
             }
             (place / "similarity.json").write_text(json.dumps(found))
-        results = {"arms": arms, "dataset": {"counts": {}}, "seeds": [*SEEDS], "seconds": 1200}
+        if "--resume" not in command:
+            rule = {"partner": "random", "threshold": 0.3}
+            config = {"seeds": [*SEEDS], "arms": list(arms), "rule": rule}
+            (folder / "config.json").write_text(json.dumps(config))
+            for name in ("environment.json", "labels.npz", "samples.npz"):
+                (folder / name).touch()
+        results = {"arms": arms, "dataset": {"counts": {}}, "seeds": [*SEEDS]}
         results["environment"] = environment()
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -64,7 +71,13 @@ def test_each_rule_is_trained_once_and_compared_with_fine_tuning(trained, tmp_pa
     assert len(trained) == 3 and sum("--arms inmerge" in command for command in trained) == 2
     assert all("--data breastmnist --data-dir data/medmnist" in command for command in trained)
     assert first_look.main([*arguments, "--only", "vit"]) == 0 and len(trained) == 3
+    # The second and third rule begin with the backbones of the first.
+    assert ["--resume" in command for command in trained] == [False, True, True]
+    config = json.loads((tmp_path / "work" / "vit-quantile-0.5" / "config.json").read_bytes())
+    assert config["rule"] == {"partner": "nearest", "quantile": 0.5}
+    assert config["arms"] == ["backbone", "inmerge"]
     case = json.loads(output.read_bytes())["cases"]["vit"]
+    assert case["seconds"] == 5 * 5 * 48
     assert case["arms"]["finetune"]["test"] == [0.5 + seed / 16 for seed in SEEDS]
     assert first_look.differences(case, "nearest") == [0.0625] * 5
     assert case["similarity"][1] == {

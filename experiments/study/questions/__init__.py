@@ -6,6 +6,7 @@ from experiments.study.questions import (
     controls,
     cost,
     main_effect,
+    pretrained,
     robustness,
     similarity,
 )
@@ -13,6 +14,9 @@ from experiments.study.questions.question import Question
 
 QUESTIONS: dict[str, Question] = {
     module.QUESTION.name: module.QUESTION
-    for module in (main_effect, ablation, controls, similarity, adaptive, robustness, cost)
+    for module in (
+        *(pretrained, main_effect, ablation, controls),
+        *(similarity, adaptive, robustness, cost),
+    )
 }
 """By name."""

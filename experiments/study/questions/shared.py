@@ -31,12 +31,17 @@ def second_stages(arms: dict[str, Treatment]) -> tuple[Trial, ...]:
 
 def overview(name: str, row: Found) -> Overview:
     """The overview's row of a difference of `analysis.pool`."""
-    verdict, needed = statistics.verdict(row), row.get("needed")
+    return overview_of(f"{name}: {difference(row, 4)}", row, statistics.verdict(row))
+
+
+def overview_of(effect: str, row: Found, verdict: str) -> Overview:
+    """The overview's row of a difference with a verdict of `statistics.verdict`."""
+    needed = row.get("needed")
     if verdict == "undecided" and needed:
         verdict += f"; {needed:,} pairs would decide"
     if verdict == "no effect":
         verdict = f"no effect larger than \u00b1{statistics.MARGIN} AUC"
-    return Overview(f"{name}: {difference(row, 4)}", str(row["trials"]), verdict)
+    return Overview(effect, str(row["trials"]), verdict)
 
 
 def series(found: Found, against: str = "finetune") -> dict[str, Found]:

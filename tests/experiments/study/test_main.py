@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from experiments.study import __main__ as study
@@ -95,6 +96,39 @@ def test_an_incomplete_answer_is_not_given(options, tmp_path, capsys):
     assert "incomplete: 1 of 3 trials are stored" in capsys.readouterr().out
 
 
+def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
+    from tests.experiments.study.test_archive import LABELS, record
+
+    def put(folder, *trials, dirty=False):
+        records = {}
+        for trial in trials:
+            records[trial.hash] = record(trial)
+            records[trial.hash]["trained"]["git"] = {"commit": "abc", "dirty": dirty}
+        arrays = {f"scores/{one}": np.eye(3, 2, dtype=np.float32) for one in records}
+        archive.add(tmp_path / folder, records, arrays, {"phantom": LABELS})
+
+    target = ["--results", str(tmp_path / "results")]
+    put("results", TRIALS[0])
+    put("more", *TRIALS)
+    assert study.main(["import", str(tmp_path / "more"), *target]) == 0
+    assert "1 of 2 trials are new" in capsys.readouterr().out
+    found = archive.read(tmp_path / "results")
+    assert set(found.records) == {trial.hash for trial in TRIALS}
+    np.testing.assert_array_equal(found.scores(TRIALS[1]), np.eye(3, 2))
+
+    other = Trial(dataclasses.replace(START, seed=7), "finetune", 1)
+    put("dirty", TRIALS[0].first(), dirty=True)
+    put("unknown", other)
+    for folder, message in (
+        ("none", "holds no trials; give the --results of a question"),
+        ("dirty", "was trained with uncommitted changes"),
+        ("unknown", f"the trial {other.hash} is of no question of this version"),
+    ):
+        assert study.main(["import", str(tmp_path / folder), *target]) == 2
+        assert message in capsys.readouterr().err
+    assert archive.read(tmp_path / "results").records == found.records
+
+
 def test_help_and_bad_input(options, capsys):
     with pytest.raises(SystemExit) as end:
         run(["--help"])
@@ -109,7 +143,7 @@ def test_help_and_bad_input(options, capsys):
         assert run(options, *words) == 2
         assert message in capsys.readouterr().err
     assert study.main(["nothing"]) == 2
-    assert "nothing: unknown; choose from main_effect" in capsys.readouterr().err
+    assert "nothing: unknown; choose from pretrained" in capsys.readouterr().err
     assert study.main([]) == 2 and study.main(["--help"]) == 0
     assert "verify" in capsys.readouterr().out
     assert study.main(["verify", "--fast"]) == 2

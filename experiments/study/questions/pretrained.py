@@ -1,0 +1,347 @@
+"""Does merging help in the paper's setting, from pretrained weights? See docs/protocol.md, 1."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from statsmodels.regression.mixed_linear_model import MixedLM
+from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
+
+from experiments.study import datasets, statistics
+from experiments.study.analysis import Group, groups, intervals, is_constant
+from experiments.study.archive import Archive
+from experiments.study.questions import shared
+from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.render import difference, dot_plot, markdown, p_value, share
+from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
+from inmerge_jax.reporting.plots import Plot
+
+EPOCHS = {
+    "breastmnist_64": 5,
+    "chestxray14_rgb": 5,
+    "retinamnist_64": 5,
+    "pneumoniamnist_rgb": 2,
+    "bloodmnist_like_rgb": 1,
+}
+"""Data set to epochs of each stage."""
+CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
+"""Learning rates of the backbone that `selection` compares."""
+SELECTION_SEEDS = (100, 101, 102)
+RATES: Mapping[str, float] = {}
+"""Data set to the learning rate of its backbones, as `selection` finds it."""
+SEEDS = range(16)
+LEVEL = 0.025
+"""Of every test at this look: half of 5 %, since there may be a second look."""
+ACCEPTED = 0.6
+"""Validation AUC that a backbone needs."""
+ARMS = {
+    "finetune": Treatment(),
+    "paper": Treatment("merge"),
+    "released": Treatment("released", partner="random"),
+    "quantile": Treatment("merge", quantile=0.5),
+}
+MERGING = tuple(ARMS)[1:]
+PAIRS = tuple((arm, "finetune") for arm in MERGING)
+
+
+def backbone(data: str, rate: float, seed: int) -> Backbone:
+    """The first stage on a data set."""
+    return Backbone(
+        data,
+        "vgg16",
+        seed,
+        EPOCHS[data],
+        optimizer="sgd",
+        learning_rate=rate,
+        weights="edges",
+    )
+
+
+def selection_grid() -> tuple[Trial, ...]:
+    """The backbones by which the learning rates are chosen."""
+    every = product(EPOCHS, CANDIDATES, SELECTION_SEEDS)
+    return tuple(Trial(backbone(*one)) for one in every)
+
+
+def comparison_grid() -> tuple[Trial, ...]:
+    """The trials that are compared: low seeds first; none before the learning rates are chosen."""
+    found = []
+    for seed, (data, rate) in product(SEEDS, RATES.items()):
+        start = backbone(data, rate, seed)
+        found += [
+            Trial(start, arm, EPOCHS[data], rate / 10, treatment) for arm, treatment in ARMS.items()
+        ]
+    return tuple(found)
+
+
+def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
+    """What the learning rates are chosen by: data set to rate to what its backbones reached.
+
+    "auc", the validation AUC of each seed; "accepted", whether each of them is at least `ACCEPTED`
+    and none of the networks gives all images one answer.
+    """
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for data, rate in product(EPOCHS, CANDIDATES):
+        trials = [Trial(backbone(data, rate, seed)) for seed in SELECTION_SEEDS]
+        if all(trial.hash in archive.records for trial in trials):
+            aucs = [archive.records[trial.hash]["result"]["val"]["auc"] for trial in trials]
+            constant = any(is_constant(archive, trial) for trial in trials)
+            accepted = min(aucs) >= ACCEPTED and not constant
+            found.setdefault(data, {})[rate] = {"auc": aucs, "accepted": accepted}
+    return found
+
+
+def chosen(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> dict[str, float]:
+    """The learning rate of each data set: the highest mean validation AUC, of `selection`."""
+    return {
+        data: max(rates, key=lambda rate: float(np.mean(rates[rate]["auc"])))
+        for data, rates in found.items()
+        if len(rates) == len(CANDIDATES)
+    }
+
+
+def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The mean difference with a random effect of the data set.
+
+    Fitted by restricted maximum likelihood; intervals and tests are Wald's.
+
+    Args:
+      differences: of the pairs, by data set.
+
+    Returns:
+      "mean", "low" and "high" (95 %), "p" (of a mean of zero), and "p_equivalent" (two one-sided
+      tests against +-`statistics.MARGIN`); without interval where all differences are equal.
+    """
+    values = np.concatenate([np.asarray(some) for some in differences.values()])
+    if np.ptp(values) == 0:
+        return {"mean": float(values[0]), "p": float(values[0] == 0), "p_equivalent": None}
+    labels = np.repeat(list(differences), [len(some) for some in differences.values()])
+    model = MixedLM(values, np.ones((len(values), 1)), groups=labels)
+    with warnings.catch_warnings():
+        # A variance of zero between data sets is an estimate like any other.
+        for message in (ConvergenceWarning, SingularMatrixWarning):
+            warnings.simplefilter("ignore", message)
+        fitted = model.fit(reml=True)
+    mean, error = float(fitted.fe_params[0]), float(fitted.bse_fe[0])
+    half = error * float(stats.norm.isf((1 - statistics.CONFIDENCE) / 2))
+    return {
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "p": 2 * float(stats.norm.sf(abs(mean) / error)),
+        "p_equivalent": float(stats.norm.sf((statistics.MARGIN - abs(mean)) / error)),
+    }
+
+
+def analyse(archive: Archive) -> Found:
+    """The selection of learning rates; and once all trials are stored, the comparison.
+
+    Outcomes of single trials are not looked at before, see the stopping rule of the protocol.
+    """
+    found: Found = {"selection": selection(archive)}
+    planned = with_dependencies(comparison_grid())
+    found["planned"] = len(planned)
+    found["stored"] = sum(trial.hash in archive.records for trial in planned)
+    if not planned or found["stored"] < found["planned"]:
+        return found
+    own = groups(planned, archive)
+    pooled: dict[str, dict[str, Any]] = {}
+    for pair in PAIRS:
+        gaps = {metric: _gaps(own, pair, metric) for metric in statistics.METRICS}
+        pooled[pair[0]] = {
+            metric: statistics.over_trials([gap for some in by.values() for gap in some])
+            for metric, by in gaps.items()
+        } | {"mixed": mixed_model(gaps["auc"])}
+    # Accuracy is a secondary outcome without a test.
+    for rows in (
+        [row["auc"] for row in pooled.values()],
+        [row["mixed"] for row in pooled.values()],
+    ):
+        statistics.add_holm(rows)
+    return found | {
+        "groups": {
+            group.name: {
+                "seeds": len(group.records("finetune")),
+                "constant": sum(is_constant(archive, t) for t in group.arms["backbone"].values()),
+                **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
+                **{f"merged {arm}": group.merged(arm) for arm in MERGING},
+            }
+            for group in own
+        },
+        "intervals": intervals(own, PAIRS),
+        "pooled": pooled,
+        "layers": {arm: _layers(own, arm) for arm in MERGING},
+        "similarity": _similarity(own),
+    }
+
+
+def _gaps(own: Sequence[Group], pair: tuple[str, str], metric: str) -> dict[str, list[float]]:
+    """The differences of all pairs, by data set; those in which nothing was merged are zero."""
+
+    def outcome(group: Group, trial: Trial) -> float:
+        return group.archive.records[trial.hash]["result"]["test"][metric]
+
+    return {
+        group.name: [
+            outcome(group, a) - outcome(group, b) for a, b in group.pairs(pair, changed=False)
+        ]
+        for group in own
+    }
+
+
+def _layers(own: Sequence[Group], arm: str) -> dict[str, list[float]]:
+    """Share of the selected kernels that merged in the first and in the last epoch, by layer."""
+    found: dict[str, list[np.ndarray]] = {}
+    for group in own:
+        for record in group.records(arm):
+            result = record["result"]
+            merged = np.asarray(result["merged_by_epoch"], np.float64)
+            shares = merged[[0, -1]] / (np.asarray(result["selected"]) / len(merged))
+            for layer, share_of_it in zip(result["layers"], shares.T, strict=True):
+                found.setdefault(layer, []).append(share_of_it)
+    return {layer: np.mean(shares, axis=0).tolist() for layer, shares in found.items()}
+
+
+def _similarity(own: Sequence[Group]) -> dict[str, dict[str, float]]:
+    """Layer to mean share of its pairs above 0.3, before training and after each arm."""
+    deep = own[0].records(MERGING[0])[0]["result"]["layers"]
+    found: dict[str, dict[str, float]] = {layer: {} for layer in deep}
+    for when in ("before training", "backbone", *ARMS):
+        arm, key = ("backbone", "before") if when == "before training" else (when, "after")
+        rows = [
+            {layer["name"]: layer["above"]["0.3"] for layer in record["similarity"][key]}
+            for group in own
+            for record in group.records(arm)
+        ]
+        for layer in deep:
+            found[layer][when] = float(np.mean([row[layer] for row in rows]))
+    return found
+
+
+def conclusion(row: Mapping[str, Any]) -> str:
+    """The verdict about an arm: "undecided" unless that over pairs and the mixed model's agree."""
+    over_pairs, mixed = (statistics.verdict(row[name], LEVEL) for name in ("auc", "mixed"))
+    return over_pairs if over_pairs == mixed else "undecided"
+
+
+def table(found: Found) -> str:
+    """Differences in test AUC by data set and pooled; before that, how many trials are stored."""
+    if "pooled" not in found:
+        return _progress(found)
+    rows = []
+    for name, group in found["groups"].items():
+        gaps = [difference(found["intervals"][" - ".join(pair)].get(name), 4) for pair in PAIRS]
+        values = (f"{group[arm]:.3f}" for arm in ("backbone", "finetune"))
+        rows.append((f"{name} ({group['seeds']} seeds)", *values, *gaps))
+    every = [found["pooled"][arm] for arm in MERGING]
+    for title, cells in (
+        (
+            f"all {every[0]['auc']['trials']} pairs",
+            [difference(row["auc"], 4) for row in every],
+        ),
+        ("mixed model", [difference(row["mixed"], 4) for row in every]),
+        ("p after Holm: pairs, mixed model", [_both(row, "p_holm") for row in every]),
+        ("p of equivalence: pairs, mixed model", [_both(row, "p_equivalent") for row in every]),
+        ("test ACC", [difference(row["acc"], 4) for row in every]),
+    ):
+        rows.append((title, "", "", *cells))
+    columns = (
+        "Test AUC",
+        "Backbone",
+        "Fine-tuning",
+        *(f"{arm} minus fine-tuning" for arm in MERGING),
+    )
+    return markdown(columns, rows)
+
+
+def _both(row: Mapping[str, Any], name: str) -> str:
+    values = (row[kind][name] for kind in ("auc", "mixed"))
+    return ", ".join("" if p is None else p_value(p) for p in values)
+
+
+def _progress(found: Found) -> str:
+    planned = len(selection_grid())
+    done = sum(len(rates) for rates in found["selection"].values()) * len(SELECTION_SEEDS)
+    rows = [("learning rates", f"{done:,}", f"{planned:,}")]
+    comparison = f"{found['planned']:,}" if found["planned"] else "after the learning rates"
+    rows.append(("comparison", f"{found['stored']:,}", comparison))
+    return markdown(("Part", "Trials stored", "Planned"), rows)
+
+
+def rates_table(found: Found) -> str:
+    """Mean validation AUC of the backbones by data set and learning rate, the chosen one bold."""
+    best, rows = chosen(found["selection"]), []
+    for data in EPOCHS:
+        rates = found["selection"].get(data, {})
+        cells = []
+        for rate in CANDIDATES:
+            text = ""
+            if rate in rates:
+                aucs = rates[rate]["auc"]
+                text = f"{np.mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f})"
+                text += "" if rates[rate]["accepted"] else ", not accepted"
+            cells.append(f"**{text}**" if best.get(data) == rate else text)
+        rows.append((datasets.SOURCES[data].title, *cells))
+    return markdown(("Validation AUC", *(f"{rate:g}" for rate in CANDIDATES)), rows)
+
+
+def layers_table(found: Found) -> str:
+    """Merges and similarity by layer."""
+    if "pooled" not in found:
+        return "*Not looked at before all trials are stored.*\n"
+    rows = []
+    for layer, similarity in found["similarity"].items():
+        merged = (
+            " to ".join(share(one, 0) for one in found["layers"][arm][layer]) for arm in MERGING
+        )
+        rows.append((layer, *merged, *(share(one, 2) for one in similarity.values())))
+    columns = (
+        "Layer",
+        *(f"{arm}: merged of the selected, first to last epoch" for arm in MERGING),
+        *(f"pairs above 0.3, {when}" for when in next(iter(found["similarity"].values()))),
+    )
+    return markdown(columns, rows)
+
+
+def figure(found: Found) -> Plot:
+    """Differences from fine-tuning by data set; before that, validation AUC by learning rate."""
+    if "pooled" in found:
+        series = dict(zip(MERGING, found["intervals"].values(), strict=True))
+        return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
+    # Rows of NaN where no trial is stored yet.
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for rate, data in product(CANDIDATES, EPOCHS):
+        aucs = found["selection"].get(data, {}).get(rate, {}).get("auc", [np.nan])
+        row = {"mean": float(np.mean(aucs)), "low": min(aucs), "high": max(aucs)}
+        rates.setdefault(f"{rate:g}", {})[datasets.SOURCES[data].title] = row
+    title = "Backbones by learning rate, mean and range of three seeds"
+    return dot_plot(title, "validation AUC", rates, zero=0.5)
+
+
+def overview(found: Found) -> Overview:
+    """The paper's rule, over all pairs."""
+    if "pooled" not in found:
+        count = f"{found['stored']:,} of {found['planned']:,} trials" if found["planned"] else "0"
+        return Overview("not looked at before all trials are stored", count, "under way")
+    row = found["pooled"]["paper"]
+    verdict = conclusion(row)
+    effect = f"paper's rule minus fine-tuning: {difference(row['auc'], 4)}"
+    return shared.overview_of(effect, row["auc"], verdict)
+
+
+QUESTION = Question(
+    name="pretrained",
+    title="Does merging help in the paper's setting?",
+    hypothesis=(
+        "From pretrained weights, the second stage with merging has another mean test AUC than the "
+        "same stage without it."
+    ),
+    trials=(*selection_grid(), *comparison_grid()),
+    analyse=analyse,
+    table=table,
+    figure=figure,
+    overview=overview,
+)

@@ -1,0 +1,137 @@
+"""The primary question: its grid, the choice of learning rates, and what is looked at when."""
+
+import numpy as np
+import pytest
+
+from experiments.study import archive, statistics
+from experiments.study.archive import Archive, Labels
+from experiments.study.questions import pretrained
+from experiments.study.trials import with_dependencies
+from inmerge_jax.training.metrics import compute_metrics
+
+IMAGES, SEEDS = 40, 4
+DATA = ("breastmnist_64", "retinamnist_64", "chestxray14_rgb")
+LAYERS = ["conv10/kernel", "conv11/kernel"]
+
+
+def record(trial, scores, labels, val=0.8):
+    metrics = compute_metrics(labels.labels, scores, labels.task)
+    layers = LAYERS if trial.arm in pretrained.MERGING else []
+    above = 0.02 if trial.arm == "backbone" else 0.01
+    similar = [{"name": name, "above": {"0.3": above}} for name in LAYERS]
+    result = {"test": {"auc": metrics.auc, "acc": metrics.acc}, "val": {"auc": val}, "steps": 4}
+    result |= {"layers": layers, "kernels": [512] * len(layers), "seconds": 1.0}
+    result |= {"merged": [30, 60] if layers else [], "selected": [100, 100] if layers else []}
+    result |= {"merged_by_epoch": [[10, 20], [20, 40]]} if layers else {}
+    return {"arm": trial.arm, "result": result, "similarity": {"before": similar, "after": similar}}
+
+
+def stored(trials, gains=None, val=None):
+    """An archive of these trials, whose scores are random; `gains` by arm shift the positives."""
+    labels = Labels(np.tile([0, 1], IMAGES // 2).astype(np.int32), "binary-class", None)
+    records, arrays = {}, {}
+    for trial in with_dependencies(trials):
+        rng = np.random.default_rng([trial.backbone.seed, len(trial.backbone.data)])
+        logits = labels.labels + rng.standard_normal(IMAGES)
+        logits += (gains or {}).get(trial.arm, 0) * labels.labels
+        p = 1 / (1 + np.exp(-logits))
+        scores = np.stack([1 - p, p], 1).astype(np.float32)
+        reached = (val or {}).get(trial.backbone.rate, 0.8)
+        records[trial.hash] = record(trial, scores, labels, reached)
+        arrays[f"scores/{trial.hash}"] = scores
+    return Archive(records, arrays, {trial.backbone.data: labels for trial in trials})
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    monkeypatch.setattr(pretrained, "SEEDS", range(SEEDS))
+    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(DATA, 1e-3))
+    return pretrained.comparison_grid()
+
+
+def test_the_grid_is_that_of_the_protocol(monkeypatch):
+    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(pretrained.EPOCHS, 1e-3))
+    trials = pretrained.comparison_grid()
+    assert len(trials) == 16 * 5 * 4 and len(with_dependencies(trials)) == 16 * 5 * 5
+    assert {trial.backbone.seed for trial in trials}.isdisjoint(pretrained.SELECTION_SEEDS)
+    for trial in trials:
+        assert trial.learning_rate == pytest.approx(trial.backbone.rate / 10)
+        assert trial.epochs == trial.backbone.epochs
+        assert trial.treatment.skip == 10 and trial.treatment.probability == 0.3
+    assert len(pretrained.selection_grid()) == 5 * 4 * 3
+
+
+def test_the_learning_rates_are_those_of_the_stored_selection():
+    best = pretrained.chosen(pretrained.selection(archive.read()))
+    complete = len(best) == len(pretrained.EPOCHS)
+    assert dict(pretrained.RATES) == (best if complete else {})
+
+
+def test_a_learning_rate_is_chosen_by_mean_validation_auc():
+    trials = pretrained.selection_grid()
+    found = pretrained.selection(stored(trials, val={1e-4: 0.5, 1e-3: 0.9}))
+    assert pretrained.chosen(found) == dict.fromkeys(pretrained.EPOCHS, 1e-3)
+    rates = found["breastmnist_64"]
+    assert rates[1e-3]["auc"] == [0.9] * 3 and rates[1e-3]["accepted"]
+    assert not rates[1e-4]["accepted"]
+    some = stored([trial for trial in trials if trial.backbone.rate < 3e-3])
+    assert pretrained.chosen(pretrained.selection(some)) == {}
+
+
+def test_nothing_is_looked_at_before_all_trials_are_stored(grid):
+    found = pretrained.analyse(stored(grid[:-1]))
+    assert set(found) == {"selection", "planned", "stored"}
+    assert found["planned"] - found["stored"] == 1
+    assert "| 59 | 60 |" in pretrained.table(found)
+    assert pretrained.overview(found).verdict == "under way"
+    assert "before all trials" in pretrained.layers_table(found)
+    pretrained.figure(found)
+
+
+def test_the_answer(grid):
+    found = pretrained.analyse(stored(grid, {"paper": 2.0}))
+    pairs = len(DATA) * SEEDS
+    paper, released = (found["pooled"][arm] for arm in ("paper", "released"))
+    assert paper["auc"]["trials"] == pairs
+    # Equal scores are pairs too, with a difference of zero.
+    assert released["auc"]["mean"] == 0 and released["auc"]["trials"] == pairs
+    means = [row["mean"] for row in found["intervals"]["paper - finetune"].values()]
+    assert paper["auc"]["mean"] == pytest.approx(np.mean(means))
+    assert paper["mixed"]["mean"] == pytest.approx(np.mean(means), abs=1e-9)
+    assert pretrained.conclusion(paper) == "helps"
+    assert found["layers"]["paper"] == {
+        LAYERS[0]: pytest.approx([0.2, 0.4]),
+        LAYERS[1]: pytest.approx([0.4, 0.8]),
+    }
+    assert found["similarity"][LAYERS[0]]["backbone"] == pytest.approx(0.02)
+    text = pretrained.table(found)
+    assert "all 12 pairs" in text and "mixed model" in text
+    assert "20 % to 40 %" in pretrained.layers_table(found)
+    assert pretrained.overview(found).verdict == "helps"
+    pretrained.figure(found)
+
+
+def test_the_mixed_model_of_a_balanced_design():
+    """Its error is that of the means of the data sets, where these vary more than the pairs."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.01, (5, 16)) + np.array([[-0.02], [-0.01], [0], [0.01], [0.03]])
+    found = pretrained.mixed_model({str(n): list(some) for n, some in enumerate(values)})
+    means = values.mean(1)
+    assert found["mean"] == pytest.approx(means.mean())
+    error = means.std(ddof=1) / np.sqrt(5)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=1e-3)
+    # Without such variance it is that over all pairs, with the normal distribution.
+    values = rng.normal(0, 0.01, 80)
+    values = np.concatenate([values, -values]).reshape(16, 10).T
+    found = pretrained.mixed_model(
+        {str(n): list(some - some.mean()) for n, some in enumerate(values)}
+    )
+    assert found["mean"] == pytest.approx(0, abs=1e-12)
+    assert found["p"] == pytest.approx(1) and found["p_equivalent"] < 1e-3
+
+
+def test_a_verdict_needs_both_analyses():
+    clear, unclear = {"p_holm": 0.001, "mean": 0.01}, {"p_holm": 0.03, "mean": 0.01}
+    assert statistics.verdict(unclear) == "helps"
+    assert pretrained.conclusion({"auc": clear, "mixed": clear}) == "helps"
+    assert pretrained.conclusion({"auc": clear, "mixed": unclear}) == "undecided"
