@@ -91,12 +91,12 @@ OVERHEAD_CASES = (
     Rounds(Case("vgg19", "imagenet", 224, 8), 10),
 )
 FAMILY_CASES = (
-    Rounds(Case("vit_tiny", "small", 28, 32), 10),
-    Rounds(Case("mixer_tiny", "small", 28, 64), 10),
-    Rounds(Case("mamba_tiny", "small", 140, 32, modality="signal"), 10),
-    Rounds(Case("resnet18", "small", 140, 64, modality="signal"), 10),
+    Rounds(Case("vit_tiny", "small", 28, 128), 6),
+    Rounds(Case("mixer_tiny", "small", 28, 128), 10),
+    Rounds(Case("mamba_tiny", "small", 140, 128, modality="signal"), 6),
+    Rounds(Case("resnet18", "small", 140, 128, modality="signal"), 10),
     Rounds(Case("resnet18", "small", 28, 2, modality="volume"), 4),
-    Rounds(Case("mlp", "small", 30, 64, modality="table"), 40),
+    Rounds(Case("mlp", "small", 30, 128, modality="table"), 40),
 )
 PYTORCH_CASES = (
     Rounds(Case("resnet18", "small", 28, 64), 10),

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
     grid = GRIDS[options.grid]
     if "trials" in options.parts:
-        trials.check_data(grid, options.data_dir)
+        trials.check_data(grid, trials.paths_of(options.output, options.data_dir))
     session = Session(options.output, 60 * options.minutes, options.tiny)
     session.around = describe_machine(options.tiny)
     check_folder(session.folder, session.around)

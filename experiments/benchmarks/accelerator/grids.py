@@ -1,8 +1,9 @@
 """Lists of trials for part 4, the most informative first."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from experiments.study.questions import pretrained
 from experiments.study.trials import Backbone, Treatment, Trial
 
 ARMS: Mapping[str, Treatment] = {
@@ -20,7 +21,8 @@ class Grid:
 
     Attributes:
       data: data sets, of `study.datasets.SOURCES`.
-      seeds: of each data set, from 0.
+      seeds: number of seeds of each data set.
+      first_seed: the first of them.
       model: of `create_model`.
       width: factor on its channels.
       epochs: of the backbone; 100 in the MedMNIST benchmark.
@@ -35,11 +37,13 @@ class Grid:
     epochs: int = 100
     more: int = 30
     arms: Mapping[str, Treatment] = field(default_factory=lambda: ARMS)
+    first_seed: int = 0
 
     def units(self, together: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Data set and seeds that are trained at once; all data sets before further seeds."""
+        every = range(self.first_seed, self.first_seed + self.seeds)
         for start in range(0, self.seeds, together):
-            seeds = tuple(range(start, min(start + together, self.seeds)))
+            seeds = tuple(every[start : start + together])
             for data in self.data:
                 yield data, seeds
 
@@ -52,11 +56,44 @@ class Grid:
         start = self.backbone(data, seed).backbone
         return Trial(start, arm, self.more, treatment=self.arms[arm])
 
+    def stages(self, data: str, seeds: Sequence[int]) -> list[list[Trial]]:
+        """The trials of some seeds by stage, the backbones first."""
+        backbones = [self.backbone(data, seed) for seed in seeds]
+        return [backbones, *([self.second(data, s, arm) for s in seeds] for arm in self.arms)]
+
     def trials(self) -> Iterator[Trial]:
         """All trials."""
         for data, seeds in self.units(1):
-            yield self.backbone(data, seeds[0])
-            yield from (self.second(data, seeds[0], arm) for arm in self.arms)
+            yield from (trial for stage in self.stages(data, seeds) for trial in stage)
+
+
+@dataclass(frozen=True)
+class PretrainedGrid(Grid):
+    """The comparison of docs/protocol.md, section 1; empty before its learning rates are chosen."""
+
+    def backbone(self, data: str, seed: int) -> Trial:
+        """The first stage, with the learning rate of the data set."""
+        return Trial(pretrained.backbone(data, pretrained.RATES[data], seed))
+
+    def second(self, data: str, seed: int, arm: str) -> Trial:
+        """A second stage."""
+        return pretrained.second_stage(self.backbone(data, seed).backbone, arm)
+
+
+@dataclass(frozen=True)
+class LearningRateGrid(Grid):
+    """The backbones by which the learning rates of `PretrainedGrid` are chosen."""
+
+    def backbone(self, data: str, seed: int) -> Trial:
+        """The first stage, with the first of the learning rates."""
+        return self.stages(data, [seed])[0][0]
+
+    def stages(self, data: str, seeds: Sequence[int]) -> list[list[Trial]]:
+        """The backbones of some seeds, by learning rate."""
+        return [
+            [Trial(pretrained.backbone(data, rate, seed)) for seed in seeds]
+            for rate in pretrained.CANDIDATES
+        ]
 
 
 _SMALL = ("breastmnist", "retinamnist")
@@ -64,6 +101,15 @@ GRIDS: Mapping[str, Grid] = {
     "medmnist": Grid((*_SMALL, "pneumoniamnist", "bloodmnist_like"), seeds=16),
     # A seed takes a few minutes less than on the larger sets, so more pairs fit into the time.
     "small": Grid(_SMALL, seeds=32),
+    "learning_rates": LearningRateGrid(
+        tuple(pretrained.EPOCHS),
+        seeds=len(pretrained.SELECTION_SEEDS),
+        first_seed=pretrained.SELECTION_SEEDS[0],
+        arms=pretrained.ARMS,
+    ),
+    "pretrained": PretrainedGrid(
+        tuple(pretrained.RATES), seeds=len(pretrained.SEEDS), arms=pretrained.ARMS
+    ),
     "phantom": Grid(
         ("phantom",),
         seeds=2,
@@ -75,6 +121,7 @@ GRIDS: Mapping[str, Grid] = {
             "finetune": Treatment(),
             "inmerge": Treatment("merge", threshold=-1.0, skip=4),
             "inmerge, adaptive": Treatment("merge", quantile=0.5, skip=4),
+            "released": Treatment("released", threshold=-1.0, partner="random", skip=4),
         },
     ),
 }

@@ -23,7 +23,7 @@ from experiments.benchmarks.accelerator.grids import GRIDS, Grid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.benchmarks.accelerator.session import Session, say, to_json
 from experiments.study import archive, datasets
-from experiments.study.stages import Paths, plan_of
+from experiments.study.stages import EDGES, Paths, batch_size, plan_of
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
@@ -31,6 +31,7 @@ from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
+from inmerge_jax.training.evaluation import evaluate_merging
 from inmerge_jax.training.experiment import initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
@@ -40,6 +41,7 @@ from inmerge_jax.training.train import NonFiniteLossError, TrainContext, batch_s
 from inmerge_jax.training.train_step import (
     Totals,
     TrainState,
+    make_merging_eval_step,
     make_train_step,
     new_state,
     set_learning_rate,
@@ -53,27 +55,41 @@ _COMPILE = 60
 """Seconds for one data set's step, estimated."""
 
 
-def check_data(grid: Grid, folder: Path) -> None:
-    """Checks that the files of a grid's data sets exist.
+def check_data(grid: Grid, paths: Paths) -> None:
+    """Checks that the files of a grid's data sets and weights exist; builds ChestX-ray14.
 
     Raises:
-      UsageError: one is missing.
+      UsageError: one is missing, or the grid has no trials yet.
     """
+    remedy = "choose another --grid, or leave the trials out with --parts correctness merge step"
+    if not grid.data:
+        raise UsageError(
+            "--grid pretrained: its learning rates are not chosen yet, see docs/protocol.md; "
+            + remedy
+        )
+    needed = []
     for name in grid.data:
-        config = datasets.config_of(name, folder, folder)
-        if name == "phantom":
-            continue
-        path = config.file or config.data_dir / f"{config.name}.npz"
+        config = datasets.config_of(name, paths.data, paths.built)
+        if config.name not in ("phantom", "chestxray14"):
+            needed.append(config.file or config.data_dir / f"{config.name}.npz")
+    if grid.backbone(grid.data[0], grid.first_seed).backbone.weights == "edges":
+        needed.append(paths.data / EDGES)
+    for path in needed:
         if not path.is_file():
             raise UsageError(
-                f"--data-dir {folder}: {path} is missing; give the folder that holds it, choose "
-                "another --grid, or leave the trials out with --parts correctness merge step"
+                f"--data-dir {paths.data}: {path} is missing; give the folder that holds it, "
+                + remedy
             )
+
+
+def paths_of(folder: Path, data_dir: Path) -> Paths:
+    """Where data and results of a session are."""
+    return Paths(data_dir, folder, devices=jax.local_device_count())
 
 
 def measure(session: Session, grid: Grid, data_dir: Path) -> None:
     """Trains the trials of a grid that are not stored yet, until the time is used."""
-    paths = Paths(data_dir, session.folder, devices=jax.local_device_count())
+    paths = paths_of(session.folder, data_dir)
     arrays = stored_arrays(session.folder)
     found = session.found[PART]
     programs: dict[tuple[str, int], Program] = {}
@@ -98,8 +114,7 @@ def measure(session: Session, grid: Grid, data_dir: Path) -> None:
     chosen = found["cases"][choice]
     together = chosen["together"]
     for data, seeds in grid.units(together):
-        trials = [grid.backbone(data, seed) for seed in seeds]
-        trials += [grid.second(data, seed, arm) for seed in seeds for arm in grid.arms]
+        trials = [trial for stage in grid.stages(data, seeds) for trial in stage]
         if all(trial.hash in stored_records(found) for trial in trials):
             continue
         done = [case["seconds_per_update"] for case in found["cases"].values() if "records" in case]
@@ -117,9 +132,9 @@ def measure(session: Session, grid: Grid, data_dir: Path) -> None:
 
 def updates_of(grid: Grid, data: str) -> int:
     """Updates of one seed's trials."""
-    images = datasets.SOURCES[data].images[0]
-    epochs = grid.epochs + grid.more * len(grid.arms)
-    return steps_per_epoch(images, min(128, images // 4)) * epochs
+    stages = [stage[0] for stage in grid.stages(data, [grid.first_seed])]
+    epochs = sum(trial.epochs or trial.backbone.epochs for trial in stages)
+    return steps_per_epoch(datasets.SOURCES[data].images[0], batch_size(data)) * epochs
 
 
 def stored_records(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -264,7 +279,7 @@ class Program:
 
 def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
     """Loads a data set and makes the step that trains `together` seeds at once."""
-    plan = plan_of(grid.backbone(data, 0), paths)
+    plan = plan_of(grid.backbone(data, grid.first_seed), paths)
     setup = make_context(plan)
     treatments = list(grid.arms.values())
     kinds = tuple(dict.fromkeys(filter(None, map(kind_of, treatments))))
@@ -342,14 +357,12 @@ def train_unit(
     chosen = program(data, len(seeds))
     starts = [initial_variables(chosen.plan, seed) for seed in seeds]
     records = {}
-    best = None
-    for arm in (None, *grid.arms):
-        if arm is None:
-            trials = [grid.backbone(data, seed) for seed in seeds]
-        else:
-            trials = [grid.second(data, seed, arm) for seed in seeds]
-        trained = train_together(chosen, trials, starts if best is None else best)
-        best = best or [one.weights for one in trained]
+    best = starts
+    for trials in grid.stages(data, seeds):
+        is_backbone = trials[0].is_backbone
+        trained = train_together(chosen, trials, starts if is_backbone else best)
+        if is_backbone:
+            best = [one.weights for one in trained]
         for trial, one in zip(trials, trained, strict=True):
             around = session.around["environment"] | {
                 name: session.around[name] for name in ("device", "driver")
@@ -405,6 +418,13 @@ def train_together(
         train_batches(data.train, seed=batch_seed(seed, number), batch_size=recipe.batch_size)
         for seed in seeds
     ]
+    merging_eval = None
+    if trial.treatment.kind == "released":
+        rule = numbers(trial.treatment, program.updates).rule
+        options = step_options(plan)
+        merging_eval = make_merging_eval_step(
+            plan.model, recipe, kernels=program.deep, rule=rule, **options
+        )
     histories: list[list[dict[str, Any]]] = [[] for _ in trials]
     best: list[TrainState] = [None] * count
 
@@ -419,11 +439,24 @@ def train_together(
         for i in range(count):
             one = pick(state, i, count)
             total = sums if count == 1 else Totals(*(x[i] for x in sums))
-            scores, loss = setup.evaluate(one, data.val)
+            line: dict[str, Any] = {}
+            if merging_eval is None:
+                scores, loss = setup.evaluate(one, data.val)
+            else:
+                one, val, scores, loss = evaluate_merging(
+                    merging_eval,
+                    one,
+                    replicate(zero_totals(len(program.deep)), devices),
+                    data.val,
+                    root_key(seeds[i], number),
+                    devices,
+                )
+                state = put(state, one, i, count)
+                line = {"val_selected": val.selected, "val_merged": val.merged}
             if not (math.isfinite(loss) and math.isfinite(float(total.loss))):
                 raise NonFiniteLossError(f"{trials[i].name}: diverged in epoch {epoch}")
             auc = compute_metrics(data.val.labels, scores, data.task).auc
-            line = {"val_loss": loss, "val_auc": json_number(auc), "learning_rate": rate}
+            line |= {"val_loss": loss, "val_auc": json_number(auc), "learning_rate": rate}
             line |= {"selected": total.selected, "merged": total.merged}
             histories[i].append(line)
             if best_epoch(histories[i], recipe.select) == epoch:
@@ -451,6 +484,11 @@ def finish(
     weights = unreplicate((state.params, state.batch_stats))
     merges = trial.treatment.kind != "none"
     deep = program.deep if merges else ()
+    counts = {
+        name: np.sum([line[name] for line in history], 0).tolist() if merges else []
+        for name in ("selected", "merged", "val_selected", "val_merged")
+        if name in history[0]
+    }
     result = {
         "best_epoch": best_epoch(history, plan.recipe.select),
         "epochs": len(history),
@@ -459,8 +497,8 @@ def finish(
         **found,
         "layers": [kernel.name for kernel in deep],
         "kernels": [kernel.count for kernel in deep],
-        "selected": np.sum([line["selected"] for line in history], 0).tolist() if merges else [],
-        "merged": np.sum([line["merged"] for line in history], 0).tolist() if merges else [],
+        "merged_by_epoch": [line["merged"].tolist() for line in history] if merges else [],
+        **counts,
         "warnings": [],
     }
     before, after = (
@@ -492,7 +530,7 @@ def join(batches: Sequence[Mapping[str, np.ndarray]], devices: int) -> dict[str,
 
 @functools.partial(jax.jit, static_argnums=2)
 def pick(state: TrainState, index: Any, count: int) -> TrainState:
-    """A copy of one network's weights, of `count` that a replicated state holds."""
+    """A copy of one network's weights and step, of `count` that a replicated state holds."""
 
     def one(x: jax.Array) -> jax.Array:
         return jnp.copy(x) if count == 1 else x[:, index]
@@ -501,4 +539,15 @@ def pick(state: TrainState, index: Any, count: int) -> TrainState:
         params=jax.tree.map(one, state.params),
         batch_stats=jax.tree.map(one, state.batch_stats),
         opt_state=(),
+        step=one(state.step),
     )
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def put(state: TrainState, one: TrainState, index: Any, count: int) -> TrainState:
+    """The state with the weights of one network, of `count`, replaced by those of `pick`."""
+
+    def new(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.copy(y) if count == 1 else x.at[:, index].set(y)
+
+    return state._replace(params=jax.tree.map(new, state.params, one.params))

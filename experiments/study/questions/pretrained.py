@@ -60,6 +60,11 @@ def backbone(data: str, rate: float, seed: int) -> Backbone:
     )
 
 
+def second_stage(start: Backbone, arm: str) -> Trial:
+    """A second stage: as many epochs at a tenth of the backbone's learning rate."""
+    return Trial(start, arm, start.epochs, start.rate / 10, ARMS[arm])
+
+
 def selection_grid() -> tuple[Trial, ...]:
     """The backbones by which the learning rates are chosen."""
     every = product(EPOCHS, CANDIDATES, SELECTION_SEEDS)
@@ -70,10 +75,7 @@ def comparison_grid() -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first; none before the learning rates are chosen."""
     found = []
     for seed, (data, rate) in product(SEEDS, RATES.items()):
-        start = backbone(data, rate, seed)
-        found += [
-            Trial(start, arm, EPOCHS[data], rate / 10, treatment) for arm, treatment in ARMS.items()
-        ]
+        found += [second_stage(backbone(data, rate, seed), arm) for arm in ARMS]
     return tuple(found)
 
 

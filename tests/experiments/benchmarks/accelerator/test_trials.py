@@ -1,5 +1,7 @@
 """A trial of part 4 is the training that the study's runner does."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from experiments.benchmarks.accelerator.trials import (
     shared_treatment,
 )
 from experiments.study import archive, runner
+from experiments.study.questions import pretrained
 from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
-from experiments.study.trials import Treatment
+from experiments.study.trials import Treatment, with_dependencies
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import initial_variables
 from tests.training import tiny
@@ -41,18 +44,22 @@ def train(paths, seeds, arm=None, starts=None):
 @pytest.fixture(scope="module")
 def alone(paths):
     (backbone,) = train(paths, [1])
-    (merged,) = train(paths, [1], "inmerge", [backbone.weights])
-    return {"backbone": backbone, "inmerge": merged}
+    arms = {arm: train(paths, [1], arm, [backbone.weights])[0] for arm in ("inmerge", "released")}
+    return {"backbone": backbone, **arms}
 
 
 @pytest.mark.long
 def test_a_trial_is_what_the_runner_trains(paths, alone):
-    chosen = [GRID.backbone("phantom", 1), GRID.second("phantom", 1, "inmerge")]
+    chosen = [GRID.backbone("phantom", 1)]
+    chosen += [GRID.second("phantom", 1, arm) for arm in ("inmerge", "released")]
     runner.run_trials(chosen, paths)
     for trial in chosen:
         expected, found = runner.read_result(paths.trial(trial)), alone[trial.arm]
         for name in ("best_epoch", "epochs", "steps", "layers", "kernels", "selected", "merged"):
             assert found.result[name] == expected[name], name
+        if trial.arm == "released":
+            for name in ("val_selected", "val_merged"):
+                assert found.result[name] == expected[name] and sum(expected[name]) > 0, name
         for part in ("val", "test"):
             assert found.result[part]["auc"] == pytest.approx(expected[part]["auc"], abs=2e-3)
         images = np.asarray(make_program(GRID, "phantom", 1, paths).plan.dataset.test.images)
@@ -64,10 +71,13 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
 @pytest.mark.long
 def test_seeds_that_train_together_train_as_alone(paths, alone):
     backbones = train(paths, [0, 1])
-    merged = train(paths, [0, 1], "inmerge", [one.weights for one in backbones])
-    for found, expected in ((backbones[1], alone["backbone"]), (merged[1], alone["inmerge"])):
-        assert found.result["merged"] == expected.result["merged"]
-        assert found.result["best_epoch"] == expected.result["best_epoch"]
+    starts = [one.weights for one in backbones]
+    pairs = [(backbones[1], alone["backbone"])]
+    pairs += [(train(paths, [0, 1], arm, starts)[1], alone[arm]) for arm in ("inmerge", "released")]
+    for found, expected in pairs:
+        for name in ("merged", "best_epoch"):
+            assert found.result[name] == expected.result[name]
+        assert found.result.get("val_merged") == expected.result.get("val_merged")
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     assert not np.allclose(backbones[0].scores, backbones[1].scores, atol=1e-4)
 
@@ -105,17 +115,33 @@ def test_every_grid_has_paired_arms_and_trials_of_their_own():
     for name, grid in GRIDS.items():
         trials = list(grid.trials())
         assert len({trial.hash for trial in trials}) == len(trials), name
-        assert len(trials) == len(grid.data) * grid.seeds * (1 + len(grid.arms))
+        stages = [grid.stages(data, [grid.first_seed]) for data in grid.data]
+        assert len(trials) == sum(map(len, stages)) * grid.seeds
         seeds = [(data, seed) for data, unit in grid.units(4) for seed in unit]
-        assert sorted(seeds) == sorted((d, s) for d in grid.data for s in range(grid.seeds))
+        every = range(grid.first_seed, grid.first_seed + grid.seeds)
+        assert sorted(seeds) == sorted((d, s) for d in grid.data for s in every)
         merging = [one for one in grid.arms.values() if kind_of(one)]
         assert "finetune" in grid.arms and len({one.skip for one in merging}) == 1
 
 
+def test_the_grids_of_the_primary_question_are_its_trials(monkeypatch):
+    grid = GRIDS["learning_rates"]
+    assert set(grid.trials()) == set(pretrained.selection_grid())
+    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(pretrained.EPOCHS, 1e-3))
+    grid = dataclasses.replace(GRIDS["pretrained"], data=tuple(pretrained.RATES))
+    assert set(grid.trials()) == set(with_dependencies(pretrained.comparison_grid()))
+
+
+def test_no_trial_is_trained_before_the_learning_rates_are_chosen(tmp_path):
+    grid = dataclasses.replace(GRIDS["pretrained"], data=())
+    with pytest.raises(UsageError, match="its learning rates are not chosen yet"):
+        trials.check_data(grid, Paths(tmp_path, tmp_path))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
-        trials.check_data(GRIDS["small"], tmp_path)
-    trials.check_data(GRID, tmp_path)
+        trials.check_data(GRIDS["small"], Paths(tmp_path, tmp_path))
+    trials.check_data(GRID, Paths(tmp_path, tmp_path))
 
 
 @pytest.mark.long
@@ -130,7 +156,7 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
         trial = known[arm]
         records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
         arrays[f"scores-{trial.hash}"] = one.scores
-    assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 2
+    assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 3
     assert trials.import_records(records, arrays, "d" * 40, tmp_path) == 0
     stored = archive.read(tmp_path)
     record = stored.records[known["inmerge"].hash]
