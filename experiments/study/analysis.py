@@ -101,7 +101,12 @@ def group_name(trial: Trial) -> str:
     width = "" if start.width == 1 else f" \u00d7{start.width:g}"
     sgd = ", SGD" if start.optimizer == "sgd" else ""
     edges = ", pretrained" if start.weights == "edges" else ""
-    return f"{datasets.SOURCES[start.data].title}, {start.model}{width}{edges}{sgd}"
+    few = "" if start.images is None else f", {start.images:,} images"
+    wrong = (
+        f", {start.wrong_labels:.0%} wrong labels".replace("%", " %") if start.wrong_labels else ""
+    )
+    title = datasets.SOURCES[start.data].title
+    return f"{title}{few}{wrong}, {start.model}{width}{edges}{sgd}"
 
 
 @functools.cache

@@ -39,8 +39,8 @@ Results of earlier versions, and of treatments without them, have none."""
 _DIGITS = 4
 
 _BACKBONE = {
-    "data": str, "model": str, "width": float, "stem": str, "weights": str, "optimizer": str,
-    "seed": int,
+    "data": str, "images": int, "wrong_labels": float, "model": str, "width": float, "stem": str,
+    "weights": str, "statistics": str, "optimizer": str, "seed": int,
     "backbone_epochs": int, "backbone_learning_rate": float,
 }  # fmt: skip
 _STAGE = {"epochs": int, "learning_rate": float, "treatment": str}
@@ -114,7 +114,7 @@ def make_record(
     trained["processor"] = environment.get("processor")
     trained |= {name: environment[name] for name in ("device", "driver") if name in environment}
     # The similarities before a second stage are those after its backbone.
-    stages = ("before", "after") if trial.is_backbone else ("after",)
+    stages = ("before", "after") if trial.first() == trial else ("after",)
     return {
         "name": trial.name,
         "arm": trial.arm,
@@ -306,12 +306,14 @@ def _details(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] != ""}
-    backbone = {name: values[name] for name in _BACKBONE if not name.startswith("backbone_")}
+    # Files of earlier versions have fewer columns.
+    values = {name: kind(row[name]) for name, kind in COLUMNS.items() if row.get(name, "") != ""}
+    own = [name for name in _BACKBONE if not name.startswith("backbone_")]
+    backbone = {name: values[name] for name in own if name in values}
     backbone |= {name: values[f"backbone_{name}"] for name in ("epochs", "learning_rate")}
     for name in ADDED_LATER:
-        if backbone[name] == getattr(Backbone, name):
-            del backbone[name]
+        if backbone.get(name) == getattr(Backbone, name):
+            backbone.pop(name, None)
     config: dict[str, Any] = {"backbone": backbone}
     if "treatment" in values:
         treatment = {name: values[name] for name in _TREATMENT if name in values}

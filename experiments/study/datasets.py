@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inmerge_jax.data import DataConfig, PhantomConfig
+import numpy as np
+
+from inmerge_jax.data import DataConfig, Dataset, PhantomConfig, Split
 from inmerge_jax.data.chestxray14.build import MANIFEST
 from inmerge_jax.errors import UsageError
 
@@ -90,6 +92,38 @@ SOURCES |= {
     "pneumoniamnist_rgb": _for_pretrained("pneumoniamnist", channels=3),
     "bloodmnist_like_rgb": _for_pretrained("bloodmnist_like"),
 }
+
+
+# Batches of which 250 images give seven.
+SOURCES["bloodmnist_like_few"] = dataclasses.replace(SOURCES["bloodmnist_like"], batch=32)
+
+
+def damaged(dataset: Dataset, images: int | None, wrong_labels: float, seed: int) -> Dataset:
+    """A multi-class data set with few images and wrong training labels, both drawn with the seed.
+
+    Fewer images are a part of more of the same seed, and fewer wrong labels a part of more. Test
+    images stay.
+
+    Args:
+      dataset: all images.
+      images: number of training images, and the most validation images; None for all.
+      wrong_labels: fraction of the training labels that are replaced, each by one of the other
+        classes.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng([seed, len(dataset.train)])
+    train, val = (_some(split, images, rng) for split in (dataset.train, dataset.val))
+    shifts = rng.integers(1, dataset.num_classes, len(dataset.train.labels))[: len(train)]
+    order = rng.permutation(len(train))[: round(wrong_labels * len(train))]
+    labels = train.labels.copy()
+    labels[order] = (labels[order] + shifts[order]) % dataset.num_classes
+    return dataclasses.replace(dataset, train=dataclasses.replace(train, labels=labels), val=val)
+
+
+def _some(split: Split, images: int | None, rng: np.random.Generator) -> Split:
+    """The first images of a random order."""
+    order = rng.permutation(len(split))[:images]
+    return Split(split.images[order], split.labels[order])
 
 
 def config_of(name: str, folder: Path, built: Path) -> DataConfig:

@@ -55,16 +55,21 @@ class ReproduceConfig:
 def seconds(trial: Trial) -> float:
     """Training time of a stored trial with its backbone; infinite where one is not stored."""
     records = archive.read().records
-    both = (records.get(one.hash) for one in (trial, trial.first()))
-    return sum(one["result"]["seconds"] if one else float("inf") for one in both)
+    stored = (records.get(one) for one in {trial.hash, trial.first().hash})
+    return sum(one["result"]["seconds"] if one else float("inf") for one in stored)
 
 
 def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
-    """Second stages of a question, each of another data set, network or optimizer."""
-    second = [trial for trial in question.trials if not trial.is_backbone]
+    """Stored second stages of a question, each of another data set, network or optimizer."""
+    second = [
+        trial
+        for trial in question.trials
+        if not trial.is_backbone and seconds(trial) < float("inf")
+    ]
     some = [trial for trial in second if seconds(trial) <= config.limit]
     some = some or sorted(second, key=seconds)[:1]
-    number = 1 + list(QUESTIONS).index(question.name)
+    # The stored draws were made before there was a first question.
+    number = list(QUESTIONS).index(question.name) or len(QUESTIONS)
     order = np.random.default_rng([config.seed, number]).permutation(len(some))
     kinds: dict[tuple[str, str, str], Trial] = {}
     for trial in (some[index] for index in order):

@@ -109,7 +109,7 @@ def run_trial(
     setup = make_context(plan, should_stop)
     params, batch_stats = initial_variables(plan, trial.backbone.seed)
     stage = first = first_stage(trial, plan, setup, paths)
-    if not trial.is_backbone:
+    if trial.first() != trial:
         best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
         if best is None:
             raise UsageError(
@@ -117,6 +117,7 @@ def run_trial(
                 "and repeat the command"
             )
         params, batch_stats, _ = best
+    if not trial.is_backbone:
         setup, stage = second_stage(trial, plan, setup, paths)
     with lock(stage.folder):
         _begin(trial, stage.folder)

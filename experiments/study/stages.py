@@ -69,8 +69,14 @@ class Paths:
 
 
 def plan_of(trial: Trial, paths: Paths) -> RunSpec:
-    """The validated plan of a trial's backbone, shared by all seeds and second stages."""
-    return _plan(dataclasses.replace(trial.backbone, seed=0), paths)
+    """The validated plan of a trial's backbone, shared by its second stages."""
+    start = trial.backbone
+    all_images = dataclasses.replace(start, seed=0, images=None, wrong_labels=0.0)
+    plan = _plan(all_images, paths)
+    if start.images is None and not start.wrong_labels:
+        return plan
+    dataset = datasets.damaged(plan.dataset, start.images, start.wrong_labels, start.seed)
+    return dataclasses.replace(plan, dataset=dataset)
 
 
 @functools.lru_cache(maxsize=2)
@@ -86,7 +92,7 @@ def _plan(backbone: Any, paths: Paths) -> RunSpec:
         ),
         recipe=RecipeConfig(
             name="medmnist",
-            epochs=backbone.epochs,
+            epochs=max(1, backbone.epochs),
             learning_rate=backbone.rate,
             batch_size=batch_size(backbone.data),
             **options,
@@ -112,8 +118,8 @@ def batch_size(data: str) -> int:
 def images_of(trial: Trial) -> int:
     """Number of training images that a trial processes, over all epochs."""
     epochs = trial.epochs or trial.backbone.epochs
-    size = batch_size(trial.backbone.data)
-    return steps_per_epoch(datasets.SOURCES[trial.backbone.data].images[0], size) * size * epochs
+    size, images = batch_size(trial.backbone.data), datasets.SOURCES[trial.backbone.data].images[0]
+    return steps_per_epoch(min(images, trial.backbone.images or images), size) * size * epochs
 
 
 def first_stage(trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths) -> StageConfig:
@@ -127,6 +133,7 @@ def first_stage(trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths) 
         epochs=trial.backbone.epochs,
         learning_rate=trial.backbone.rate,
         train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **options),
+        recompute_batch_stats=trial.backbone.statistics == "renewed",
     )
 
 
@@ -165,6 +172,7 @@ def second_stage(
         train_step=step,
         deep=deep,
         merging_eval_step=merging_eval,
+        recompute_batch_stats=trial.backbone.statistics == "renewed",
     )
     return setup, stage
 

@@ -66,7 +66,8 @@ class Backbone:
       data: key of `datasets.SOURCES`.
       model: name of `create_model`.
       seed: of the weights and the batches.
-      epochs: number of epochs.
+      epochs: number of epochs; 0 if second stages start from new weights, so that they are the only
+        stage.
       width: factor on the channels.
       optimizer: "adam" at 1e-3, or "sgd" at 0.05 with momentum 0.9 and weight decay 1e-4; all else
         as in the MedMNIST benchmark.
@@ -74,6 +75,11 @@ class Backbone:
       stem: form of the first layers.
       weights: "random", or "edges": the file `stages.EDGES`, a VGG16 with ImageNet weights that was
         fine-tuned for edge detection.
+      images: number of training images, drawn with the seed, and the most validation images; None
+        for all.
+      wrong_labels: fraction of the training labels that are replaced by another class.
+      statistics: "running", or "renewed": batch statistics are re-estimated on the training images
+        before each evaluation.
     """
 
     data: str
@@ -85,6 +91,9 @@ class Backbone:
     learning_rate: float | None = None
     stem: Literal["small", "imagenet"] = "small"
     weights: Literal["random", "edges"] = "random"
+    images: int | None = None
+    wrong_labels: float = 0.0
+    statistics: Literal["running", "renewed"] = "running"
 
     @property
     def rate(self) -> float:
@@ -92,13 +101,13 @@ class Backbone:
         return self.learning_rate or {"adam": 1e-3, "sgd": 0.05}[self.optimizer]
 
 
-ADDED_LATER = ("stem", "weights")
+ADDED_LATER = ("stem", "weights", "images", "wrong_labels", "statistics")
 """Fields of a backbone that stored trials need not have."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: a backbone, or a second stage that starts from its best checkpoint.
+    """One training: a backbone, or a stage from its best checkpoint or from new weights.
 
     Attributes:
       backbone: the first stage.
@@ -151,11 +160,14 @@ class Trial:
         edges = " pretrained" if start.weights == "edges" else ""
         width = "" if start.width == 1 else f" x{start.width:g}"
         sgd = " sgd" if start.optimizer == "sgd" else ""
-        return f"{start.data} {start.model}{width}{edges}{sgd} seed {start.seed} {self.arm}"
+        few = "" if start.images is None else f" {start.images} images"
+        wrong = f" {start.wrong_labels:.0%} wrong" if start.wrong_labels else ""
+        where = f"{start.data}{few}{wrong} {start.model}{width}{edges}{sgd}"
+        return f"{where} seed {start.seed} {self.arm}"
 
     def first(self) -> "Trial":
-        """The backbone's trial."""
-        return self if self.is_backbone else Trial(self.backbone)
+        """The trial that it starts from; itself if it starts from new weights."""
+        return Trial(self.backbone) if self.epochs and self.backbone.epochs else self
 
 
 def with_dependencies(trials: Iterable[Trial]) -> list[Trial]:

@@ -19,6 +19,13 @@ TRIALS = (
     Trial(START, "inmerge, adaptive", 2, treatment=Treatment("merge", quantile=0.5)),
     Trial(START, "decay", 2, 1e-3, Treatment("decay", decay=5e-4)),
     Trial(Backbone("phantom", "vgg16", 0, 1, weights="edges"), "r", 1, 1e-3, Treatment("released")),
+    Trial(
+        Backbone("phantom", "vgg11", 0, 0, images=48, wrong_labels=0.25, statistics="renewed"),
+        "only",
+        30,
+        1e-3,
+        Treatment("merge"),
+    ),
 )
 LABELS = Labels(
     np.array([[0, 1], [1, 0], [1, 1]], np.uint8), "multi-label, binary-class", np.arange(3)

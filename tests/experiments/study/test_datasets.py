@@ -1,5 +1,8 @@
 """What is known of a data set without loading it is true."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from experiments.study import datasets
@@ -17,3 +20,36 @@ def test_counts_and_size(name, tmp_path):
     splits = dataset.train, dataset.val, dataset.test
     assert tuple(map(len, splits)) == source.images
     assert dataset.size == source.config.size
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return load_dataset(datasets.config_of("phantom", folder, folder))
+
+
+def test_few_images_and_wrong_labels_are_drawn_with_the_seed(phantom):
+    numbers = np.arange(96, dtype=np.uint8).reshape(96, 1, 1, 1)
+    numbered = dataclasses.replace(phantom.train, images=numbers)
+    whole = dataclasses.replace(phantom, train=numbered)
+    found = {n: datasets.damaged(whole, n, 0.25, 3) for n in (24, 48)}
+    for count, one in found.items():
+        assert (len(one.train), len(one.val), one.test) == (count, min(count, 64), phantom.test)
+        labels = phantom.train.labels[one.train.images.ravel()]
+        wrong = one.train.labels != labels
+        assert wrong.sum() == count // 4
+        assert one.train.labels.min() >= 0 and one.train.labels.max() < phantom.num_classes
+        assert len(np.unique(one.train.images)) == count
+    np.testing.assert_array_equal(found[48].train.images[:24], found[24].train.images)
+    more = datasets.damaged(whole, 48, 0.5, 3)
+    both = (dataset.train.labels for dataset in (found[48], more))
+    changed = [labels != phantom.train.labels[more.train.images.ravel()] for labels in both]
+    assert changed[1].sum() == 24 and (changed[0] <= changed[1]).all()
+    other = datasets.damaged(whole, 48, 0.25, 4)
+    assert (other.train.images != found[48].train.images).any()
+
+
+def test_undamaged_labels_are_those_of_the_images(phantom):
+    found = datasets.damaged(phantom, None, 0.0, 0)
+    assert len(found.train) == 96 and len(found.val) == 64
+    assert sorted(found.train.labels) == sorted(phantom.train.labels)

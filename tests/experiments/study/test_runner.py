@@ -80,6 +80,29 @@ def test_a_backbone_whose_checkpoint_is_gone_is_trained_again_but_not_stored(tra
 
 
 @pytest.mark.long
+def test_a_single_stage_on_few_images_with_wrong_labels(tmp_path):
+    start = Backbone(
+        "phantom", "resnet18", 1, 0, 0.05, images=48, wrong_labels=0.25, statistics="renewed"
+    )
+    merge = dataclasses.replace(MERGE, skip=10)
+    trials = (Trial(start, "none", 2, 1e-3), Trial(start, "merge", 2, 1e-3, merge))
+    paths = stages.Paths(tmp_path / "data", tmp_path / "study")
+    results = run(trials, paths)
+    assert {path.name for path in (tmp_path / "study" / "trials").iterdir()} == {
+        trial.hash for trial in trials
+    }
+    # The phantom's 96 images have batches of 24.
+    assert all(result["steps"] == 2 * 2 for result in results.values())
+    assert sum(results["merge"]["merged"]) > 0
+    assert stages.images_of(trials[0]) == 2 * 48
+    dataset = stages.plan_of(trials[0], paths).dataset
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (48, 48, 96)
+    running = dataclasses.replace(start, statistics="running")
+    other = run([Trial(running, "none", 2, 1e-3)], paths)["none"]
+    assert other["val"] != results["none"]["val"]
+
+
+@pytest.mark.long
 def test_stopped_and_resumed_is_the_same(trained, tmp_path):
     paths, _ = trained
     elsewhere = stages.Paths(paths.data, tmp_path)

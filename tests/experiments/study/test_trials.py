@@ -68,10 +68,24 @@ def test_arms_of_a_grid_have_distinct_names(question):
         assert seen.setdefault(key, trial.hash) == trial.hash
 
 
-@pytest.mark.parametrize(("field", "value"), [("stem", "imagenet"), ("weights", "edges")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("stem", "imagenet"), ("weights", "edges"), ("images", 250)),
+        *(("wrong_labels", 0.2), ("statistics", "renewed")),
+    ],
+)
 def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field, value):
     start = Backbone("chestxray14", "vgg16", 0, 4)
     assert Trial(start).hash == "9927e1e683"
     other = Trial(dataclasses.replace(start, **{field: value}))
     assert other.hash != Trial(start).hash
     assert other.described()["backbone"][field] == value
+
+
+def test_a_single_stage_starts_from_new_weights():
+    start = Backbone("bloodmnist_like_few", "resnet18", 0, 0, 0.25, images=250, wrong_labels=0.2)
+    trials = [Trial(start, arm, 30, 1e-3, Treatment("merge")) for arm in ("a",)]
+    assert with_dependencies(trials) == trials
+    assert trials[0].first() is trials[0] and not trials[0].is_backbone
+    assert "250 images 20% wrong" in trials[0].name
