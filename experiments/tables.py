@@ -21,7 +21,7 @@ from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, presets
-from experiments.study.questions import QUESTIONS, main_effect, pretrained
+from experiments.study.questions import QUESTIONS, main_effect, pretrained, scarce
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
@@ -176,6 +176,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     **{name: functools.partial(question_table, name) for name in QUESTIONS},
     "pretrained_rates": lambda: pretrained.rates_table(analysis("pretrained")),
     "pretrained_layers": lambda: pretrained.layers_table(analysis("pretrained")),
+    "scarce_strengths": lambda: scarce.strengths_table(analysis("scarce")),
 }
 PAGES = {
     "README.md": ("main",),
@@ -189,6 +190,7 @@ PAGES = {
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
     ),
     **{f"docs/results/{question.page}": (name,) for name, question in QUESTIONS.items()},
+    "docs/results/scarce.md": ("scarce_strengths", "scarce"),
     "docs/results/pretrained.md": ("pretrained_rates", "pretrained", "pretrained_layers"),
 }
 

@@ -60,6 +60,11 @@ class Group:
         scores = self.archive.scores
         return [(a, b) for a, b in found if not (changed and np.array_equal(scores(a), scores(b)))]
 
+    def differences(self, pair: Pair, metric: str) -> list[float]:
+        """The differences of a test metric, by seed; those in which nothing changed are zero."""
+        both = self.pairs(pair, changed=False)
+        return [_gap(self.archive, *trials, metric) for trials in both]
+
     def interval(self, pair: Pair, metric: str) -> dict[str, Any] | None:
         """`statistics.bootstrap` of a difference, with its "seeds" and "changed"; None without."""
         both = self.pairs(pair, changed=False)

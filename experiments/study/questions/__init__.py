@@ -8,6 +8,7 @@ from experiments.study.questions import (
     main_effect,
     pretrained,
     robustness,
+    scarce,
     similarity,
 )
 from experiments.study.questions.question import Question
@@ -15,7 +16,7 @@ from experiments.study.questions.question import Question
 QUESTIONS: dict[str, Question] = {
     module.QUESTION.name: module.QUESTION
     for module in (
-        *(pretrained, main_effect, ablation, controls),
+        *(pretrained, scarce, main_effect, ablation, controls),
         *(similarity, adaptive, robustness, cost),
     )
 }

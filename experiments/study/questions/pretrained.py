@@ -145,14 +145,16 @@ def analyse(archive: Archive) -> Found:
     """
     found: Found = {"selection": selection(archive)}
     planned = with_dependencies(comparison_grid())
-    found["planned"] = len(planned)
-    found["stored"] = sum(trial.hash in archive.records for trial in planned)
-    if not planned or found["stored"] < found["planned"]:
+    found |= shared.progress(planned, archive)
+    if not shared.is_complete(found):
         return found
     own = groups(planned, archive)
     pooled: dict[str, dict[str, Any]] = {}
     for pair in PAIRS:
-        gaps = {metric: _gaps(own, pair, metric) for metric in statistics.METRICS}
+        gaps = {
+            metric: {group.name: group.differences(pair, metric) for group in own}
+            for metric in statistics.METRICS
+        }
         pooled[pair[0]] = {
             metric: statistics.over_trials([gap for some in by.values() for gap in some])
             for metric, by in gaps.items()
@@ -177,20 +179,6 @@ def analyse(archive: Archive) -> Found:
         "pooled": pooled,
         "layers": {arm: _layers(own, arm) for arm in MERGING},
         "similarity": _similarity(own),
-    }
-
-
-def _gaps(own: Sequence[Group], pair: tuple[str, str], metric: str) -> dict[str, list[float]]:
-    """The differences of all pairs, by data set; those in which nothing was merged are zero."""
-
-    def outcome(group: Group, trial: Trial) -> float:
-        return group.archive.records[trial.hash]["result"]["test"][metric]
-
-    return {
-        group.name: [
-            outcome(group, a) - outcome(group, b) for a, b in group.pairs(pair, changed=False)
-        ]
-        for group in own
     }
 
 
@@ -231,8 +219,9 @@ def conclusion(row: Mapping[str, Any]) -> str:
 
 def table(found: Found) -> str:
     """Differences in test AUC by data set and pooled; before that, how many trials are stored."""
-    if "pooled" not in found:
-        return _progress(found)
+    if not shared.is_complete(found):
+        done = sum(map(len, found["selection"].values())) * len(SELECTION_SEEDS)
+        return shared.progress_table({"learning rates": (done, len(selection_grid()))}, found)
     rows = []
     for name, group in found["groups"].items():
         gaps = [difference(found["intervals"][" - ".join(pair)].get(name), 4) for pair in PAIRS]
@@ -264,15 +253,6 @@ def _both(row: Mapping[str, Any], name: str) -> str:
     return ", ".join("" if p is None else p_value(p) for p in values)
 
 
-def _progress(found: Found) -> str:
-    planned = len(selection_grid())
-    done = sum(len(rates) for rates in found["selection"].values()) * len(SELECTION_SEEDS)
-    rows = [("learning rates", f"{done:,}", f"{planned:,}")]
-    comparison = f"{found['planned']:,}" if found["planned"] else "after the learning rates"
-    rows.append(("comparison", f"{found['stored']:,}", comparison))
-    return markdown(("Part", "Trials stored", "Planned"), rows)
-
-
 def rates_table(found: Found) -> str:
     """Mean validation AUC of the backbones by data set and learning rate, the chosen one bold."""
     best, rows = chosen(found["selection"]), []
@@ -292,7 +272,7 @@ def rates_table(found: Found) -> str:
 
 def layers_table(found: Found) -> str:
     """Merges and similarity by layer."""
-    if "pooled" not in found:
+    if not shared.is_complete(found):
         return "*Not looked at before all trials are stored.*\n"
     rows = []
     for layer, similarity in found["similarity"].items():
@@ -310,7 +290,7 @@ def layers_table(found: Found) -> str:
 
 def figure(found: Found) -> Plot:
     """Differences from fine-tuning by data set; before that, validation AUC by learning rate."""
-    if "pooled" in found:
+    if shared.is_complete(found):
         series = dict(zip(MERGING, found["intervals"].values(), strict=True))
         return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
     # Rows of NaN where no trial is stored yet.
@@ -325,9 +305,8 @@ def figure(found: Found) -> Plot:
 
 def overview(found: Found) -> Overview:
     """The paper's rule, over all pairs."""
-    if "pooled" not in found:
-        count = f"{found['stored']:,} of {found['planned']:,} trials" if found["planned"] else "0"
-        return Overview("not looked at before all trials are stored", count, "under way")
+    if not shared.is_complete(found):
+        return shared.under_way(found)
     row = found["pooled"]["paper"]
     verdict = conclusion(row)
     effect = f"paper's rule minus fine-tuning: {difference(row['auc'], 4)}"

@@ -1,12 +1,16 @@
-"""The networks of the ablation, the controls, the adaptive threshold and robustness.
+"""What several questions share.
 
-ResNet-18 at half width, Adam; all four share the backbones and the fine-tuning arm.
+The ablation, the controls, the adaptive threshold and robustness have the backbones and the arm
+finetune in common: ResNet-18 at half width, Adam.
 """
 
+from collections.abc import Mapping, Sequence
+
 from experiments.study import statistics
+from experiments.study.archive import Archive
 from experiments.study.questions.question import Found, Overview
-from experiments.study.render import difference
-from experiments.study.trials import Backbone, Treatment, Trial
+from experiments.study.render import difference, markdown
+from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 
 SEEDS = 3
 MODEL, WIDTH = "resnet18", 0.5
@@ -51,3 +55,29 @@ def series(found: Found, against: str = "finetune") -> dict[str, Found]:
         for name, row in rows.items():
             by_group.setdefault(name, {})[pair.removesuffix(f" - {against}")] = row
     return by_group
+
+
+def progress(planned: Sequence[Trial], archive: Archive) -> Found:
+    """How many of the trials of a comparison are stored; none are planned before its choices."""
+    every = with_dependencies(planned)
+    return {"planned": len(every), "stored": sum(one.hash in archive.records for one in every)}
+
+
+def is_complete(found: Found) -> bool:
+    """Whether all trials of a comparison are stored. Its outcomes are not looked at before."""
+    return bool(found["planned"]) and found["stored"] == found["planned"]
+
+
+def progress_table(choices: Mapping[str, tuple[int, int]], found: Found) -> str:
+    """Stored and planned trials: of what is chosen first, and of the comparison."""
+    rows = [(name, f"{done:,}", f"{planned:,}") for name, (done, planned) in choices.items()]
+    after = f"after the {' and '.join(choices)}"
+    planned = f"{found['planned']:,}" if found["planned"] else after
+    rows.append(("comparison", f"{found['stored']:,}", planned))
+    return markdown(("Part", "Trials stored", "Planned"), rows)
+
+
+def under_way(found: Found) -> Overview:
+    """The overview's row before all trials are stored."""
+    count = f"{found['stored']:,} of {found['planned']:,} trials" if found["planned"] else "0"
+    return Overview("not looked at before all trials are stored", count, "under way")

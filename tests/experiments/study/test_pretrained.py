@@ -16,7 +16,7 @@ LAYERS = ["conv10/kernel", "conv11/kernel"]
 
 def record(trial, scores, labels, val=0.8):
     metrics = compute_metrics(labels.labels, scores, labels.task)
-    layers = LAYERS if trial.arm in pretrained.MERGING else []
+    layers = LAYERS if trial.treatment.kind in ("merge", "released") else []
     above = 0.02 if trial.arm == "backbone" else 0.01
     similar = [{"name": name, "above": {"0.3": above}} for name in LAYERS]
     result = {"test": {"auc": metrics.auc, "acc": metrics.acc}, "val": {"auc": val}, "steps": 4}

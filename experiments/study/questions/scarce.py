@@ -1,0 +1,213 @@
+"""Does merging help where images are few or labels wrong? See docs/protocol.md, section 3."""
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+
+from experiments.study.analysis import groups, intervals
+from experiments.study.archive import Archive
+from experiments.study.questions import shared
+from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.render import difference, dot_plot, markdown, p_value
+from experiments.study.statistics import add_holm, over_trials, verdict
+from experiments.study.trials import Backbone, Treatment, Trial
+from inmerge_jax.reporting.plots import Plot
+
+DATA, EPOCHS, RATE = "bloodmnist_like_few", 30, 1e-3
+IMAGES, WRONG = (250, 500, 2000), (0.0, 0.2, 0.4)
+SEEDS = range(10)
+CANDIDATES = {"decay": (1e-4, 1e-3, 1e-2), "ema": (0.9, 0.99, 0.999)}
+"""Control to its strengths: weight decay, and decay of the averaged weights."""
+SELECTION_SEEDS = (100, 101, 102)
+STRENGTHS: Mapping[str, float] = {}
+"""Control to its strength, as `selection` finds it."""
+BASE, MERGING = "none", ("paper", "quantile")
+
+
+def arms() -> dict[str, Treatment]:
+    """Name to treatment; the controls have the strengths that were chosen."""
+    merging = Treatment("merge"), Treatment("merge", quantile=0.5)
+    controls = {kind: _control(kind, strength) for kind, strength in STRENGTHS.items()}
+    return {BASE: Treatment(), **dict(zip(MERGING, merging, strict=True)), **controls}
+
+
+def _control(kind: str, strength: float) -> Treatment:
+    return Treatment("decay" if kind == "decay" else "ema", decay=strength)
+
+
+def trial(images: int, wrong: float, seed: int, arm: str, treatment: Treatment) -> Trial:
+    """A training from new weights in one stage."""
+    start = Backbone(
+        DATA,
+        "resnet18",
+        seed,
+        0,
+        0.25,
+        images=images,
+        wrong_labels=wrong,
+        statistics="renewed",
+    )
+    return Trial(start, arm, EPOCHS, RATE, treatment)
+
+
+def selection_grid() -> tuple[Trial, ...]:
+    """The trials by which the strengths of the controls are chosen."""
+    return tuple(
+        trial(images, wrong, seed, f"{kind} {strength:g}", _control(kind, strength))
+        for seed, images, wrong in product(SELECTION_SEEDS, IMAGES, WRONG)
+        for kind, strengths in CANDIDATES.items()
+        for strength in strengths
+    )
+
+
+def comparison_grid() -> tuple[Trial, ...]:
+    """The trials that are compared; none before the strengths are chosen."""
+    if not STRENGTHS:
+        return ()
+    return tuple(
+        trial(images, wrong, seed, arm, treatment)
+        for seed, images, wrong in product(SEEDS, IMAGES, WRONG)
+        for arm, treatment in arms().items()
+    )
+
+
+def selection(archive: Archive) -> dict[str, dict[float, float]]:
+    """Mean validation AUC over settings and seeds, by control and strength.
+
+    Only of strengths all of whose trials are stored.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for kind, strengths in CANDIDATES.items():
+        for strength in strengths:
+            own = [t for t in selection_grid() if t.treatment == _control(kind, strength)]
+            if all(one.hash in archive.records for one in own):
+                aucs = [archive.records[one.hash]["result"]["val"]["auc"] for one in own]
+                found.setdefault(kind, {})[strength] = float(np.mean(aucs))
+    return found
+
+
+def chosen(found: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+    """The strength of each control with the highest mean validation AUC, of `selection`."""
+    return {
+        kind: max(aucs, key=lambda strength: aucs[strength])
+        for kind, aucs in found.items()
+        if len(aucs) == len(CANDIDATES[kind])
+    }
+
+
+def analyse(archive: Archive) -> Found:
+    """The choice of strengths; once all trials are stored, every arm against no merging."""
+    found: Found = {"selection": selection(archive)}
+    planned = comparison_grid()
+    found |= shared.progress(planned, archive)
+    if not shared.is_complete(found):
+        return found
+    own = groups(planned, archive)
+    pairs = [(arm, BASE) for arm in arms() if arm != BASE]
+    by_pair = intervals(own, pairs)
+    tested = []
+    pooled = {}
+    for arm, base in pairs:
+        gaps = {group.name: group.differences((arm, base), "auc") for group in own}
+        pooled[arm] = over_trials([gap for some in gaps.values() for gap in some])
+        for name, some in gaps.items():
+            row = by_pair[f"{arm} - {base}"][name]
+            row["p"] = over_trials(some)["p"]
+            if arm in MERGING:
+                tested.append(row)
+    # The nine settings and two merging arms; the controls are there for comparison.
+    add_holm(tested)
+    add_holm([pooled[arm] for arm in MERGING])
+    return found | {
+        "groups": {
+            group.name: {
+                "seeds": len(group.records(BASE)),
+                BASE: group.mean(BASE, "auc"),
+                "merged": {arm: group.merged(arm) for arm in MERGING},
+            }
+            for group in own
+        },
+        "intervals": by_pair,
+        "pooled": pooled,
+    }
+
+
+def table(found: Found) -> str:
+    """Differences in test AUC by setting; before that, how many trials are stored."""
+    if not shared.is_complete(found):
+        done = sum(map(len, found["selection"].values())) * len(SELECTION_SEEDS)
+        done *= len(IMAGES) * len(WRONG)
+        return shared.progress_table(
+            {"strength of the controls": (done, len(selection_grid()))}, found
+        )
+    rows = []
+    for name, group in found["groups"].items():
+        gaps = (difference(rows_of.get(name), 3) for rows_of in found["intervals"].values())
+        title = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+        rows.append((title, f"{group[BASE]:.3f}", *gaps))
+    every = found["pooled"].values()
+    pairs = next(iter(every))["trials"]
+    rows.append((f"all {pairs} pairs", "", *(difference(row, 4) for row in every)))
+    corrected = (p_value(row["p_holm"]) if "p_holm" in row else "" for row in every)
+    rows.append(("p after Holm", "", *corrected))
+    columns = ("Test AUC", "No merging", *(f"{arm} minus none" for arm in found["pooled"]))
+    return markdown(columns, rows)
+
+
+_PREFIX, _SUFFIX = "PBC blood cells (not BloodMNIST's split), ", ", resnet18 \u00d70.25"
+
+
+def strengths_table(found: Found) -> str:
+    """Mean validation AUC of the controls by strength, the chosen one bold."""
+    best, rows = chosen(found["selection"]), []
+    for kind, strengths in CANDIDATES.items():
+        for strength in strengths:
+            auc = found["selection"].get(kind, {}).get(strength)
+            text = "" if auc is None else f"{auc:.4f}"
+            text = f"**{text}**" if best.get(kind) == strength else text
+            rows.append((f"{_NAMES[kind]} {strength:g}", text))
+    return markdown(("Control", "Mean validation AUC"), rows)
+
+
+_NAMES = {"decay": "weight decay", "ema": "averaged weights, decay"}
+
+
+def figure(found: Found) -> Plot:
+    """Differences from no merging by setting; before that, the settings alone."""
+    if shared.is_complete(found):
+        series = {
+            name.removesuffix(f" - {BASE}"): {
+                setting.removeprefix(_PREFIX).removesuffix(_SUFFIX): row
+                for setting, row in rows.items()
+            }
+            for name, rows in found["intervals"].items()
+        }
+    else:
+        nothing = {"mean": np.nan}
+        settings = [f"{i:,} images, {w:.0%} wrong labels" for i, w in product(IMAGES, WRONG)]
+        series = {arm: dict.fromkeys(settings, nothing) for arm in MERGING}
+    return dot_plot("Minus no merging", "difference in test AUC", series)
+
+
+def overview(found: Found) -> Overview:
+    """The paper's rule, over all pairs."""
+    if not shared.is_complete(found):
+        return shared.under_way(found)
+    row = found["pooled"]["paper"]
+    effect = f"paper's rule minus no merging: {difference(row, 4)}"
+    return shared.overview_of(effect, row, verdict(row))
+
+
+QUESTION = Question(
+    name="scarce",
+    title="Does merging help with few images or wrong labels?",
+    hypothesis=(
+        "Where images are few or labels wrong, merging has another test AUC than no merging."
+    ),
+    trials=(*selection_grid(), *comparison_grid()),
+    analyse=analyse,
+    table=table,
+    figure=figure,
+    overview=overview,
+)

@@ -1,0 +1,68 @@
+"""Few images and wrong labels: the grid, the choice of strengths, and what is looked at when."""
+
+import numpy as np
+import pytest
+
+from experiments.study import archive
+from experiments.study.questions import pretrained, scarce, shared
+from experiments.study.trials import with_dependencies
+from tests.experiments.study.test_pretrained import stored
+
+
+@pytest.fixture
+def strengths(monkeypatch):
+    monkeypatch.setattr(scarce, "STRENGTHS", {"decay": 1e-3, "ema": 0.99})
+
+
+def test_the_grid_is_that_of_the_protocol(strengths):
+    trials = scarce.comparison_grid()
+    assert len(trials) == 10 * 9 * 5 and with_dependencies(trials) == list(trials)
+    assert len(scarce.selection_grid()) == 3 * 9 * 6
+    assert {trial.backbone.seed for trial in trials}.isdisjoint(scarce.SELECTION_SEEDS)
+    assert all(trial.backbone.statistics == "renewed" for trial in trials)
+
+
+def test_the_strengths_are_those_of_the_stored_selection():
+    best = scarce.chosen(scarce.selection(archive.read()))
+    complete = len(best) == len(scarce.CANDIDATES)
+    assert dict(scarce.STRENGTHS) == (best if complete else {})
+
+
+def test_a_strength_is_chosen_by_mean_validation_auc():
+    trials = scarce.selection_grid()
+    found = stored(trials)
+    for trial in trials:
+        if trial.treatment.decay in (1e-2, 0.9):
+            found.records[trial.hash]["result"]["val"]["auc"] = 0.9
+    assert scarce.chosen(scarce.selection(found)) == {"decay": 1e-2, "ema": 0.9}
+    some = stored([trial for trial in trials if trial.treatment.decay != 1e-4])
+    assert scarce.chosen(scarce.selection(some)) == {"ema": 0.9}
+    assert "**0.9000**" in scarce.strengths_table({"selection": scarce.selection(found)})
+
+
+def test_nothing_is_looked_at_before_all_trials_are_stored(strengths):
+    found = scarce.analyse(stored(scarce.comparison_grid()[1:]))
+    assert set(found) == {"selection", "planned", "stored"}
+    assert "| 449 | 450 |" in scarce.table(found)
+    assert scarce.overview(found).verdict == "under way"
+    scarce.figure(found)
+
+
+def test_the_answer(strengths):
+    found = scarce.analyse(stored(scarce.comparison_grid(), {"paper": 2.0}))
+    means = [row["mean"] for row in found["intervals"]["paper - none"].values()]
+    paper = found["pooled"]["paper"]
+    assert len(means) == 9 and paper["trials"] == 90
+    assert paper["mean"] == pytest.approx(np.mean(means)) and paper["mean"] > 0.05
+    assert "p_holm" in found["pooled"]["quantile"] and "p_holm" not in found["pooled"]["ema"]
+    text = scarce.table(found)
+    assert "| 2,000 images, 40 % wrong labels |" in text and "all 90 pairs" in text
+    assert scarce.overview(found).verdict == "helps"
+    scarce.figure(found)
+
+
+def test_no_trial_is_of_two_questions():
+    assert not {t.hash for t in pretrained.QUESTION.trials} & {
+        t.hash for t in scarce.QUESTION.trials
+    }
+    assert not shared.is_complete({"planned": 0, "stored": 0})
