@@ -131,12 +131,15 @@ def drawn_counts(archive: Archive, data: str) -> np.ndarray:
 
 
 _RESAMPLED: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+_KEPT: dict[int, Archive] = {}
+"""Archives whose identity is a key above; kept, so that no other one gets it."""
 
 
 def resampled(archive: Archive, trial: Trial) -> dict[str, np.ndarray]:
     """Test AUC and ACC of a trial on every draw of the images, (1 + resamples,)."""
     key = (id(archive), trial.hash)
     if key not in _RESAMPLED:
+        _KEPT[id(archive)] = archive
         data = trial.backbone.data
         labels, counts = archive.labels[data], drawn_counts(archive, data)
         _RESAMPLED[key] = {

@@ -80,8 +80,9 @@ class Archive:
 
     Attributes:
       records: by hash, as made by `make_record`.
-      arrays: "scores/HASH", float32 (images, classes): test scores; "corrupted/HASH", uint8
-        (corruptions, severities, images): classes predicted for corrupted test images.
+      arrays: "scores/HASH", float32 (images, classes): test scores; "renewed/HASH", likewise with
+        re-estimated batch statistics; "corrupted/HASH", uint8 (corruptions, severities, images):
+        classes predicted for corrupted test images.
       labels: by data set.
     """
 

@@ -5,6 +5,7 @@ from experiments.study.questions import (
     adaptive,
     controls,
     cost,
+    full_length,
     main_effect,
     pretrained,
     robustness,
@@ -16,7 +17,7 @@ from experiments.study.questions.question import Question
 QUESTIONS: dict[str, Question] = {
     module.QUESTION.name: module.QUESTION
     for module in (
-        *(pretrained, scarce, main_effect, ablation, controls),
+        *(pretrained, full_length, scarce, main_effect, ablation, controls),
         *(similarity, adaptive, robustness, cost),
     )
 }

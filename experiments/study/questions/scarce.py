@@ -184,9 +184,8 @@ def figure(found: Found) -> Plot:
             for name, rows in found["intervals"].items()
         }
     else:
-        nothing = {"mean": np.nan}
         settings = [f"{i:,} images, {w:.0%} wrong labels" for i, w in product(IMAGES, WRONG)]
-        series = {arm: dict.fromkeys(settings, nothing) for arm in MERGING}
+        series = {arm: {one: {"mean": np.nan} for one in settings} for arm in MERGING}
     return dot_plot("Minus no merging", "difference in test AUC", series)
 
 

@@ -71,8 +71,7 @@ def is_complete(found: Found) -> bool:
 def progress_table(choices: Mapping[str, tuple[int, int]], found: Found) -> str:
     """Stored and planned trials: of what is chosen first, and of the comparison."""
     rows = [(name, f"{done:,}", f"{planned:,}") for name, (done, planned) in choices.items()]
-    after = f"after the {' and '.join(choices)}"
-    planned = f"{found['planned']:,}" if found["planned"] else after
+    planned = f"{found['planned']:,}" if found["planned"] else f"after the {' and '.join(choices)}"
     rows.append(("comparison", f"{found['stored']:,}", planned))
     return markdown(("Part", "Trials stored", "Planned"), rows)
 

@@ -1,0 +1,193 @@
+"""Does merging help from random weights at the benchmark's length? See docs/protocol.md, 2."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments.study import archive as store
+from experiments.study.analysis import Group, groups, intervals
+from experiments.study.archive import Archive
+from experiments.study.questions import shared
+from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.render import difference, dot_plot, markdown, p_value
+from experiments.study.stages import Paths, best_state
+from experiments.study.statistics import CONFIDENCE, add_holm, over_trials, verdict
+from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
+from inmerge_jax.reporting.plots import Plot
+from inmerge_jax.reporting.published import published_reference
+from inmerge_jax.training.metrics import compute_metrics
+from inmerge_jax.training.parallel import replicate
+
+MODEL = "resnet18"
+# Seeds, epochs of the backbone (100 in the benchmark) and of the second stage. The two larger sets
+# have what three hours on two cores allow.
+PLAN = {
+    "breastmnist": (8, 100, 30),
+    "retinamnist": (8, 100, 30),
+    "pneumoniamnist": (5, 12, 4),
+    "bloodmnist_like": (5, 5, 1),
+}
+ARMS = {
+    "finetune": Treatment(),
+    "paper": Treatment("merge"),
+    "quantile": Treatment("merge", quantile=0.5),
+}
+MERGING = ("paper", "quantile")
+PAIRS = tuple((arm, "finetune") for arm in MERGING)
+STATISTICS = ("running", "re-estimated")
+
+
+def grid() -> tuple[Trial, ...]:
+    """All trials, low seeds first."""
+    found = []
+    for seed in range(max(seeds for seeds, _, _ in PLAN.values())):
+        for data, (seeds, epochs, more) in PLAN.items():
+            if seed < seeds:
+                start = Backbone(data, MODEL, seed, epochs)
+                found += [Trial(start, arm, more, treatment=given) for arm, given in ARMS.items()]
+    return tuple(found)
+
+
+def measure(trial: Trial, paths: Paths) -> None:
+    """Stores a finished trial's test scores with re-estimated batch statistics.
+
+    Raises:
+      UsageError: its checkpoint is gone.
+    """
+    setup, stage, state = best_state(trial, paths)
+    stage = dataclasses.replace(stage, recompute_batch_stats=True)
+    copies = setup.evaluation_state(stage, replicate(state, setup.devices))
+    scores, _ = setup.evaluate(copies, setup.dataset.test)
+    store.add(paths.results, {}, {f"renewed/{trial.hash}": scores.astype(np.float32)})
+
+
+def measured(trial: Trial, archive: Archive) -> bool:
+    """Whether these are stored."""
+    return f"renewed/{trial.hash}" in archive.arrays
+
+
+def with_renewed(archive: Archive) -> Archive:
+    """The archive with the scores and test metrics of re-estimated statistics."""
+    arrays, records = dict(archive.arrays), dict(archive.records)
+    for trial in QUESTION.stored(archive):
+        scores = archive.arrays[f"renewed/{trial.hash}"]
+        labels = archive.labels[trial.backbone.data]
+        metrics = compute_metrics(labels.labels, scores, labels.task)
+        record = records[trial.hash]
+        test = record["result"]["test"] | {"auc": metrics.auc, "acc": metrics.acc}
+        records[trial.hash] = record | {"result": record["result"] | {"test": test}}
+        arrays[f"scores/{trial.hash}"] = scores
+    return dataclasses.replace(archive, records=records, arrays=arrays)
+
+
+def analyse(archive: Archive) -> Found:
+    """Every data set with both kinds of statistics, and all pairs; once all trials are stored."""
+    planned = with_dependencies(QUESTION.trials)
+    found: Found = {
+        "planned": len(planned),
+        "stored": sum(t.hash in archive.records and measured(t, archive) for t in planned),
+    }
+    if not shared.is_complete(found):
+        return found
+    kinds = dict(zip(STATISTICS, (archive, with_renewed(archive)), strict=True))
+    own = {kind: groups(planned, one) for kind, one in kinds.items()}
+    pooled: dict[str, dict[str, Any]] = {}
+    for kind, some in own.items():
+        for pair in PAIRS:
+            gaps = [gap for group in some for gap in group.differences(pair, "auc")]
+            pooled.setdefault(kind, {})[pair[0]] = over_trials(gaps)
+    add_holm([row for rows in pooled.values() for row in rows.values()])
+    return found | {
+        "groups": {
+            kind: {
+                group.name: {
+                    "seeds": len(group.records("finetune")),
+                    **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
+                    "published": _published(group),
+                }
+                for group in some
+            }
+            for kind, some in own.items()
+        },
+        "intervals": {kind: intervals(some, PAIRS) for kind, some in own.items()},
+        "pooled": pooled,
+    }
+
+
+def _published(group: Group) -> dict[str, float] | None:
+    """The benchmark's test AUC, and the interval of the backbones' mean over seeds."""
+    start = group.backbone
+    known = published_reference(
+        {"name": start.data, "size": 28}, {"name": start.model, "width": start.width}
+    )
+    if known is None:
+        return None
+    aucs = [record["result"]["test"]["auc"] for record in group.records("backbone")]
+    interval = stats.ttest_1samp(aucs, 0).confidence_interval(CONFIDENCE)
+    return {"auc": known.auc, "low": float(interval.low), "high": float(interval.high)}
+
+
+def table(found: Found) -> str:
+    """Differences in test AUC by data set and kind of statistics; before that, the progress."""
+    if not shared.is_complete(found):
+        return shared.progress_table({}, found)
+    rows = []
+    for kind, some in found["groups"].items():
+        for name, group in some.items():
+            gaps = [difference(by[name]) for by in found["intervals"][kind].values()]
+            published = group["published"]
+            reference = "" if published is None else f"{published['auc']:.3f}"
+            backbone = f"{group['backbone']:.3f}"
+            if published is not None:
+                backbone += f" [{published['low']:.3f}, {published['high']:.3f}]"
+            title = f"{name} ({group['seeds']} seeds), {kind}"
+            rows.append((title, reference, backbone, f"{group['finetune']:.3f}", *gaps))
+    for kind, by in found["pooled"].items():
+        cells = [f"{difference(row, 4)}, p {p_value(row['p_holm'])}" for row in by.values()]
+        rows.append((f"all {by['paper']['trials']} pairs, {kind}", "", "", "", *cells))
+    columns = (
+        *("Test AUC, batch statistics", "MedMNIST benchmark", "Backbone", "Fine-tuning"),
+        *(f"{arm} minus fine-tuning" for arm in MERGING),
+    )
+    return markdown(columns, rows)
+
+
+def figure(found: Found) -> Plot:
+    """Differences from fine-tuning by data set and kind of statistics."""
+    if shared.is_complete(found):
+        series = {
+            f"{pair.removesuffix(' - finetune')}, {kind}": rows
+            for kind, by in found["intervals"].items()
+            for pair, rows in by.items()
+        }
+    else:
+        series = {arm: {data: {"mean": np.nan} for data in PLAN} for arm in MERGING}
+    return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
+
+
+def overview(found: Found) -> Overview:
+    """The paper's rule with running statistics, over all pairs."""
+    if not shared.is_complete(found):
+        return shared.under_way(found)
+    row = found["pooled"]["running"]["paper"]
+    effect = f"paper's rule minus fine-tuning: {difference(row, 4)}"
+    return shared.overview_of(effect, row, verdict(row))
+
+
+QUESTION = Question(
+    name="full_length",
+    title="Does merging help at the benchmark's length?",
+    hypothesis=(
+        "From random weights, trained for the benchmark's 100 epochs, the second stage with "
+        "merging has another mean test AUC than the same stage without it."
+    ),
+    trials=grid(),
+    analyse=analyse,
+    table=table,
+    figure=figure,
+    overview=overview,
+    measure=measure,
+    measured=measured,
+)

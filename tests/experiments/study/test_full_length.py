@@ -1,0 +1,66 @@
+"""The benchmark's length: the grid, both kinds of batch statistics, what is looked at when."""
+
+import numpy as np
+import pytest
+
+from experiments.study import archive as store
+from experiments.study import runner, stages
+from experiments.study.questions import full_length
+from experiments.study.trials import Backbone, Trial, with_dependencies
+from tests.experiments.study.test_pretrained import stored
+
+
+def with_both(trials, gain=0.0):
+    """An archive of these trials, whose re-estimated scores of merging arms are `gain` better."""
+    archive = stored(trials)
+    for trial in with_dependencies(trials):
+        scores = archive.scores(trial).copy()
+        positive = archive.labels[trial.backbone.data].labels == 1
+        scores[positive, 1] += gain * (trial.arm == "paper")
+        archive.arrays[f"renewed/{trial.hash}"] = scores
+    return archive
+
+
+def test_the_grid_is_that_of_the_protocol():
+    by_data = {}
+    for trial in full_length.grid():
+        by_data.setdefault(trial.backbone.data, set()).add(trial.backbone.seed)
+        assert trial.backbone.rate == 1e-3 and trial.learning_rate == pytest.approx(1e-4)
+    assert by_data["breastmnist"] == by_data["retinamnist"] == set(range(8))
+    assert by_data["pneumoniamnist"] == by_data["bloodmnist_like"] == set(range(5))
+
+
+def test_nothing_is_looked_at_before_all_trials_are_measured():
+    archive = with_both(full_length.grid())
+    del archive.arrays[f"renewed/{full_length.grid()[0].hash}"]
+    found = full_length.analyse(archive)
+    assert found["planned"] - found["stored"] == 1
+    assert "| 103 | 104 |" in full_length.table(found)
+    assert full_length.overview(found).verdict == "under way"
+    full_length.figure(found)
+
+
+def test_the_answer():
+    found = full_length.analyse(with_both(full_length.grid(), gain=1.0))
+    running, renewed = (found["pooled"][kind]["paper"] for kind in full_length.STATISTICS)
+    assert running["trials"] == renewed["trials"] == 26
+    assert running["mean"] == 0 and renewed["mean"] > 0.05 and renewed["p_holm"] < 0.05
+    text = full_length.table(found)
+    assert "BreastMNIST, resnet18 (8 seeds), running | 0.901 |" in text
+    assert "all 26 pairs, re-estimated" in text
+    full_length.figure(found)
+
+
+@pytest.mark.long
+def test_test_scores_with_re_estimated_statistics_are_measured(tmp_path):
+    trial = Trial(Backbone("phantom", "resnet18", 0, 1, 0.05))
+    paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results")
+    runner.run_trials([trial], paths)
+    dataset = stages.plan_of(trial, paths).dataset
+    store.keep(trial, paths.trial(trial), paths.results, dataset)
+    assert not full_length.measured(trial, store.read(paths.results))
+    full_length.measure(trial, paths)
+    found = store.read(paths.results)
+    assert full_length.measured(trial, found)
+    renewed, running = found.arrays[f"renewed/{trial.hash}"], found.scores(trial)
+    assert renewed.shape == running.shape and not np.allclose(renewed, running)
