@@ -21,7 +21,7 @@ from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, presets
-from experiments.study.questions import QUESTIONS, main_effect, pretrained, scarce
+from experiments.study.questions import QUESTIONS, main_effect
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
@@ -29,6 +29,12 @@ from inmerge_jax.reporting.tables import markdown_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+PUBLISHED = {
+    name: question
+    for name, question in QUESTIONS.items()
+    if (ROOT / "docs" / "results" / question.page).exists()
+}
+"""Questions that have a page; the trials of the others are still under way."""
 
 
 @functools.cache
@@ -56,7 +62,7 @@ def question_table(name: str) -> str:
 def overview() -> str:
     """One row per question."""
     rows = []
-    for question in QUESTIONS.values():
+    for question in PUBLISHED.values():
         shown = question.overview(analysis(question.name))
         rows.append((f"[{question.title}]({question.page})", question.hypothesis, *shown))
     columns = ("Question", "Hypothesis", "Effect [95 %]", "Pairs", "Verdict")
@@ -173,10 +179,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "main": lambda: main_effect.short_table(analysis("main_effect")),
     "overview": overview,
     "totals": totals,
-    **{name: functools.partial(question_table, name) for name in QUESTIONS},
-    "pretrained_rates": lambda: pretrained.rates_table(analysis("pretrained")),
-    "pretrained_layers": lambda: pretrained.layers_table(analysis("pretrained")),
-    "scarce_strengths": lambda: scarce.strengths_table(analysis("scarce")),
+    **{name: functools.partial(question_table, name) for name in PUBLISHED},
 }
 PAGES = {
     "README.md": ("main",),
@@ -189,9 +192,7 @@ PAGES = {
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
     ),
-    **{f"docs/results/{question.page}": (name,) for name, question in QUESTIONS.items()},
-    "docs/results/scarce.md": ("scarce_strengths", "scarce"),
-    "docs/results/pretrained.md": ("pretrained_rates", "pretrained", "pretrained_layers"),
+    **{f"docs/results/{question.page}": (name,) for name, question in PUBLISHED.items()},
 }
 
 
@@ -215,7 +216,7 @@ def figures() -> dict[str, str]:
     """File name to SVG: one figure for each page of results."""
     plots = {
         question.page.removesuffix(".md"): question.figure(analysis(name))
-        for name, question in QUESTIONS.items()
+        for name, question in PUBLISHED.items()
     }
     plots["beyond-convolutions"] = first_look.figure(first_looks())
     return {

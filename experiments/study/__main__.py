@@ -138,6 +138,8 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         )
     if finished < planned:
         print(f"incomplete: {finished} of {planned} trials are stored")
+        if question.choices is not None:
+            print(question.choices(stored))
     else:
         found = question.analyse(stored)
         effect, count, verdict = question.overview(found)

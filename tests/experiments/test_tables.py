@@ -7,8 +7,8 @@ import pytest
 
 from experiments import tables
 from experiments.study import archive
-from experiments.study.questions import QUESTIONS
 from experiments.study.statistics import MARGIN
+from experiments.tables import PUBLISHED
 from inmerge_jax.errors import UsageError
 from tests.long import long_unless
 
@@ -21,7 +21,7 @@ NUMBER = re.compile(
 # `make docs` checks every page, and so does .ci/run.
 _ANALYSED = (
     *("README.md", "docs/results/index.md"),
-    *(f"docs/results/{question.page}" for question in QUESTIONS.values()),
+    *(f"docs/results/{question.page}" for question in PUBLISHED.values()),
 )
 
 
@@ -76,9 +76,9 @@ def unknown_numbers(text, analysis, allowed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_number_of_an_answer_is_of_the_stored_results(name):
-    question = QUESTIONS[name]
+    question = PUBLISHED[name]
     page = (tables.ROOT / "docs" / "results" / question.page).read_text()
     answer = page.partition("## Answer\n")[2].partition("\n## ")[0]
     assert len(NUMBER.findall(answer)) >= 4 and "**Verdict: " in answer
@@ -90,9 +90,9 @@ def test_every_number_of_an_answer_is_of_the_stored_results(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_handwritten_verdict_is_the_computed_one(name):
-    question = QUESTIONS[name]
+    question = PUBLISHED[name]
     page = (tables.ROOT / "docs" / "results" / question.page).read_text()
     verdict = re.search(r"\*\*Verdict: (.*?)\.\*\*", page, re.DOTALL)[1].replace("\n", " ")
     words, _, needed = question.overview(tables.analysis(name)).verdict.partition("; ")
@@ -100,24 +100,24 @@ def test_the_handwritten_verdict_is_the_computed_one(name):
     assert needed.replace(" would decide", "") in verdict
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_page_of_results_is_short(name):
-    page = (tables.ROOT / "docs" / "results" / QUESTIONS[name].page).read_text()
+    page = (tables.ROOT / "docs" / "results" / PUBLISHED[name].page).read_text()
     assert len(page.splitlines()) <= 80
     for row in re.findall(r"^\| --- .*$", page, re.MULTILINE):
         assert row.count("|") - 1 <= 6
     command = f"python -m experiments.study {name}"
-    assert command in page and f"](../figures/results/{QUESTIONS[name].page[:-3]}.svg)" in page
+    assert command in page and f"](../figures/results/{PUBLISHED[name].page[:-3]}.svg)" in page
 
 
 @pytest.mark.long
 def test_every_question_has_a_figure_and_plain_numbers(tmp_path):
     assert tables.main(["--figures", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    pages = ("beyond-convolutions.md", *(question.page for question in QUESTIONS.values()))
+    pages = ("beyond-convolutions.md", *(question.page for question in PUBLISHED.values()))
     assert names == {page.replace(".md", ".svg") for page in pages}
     assert all("<svg " in path.read_text() for path in tmp_path.iterdir())
-    for name in QUESTIONS:
+    for name in PUBLISHED:
         json.dumps(tables.analysis(name))
     assert tables.main(["--nothing"]) == 2
 

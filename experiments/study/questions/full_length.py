@@ -130,9 +130,7 @@ def _published(group: Group) -> dict[str, float] | None:
 
 
 def table(found: Found) -> str:
-    """Differences in test AUC by data set and kind of statistics; before that, the progress."""
-    if not shared.is_complete(found):
-        return shared.progress_table({}, found)
+    """Differences in test AUC by data set and kind of statistics."""
     rows = []
     for kind, some in found["groups"].items():
         for name, group in some.items():
@@ -156,21 +154,16 @@ def table(found: Found) -> str:
 
 def figure(found: Found) -> Plot:
     """Differences from fine-tuning by data set and kind of statistics."""
-    if shared.is_complete(found):
-        series = {
-            f"{pair.removesuffix(' - finetune')}, {kind}": rows
-            for kind, by in found["intervals"].items()
-            for pair, rows in by.items()
-        }
-    else:
-        series = {arm: {data: {"mean": np.nan} for data in PLAN} for arm in MERGING}
+    series = {
+        f"{pair.removesuffix(' - finetune')}, {kind}": rows
+        for kind, by in found["intervals"].items()
+        for pair, rows in by.items()
+    }
     return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
 
 
 def overview(found: Found) -> Overview:
     """The paper's rule with running statistics, over all pairs."""
-    if not shared.is_complete(found):
-        return shared.under_way(found)
     row = found["pooled"]["running"]["paper"]
     effect = f"paper's rule minus fine-tuning: {difference(row, 4)}"
     return shared.overview_of(effect, row, verdict(row))

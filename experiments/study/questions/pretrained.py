@@ -218,10 +218,7 @@ def conclusion(row: Mapping[str, Any]) -> str:
 
 
 def table(found: Found) -> str:
-    """Differences in test AUC by data set and pooled; before that, how many trials are stored."""
-    if not shared.is_complete(found):
-        done = sum(map(len, found["selection"].values())) * len(SELECTION_SEEDS)
-        return shared.progress_table({"learning rates": (done, len(selection_grid()))}, found)
+    """Differences in test AUC by data set and pooled."""
     rows = []
     for name, group in found["groups"].items():
         gaps = [difference(found["intervals"][" - ".join(pair)].get(name), 4) for pair in PAIRS]
@@ -253,11 +250,12 @@ def _both(row: Mapping[str, Any], name: str) -> str:
     return ", ".join("" if p is None else p_value(p) for p in values)
 
 
-def rates_table(found: Found) -> str:
+def rates_table(archive: Archive) -> str:
     """Mean validation AUC of the backbones by data set and learning rate, the chosen one bold."""
-    best, rows = chosen(found["selection"]), []
+    found = selection(archive)
+    best, rows = chosen(found), []
     for data in EPOCHS:
-        rates = found["selection"].get(data, {})
+        rates = found.get(data, {})
         cells = []
         for rate in CANDIDATES:
             text = ""
@@ -272,8 +270,6 @@ def rates_table(found: Found) -> str:
 
 def layers_table(found: Found) -> str:
     """Merges and similarity by layer."""
-    if not shared.is_complete(found):
-        return "*Not looked at before all trials are stored.*\n"
     rows = []
     for layer, similarity in found["similarity"].items():
         merged = (
@@ -289,24 +285,13 @@ def layers_table(found: Found) -> str:
 
 
 def figure(found: Found) -> Plot:
-    """Differences from fine-tuning by data set; before that, validation AUC by learning rate."""
-    if shared.is_complete(found):
-        series = dict(zip(MERGING, found["intervals"].values(), strict=True))
-        return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
-    # Rows of NaN where no trial is stored yet.
-    rates: dict[str, dict[str, dict[str, float]]] = {}
-    for rate, data in product(CANDIDATES, EPOCHS):
-        aucs = found["selection"].get(data, {}).get(rate, {}).get("auc", [np.nan])
-        row = {"mean": float(np.mean(aucs)), "low": min(aucs), "high": max(aucs)}
-        rates.setdefault(f"{rate:g}", {})[datasets.SOURCES[data].title] = row
-    title = "Backbones by learning rate, mean and range of three seeds"
-    return dot_plot(title, "validation AUC", rates, zero=0.5)
+    """Differences from fine-tuning by data set."""
+    series = dict(zip(MERGING, found["intervals"].values(), strict=True))
+    return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
 
 
 def overview(found: Found) -> Overview:
     """The paper's rule, over all pairs."""
-    if not shared.is_complete(found):
-        return shared.under_way(found)
     row = found["pooled"]["paper"]
     verdict = conclusion(row)
     effect = f"paper's rule minus fine-tuning: {difference(row['auc'], 4)}"
@@ -325,4 +310,5 @@ QUESTION = Question(
     table=table,
     figure=figure,
     overview=overview,
+    choices=rates_table,
 )

@@ -41,6 +41,8 @@ class Question:
       measure: from a finished trial and `stages.Paths` to further results of its weights, as
         `archive.add` takes them; None where test scores suffice.
       measured: whether the archive has these of a trial.
+      choices: from the stored results to a table of what is chosen on validation data before the
+        comparison; None where nothing is.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Question:
     overview: Callable[[Found], Overview]
     measure: Callable[[Trial, Any], None] | None = None
     measured: Callable[[Trial, Archive], bool] = lambda trial, archive: True
+    choices: Callable[[Archive], str] | None = None
 
     @property
     def page(self) -> str:

@@ -134,13 +134,7 @@ def analyse(archive: Archive) -> Found:
 
 
 def table(found: Found) -> str:
-    """Differences in test AUC by setting; before that, how many trials are stored."""
-    if not shared.is_complete(found):
-        done = sum(map(len, found["selection"].values())) * len(SELECTION_SEEDS)
-        done *= len(IMAGES) * len(WRONG)
-        return shared.progress_table(
-            {"strength of the controls": (done, len(selection_grid()))}, found
-        )
+    """Differences in test AUC by setting."""
     rows = []
     for name, group in found["groups"].items():
         gaps = (difference(rows_of.get(name), 3) for rows_of in found["intervals"].values())
@@ -158,12 +152,13 @@ def table(found: Found) -> str:
 _PREFIX, _SUFFIX = "PBC blood cells (not BloodMNIST's split), ", ", resnet18 \u00d70.25"
 
 
-def strengths_table(found: Found) -> str:
+def strengths_table(archive: Archive) -> str:
     """Mean validation AUC of the controls by strength, the chosen one bold."""
-    best, rows = chosen(found["selection"]), []
+    found = selection(archive)
+    best, rows = chosen(found), []
     for kind, strengths in CANDIDATES.items():
         for strength in strengths:
-            auc = found["selection"].get(kind, {}).get(strength)
+            auc = found.get(kind, {}).get(strength)
             text = "" if auc is None else f"{auc:.4f}"
             text = f"**{text}**" if best.get(kind) == strength else text
             rows.append((f"{_NAMES[kind]} {strength:g}", text))
@@ -174,25 +169,19 @@ _NAMES = {"decay": "weight decay", "ema": "averaged weights, decay"}
 
 
 def figure(found: Found) -> Plot:
-    """Differences from no merging by setting; before that, the settings alone."""
-    if shared.is_complete(found):
-        series = {
-            name.removesuffix(f" - {BASE}"): {
-                setting.removeprefix(_PREFIX).removesuffix(_SUFFIX): row
-                for setting, row in rows.items()
-            }
-            for name, rows in found["intervals"].items()
+    """Differences from no merging by setting."""
+    series = {
+        name.removesuffix(f" - {BASE}"): {
+            setting.removeprefix(_PREFIX).removesuffix(_SUFFIX): row
+            for setting, row in rows.items()
         }
-    else:
-        settings = [f"{i:,} images, {w:.0%} wrong labels" for i, w in product(IMAGES, WRONG)]
-        series = {arm: {one: {"mean": np.nan} for one in settings} for arm in MERGING}
+        for name, rows in found["intervals"].items()
+    }
     return dot_plot("Minus no merging", "difference in test AUC", series)
 
 
 def overview(found: Found) -> Overview:
     """The paper's rule, over all pairs."""
-    if not shared.is_complete(found):
-        return shared.under_way(found)
     row = found["pooled"]["paper"]
     effect = f"paper's rule minus no merging: {difference(row, 4)}"
     return shared.overview_of(effect, row, verdict(row))
@@ -209,4 +198,5 @@ QUESTION = Question(
     table=table,
     figure=figure,
     overview=overview,
+    choices=strengths_table,
 )

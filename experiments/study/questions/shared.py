@@ -4,12 +4,12 @@ The ablation, the controls, the adaptive threshold and robustness have the backb
 finetune in common: ResNet-18 at half width, Adam.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from experiments.study import statistics
 from experiments.study.archive import Archive
 from experiments.study.questions.question import Found, Overview
-from experiments.study.render import difference, markdown
+from experiments.study.render import difference
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 
 SEEDS = 3
@@ -66,17 +66,3 @@ def progress(planned: Sequence[Trial], archive: Archive) -> Found:
 def is_complete(found: Found) -> bool:
     """Whether all trials of a comparison are stored. Its outcomes are not looked at before."""
     return bool(found["planned"]) and found["stored"] == found["planned"]
-
-
-def progress_table(choices: Mapping[str, tuple[int, int]], found: Found) -> str:
-    """Stored and planned trials: of what is chosen first, and of the comparison."""
-    rows = [(name, f"{done:,}", f"{planned:,}") for name, (done, planned) in choices.items()]
-    planned = f"{found['planned']:,}" if found["planned"] else f"after the {' and '.join(choices)}"
-    rows.append(("comparison", f"{found['stored']:,}", planned))
-    return markdown(("Part", "Trials stored", "Planned"), rows)
-
-
-def under_way(found: Found) -> Overview:
-    """The overview's row before all trials are stored."""
-    count = f"{found['stored']:,} of {found['planned']:,} trials" if found["planned"] else "0"
-    return Overview("not looked at before all trials are stored", count, "under way")

@@ -37,15 +37,13 @@ def test_a_strength_is_chosen_by_mean_validation_auc():
     assert scarce.chosen(scarce.selection(found)) == {"decay": 1e-2, "ema": 0.9}
     some = stored([trial for trial in trials if trial.treatment.decay != 1e-4])
     assert scarce.chosen(scarce.selection(some)) == {"ema": 0.9}
-    assert "**0.9000**" in scarce.strengths_table({"selection": scarce.selection(found)})
+    assert "**0.9000**" in scarce.strengths_table(found)
 
 
 def test_nothing_is_looked_at_before_all_trials_are_stored(strengths):
     found = scarce.analyse(stored(scarce.comparison_grid()[1:]))
     assert set(found) == {"selection", "planned", "stored"}
-    assert "| 449 | 450 |" in scarce.table(found)
-    assert scarce.overview(found).verdict == "under way"
-    scarce.figure(found)
+    assert found["planned"] - found["stored"] == 1
 
 
 def test_the_answer(strengths):
