@@ -1,4 +1,4 @@
-"""2-D convolution with its own route on CPU, where parts of XLA's are many times too slow.
+"""Convolution with its own route on CPU, where parts of XLA's are many times too slow.
 
 What was measured against XLA's CPU convolution decides which way a shape goes:
 
@@ -11,6 +11,8 @@ What was measured against XLA's CPU convolution decides which way a shape goes:
 - Of the rest, 3x3 kernels: the native operation forward and for the gradient of the images,
   and a sum over blocks of rows for the gradient of the weight. There the native one treats the
   whole map as a kernel and takes two to four times as long.
+- Volumes: a 2-D convolution of all slices, whose channels are those of the slices that a kernel
+  spans.
 - Everything else, and every other platform: the native operation.
 """
 
@@ -23,6 +25,7 @@ from jax import lax
 from inmerge_jax.models.winograd import Pads, winograd
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_NDHWC = lax.ConvDimensionNumbers((0, 4, 1, 2, 3), (4, 3, 0, 1, 2), (0, 4, 1, 2, 3))
 _SMALL_MAP = 8 * 8
 _ROWS_PER_PRODUCT = 1024
 _WINOGRAD_CHANNELS, _WINOGRAD_MAP, _WINOGRAD_TILES = 64, range(5 * 5, 128 * 128), 128
@@ -46,7 +49,7 @@ def conv_general_dilated(
     differentiation is not available where CPU goes its own way with a 3x3 kernel.
 
     Plain convolutions take the CPU's route: images (batch, height, width, inputs), weights (height,
-    width, inputs, outputs), no groups, no dilation.
+    width, inputs, outputs), or volumes with a depth before the height; no groups, no dilation.
     """
 
     def native(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -64,13 +67,20 @@ def conv_general_dilated(
 
     dilation = (*(lhs_dilation or ()), *(rhs_dilation or ()))
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    if layout != _NHWC or feature_group_count != 1 or any(step != 1 for step in dilation):
+    plain = feature_group_count == 1 and all(step == 1 for step in dilation)
+    if layout not in (_NHWC, _NDHWC) or not plain:
         return native(lhs, rhs)
 
-    window, strides = rhs.shape[:2], tuple(window_strides)
+    window, strides = rhs.shape[:-2], tuple(window_strides)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], window, strides, padding)
+        padding = lax.padtype_to_pads(lhs.shape[1:-1], window, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
+    if layout == _NDHWC:
+
+        def slices(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            return _by_slices(lhs, rhs, strides, pads, precision)
+
+        return lax.platform_dependent(lhs, rhs, cpu=slices, default=native)
     height, width = output = _output_size(lhs.shape, window, strides, pads)
 
     def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -88,6 +98,27 @@ def conv_general_dilated(
     if window == (3, 3):
         return lax.platform_dependent(lhs, rhs, cpu=rows, default=native)
     return native(lhs, rhs)
+
+
+def _by_slices(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    strides: Sequence[int],
+    pads: Pads,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """A convolution of volumes as one of their slices, (batch * depth, height, width, inputs)."""
+    taps, stride = rhs.shape[0], strides[0]
+    zero = jnp.zeros((), lhs.dtype)
+    padded = lax.pad(lhs, zero, ((0, 0, 0), (*pads[0], 0), *((0, 0, 0),) * 3))
+    depth = (padded.shape[1] - taps) // stride + 1
+    spanned = [padded[:, i : i + stride * (depth - 1) + 1 : stride] for i in range(taps)]
+    images = jnp.concatenate(spanned, axis=-1).reshape(-1, *lhs.shape[2:4], taps * lhs.shape[-1])
+    weight = jnp.moveaxis(rhs, 0, 2).reshape(*rhs.shape[1:3], -1, rhs.shape[-1])
+    result = conv_general_dilated(
+        images, weight, strides[1:], pads[1:], dimension_numbers=_NHWC, precision=precision
+    )
+    return result.reshape(len(lhs), depth, *result.shape[1:])
 
 
 def _output_size(

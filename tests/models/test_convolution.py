@@ -153,6 +153,37 @@ def test_anything_but_a_plain_convolution_is_native(options):
     assert "platform_index" not in str(jax.make_jaxpr(route)(x, w))
 
 
+# volume, inputs, outputs, window, strides, padding
+VOLUMES = {
+    "cube": ((2, 5, 6, 7), 3, 4, (3, 3, 3), (1, 1, 1), [(1, 1)] * 3),
+    "strided": ((2, 7, 8, 9), 3, 4, (3, 3, 3), (2, 2, 2), [(1, 1)] * 3),
+    "projection": ((2, 6, 6, 6), 5, 4, (1, 1, 1), (2, 2, 2), [(0, 0)] * 3),
+    "SAME": ((1, 6, 9, 12), 3, 4, (3, 3, 3), (2, 1, 1), "SAME"),
+    "uneven": ((1, 9, 12, 12), 2, 3, (3, 5, 2), (1, 2, 3), [(2, 0), (-1, 1), (0, 3)]),
+    "tiles": ((2, 4, 8, 8), 64, 64, (3, 3, 3), (1, 1, 1), [(1, 1)] * 3),
+}
+
+
+@pytest.mark.parametrize("case", long_unless(("cube", "uneven"), VOLUMES))
+def test_volumes_have_the_native_value_and_gradients(case):
+    volume, inputs, outputs, window, strides, padding = VOLUMES[case]
+    x_key, w_key = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(x_key, (*volume, inputs))
+    w = jax.random.normal(w_key, (*window, inputs, outputs))
+    options = {"dimension_numbers": ("NDHWC", "DHWIO", "NDHWC")}
+    options |= {"window_strides": strides, "padding": padding}
+    route, native = (
+        partial(f, **options) for f in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    actual = jax.jit(partial(value_and_gradients, route))(x, w)
+    expected = jax.jit(partial(value_and_gradients, native))(x, w)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 3e-5
+    for platform in ("cpu", "cuda", "tpu"):
+        over_volumes = "[b, 0, 1, 2, f]" in lowered_text(route, x, w, platform)
+        assert over_volumes == (platform != "cpu")
+
+
 MAPPED = long_unless(
     lambda case: case == "odd tiles", ["two pixels", "several blocks of rows", "odd tiles"]
 )
