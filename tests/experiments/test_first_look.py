@@ -118,8 +118,8 @@ def test_a_part_of_the_blood_cells_is_a_medmnist_file_with_the_first_images(tmp_
     file = tmp_path / "work" / "blood.npz"
     assert all(f"--file {file}" in command for command in trained)
     with np.load(file) as found:
-        assert {len(found[f"{split}_images"]) for split in ("val", "test")} == {300, 1000}
-        np.testing.assert_array_equal(found["train_labels"], arrays["train_labels"][:1000])
+        assert {len(found[f"{split}_images"]) for split in ("val", "test")} == {150, 500}
+        np.testing.assert_array_equal(found["train_labels"], arrays["train_labels"][:500])
 
 
 @pytest.mark.long
