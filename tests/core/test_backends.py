@@ -155,7 +155,7 @@ NEURONS = tie(
 
 
 @pytest.mark.parametrize("partner", ["random", "nearest"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", long_unless(["float32"], ["float32", "bfloat16"]))
 def test_neurons_with_biases_merge_on_cpu_as_in_the_reference(partner, dtype):
     params = {k.name: example(k.shape, dtype, seed) for seed, k in enumerate(NEURONS)}
     rule = MergeRule(0.6, 0.1, 0.8, partner)

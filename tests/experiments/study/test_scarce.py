@@ -14,6 +14,11 @@ def strengths(monkeypatch):
     monkeypatch.setattr(scarce, "STRENGTHS", {"decay": 1e-3, "ema": 0.99})
 
 
+@pytest.fixture
+def three_seeds(monkeypatch):
+    monkeypatch.setattr(scarce, "SEEDS", range(3))
+
+
 def test_the_grid_is_that_of_the_protocol(strengths):
     trials = scarce.comparison_grid()
     assert len(trials) == 10 * 9 * 5 and with_dependencies(trials) == list(trials)
@@ -40,21 +45,21 @@ def test_a_strength_is_chosen_by_mean_validation_auc():
     assert "**0.9000**" in scarce.strengths_table(found)
 
 
-def test_nothing_is_looked_at_before_all_trials_are_stored(strengths):
+def test_nothing_is_looked_at_before_all_trials_are_stored(strengths, three_seeds):
     found = scarce.analyse(stored(scarce.comparison_grid()[1:]))
     assert set(found) == {"selection", "planned", "stored"}
     assert found["planned"] - found["stored"] == 1
 
 
-def test_the_answer(strengths):
+def test_the_answer(strengths, three_seeds):
     found = scarce.analyse(stored(scarce.comparison_grid(), {"paper": 2.0}))
     means = [row["mean"] for row in found["intervals"]["paper - none"].values()]
     paper = found["pooled"]["paper"]
-    assert len(means) == 9 and paper["trials"] == 90
+    assert len(means) == 9 and paper["trials"] == 27
     assert paper["mean"] == pytest.approx(np.mean(means)) and paper["mean"] > 0.05
     assert "p_holm" in found["pooled"]["quantile"] and "p_holm" not in found["pooled"]["ema"]
     text = scarce.table(found)
-    assert "| 2,000 images, 40 % wrong labels |" in text and "all 90 pairs" in text
+    assert "| 2,000 images, 40 % wrong labels |" in text and "all 27 pairs" in text
     assert scarce.overview(found).verdict == "helps"
     scarce.figure(found)
 
