@@ -98,9 +98,10 @@ class Backbone:
     @property
     def rate(self) -> float:
         """Learning rate of the first epoch."""
-        return self.learning_rate or {"adam": 1e-3, "sgd": 0.05}[self.optimizer]
+        return self.learning_rate or _RATES[self.optimizer]
 
 
+_RATES = {"adam": 1e-3, "sgd": 0.05}
 ADDED_LATER = ("stem", "weights", "images", "wrong_labels", "statistics")
 """Fields of a backbone that stored trials need not have."""
 
@@ -160,9 +161,10 @@ class Trial:
         edges = " pretrained" if start.weights == "edges" else ""
         width = "" if start.width == 1 else f" x{start.width:g}"
         sgd = " sgd" if start.optimizer == "sgd" else ""
+        rate = "" if start.rate == _RATES[start.optimizer] else f" lr {start.rate:g}"
         few = "" if start.images is None else f" {start.images} images"
         wrong = f" {start.wrong_labels:.0%} wrong" if start.wrong_labels else ""
-        where = f"{start.data}{few}{wrong} {start.model}{width}{edges}{sgd}"
+        where = f"{start.data}{few}{wrong} {start.model}{width}{edges}{sgd}{rate}"
         return f"{where} seed {start.seed} {self.arm}"
 
     def first(self) -> "Trial":

@@ -83,6 +83,12 @@ def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field
     assert other.described()["backbone"][field] == value
 
 
+def test_trials_of_other_learning_rates_have_other_names():
+    starts = [Backbone("chestxray14", "vgg16", 0, 4, learning_rate=x) for x in (None, 1e-3, 3e-4)]
+    assert Trial(starts[0]).name == Trial(starts[1]).name
+    assert Trial(starts[2]).name == "chestxray14 vgg16 lr 0.0003 seed 0 backbone"
+
+
 def test_a_single_stage_starts_from_new_weights():
     start = Backbone("bloodmnist_like_few", "resnet18", 0, 0, 0.25, images=250, wrong_labels=0.2)
     trials = [Trial(start, arm, 30, 1e-3, Treatment("merge")) for arm in ("a",)]
