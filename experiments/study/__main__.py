@@ -114,16 +114,24 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     if missing and not config.analyse:
         enable_compilation_cache()
         minutes = float("inf") if config.minutes is None else config.minutes
+        until = time.monotonic() + 60 * minutes
         stop = PreemptionHandler()
         try:
             with stop:
-                diverged = runner.run_trials(
-                    missing,
-                    paths,
-                    keep=None if config.only else lambda trial: keep(question, trial, paths),
-                    should_stop=stop,
-                    until=time.monotonic() + 60 * minutes,
-                )
+                while missing and not diverged and time.monotonic() < until:
+                    diverged = runner.run_trials(
+                        missing,
+                        paths,
+                        keep=None if config.only else lambda trial: keep(question, trial, paths),
+                        should_stop=stop,
+                        until=until,
+                    )
+                    # Those that follow from what is stored now.
+                    before = missing
+                    known = () if config.only else chosen(question, config)
+                    missing = missing_trials(question, known, paths)
+                    if missing == before:
+                        break
         except TrainingInterrupted as stopped:
             print(f"{stopped}; repeat the command to resume", file=sys.stderr)
             assert stop.signal is not None
@@ -131,7 +139,7 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     if config.only:
         return compare(trials, paths)
     stored = archive.read(paths.results)
-    finished, planned = len(question.stored(stored)), len(with_dependencies(question.trials))
+    finished, planned = len(question.stored(stored)), len(question.planned(stored))
     if not finished:
         raise UsageError(
             f"{paths.results} holds no trial of {question.name}, so there is no answer"
@@ -156,10 +164,12 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
     Raises:
       UsageError: the question has no trial of such a hash, data set or network.
     """
-    known = {trial.hash: trial for trial in with_dependencies(question.trials)}
+    stored = archive.read(config.results)
+    known = {trial.hash: trial for trial in question.planned(stored)}
+    grid = (*question.trials, *question.later(stored))
     has = {
-        "data": [trial.backbone.data for trial in question.trials],
-        "models": [trial.backbone.model for trial in question.trials],
+        "data": [trial.backbone.data for trial in grid],
+        "models": [trial.backbone.model for trial in grid],
         "only": list(known),
     }
     for option, values in has.items():
@@ -173,7 +183,7 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
         return tuple(known[one] for one in config.only)
     return tuple(
         trial
-        for trial in question.trials
+        for trial in grid
         if (config.seeds is None or trial.backbone.seed < config.seeds)
         and (not config.data or trial.backbone.data in config.data)
         and (not config.models or trial.backbone.model in config.models)
@@ -278,7 +288,12 @@ def import_trials(arguments: Sequence[str]) -> int:
     found, stored = archive.read(config.source), archive.read(config.results)
     if not found.records:
         raise UsageError(f"{config.source} holds no trials; give the --results of a question")
-    known = {t.hash for q in QUESTIONS.values() for t in with_dependencies(q.trials)}
+    both = archive.Archive(
+        {**found.records, **stored.records},
+        {**found.arrays, **stored.arrays},
+        {**found.labels, **stored.labels},
+    )
+    known = {trial.hash for q in QUESTIONS.values() for trial in q.planned(both)}
     new = {one: record for one, record in found.records.items() if one not in stored.records}
     for one, record in new.items():
         if one not in known:

@@ -61,11 +61,7 @@ def seconds(trial: Trial) -> float:
 
 def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
     """Stored second stages of a question, each of another data set, network or optimizer."""
-    second = [
-        trial
-        for trial in question.trials
-        if not trial.is_backbone and seconds(trial) < float("inf")
-    ]
+    second = [trial for trial in question.stored(archive.read()) if not trial.is_backbone]
     some = [trial for trial in second if seconds(trial) <= config.limit]
     some = some or sorted(second, key=seconds)[:1]
     # The stored draws were made before there were the questions of docs/protocol.md.

@@ -1,8 +1,10 @@
 """Lists of trials for part 4, the most informative first."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from experiments.study import archive
 from experiments.study.questions import pretrained
 from experiments.study.trials import Backbone, Treatment, Trial
 
@@ -69,15 +71,29 @@ class Grid:
 
 @dataclass(frozen=True)
 class PretrainedGrid(Grid):
-    """The comparison of docs/protocol.md, section 1; empty before its learning rates are chosen."""
+    """The comparison of docs/protocol.md, section 1, with the stored choice of learning rates."""
+
+    def units(self, together: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """As of any grid; none before the learning rates are chosen."""
+        return super().units(together) if self.is_chosen() else iter(())
+
+    def is_chosen(self) -> bool:
+        """Whether the learning rates are stored."""
+        return set(chosen_rates()) == set(self.data)
 
     def backbone(self, data: str, seed: int) -> Trial:
         """The first stage, with the learning rate of the data set."""
-        return Trial(pretrained.backbone(data, pretrained.RATES[data], seed))
+        return Trial(pretrained.backbone(data, chosen_rates()[data], seed))
 
     def second(self, data: str, seed: int, arm: str) -> Trial:
         """A second stage."""
         return pretrained.second_stage(self.backbone(data, seed).backbone, arm)
+
+
+@functools.cache
+def chosen_rates() -> Mapping[str, float]:
+    """Data set to the learning rate that the stored trials choose; none where they do not yet."""
+    return pretrained.chosen(pretrained.selection(archive.read()))
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ GRIDS: Mapping[str, Grid] = {
         arms=pretrained.ARMS,
     ),
     "pretrained": PretrainedGrid(
-        tuple(pretrained.RATES), seeds=len(pretrained.SEEDS), arms=pretrained.ARMS
+        tuple(pretrained.EPOCHS), seeds=len(pretrained.SEEDS), arms=pretrained.ARMS
     ),
     "phantom": Grid(
         ("phantom",),

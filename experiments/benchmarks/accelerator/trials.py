@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.benchmarks.accelerator.grids import GRIDS, Grid
+from experiments.benchmarks.accelerator.grids import GRIDS, Grid, PretrainedGrid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.benchmarks.accelerator.session import Session, say, to_json
 from experiments.study import archive, datasets
@@ -62,7 +62,7 @@ def check_data(grid: Grid, paths: Paths) -> None:
       UsageError: one is missing, or the grid has no trials yet.
     """
     remedy = "choose another --grid, or leave the trials out with --parts correctness merge step"
-    if not grid.data:
+    if isinstance(grid, PretrainedGrid) and not grid.is_chosen():
         raise UsageError(
             "--grid pretrained: its learning rates are not chosen yet, see docs/protocol.md; "
             + remedy

@@ -30,8 +30,6 @@ EPOCHS = {
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-RATES: Mapping[str, float] = {}
-"""Data set to the learning rate of its backbones, as `selection` finds it."""
 SEEDS = range(16)
 LEVEL = 0.025
 """Of every test at this look: half of 5 %, since there may be a second look."""
@@ -71,10 +69,12 @@ def selection_grid() -> tuple[Trial, ...]:
     return tuple(Trial(backbone(*one)) for one in every)
 
 
-def comparison_grid() -> tuple[Trial, ...]:
-    """The trials that are compared: low seeds first; none before the learning rates are chosen."""
-    found = []
-    for seed, (data, rate) in product(SEEDS, RATES.items()):
+def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
+    """The trials that are compared: low seeds first; none before all learning rates are chosen."""
+    rates, found = chosen(selection(archive)), []
+    if len(rates) < len(EPOCHS):
+        return ()
+    for seed, (data, rate) in product(SEEDS, rates.items()):
         found += [second_stage(backbone(data, rate, seed), arm) for arm in ARMS]
     return tuple(found)
 
@@ -144,7 +144,7 @@ def analyse(archive: Archive) -> Found:
     Outcomes of single trials are not looked at before, see the stopping rule of the protocol.
     """
     found: Found = {"selection": selection(archive)}
-    planned = with_dependencies(comparison_grid())
+    planned = with_dependencies(comparison_grid(archive))
     found |= shared.progress(planned, archive)
     if not shared.is_complete(found):
         return found
@@ -305,7 +305,8 @@ QUESTION = Question(
         "From pretrained weights, the second stage with merging has another mean test AUC than the "
         "same stage without it."
     ),
-    trials=(*selection_grid(), *comparison_grid()),
+    trials=selection_grid(),
+    later=comparison_grid,
     analyse=analyse,
     table=table,
     figure=figure,

@@ -34,6 +34,8 @@ class Question:
       title: of the page.
       hypothesis: one sentence.
       trials: the grid; empty where nothing is trained.
+      later: from the stored results to the trials that depend on them, such as those with the
+        learning rate that `trials` choose; none before these are stored.
       analyse: from the stored results to every number that is published.
       table: the page's table, from what `analyse` returns.
       figure: likewise.
@@ -55,6 +57,7 @@ class Question:
     overview: Callable[[Found], Overview]
     measure: Callable[[Trial, Any], None] | None = None
     measured: Callable[[Trial, Archive], bool] = lambda trial, archive: True
+    later: Callable[[Archive], tuple[Trial, ...]] = lambda archive: ()
     choices: Callable[[Archive], str] | None = None
 
     @property
@@ -62,6 +65,10 @@ class Question:
         """File name of the page."""
         return f"{self.name.replace('_', '-')}.md"
 
+    def planned(self, archive: Archive) -> Sequence[Trial]:
+        """All trials that are known by now, with their backbones."""
+        return with_dependencies((*self.trials, *self.later(archive)))
+
     def stored(self, archive: Archive) -> Sequence[Trial]:
-        """Its trials in the archive, with their backbones."""
-        return [t for t in with_dependencies(self.trials) if t.hash in archive.records]
+        """Those that are in the archive."""
+        return [t for t in self.planned(archive) if t.hash in archive.records]

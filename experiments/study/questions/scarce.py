@@ -20,16 +20,8 @@ SEEDS = range(10)
 CANDIDATES = {"decay": (1e-4, 1e-3, 1e-2), "ema": (0.9, 0.99, 0.999)}
 """Control to its strengths: weight decay, and decay of the averaged weights."""
 SELECTION_SEEDS = (100, 101, 102)
-STRENGTHS: Mapping[str, float] = {}
-"""Control to its strength, as `selection` finds it."""
 BASE, MERGING = "none", ("paper", "quantile")
-
-
-def arms() -> dict[str, Treatment]:
-    """Name to treatment; the controls have the strengths that were chosen."""
-    merging = Treatment("merge"), Treatment("merge", quantile=0.5)
-    controls = {kind: _control(kind, strength) for kind, strength in STRENGTHS.items()}
-    return {BASE: Treatment(), **dict(zip(MERGING, merging, strict=True)), **controls}
+ARMS = (*MERGING, *CANDIDATES)
 
 
 def _control(kind: str, strength: float) -> Treatment:
@@ -61,14 +53,21 @@ def selection_grid() -> tuple[Trial, ...]:
     )
 
 
-def comparison_grid() -> tuple[Trial, ...]:
-    """The trials that are compared; none before the strengths are chosen."""
-    if not STRENGTHS:
+def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
+    """The trials that are compared; none before the strengths of the controls are chosen."""
+    strengths = chosen(selection(archive))
+    if len(strengths) < len(CANDIDATES):
         return ()
+    arms = {
+        BASE: Treatment(),
+        "paper": Treatment("merge"),
+        "quantile": Treatment("merge", quantile=0.5),
+        **{kind: _control(kind, strength) for kind, strength in strengths.items()},
+    }
     return tuple(
         trial(images, wrong, seed, arm, treatment)
         for seed, images, wrong in product(SEEDS, IMAGES, WRONG)
-        for arm, treatment in arms().items()
+        for arm, treatment in arms.items()
     )
 
 
@@ -99,12 +98,12 @@ def chosen(found: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
 def analyse(archive: Archive) -> Found:
     """The choice of strengths; once all trials are stored, every arm against no merging."""
     found: Found = {"selection": selection(archive)}
-    planned = comparison_grid()
+    planned = comparison_grid(archive)
     found |= shared.progress(planned, archive)
     if not shared.is_complete(found):
         return found
     own = groups(planned, archive)
-    pairs = [(arm, BASE) for arm in arms() if arm != BASE]
+    pairs = [(arm, BASE) for arm in ARMS]
     by_pair = intervals(own, pairs)
     tested = []
     pooled = {}
@@ -193,7 +192,8 @@ QUESTION = Question(
     hypothesis=(
         "Where images are few or labels wrong, merging has another test AUC than no merging."
     ),
-    trials=(*selection_grid(), *comparison_grid()),
+    trials=selection_grid(),
+    later=comparison_grid,
     analyse=analyse,
     table=table,
     figure=figure,

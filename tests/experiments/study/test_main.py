@@ -88,6 +88,22 @@ def test_from_an_empty_archive_to_an_answer(options, tmp_path, capsys):
     assert f"{TRIALS[1].hash} {TRIALS[1].name} differs" in capsys.readouterr().err
 
 
+@pytest.mark.long
+def test_trials_that_follow_from_stored_ones_are_trained_by_the_same_command(options, capsys):
+    backbone = TRIALS[0].first()
+
+    def later(stored):
+        return TRIALS if backbone.hash in stored.records else ()
+
+    study.QUESTIONS["phantom"] = dataclasses.replace(QUESTION, trials=(backbone,), later=later)
+    assert run(options, "--dry-run") == 0
+    assert "1 trials are missing" in capsys.readouterr().out
+    assert run(options) == 0
+    assert "seeds: 1" in capsys.readouterr().out
+    assert run(options, "--dry-run") == 0
+    assert "0 trials are missing" in capsys.readouterr().out
+
+
 def test_an_incomplete_answer_is_not_given(options, tmp_path, capsys):
     from tests.experiments.study.test_archive import record
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.study import archive, statistics
+from experiments.study import statistics
 from experiments.study.archive import Archive, Labels
 from experiments.study.questions import pretrained
 from experiments.study.trials import with_dependencies
@@ -42,53 +42,59 @@ def stored(trials, gains=None, val=None):
     return Archive(records, arrays, {trial.backbone.data: labels for trial in trials})
 
 
+BEST = {1e-4: 0.5, 1e-3: 0.9}
+"""Validation AUC by learning rate; 0.8 for others."""
+
+
 @pytest.fixture
-def grid(monkeypatch):
+def few(monkeypatch):
     monkeypatch.setattr(pretrained, "SEEDS", range(SEEDS))
-    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(DATA, 1e-3))
-    return pretrained.comparison_grid()
+    monkeypatch.setattr(pretrained, "EPOCHS", {data: pretrained.EPOCHS[data] for data in DATA})
 
 
-def test_the_grid_is_that_of_the_protocol(monkeypatch):
-    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(pretrained.EPOCHS, 1e-3))
-    trials = pretrained.comparison_grid()
+def comparison():
+    return pretrained.comparison_grid(stored(pretrained.selection_grid(), val=BEST))
+
+
+def test_the_grid_is_that_of_the_protocol():
+    trials = comparison()
     assert len(trials) == 16 * 5 * 4 and len(with_dependencies(trials)) == 16 * 5 * 5
     assert {trial.backbone.seed for trial in trials}.isdisjoint(pretrained.SELECTION_SEEDS)
     for trial in trials:
-        assert trial.learning_rate == pytest.approx(trial.backbone.rate / 10)
+        assert trial.backbone.rate == 1e-3 and trial.learning_rate == pytest.approx(1e-4)
         assert trial.epochs == trial.backbone.epochs
         assert trial.treatment.skip == 10 and trial.treatment.probability == 0.3
     assert len(pretrained.selection_grid()) == 5 * 4 * 3
 
 
-def test_the_learning_rates_are_those_of_the_stored_selection():
-    best = pretrained.chosen(pretrained.selection(archive.read()))
-    complete = len(best) == len(pretrained.EPOCHS)
-    assert dict(pretrained.RATES) == (best if complete else {})
-
-
 def test_a_learning_rate_is_chosen_by_mean_validation_auc():
     trials = pretrained.selection_grid()
-    found = pretrained.selection(stored(trials, val={1e-4: 0.5, 1e-3: 0.9}))
+    found = pretrained.selection(stored(trials, val=BEST))
     assert pretrained.chosen(found) == dict.fromkeys(pretrained.EPOCHS, 1e-3)
     rates = found["breastmnist_64"]
     assert rates[1e-3]["auc"] == [0.9] * 3 and rates[1e-3]["accepted"]
     assert not rates[1e-4]["accepted"]
-    text = pretrained.rates_table(stored(trials, val={1e-4: 0.5, 1e-3: 0.9}))
+    text = pretrained.rates_table(stored(trials, val=BEST))
     assert "**0.900 (0.900 to 0.900)**" in text
     assert "0.500 (0.500 to 0.500), not accepted" in text
     some = stored([trial for trial in trials if trial.backbone.rate < 3e-3])
     assert pretrained.chosen(pretrained.selection(some)) == {}
+    assert pretrained.comparison_grid(some) == ()
 
 
-def test_nothing_is_looked_at_before_all_trials_are_stored(grid):
-    found = pretrained.analyse(stored(grid[:-1]))
+def test_nothing_is_looked_at_before_all_trials_are_stored(few):
+    trials = (*pretrained.selection_grid(), *comparison())
+    archive = stored(trials[:-1], val=BEST)
+    found = pretrained.analyse(archive)
     assert set(found) == {"selection", "planned", "stored"}
     assert found["planned"] - found["stored"] == 1
+    question = pretrained.QUESTION
+    assert trials[-1] in question.planned(archive) and trials[-1] not in question.stored(archive)
 
 
-def test_the_answer(grid):
-    found = pretrained.analyse(stored(grid, {"paper": 2.0}))
+def test_the_answer(few):
+    trials = (*pretrained.selection_grid(), *comparison())
+    found = pretrained.analyse(stored(trials, {"paper": 2.0}, BEST))
     pairs = len(DATA) * SEEDS
     paper, released = (found["pooled"][arm] for arm in ("paper", "released"))
     assert paper["auc"]["trials"] == pairs

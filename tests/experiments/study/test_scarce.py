@@ -3,15 +3,27 @@
 import numpy as np
 import pytest
 
-from experiments.study import archive
+from experiments.study.archive import Archive
 from experiments.study.questions import pretrained, scarce, shared
 from experiments.study.trials import with_dependencies
 from tests.experiments.study.test_pretrained import stored
 
 
-@pytest.fixture
-def strengths(monkeypatch):
-    monkeypatch.setattr(scarce, "STRENGTHS", {"decay": 1e-3, "ema": 0.99})
+def choice(best=(1e-2, 0.9)):
+    """An archive in which these strengths of the controls have the highest validation AUC."""
+    found = stored(scarce.selection_grid())
+    for trial in scarce.selection_grid():
+        if trial.treatment.decay in best:
+            found.records[trial.hash]["result"]["val"]["auc"] = 0.9
+    return found
+
+
+def both(archive, other):
+    """Both archives in one."""
+    records, arrays = (
+        {**a, **b} for a, b in ((archive.records, other.records), (archive.arrays, other.arrays))
+    )
+    return Archive(records, arrays, {**archive.labels, **other.labels})
 
 
 @pytest.fixture
@@ -19,40 +31,33 @@ def three_seeds(monkeypatch):
     monkeypatch.setattr(scarce, "SEEDS", range(3))
 
 
-def test_the_grid_is_that_of_the_protocol(strengths):
-    trials = scarce.comparison_grid()
+def test_the_grid_is_that_of_the_protocol():
+    trials = scarce.comparison_grid(choice())
     assert len(trials) == 10 * 9 * 5 and with_dependencies(trials) == list(trials)
     assert len(scarce.selection_grid()) == 3 * 9 * 6
     assert {trial.backbone.seed for trial in trials}.isdisjoint(scarce.SELECTION_SEEDS)
     assert all(trial.backbone.statistics == "renewed" for trial in trials)
 
 
-def test_the_strengths_are_those_of_the_stored_selection():
-    best = scarce.chosen(scarce.selection(archive.read()))
-    complete = len(best) == len(scarce.CANDIDATES)
-    assert dict(scarce.STRENGTHS) == (best if complete else {})
-
-
 def test_a_strength_is_chosen_by_mean_validation_auc():
-    trials = scarce.selection_grid()
-    found = stored(trials)
-    for trial in trials:
-        if trial.treatment.decay in (1e-2, 0.9):
-            found.records[trial.hash]["result"]["val"]["auc"] = 0.9
+    found = choice()
     assert scarce.chosen(scarce.selection(found)) == {"decay": 1e-2, "ema": 0.9}
-    some = stored([trial for trial in trials if trial.treatment.decay != 1e-4])
-    assert scarce.chosen(scarce.selection(some)) == {"ema": 0.9}
+    assert {t.treatment.decay for t in scarce.comparison_grid(found)} == {None, 1e-2, 0.9}
     assert "**0.9000**" in scarce.strengths_table(found)
+    some = stored([t for t in scarce.selection_grid() if t.treatment.decay != 1e-4])
+    assert set(scarce.chosen(scarce.selection(some))) == {"ema"}
+    assert scarce.comparison_grid(some) == ()
 
 
-def test_nothing_is_looked_at_before_all_trials_are_stored(strengths, three_seeds):
-    found = scarce.analyse(stored(scarce.comparison_grid()[1:]))
+def test_nothing_is_looked_at_before_all_trials_are_stored(three_seeds):
+    found = scarce.analyse(both(choice(), stored(scarce.comparison_grid(choice())[1:])))
     assert set(found) == {"selection", "planned", "stored"}
     assert found["planned"] - found["stored"] == 1
 
 
-def test_the_answer(strengths, three_seeds):
-    found = scarce.analyse(stored(scarce.comparison_grid(), {"paper": 2.0}))
+def test_the_answer(three_seeds):
+    trials = scarce.comparison_grid(choice())
+    found = scarce.analyse(both(choice(), stored(trials, {"paper": 2.0})))
     means = [row["mean"] for row in found["intervals"]["paper - none"].values()]
     paper = found["pooled"]["paper"]
     assert len(means) == 9 and paper["trials"] == 27

@@ -1,12 +1,10 @@
 """A trial of part 4 is the training that the study's runner does."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks.accelerator import trials
+from experiments.benchmarks.accelerator import grids, trials
 from experiments.benchmarks.accelerator.grids import GRIDS
 from experiments.benchmarks.accelerator.trials import (
     kind_of,
@@ -21,6 +19,7 @@ from experiments.study.treatments import make_treatment, numbers
 from experiments.study.trials import Treatment, with_dependencies
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import initial_variables
+from tests.experiments.study.test_pretrained import stored
 from tests.training import tiny
 
 GRID = GRIDS["phantom"]
@@ -115,6 +114,8 @@ def test_every_grid_has_paired_arms_and_trials_of_their_own():
     for name, grid in GRIDS.items():
         trials = list(grid.trials())
         assert len({trial.hash for trial in trials}) == len(trials), name
+        if name == "pretrained":  # Its learning rates are those of the stored trials.
+            continue
         stages = [grid.stages(data, [grid.first_seed]) for data in grid.data]
         assert len(trials) == sum(map(len, stages)) * grid.seeds
         seeds = [(data, seed) for data, unit in grid.units(4) for seed in unit]
@@ -125,17 +126,19 @@ def test_every_grid_has_paired_arms_and_trials_of_their_own():
 
 
 def test_the_grids_of_the_primary_question_are_its_trials(monkeypatch):
-    grid = GRIDS["learning_rates"]
-    assert set(grid.trials()) == set(pretrained.selection_grid())
-    monkeypatch.setattr(pretrained, "RATES", dict.fromkeys(pretrained.EPOCHS, 1e-3))
-    grid = dataclasses.replace(GRIDS["pretrained"], data=tuple(pretrained.RATES))
-    assert set(grid.trials()) == set(with_dependencies(pretrained.comparison_grid()))
+    choice = stored(pretrained.selection_grid())
+    assert set(GRIDS["learning_rates"].trials()) == set(pretrained.selection_grid())
+    rates = pretrained.chosen(pretrained.selection(choice))
+    monkeypatch.setattr(grids, "chosen_rates", lambda: rates)
+    planned = with_dependencies(pretrained.comparison_grid(choice))
+    assert set(GRIDS["pretrained"].trials()) == set(planned)
 
 
-def test_no_trial_is_trained_before_the_learning_rates_are_chosen(tmp_path):
-    grid = dataclasses.replace(GRIDS["pretrained"], data=())
+def test_no_trial_is_trained_before_the_learning_rates_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "chosen_rates", lambda: {"breastmnist_64": 1e-3})
+    assert not list(GRIDS["pretrained"].trials())
     with pytest.raises(UsageError, match="its learning rates are not chosen yet"):
-        trials.check_data(grid, Paths(tmp_path, tmp_path))
+        trials.check_data(GRIDS["pretrained"], Paths(tmp_path, tmp_path))
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -158,12 +161,12 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
         arrays[f"scores-{trial.hash}"] = one.scores
     assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 3
     assert trials.import_records(records, arrays, "d" * 40, tmp_path) == 0
-    stored = archive.read(tmp_path)
-    record = stored.records[known["inmerge"].hash]
+    found = archive.read(tmp_path)
+    record = found.records[known["inmerge"].hash]
     assert record["trained"]["git"] == {"commit": "c" * 40, "dirty": False}
     assert record["trained"]["device"] == "chip"
-    np.testing.assert_array_equal(stored.scores(known["inmerge"]), alone["inmerge"].scores)
-    assert stored.labels["phantom"].task == labels.task
+    np.testing.assert_array_equal(found.scores(known["inmerge"]), alone["inmerge"].scores)
+    assert found.labels["phantom"].task == labels.task
     with pytest.raises(UsageError, match="unknown are of no grid"):
         trials.import_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
     trial, one = known["finetune"], alone["backbone"]
