@@ -144,7 +144,10 @@ def test_the_time_ends_the_run(tmp_path):
     [
         (["--minutes", "0"], "--minutes 0: choose a positive number"),
         (["--minutes", "nan"], "--minutes nan: choose a positive number"),
-        (["--grid", "none"], "--grid none: unknown; choose one of medmnist, small, phantom"),
+        (
+            ["--grid", "none"],
+            "--grid none: unknown; choose one of medmnist, small, learning_rates, pretrained, phantom",
+        ),
         (["--data-dir", "missing"], "breastmnist.npz is missing; give the folder"),
         (["--import", "missing"], "missing holds no results"),
     ],
