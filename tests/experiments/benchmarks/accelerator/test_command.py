@@ -146,7 +146,7 @@ def test_the_time_ends_the_run(tmp_path):
         (["--minutes", "nan"], "--minutes nan: choose a positive number"),
         (
             ["--grid", "none"],
-            "--grid none: unknown; choose one of medmnist, small, learning_rates, pretrained, phantom",
+            "--grid none: unknown; choose one of medmnist, small, learning_rates, pretrained",
         ),
         (["--data-dir", "missing"], "breastmnist.npz is missing; give the folder"),
         (["--import", "missing"], "missing holds no results"),
