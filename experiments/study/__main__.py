@@ -19,7 +19,7 @@ from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.environment import enable_compilation_cache
+from inmerge_jax.training.environment import enable_compilation_cache, environment
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train import read_result
 
@@ -110,26 +110,36 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     if config.dry_run:
         show(missing, archive.read(paths.results))
         return 0
-    diverged: list[str] = []
+    diverged: dict[Trial, str] = {}
     if missing and not config.analyse:
+        if environment()["git"]["dirty"]:
+            print(
+                "WARNING: uncommitted changes: `import` refuses trials that are trained now",
+                file=sys.stderr,
+            )
         enable_compilation_cache()
         minutes = float("inf") if config.minutes is None else config.minutes
         until = time.monotonic() + 60 * minutes
         stop = PreemptionHandler()
         try:
             with stop:
-                while missing and not diverged and time.monotonic() < until:
-                    diverged = runner.run_trials(
+                while missing and time.monotonic() < until:
+                    now = runner.run_trials(
                         missing,
                         paths,
                         keep=None if config.only else lambda trial: keep(question, trial, paths),
                         should_stop=stop,
                         until=until,
                     )
+                    diverged |= now
+                    if config.only:
+                        break
+                    if now:
+                        why = {trial.hash: reason for trial, reason in now.items()}
+                        archive.add(paths.results, {}, {}, diverged=why)
                     # Those that follow from what is stored now.
                     before = missing
-                    known = () if config.only else chosen(question, config)
-                    missing = missing_trials(question, known, paths)
+                    missing = missing_trials(question, chosen(question, config), paths)
                     if missing == before:
                         break
         except TrainingInterrupted as stopped:
@@ -140,11 +150,14 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         return compare(trials, paths)
     stored = archive.read(paths.results)
     finished, planned = len(question.stored(stored)), len(question.planned(stored))
+    left = question.left(stored)
     if not finished:
         raise UsageError(
             f"{paths.results} holds no trial of {question.name}, so there is no answer"
         )
-    if finished < planned:
+    if question.choices is not None and not question.later(stored):
+        left = left or question.trials
+    if left:
         print(f"incomplete: {finished} of {planned} trials are stored")
         if question.choices is not None:
             print(question.choices(stored))
@@ -153,8 +166,8 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         effect, count, verdict = question.overview(found)
         print(f"{question.hypothesis}\n\n{question.table(found)}")
         print(f"{effect} ({count} trials): {verdict}")
-    for message in diverged:
-        print(f"diverged, and not stored: {message}", file=sys.stderr)
+    for trial, reason in diverged.items():
+        print(f"diverged: {trial.name}: {reason}", file=sys.stderr)
     return int(bool(diverged))
 
 
@@ -181,10 +194,12 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
                 raise UsageError(f"--{option} {value}: not in {question.name}, which has: {some}")
     if config.only:
         return tuple(known[one] for one in config.only)
+    # Without all trials of a choice, none follows.
+    choices = question.trials if question.choices is not None else ()
     return tuple(
         trial
         for trial in grid
-        if (config.seeds is None or trial.backbone.seed < config.seeds)
+        if (config.seeds is None or trial.backbone.seed < config.seeds or trial in choices)
         and (not config.data or trial.backbone.data in config.data)
         and (not config.models or trial.backbone.model in config.models)
     )
@@ -192,12 +207,8 @@ def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:
 
 def missing_trials(question: Question, trials: Sequence[Trial], paths: stages.Paths) -> list[Trial]:
     """Trials that are not stored, or whose weights have not been measured, with their backbones."""
-    stored = archive.read(paths.results)
-    return [
-        trial
-        for trial in with_dependencies(trials)
-        if trial.hash not in stored.records or not question.measured(trial, stored)
-    ]
+    wanted = set(with_dependencies(trials))
+    return [trial for trial in question.left(archive.read(paths.results)) if trial in wanted]
 
 
 def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
@@ -292,6 +303,7 @@ def import_trials(arguments: Sequence[str]) -> int:
         {**found.records, **stored.records},
         {**found.arrays, **stored.arrays},
         {**found.labels, **stored.labels},
+        {**found.diverged, **stored.diverged},
     )
     known = {trial.hash for q in QUESTIONS.values() for trial in q.planned(both)}
     new = {one: record for one, record in found.records.items() if one not in stored.records}
@@ -304,7 +316,7 @@ def import_trials(arguments: Sequence[str]) -> int:
                 "again at a commit"
             )
     arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in new}
-    archive.add(config.results, new, arrays, found.labels)
+    archive.add(config.results, new, arrays, found.labels, found.diverged)
     print(f"{len(new)} of {len(found.records)} trials are new")
     return 0
 

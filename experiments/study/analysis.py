@@ -60,10 +60,14 @@ class Group:
         scores = self.archive.scores
         return [(a, b) for a, b in found if not (changed and np.array_equal(scores(a), scores(b)))]
 
-    def differences(self, pair: Pair, metric: str) -> list[float]:
-        """The differences of a test metric, by seed; those in which nothing changed are zero."""
+    def by_seed(self, pair: Pair, metric: str) -> dict[int, float]:
+        """Seed to difference of a test metric; where nothing changed, zero."""
         both = self.pairs(pair, changed=False)
-        return [_gap(self.archive, *trials, metric) for trials in both]
+        return {a.backbone.seed: _gap(self.archive, a, b, metric) for a, b in both}
+
+    def differences(self, pair: Pair, metric: str) -> list[float]:
+        """The differences of `by_seed`."""
+        return list(self.by_seed(pair, metric).values())
 
     def interval(self, pair: Pair, metric: str) -> dict[str, Any] | None:
         """`statistics.bootstrap` of a difference, with its "seeds" and "changed"; None without."""

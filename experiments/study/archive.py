@@ -84,11 +84,13 @@ class Archive:
         re-estimated batch statistics; "corrupted/HASH", uint8 (corruptions, severities, images):
         classes predicted for corrupted test images.
       labels: by data set.
+      diverged: trainings whose loss became infinite or NaN, by hash: when it did.
     """
 
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     labels: Mapping[str, Labels] = field(default_factory=dict)
+    diverged: Mapping[str, str] = field(default_factory=dict)
 
     def scores(self, trial: Trial) -> np.ndarray:
         """Test scores of a trial, float32 (images, classes)."""
@@ -125,6 +127,15 @@ def make_record(
         "similarity": {when: _rounded(similarity[when]) for when in stages},
         "trained": trained,
     }
+
+
+def same_answers(scores: np.ndarray) -> float:
+    """The largest share of images with the same answer: the class, or label, of the highest score.
+
+    Args:
+      scores: (images, classes).
+    """
+    return float(np.bincount(scores.argmax(1)).max() / len(scores))
 
 
 def labels_of(dataset: Dataset) -> Labels:
@@ -171,7 +182,7 @@ def _read(folder: Path, checksums: str) -> Archive:
     }
     rows = csv.DictReader(io.StringIO(files[TABLE].decode()))
     records = {row["hash"]: _to_record(row, details["trials"][row["hash"]]) for row in rows}
-    return Archive(records, arrays, labels)
+    return Archive(records, arrays, labels, details.get("diverged", {}))
 
 
 def add(
@@ -179,6 +190,7 @@ def add(
     records: Mapping[str, dict[str, Any]],
     arrays: Mapping[str, np.ndarray],
     labels: Mapping[str, Labels] | None = None,
+    diverged: Mapping[str, str] | None = None,
 ) -> None:
     """Adds finished trainings, or further measurements of stored ones, to the archive.
 
@@ -187,6 +199,7 @@ def add(
       records: by hash; replaces a stored record of the same hash.
       arrays: named as in `Archive.arrays`.
       labels: of data sets, for those that are not stored yet.
+      diverged: as in `Archive.diverged`.
 
     Raises:
       UsageError: other test labels are stored for one of the data sets.
@@ -204,6 +217,7 @@ def add(
                 {**stored.records, **records},
                 {**stored.arrays, **arrays},
                 {**(labels or {}), **stored.labels},
+                {**stored.diverged, **(diverged or {})},
             ),
         )
 
@@ -223,6 +237,7 @@ def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:
     )
     lines = read_metrics(run / "metrics.jsonl")
     result["merged_by_epoch"] = [line["merged"] for line in lines if line.get("merged")]
+    result["val"]["same"] = same_answers(read_scores(run / result["scores"]["val"]))
     record = make_record(trial, result, similarity, environment)
     scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
     labels = {trial.backbone.data: labels_of(dataset)}
@@ -238,6 +253,7 @@ def _write(folder: Path, archive: Archive) -> None:
     details = {
         "tasks": {data: labels.task for data, labels in archive.labels.items()},
         "trials": {one: _details(record) for one, record in archive.records.items()},
+        **({"diverged": dict(archive.diverged)} if archive.diverged else {}),
     }
     members = {_DETAILS: json.dumps(details, sort_keys=True, separators=(",", ":")).encode()}
     arrays = dict(archive.arrays)

@@ -10,6 +10,7 @@ The stages are those of `inmerge train`: `training.train.train_stage`.
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,9 @@ from experiments.study.stages import Paths, first_stage, images_of, plan_of, sec
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
+from inmerge_jax.locking import LOCK
 from inmerge_jax.progress import Progress
-from inmerge_jax.training.environment import configure_malloc, environment
+from inmerge_jax.training.environment import configure_malloc, diff_environments, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.workdir import lock
@@ -35,7 +37,7 @@ def run_trials(
     keep: Callable[[Trial], Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     until: float = float("inf"),
-) -> list[str]:
+) -> dict[Trial, str]:
     """Trains the trials that are not finished, and the backbones that they need.
 
     A trial whose training diverges stays unfinished, with those that would start from it.
@@ -48,7 +50,7 @@ def run_trials(
       until: time (`time.monotonic`) after which no trial is started.
 
     Returns:
-      A message for each training that diverged.
+      The trials that diverged, and why.
 
     Raises:
       UsageError: missing data, or a file that cannot be written.
@@ -66,7 +68,7 @@ def run_trials(
             done(trial)
     wanted = [trial for trial in trials if not finished(trial, paths)]
     left = [t for t in in_order(with_dependencies(wanted)) if not finished(t, paths)]
-    count, diverged = len(left), []
+    count, diverged = len(left), {}
     with Progress(sum(map(images_of, left))) as progress:
         while left and time.monotonic() < until:
             trial = left.pop(0)
@@ -74,8 +76,8 @@ def run_trials(
             try:
                 run_trial(trial, paths, progress, should_stop)
             except NonFiniteLossError as error:
-                diverged.append(f"{trial.name}: {error}")
-                progress.say(f"WARNING: {diverged[-1]}", style="bold yellow")
+                diverged[trial] = str(error)
+                progress.say(f"WARNING: {trial.name}: {error}", style="bold yellow")
                 left = [other for other in left if other.first() != trial]
             else:
                 done(trial)
@@ -130,7 +132,16 @@ def finished(trial: Trial, paths: Paths) -> bool:
 
 
 def _begin(trial: Trial, folder: Path) -> None:
-    if not (folder / "environment.json").exists():
-        write_json(folder / "environment.json", environment())
+    """Writes what a trial is; one that was begun by other code or elsewhere begins anew."""
+    now, file = environment(), folder / "environment.json"
+    if file.exists():
+        if not diff_environments(json.loads(file.read_bytes()), now):
+            return
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    write_json(file, now)
     described = {"name": trial.name, "arm": trial.arm, **trial.described()}
     write_json(folder / "trial.json", json.loads(json.dumps(described)))

@@ -164,7 +164,7 @@ def over_trials(differences: Sequence[float]) -> dict[str, Any]:
     Returns:
       "trials" (how many), "positive" (how many are above zero), "mean", "p" (sign flips); for two
       trainings or more also "sd", "low" and "high" (Student's 95 % interval) and "p_equivalent"
-      (two one-sided t tests against +-`MARGIN`; None where all differences are equal).
+      (two one-sided t tests against +-`MARGIN`; 0 or 1 where all differences are equal).
     """
     values = np.asarray(differences, np.float64)
     count = len(values)
@@ -178,17 +178,17 @@ def over_trials(differences: Sequence[float]) -> dict[str, Any]:
         return found
     interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     found |= {"sd": float(values.std(ddof=1)), "low": interval.low, "high": interval.high}
-    found["p_equivalent"] = None
+    found["p_equivalent"] = float(abs(found["mean"]) >= MARGIN)
     if found["sd"] > 0:
         found["p_equivalent"] = float(DescrStatsW(values).ttost_mean(-MARGIN, MARGIN)[0])
     return {name: float(x) if isinstance(x, np.floating) else x for name, x in found.items()}
 
 
-def add_holm(rows: Sequence[dict[str, Any]]) -> None:
+def add_holm(rows: Sequence[dict[str, Any]], level: float = 1 - CONFIDENCE) -> None:
     """Adds Holm's correction over all rows.
 
     Each row gets "p_holm"; one of `over_trials` with some spread also "needed", see
-    `trials_needed`.
+    `trials_needed`, for tests at `level`.
     """
     if not rows:
         return
@@ -196,10 +196,12 @@ def add_holm(rows: Sequence[dict[str, Any]]) -> None:
     for row, p in zip(rows, corrected, strict=True):
         row["p_holm"] = float(p)
         if row.get("sd"):
-            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows))
+            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows), level)
 
 
-def trials_needed(sd: float, mean: float, comparisons: int = 1) -> int:
+def trials_needed(
+    sd: float, mean: float, comparisons: int = 1, level: float = 1 - CONFIDENCE
+) -> int:
     """Paired trainings with which a difference would be significant, with 80 % power.
 
     A difference of the observed size, or of `MARGIN` if that is larger, for a t test at the level
@@ -209,8 +211,9 @@ def trials_needed(sd: float, mean: float, comparisons: int = 1) -> int:
       sd: standard deviation of the paired differences, above 0.
       mean: observed difference.
       comparisons: that Holm's correction is over.
+      level: of the tests, before the correction.
     """
-    test, alpha = TTestPower(), (1 - CONFIDENCE) / comparisons
+    test, alpha = TTestPower(), level / comparisons
     # Beyond three standard deviations a few trials suffice, and the noncentral t is not reliable.
     size, flips = min(max(abs(mean), MARGIN) / sd, 3.0), int(np.ceil(np.log2(2 / alpha)))
     few = np.arange(2, 11)

@@ -481,6 +481,7 @@ def finish(
     for name, images in (("val", data.val), ("test", data.test)):
         scores[name], _ = setup.evaluate(state, images)
         found[name] = json_metrics(compute_metrics(images.labels, scores[name], data.task))
+    found["val"]["same"] = archive.same_answers(scores["val"])
     weights = unreplicate((state.params, state.batch_stats))
     merges = trial.treatment.kind != "none"
     deep = program.deep if merges else ()

@@ -11,10 +11,10 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from experiments.study import datasets, statistics
-from experiments.study.analysis import Group, groups, intervals, is_constant
+from experiments.study.analysis import Group, groups, intervals
 from experiments.study.archive import Archive
 from experiments.study.questions import shared
-from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.questions.question import Found, Overview, Question, is_lost
 from experiments.study.render import difference, dot_plot, markdown, p_value, share
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 from inmerge_jax.reporting.plots import Plot
@@ -70,9 +70,16 @@ def selection_grid() -> tuple[Trial, ...]:
 
 
 def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
-    """The trials that are compared: low seeds first; none before all learning rates are chosen."""
-    rates, found = chosen(selection(archive)), []
-    if len(rates) < len(EPOCHS):
+    """The trials that are compared: low seeds first.
+
+    None before all learning rates are chosen, or where the backbones of one are not accepted: the
+    protocol then asks for another recipe.
+    """
+    choice, found = selection(archive), []
+    rates = chosen(choice)
+    if len(rates) < len(EPOCHS) or not all(
+        choice[d][rate]["accepted"] for d, rate in rates.items()
+    ):
         return ()
     for seed, (data, rate) in product(SEEDS, rates.items()):
         found += [second_stage(backbone(data, rate, seed), arm) for arm in ARMS]
@@ -83,26 +90,30 @@ def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
     """What the learning rates are chosen by: data set to rate to what its backbones reached.
 
     "auc", the validation AUC of each seed; "accepted", whether each of them is at least `ACCEPTED`
-    and none of the networks gives all images one answer.
+    and none of the networks gives all validation images one answer. A rate with which a backbone
+    diverged has no "auc" and is not accepted.
     """
     found: dict[str, dict[float, dict[str, Any]]] = {}
     for data, rate in product(EPOCHS, CANDIDATES):
         trials = [Trial(backbone(data, rate, seed)) for seed in SELECTION_SEEDS]
-        if all(trial.hash in archive.records for trial in trials):
-            aucs = [archive.records[trial.hash]["result"]["val"]["auc"] for trial in trials]
-            constant = any(is_constant(archive, trial) for trial in trials)
-            accepted = min(aucs) >= ACCEPTED and not constant
+        if any(is_lost(trial, archive) for trial in trials):
+            found.setdefault(data, {})[rate] = {"auc": [], "accepted": False}
+        elif all(trial.hash in archive.records for trial in trials):
+            val = [archive.records[trial.hash]["result"]["val"] for trial in trials]
+            aucs = [one["auc"] for one in val]
+            accepted = min(aucs) >= ACCEPTED and all(one["same"] < 1 for one in val)
             found.setdefault(data, {})[rate] = {"auc": aucs, "accepted": accepted}
     return found
 
 
 def chosen(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> dict[str, float]:
     """The learning rate of each data set: the highest mean validation AUC, of `selection`."""
-    return {
-        data: max(rates, key=lambda rate: float(np.mean(rates[rate]["auc"])))
+    means = {
+        data: {rate: float(np.mean(row["auc"])) for rate, row in rates.items() if row["auc"]}
         for data, rates in found.items()
         if len(rates) == len(CANDIDATES)
     }
+    return {data: max(by, key=lambda rate: by[rate]) for data, by in means.items() if by}
 
 
 def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -119,7 +130,9 @@ def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """
     values = np.concatenate([np.asarray(some) for some in differences.values()])
     if np.ptp(values) == 0:
-        return {"mean": float(values[0]), "p": float(values[0] == 0), "p_equivalent": None}
+        mean = float(values[0])
+        equivalent = float(abs(mean) >= statistics.MARGIN)
+        return {"mean": mean, "p": float(mean == 0), "p_equivalent": equivalent}
     labels = np.repeat(list(differences), [len(some) for some in differences.values()])
     model = MixedLM(values, np.ones((len(values), 1)), groups=labels)
     with warnings.catch_warnings():
@@ -164,12 +177,11 @@ def analyse(archive: Archive) -> Found:
         [row["auc"] for row in pooled.values()],
         [row["mixed"] for row in pooled.values()],
     ):
-        statistics.add_holm(rows)
+        statistics.add_holm(rows, LEVEL)
     return found | {
         "groups": {
             group.name: {
                 "seeds": len(group.records("finetune")),
-                "constant": sum(is_constant(archive, t) for t in group.arms["backbone"].values()),
                 **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
                 **{f"merged {arm}": group.merged(arm) for arm in MERGING},
             }
@@ -242,12 +254,11 @@ def table(found: Found) -> str:
         "Fine-tuning",
         *(f"{arm} minus fine-tuning" for arm in MERGING),
     )
-    return markdown(columns, rows)
+    return markdown(columns, rows) + shared.diverged_note(found)
 
 
 def _both(row: Mapping[str, Any], name: str) -> str:
-    values = (row[kind][name] for kind in ("auc", "mixed"))
-    return ", ".join("" if p is None else p_value(p) for p in values)
+    return ", ".join(p_value(row[kind][name]) for kind in ("auc", "mixed"))
 
 
 def rates_table(archive: Archive) -> str:
@@ -261,8 +272,10 @@ def rates_table(archive: Archive) -> str:
             text = ""
             if rate in rates:
                 aucs = rates[rate]["auc"]
-                text = f"{np.mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f})"
-                text += "" if rates[rate]["accepted"] else ", not accepted"
+                text = "diverged"
+                if aucs:
+                    text = f"{np.mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f})"
+                    text += "" if rates[rate]["accepted"] else ", not accepted"
             cells.append(f"**{text}**" if best.get(data) == rate else text)
         rows.append((datasets.SOURCES[data].title, *cells))
     return markdown(("Validation AUC", *(f"{rate:g}" for rate in CANDIDATES)), rows)

@@ -72,3 +72,17 @@ class Question:
     def stored(self, archive: Archive) -> Sequence[Trial]:
         """Those that are in the archive."""
         return [t for t in self.planned(archive) if t.hash in archive.records]
+
+    def left(self, archive: Archive) -> Sequence[Trial]:
+        """Those that are not stored, or not measured, and that did not diverge."""
+        return [
+            trial
+            for trial in self.planned(archive)
+            if not is_lost(trial, archive)
+            and not (trial.hash in archive.records and self.measured(trial, archive))
+        ]
+
+
+def is_lost(trial: Trial, archive: Archive) -> bool:
+    """Whether a trial, or the one that it starts from, diverged."""
+    return not archive.diverged.keys().isdisjoint({trial.hash, trial.first().hash})

@@ -4,11 +4,11 @@ The ablation, the controls, the adaptive threshold and robustness have the backb
 finetune in common: ResNet-18 at half width, Adam.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments.study import statistics
 from experiments.study.archive import Archive
-from experiments.study.questions.question import Found, Overview
+from experiments.study.questions.question import Found, Overview, is_lost
 from experiments.study.render import difference
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 
@@ -57,12 +57,27 @@ def series(found: Found, against: str = "finetune") -> dict[str, Found]:
     return by_group
 
 
-def progress(planned: Sequence[Trial], archive: Archive) -> Found:
-    """How many of the trials of a comparison are stored; none are planned before its choices."""
+def progress(
+    planned: Sequence[Trial],
+    archive: Archive,
+    measured: Callable[[Trial, Archive], bool] = lambda trial, archive: True,
+) -> Found:
+    """How many of the trials of a comparison are stored and measured, and which diverged.
+
+    None are planned before the choices that they depend on.
+    """
     every = with_dependencies(planned)
-    return {"planned": len(every), "stored": sum(one.hash in archive.records for one in every)}
+    stored = [one for one in every if one.hash in archive.records and measured(one, archive)]
+    lost = [one.name for one in every if is_lost(one, archive)]
+    return {"planned": len(every), "stored": len(stored), "diverged": lost}
 
 
 def is_complete(found: Found) -> bool:
     """Whether all trials of a comparison are stored. Its outcomes are not looked at before."""
-    return bool(found["planned"]) and found["stored"] == found["planned"]
+    return 0 < found["planned"] == found["stored"] + len(found["diverged"])
+
+
+def diverged_note(found: Found) -> str:
+    """A paragraph that names the trials that diverged, which are missing pairs; or nothing."""
+    names = ", ".join(found["diverged"])
+    return f"\nDiverged, and missing from all pairs: {names}.\n" if names else ""

@@ -1,5 +1,7 @@
 """The primary question: its grid, the choice of learning rates, and what is looked at when."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,8 @@ def record(trial, scores, labels, val=0.8):
     layers = LAYERS if trial.treatment.kind in ("merge", "released") else []
     above = 0.02 if trial.arm == "backbone" else 0.01
     similar = [{"name": name, "above": {"0.3": above}} for name in LAYERS]
-    result = {"test": {"auc": metrics.auc, "acc": metrics.acc}, "val": {"auc": val}, "steps": 4}
+    result = {"test": {"auc": metrics.auc, "acc": metrics.acc}, "steps": 4}
+    result |= {"val": {"auc": val, "same": 0.5}}
     result |= {"layers": layers, "kernels": [512] * len(layers), "seconds": 1.0}
     result |= {"merged": [30, 60] if layers else [], "selected": [100, 100] if layers else []}
     result |= {"merged_by_epoch": [[10, 20], [20, 40]]} if layers else {}
@@ -42,7 +45,7 @@ def stored(trials, gains=None, val=None):
     return Archive(records, arrays, {trial.backbone.data: labels for trial in trials})
 
 
-BEST = {1e-4: 0.5, 1e-3: 0.9}
+BEST = {1e-4: 0.5, 1e-3: 0.95}
 """Validation AUC by learning rate; 0.8 for others."""
 
 
@@ -72,24 +75,60 @@ def test_a_learning_rate_is_chosen_by_mean_validation_auc():
     found = pretrained.selection(stored(trials, val=BEST))
     assert pretrained.chosen(found) == dict.fromkeys(pretrained.EPOCHS, 1e-3)
     rates = found["breastmnist_64"]
-    assert rates[1e-3]["auc"] == [0.9] * 3 and rates[1e-3]["accepted"]
+    assert rates[1e-3]["auc"] == [0.95] * 3 and rates[1e-3]["accepted"]
     assert not rates[1e-4]["accepted"]
     text = pretrained.rates_table(stored(trials, val=BEST))
-    assert "**0.900 (0.900 to 0.900)**" in text
+    assert "**0.950 (0.950 to 0.950)**" in text
     assert "0.500 (0.500 to 0.500), not accepted" in text
     some = stored([trial for trial in trials if trial.backbone.rate < 3e-3])
     assert pretrained.chosen(pretrained.selection(some)) == {}
     assert pretrained.comparison_grid(some) == ()
 
 
+def test_nothing_is_compared_with_a_backbone_that_is_not_accepted():
+    trials = pretrained.selection_grid()
+    assert pretrained.comparison_grid(stored(trials, val=BEST))
+    for field, value in (("auc", 0.59), ("same", 1.0)):
+        found = stored(trials, val=BEST)
+        (bad,) = (
+            t
+            for t in trials
+            if (t.backbone.data, t.backbone.rate, t.backbone.seed) == ("chestxray14_rgb", 1e-3, 101)
+        )
+        found.records[bad.hash]["result"]["val"][field] = value
+        assert pretrained.chosen(pretrained.selection(found))["chestxray14_rgb"] == 1e-3
+        assert pretrained.comparison_grid(found) == ()
+        assert "not accepted" in pretrained.rates_table(found)
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    trials = pretrained.selection_grid()
+    found = stored(trials, val=BEST)
+    lost = [t for t in trials if t.backbone.rate == 1e-3 and t.backbone.data == "retinamnist_64"]
+    for trial in lost:
+        del found.records[trial.hash]
+    found = dataclasses.replace(found, diverged={lost[0].hash: "epoch 1"})
+    rates = pretrained.chosen(pretrained.selection(found))
+    assert rates["retinamnist_64"] == 3e-4 and rates["breastmnist_64"] == 1e-3
+    assert "diverged" in pretrained.rates_table(found)
+
+
 def test_nothing_is_looked_at_before_all_trials_are_stored(few):
     trials = (*pretrained.selection_grid(), *comparison())
     archive = stored(trials[:-1], val=BEST)
     found = pretrained.analyse(archive)
-    assert set(found) == {"selection", "planned", "stored"}
+    assert set(found) == {"selection", "planned", "stored", "diverged"}
     assert found["planned"] - found["stored"] == 1
     question = pretrained.QUESTION
     assert trials[-1] in question.planned(archive) and trials[-1] not in question.stored(archive)
+    assert question.left(archive)[-1] == trials[-1]
+    # A trial that diverged is a missing pair.
+    lost = dataclasses.replace(archive, diverged={trials[-1].hash: "epoch 2"})
+    assert trials[-1] not in question.left(lost)
+    found = pretrained.analyse(lost)
+    pairs = {arm: row["auc"]["trials"] for arm, row in found["pooled"].items()}
+    assert sorted(pairs.values()) == [11, 12, 12]
+    assert f"Diverged, and missing from all pairs: {trials[-1].name}" in pretrained.table(found)
 
 
 def test_the_answer(few):

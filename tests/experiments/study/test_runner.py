@@ -80,6 +80,26 @@ def test_a_backbone_whose_checkpoint_is_gone_is_trained_again_but_not_stored(tra
 
 
 @pytest.mark.long
+def test_a_trial_that_other_code_began_begins_anew(trained, tmp_path):
+    paths, results = trained
+    elsewhere = stages.Paths(paths.data, tmp_path)
+    calls = iter(range(10**6))
+    with pytest.raises(TrainingInterrupted):
+        run(TRIALS[:1], elsewhere, should_stop=lambda: next(calls) > 6)
+    folder = elsewhere.trial(TRIALS[0])
+    file = folder / "environment.json"
+    other = json.loads(file.read_bytes())
+    other["git"]["commit"] = "0" * 40
+    file.write_text(json.dumps(other))
+    assert any(path.is_dir() for path in folder.iterdir())
+    found = run(TRIALS[:1], elsewhere)["backbone"]
+    assert found["test"] == results["backbone"]["test"]
+    assert json.loads(file.read_bytes())["git"]["commit"] != "0" * 40
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+@pytest.mark.long
 def test_a_single_stage_on_few_images_with_wrong_labels(tmp_path):
     start = Backbone(
         "phantom", "resnet18", 1, 0, 0.05, images=48, wrong_labels=0.25, statistics="renewed"

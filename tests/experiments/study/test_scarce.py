@@ -51,22 +51,39 @@ def test_a_strength_is_chosen_by_mean_validation_auc():
 
 def test_nothing_is_looked_at_before_all_trials_are_stored(three_seeds):
     found = scarce.analyse(both(choice(), stored(scarce.comparison_grid(choice())[1:])))
-    assert set(found) == {"selection", "planned", "stored"}
+    assert set(found) == {"selection", "planned", "stored", "diverged"}
     assert found["planned"] - found["stored"] == 1
 
 
 def test_the_answer(three_seeds):
     trials = scarce.comparison_grid(choice())
     found = scarce.analyse(both(choice(), stored(trials, {"paper": 2.0})))
-    means = [row["mean"] for row in found["intervals"]["paper - none"].values()]
-    paper = found["pooled"]["paper"]
-    assert len(means) == 9 and paper["trials"] == 27
-    assert paper["mean"] == pytest.approx(np.mean(means)) and paper["mean"] > 0.05
-    assert "p_holm" in found["pooled"]["quantile"] and "p_holm" not in found["pooled"]["ema"]
+    settings = [row["mean"] for row in found["intervals"]["paper - none"].values()]
+    paper = found["means"]["paper"]
+    # The seed is the unit: settings of a seed share weights and images.
+    assert len(settings) == 9 and paper["trials"] == 3
+    assert paper["mean"] == pytest.approx(np.mean(settings)) and paper["mean"] > 0.05
+    rows = {arm: list(found["intervals"][f"{arm} - none"].values()) for arm in scarce.ARMS}
+    # Holm's correction over nine settings and two arms; three seeds have p = 0.25 at least.
+    assert all(row["p_holm"] == 1 for arm in scarce.MERGING for row in rows[arm])
+    assert not any("p_holm" in row for row in rows["ema"])
     text = scarce.table(found)
-    assert "| 2,000 images, 40 % wrong labels |" in text and "all 27 pairs" in text
-    assert scarce.overview(found).verdict == "helps"
+    assert "| 2,000 images, 40 % wrong labels |" in text
+    assert "mean of the settings, 3 seeds" in text and "p 1.00" in text
+    assert scarce.overview(found).verdict.startswith("undecided")
     scarce.figure(found)
+
+
+def test_a_significant_setting_decides():
+    row, other = {"mean": 0.01, "p_holm": 0.01}, {"mean": -0.01, "p_holm": 0.5}
+    means = {"paper": {"mean": 0.0, "p_holm": 1.0, "p_equivalent": 0.01}}
+    for settings, words in (
+        ([other], "no effect"),
+        ([row, other], "helps"),
+        ([row, other | {"p_holm": 0.01}], "helps and harms"),
+    ):
+        found = {"intervals": {"paper - none": dict(enumerate(settings))}, "means": means}
+        assert scarce.conclusion(found) == words
 
 
 def test_no_trial_is_of_two_questions():
