@@ -44,7 +44,7 @@ class StudyConfig:
     that are finished there or stored in RESULTS are not retrained; interrupted ones are resumed.
 
     Attributes:
-      data_dir: Folder with medmnist/ and nih/.
+      data_dir: Folder with medmnist/, nih/ and weights/.
       output: Folder of the runs.
       results: Folder of trials.csv and trials.zip. Choose a new one to train everything.
       data: Data sets to train on, such as breastmnist; default: all of the question.
@@ -150,14 +150,11 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         return compare(trials, paths)
     stored = archive.read(paths.results)
     finished, planned = len(question.stored(stored)), len(question.planned(stored))
-    left = question.left(stored)
     if not finished:
         raise UsageError(
             f"{paths.results} holds no trial of {question.name}, so there is no answer"
         )
-    if question.choices is not None and not question.later(stored):
-        left = left or question.trials
-    if left:
+    if not question.is_complete(stored):
         print(f"incomplete: {finished} of {planned} trials are stored")
         if question.choices is not None:
             print(question.choices(stored))

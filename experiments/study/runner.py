@@ -132,7 +132,7 @@ def finished(trial: Trial, paths: Paths) -> bool:
 
 
 def _begin(trial: Trial, folder: Path) -> None:
-    """Writes what a trial is; one that was begun by other code or elsewhere begins anew."""
+    """Writes the configuration and environment; restarts a trial of another environment."""
     now, file = environment(), folder / "environment.json"
     if file.exists():
         if not diff_environments(json.loads(file.read_bytes()), now):

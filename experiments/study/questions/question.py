@@ -82,6 +82,11 @@ class Question:
             and not (trial.hash in archive.records and self.measured(trial, archive))
         ]
 
+    def is_complete(self, archive: Archive) -> bool:
+        """Whether all trials are stored, those that follow from its choices among them."""
+        undecided = self.choices is not None and not self.later(archive)
+        return not undecided and not self.left(archive)
+
 
 def is_lost(trial: Trial, archive: Archive) -> bool:
     """Whether a trial, or the one that it starts from, diverged."""

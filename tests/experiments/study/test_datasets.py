@@ -31,8 +31,8 @@ def phantom(tmp_path_factory):
 def test_few_images_and_wrong_labels_are_drawn_with_the_seed(phantom):
     numbers = np.arange(96, dtype=np.uint8).reshape(96, 1, 1, 1)
     numbered = dataclasses.replace(phantom.train, images=numbers)
-    whole = dataclasses.replace(phantom, train=numbered)
-    found = {n: datasets.damaged(whole, n, 0.25, 3) for n in (24, 48)}
+    dataset = dataclasses.replace(phantom, train=numbered)
+    found = {n: datasets.damaged(dataset, n, 0.25, 3) for n in (24, 48)}
     for count, one in found.items():
         assert (len(one.train), len(one.val), one.test) == (count, min(count, 64), phantom.test)
         labels = phantom.train.labels[one.train.images.ravel()]
@@ -41,11 +41,11 @@ def test_few_images_and_wrong_labels_are_drawn_with_the_seed(phantom):
         assert one.train.labels.min() >= 0 and one.train.labels.max() < phantom.num_classes
         assert len(np.unique(one.train.images)) == count
     np.testing.assert_array_equal(found[48].train.images[:24], found[24].train.images)
-    more = datasets.damaged(whole, 48, 0.5, 3)
-    both = (dataset.train.labels for dataset in (found[48], more))
+    more = datasets.damaged(dataset, 48, 0.5, 3)
+    both = (one.train.labels for one in (found[48], more))
     changed = [labels != phantom.train.labels[more.train.images.ravel()] for labels in both]
     assert changed[1].sum() == 24 and (changed[0] <= changed[1]).all()
-    other = datasets.damaged(whole, 48, 0.25, 4)
+    other = datasets.damaged(dataset, 48, 0.25, 4)
     assert (other.train.images != found[48].train.images).any()
 
 

@@ -80,7 +80,7 @@ def test_a_backbone_whose_checkpoint_is_gone_is_trained_again_but_not_stored(tra
 
 
 @pytest.mark.long
-def test_a_trial_that_other_code_began_begins_anew(trained, tmp_path):
+def test_a_trial_of_another_commit_is_restarted(trained, tmp_path):
     paths, results = trained
     elsewhere = stages.Paths(paths.data, tmp_path)
     calls = iter(range(10**6))
