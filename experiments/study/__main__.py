@@ -117,6 +117,8 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
                 "WARNING: uncommitted changes: `import` refuses trials that are trained now",
                 file=sys.stderr,
             )
+        if not config.only:
+            check_pairs(question, missing, paths)
         enable_compilation_cache()
         minutes = float("inf") if config.minutes is None else config.minutes
         until = time.monotonic() + 60 * minutes
@@ -208,6 +210,23 @@ def missing_trials(question: Question, trials: Sequence[Trial], paths: stages.Pa
     return [trial for trial in question.left(archive.read(paths.results)) if trial in wanted]
 
 
+def check_pairs(question: Question, missing: Sequence[Trial], paths: stages.Paths) -> None:
+    """Checks that no pair would be trained on two kinds of processors.
+
+    Raises:
+      UsageError: some trials of a backbone are stored and were trained on another processor.
+    """
+    here, stored = environment()["processor"], archive.read(paths.results)
+    starts = {trial.backbone for trial in missing}
+    for trial in question.stored(stored):
+        there = stored.records[trial.hash]["trained"]["processor"]
+        if trial.backbone in starts and there != here:
+            raise UsageError(
+                f"{paths.results}: {trial.name} was trained on {there}; its missing counterparts "
+                f"cannot be trained on {here}. Give a new folder as --results"
+            )
+
+
 def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
     """Stores a finished trial, and what the question measures of its weights."""
     stored = archive.read(paths.results)
@@ -274,7 +293,8 @@ def compare(trials: Sequence[Trial], paths: stages.Paths) -> int:
 class ImportConfig:
     """Adds the trials of another folder of results to the stored ones.
 
-    Trials that are stored already stay as they are.
+    Trials that are stored already stay as they are. Those whose backbone has unfinished second
+    stages are left out, since these may be trained on another machine.
 
     Attributes:
       source: Folder with trials.csv and trials.zip, the --results of a question.
@@ -302,7 +322,11 @@ def import_trials(arguments: Sequence[str]) -> int:
         {**found.labels, **stored.labels},
         {**found.diverged, **stored.diverged},
     )
-    known = {trial.hash for q in QUESTIONS.values() for trial in q.planned(both)}
+    known: set[str] = set()
+    started: set[str] = set()
+    for question in QUESTIONS.values():
+        known |= {trial.hash for trial in question.planned(both)}
+        started |= {Trial(trial.backbone).hash for trial in question.left(both)}
     new = {one: record for one, record in found.records.items() if one not in stored.records}
     for one, record in new.items():
         if one not in known:
@@ -312,9 +336,14 @@ def import_trials(arguments: Sequence[str]) -> int:
                 f"{config.source}: the trial {one} was trained with uncommitted changes; train it "
                 "again at a commit"
             )
+    starts = {one: Trial(archive.trial_of(record).backbone) for one, record in new.items()}
+    unfinished = {one for one, start in starts.items() if start.hash in started}
+    new = {one: record for one, record in new.items() if one not in unfinished}
     arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in new}
     archive.add(config.results, new, arrays, found.labels, found.diverged)
     print(f"{len(new)} of {len(found.records)} trials are new")
+    if unfinished:
+        print(f"{len(unfinished)} trials are left out: other trials of their backbones are missing")
     return 0
 
 

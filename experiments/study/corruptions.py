@@ -1,7 +1,8 @@
 """Corruptions of test images at five severities, after MedMNIST-C (Di Salvo et al. 2024).
 
 That benchmark corrupts images of 224 px with its own choice for each subset; these are defined
-here, for 28 px and for all data sets alike, and their numbers don't compare with its own.
+here, for 28 px and for all data sets alike, and their numbers don't compare with its own. On larger
+images, lengths grow with the width.
 """
 
 import io
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-# What each severity, 1 to 5, means to the function of that name.
+# What each severity, 1 to 5, means to the function of that name; lengths are pixels of `_WIDTH`.
 SEVERITIES: dict[str, tuple[float, ...]] = {
     "noise": (0.04, 0.08, 0.12, 0.18, 0.26),
     "blur": (0.4, 0.6, 0.9, 1.2, 1.6),
@@ -21,6 +22,7 @@ SEVERITIES: dict[str, tuple[float, ...]] = {
     "pixelate": (24.0, 20.0, 16.0, 12.0, 8.0),
     "jpeg": (60.0, 40.0, 25.0, 15.0, 8.0),
 }
+_LENGTHS, _WIDTH = ("blur", "pixelate"), 28
 
 
 def corrupt(images: np.ndarray, name: str, severity: int) -> np.ndarray:
@@ -35,6 +37,8 @@ def corrupt(images: np.ndarray, name: str, severity: int) -> np.ndarray:
       uint8 of the same shape.
     """
     amount = SEVERITIES[name][severity - 1]
+    if name in _LENGTHS:
+        amount *= images.shape[2] / _WIDTH
     if name in ("pixelate", "jpeg"):
         return np.stack([_BY_PILLOW[name](image, amount) for image in images])
     values = _BY_NUMPY[name](images.astype(np.float64) / 255, amount)
@@ -64,7 +68,7 @@ def _gamma(x: np.ndarray, exponent: float) -> np.ndarray:
 
 def _pixelate(image: np.ndarray, size: float) -> np.ndarray:
     height, width = image.shape[:2]
-    small = _picture(image).resize((int(size), int(size)), Image.Resampling.BOX)
+    small = _picture(image).resize((round(size), round(size)), Image.Resampling.BOX)
     return _array(small.resize((width, height), Image.Resampling.NEAREST), image)
 
 

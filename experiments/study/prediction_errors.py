@@ -2,9 +2,6 @@
 
 import numpy as np
 
-BINS = 10
-"""Of confidence, equally wide."""
-
 
 def balanced_error(labels: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Mean over classes of the share of wrong answers.
@@ -31,22 +28,20 @@ def _column(drawn: np.ndarray, ndim: int) -> np.ndarray:
     return np.where(total > 0, total, np.nan).reshape(-1, *[1] * (ndim - 1))
 
 
-def calibration_error(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Expected calibration error over ten equal bins of confidence, (resamples,).
+def calibration_error(
+    labels: np.ndarray, scores: np.ndarray, counts: np.ndarray, bins: int
+) -> np.ndarray:
+    """Expected calibration error, (resamples,).
 
     Args:
       labels: int (n,).
       scores: (n, classes), probabilities.
       counts: (resamples, n), how often each image is drawn.
+      bins: of confidence, equally wide.
     """
-    gaps, index = _confidence_bins(labels, scores)
-    return sum(
-        np.abs(counts[:, mine] @ gaps[mine]) for mine in (index == one for one in range(BINS))
-    ) / counts.sum(1)
-
-
-def _confidence_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By image: right or not (1 or 0) minus confidence, and its bin."""
     confidence = scores.max(1)
-    index = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    return (scores.argmax(1) == labels) - confidence, index
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = (scores.argmax(1) == labels) - confidence
+    return sum(
+        np.abs(counts[:, mine] @ gaps[mine]) for mine in (index == one for one in range(bins))
+    ) / counts.sum(1)

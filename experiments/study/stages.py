@@ -199,6 +199,8 @@ def best_state(trial: Trial, paths: Paths) -> tuple[TrainContext, StageConfig, T
 def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]:
     """The network of a finished trial's best checkpoint: from uint8 images to scores.
 
+    As many images as the test split has, or fewer.
+
     Raises:
       UsageError: see `best_state`.
     """
@@ -207,6 +209,7 @@ def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:
-        return setup.evaluate(state, Split(images, labels))[0]
+        # Evaluation needs labels; the scores do not depend on them.
+        return setup.evaluate(state, Split(images, labels[: len(images)]))[0]
 
     return predict

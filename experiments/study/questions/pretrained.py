@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
-from experiments.study import datasets, statistics
+from experiments.study import corrupted_predictions, datasets, statistics
 from experiments.study.analysis import Group, groups, intervals
 from experiments.study.archive import Archive
 from experiments.study.questions import shared
@@ -84,6 +84,12 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     for seed, (data, rate) in product(SEEDS, rates.items()):
         found += [second_stage(backbone(data, rate, seed), arm) for arm in ARMS]
     return tuple(found)
+
+
+def measured(trial: Trial, archive: Archive) -> bool:
+    """Whether its predictions of corrupted images are stored, where question 5 asks for them."""
+    wanted = corrupted_predictions.is_wanted(trial)
+    return not wanted or corrupted_predictions.measured(trial, archive)
 
 
 def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
@@ -325,4 +331,6 @@ QUESTION = Question(
     figure=figure,
     overview=overview,
     choices=rates_table,
+    measure=corrupted_predictions.measure,
+    measured=measured,
 )

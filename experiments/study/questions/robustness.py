@@ -1,35 +1,26 @@
 """Errors on corrupted test images, and calibration."""
 
-import functools
 from typing import Any
 
 import numpy as np
 
-from experiments.study import archive as store
-from experiments.study import statistics
+from experiments.study import corrupted_predictions, statistics
 from experiments.study.analysis import Group, drawn_counts, groups
 from experiments.study.archive import Archive
-from experiments.study.corruptions import SEVERITIES, corrupt
+from experiments.study.corrupted_predictions import measured
 from experiments.study.prediction_errors import balanced_error, calibration_error
 from experiments.study.questions import shared
 from experiments.study.questions.question import Found, Overview, Question
 from experiments.study.render import difference, dot_plot, markdown
-from experiments.study.stages import Paths, plan_of, weights_of
+from experiments.study.stages import Paths
 from experiments.study.trials import Treatment, Trial
 from inmerge_jax.reporting.plots import Plot
 
 ARMS = {"inmerge": shared.PAPER, "inmerge, adaptive": Treatment("merge", quantile=0.5)}
 SHOWN = ("backbone", "finetune", *ARMS)
-LEVELS = range(1, 6)
+LEVELS, BINS = (1, 2, 3, 4, 5), 10
 MEASURES = ("error", "rise", "ece")
 """Balanced error under corruption, its rise above that on clean images, calibration error."""
-
-
-@functools.lru_cache(maxsize=2)
-def _corrupted(data: str, paths: Paths) -> list[np.ndarray]:
-    trial = next(t for t in QUESTION.trials if t.backbone.data == data)
-    images = plan_of(trial, paths).dataset.test.images[:]
-    return [corrupt(images, name, level) for name in SEVERITIES for level in LEVELS]
 
 
 def measure(trial: Trial, paths: Paths) -> None:
@@ -38,16 +29,7 @@ def measure(trial: Trial, paths: Paths) -> None:
     Raises:
       UsageError: its checkpoint is gone.
     """
-    predict = weights_of(trial, paths)
-    images = _corrupted(trial.backbone.data, paths)
-    classes = np.stack([predict(some).argmax(1).astype(np.uint8) for some in images])
-    classes = classes.reshape(len(SEVERITIES), len(LEVELS), -1)
-    store.add(paths.results, {}, {f"corrupted/{trial.hash}": classes})
-
-
-def measured(trial: Trial, archive: Archive) -> bool:
-    """Whether predictions of corrupted images are stored."""
-    return f"corrupted/{trial.hash}" in archive.arrays
+    corrupted_predictions.measure(trial, paths, LEVELS, None)
 
 
 def analyse(archive: Archive) -> Found:
@@ -85,7 +67,7 @@ def _analyse_group(group: Group) -> dict[str, Any]:
         predicted = np.stack([archive.arrays[f"corrupted/{trial.hash}"] for trial in trials])
         error = np.stack([balanced_error(labels, x, counts).mean((1, 2)) for x in predicted])
         clean = balanced_error(labels, scores.argmax(2), counts).T
-        ece = np.stack([calibration_error(labels, x, counts) for x in scores])
+        ece = np.stack([calibration_error(labels, x, counts, BINS) for x in scores])
         values[arm] = {"error": error, "rise": error - clean, "ece": ece, "clean": clean}
     differences: dict[str, Any] = {}
     for arm in ARMS:

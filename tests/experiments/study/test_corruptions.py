@@ -27,6 +27,18 @@ def test_each_severity_changes_more_and_is_the_same_every_time(name, channels, i
     assert distances[-1] > 1.5 * distances[0]
 
 
+def test_lengths_grow_with_the_image(images):
+    clean = images[1][:4]
+    small = corrupt(clean, "blur", 5).astype(float)
+    found = corrupt(clean.repeat(2, 1).repeat(2, 2), "blur", 5).astype(float)
+    found = found.reshape(4, 28, 2, 28, 2, 1).mean((2, 4))
+    assert np.abs(found - small).mean() < 0.2 * np.abs(small - clean).mean()
+
+    noise = np.random.default_rng(0).integers(0, 256, (1, 56, 56, 1), np.uint8)
+    rows = np.unique(corrupt(noise, "pixelate", 5)[0, ..., 0], axis=0)
+    assert len(rows) == 2 * SEVERITIES["pixelate"][4]
+
+
 def test_balanced_error_counts_every_class_alike():
     labels = np.array([0, 0, 0, 0, 1])
     classes = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
@@ -39,6 +51,6 @@ def test_calibration_error():
     labels = np.array([0, 1, 0, 1])
     scores = np.array([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.35, 0.65]])
     counts = np.array([[1, 1, 1, 1], [3, 1, 0, 0], [0, 0, 2, 2]])
-    found = calibration_error(labels, scores, counts)
+    found = calibration_error(labels, scores, counts, 10)
     np.testing.assert_allclose(found, [0.5 * 0.45 + 0.5 * 0.35, 0.95 - 0.75, 0.35])
-    assert calibration_error(labels, np.eye(2)[labels], counts[:1]) == 0
+    assert calibration_error(labels, np.eye(2)[labels], counts[:1], 15) == 0

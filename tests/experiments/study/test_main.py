@@ -124,13 +124,22 @@ def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
         archive.add(tmp_path / folder, records, arrays, {"phantom": LABELS})
 
     target = ["--results", str(tmp_path / "results")]
-    put("results", TRIALS[0])
+    start = TRIALS[0].first()
+    put("results", start)
     put("more", *TRIALS)
     assert study.main(["import", str(tmp_path / "more"), *target]) == 0
-    assert "1 of 2 trials are new" in capsys.readouterr().out
+    assert "2 of 2 trials are new" in capsys.readouterr().out
     found = archive.read(tmp_path / "results")
-    assert set(found.records) == {trial.hash for trial in TRIALS}
+    assert set(found.records) == {trial.hash for trial in (start, *TRIALS)}
     np.testing.assert_array_equal(found.scores(TRIALS[1]), np.eye(3, 2))
+
+    # Those whose counterparts are missing stay out: a pair is trained on one machine.
+    put("some", start, TRIALS[0])
+    part = ["--results", str(tmp_path / "part")]
+    assert study.main(["import", str(tmp_path / "some"), *part]) == 0
+    text = capsys.readouterr().out
+    assert "0 of 2 trials are new" in text and "2 trials are left out" in text
+    assert not archive.read(tmp_path / "part").records
 
     other = Trial(dataclasses.replace(START, seed=7), "finetune", 1)
     put("dirty", TRIALS[0].first(), dirty=True)
@@ -140,9 +149,19 @@ def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
         ("dirty", "was trained with uncommitted changes"),
         ("unknown", f"the trial {other.hash} is of no question of this version"),
     ):
-        assert study.main(["import", str(tmp_path / folder), *target]) == 2
+        assert study.main(["import", str(tmp_path / folder), *part]) == 2
         assert message in capsys.readouterr().err
-    assert archive.read(tmp_path / "results").records == found.records
+    assert not archive.read(tmp_path / "part").records
+
+
+def test_a_pair_is_not_trained_on_two_kinds_of_processors(options, tmp_path, capsys):
+    from tests.experiments.study.test_archive import record
+
+    archive.add(tmp_path / "results", {TRIALS[0].hash: record(TRIALS[0])}, {})
+    assert run(options) == 2
+    text = capsys.readouterr().err
+    assert "was trained on a, b; its missing counterparts" in text and "--results" in text
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_and_bad_input(options, capsys):

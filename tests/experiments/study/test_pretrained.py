@@ -119,6 +119,8 @@ def test_nothing_is_looked_at_before_all_trials_are_stored(few):
     found = pretrained.analyse(archive)
     assert set(found) == {"selection", "planned", "stored", "diverged"}
     assert found["planned"] - found["stored"] == 1
+    for one in trials:
+        archive.arrays[f"corrupted/{one.hash}"] = np.zeros((7, 3, IMAGES), np.uint8)
     question = pretrained.QUESTION
     assert trials[-1] in question.planned(archive) and trials[-1] not in question.stored(archive)
     assert question.left(archive)[-1] == trials[-1]
@@ -129,6 +131,13 @@ def test_nothing_is_looked_at_before_all_trials_are_stored(few):
     pairs = {arm: row["auc"]["trials"] for arm, row in found["pooled"].items()}
     assert sorted(pairs.values()) == [11, 12, 12]
     assert f"Diverged, and missing from all pairs: {trials[-1].name}" in pretrained.table(found)
+
+
+def test_predictions_of_corrupted_images_are_left_to_measure(few):
+    trials = (*pretrained.selection_grid(), *comparison())
+    left = pretrained.QUESTION.left(stored(trials, val=BEST))
+    one_label = {t for t in comparison() if t.backbone.data in ("breastmnist_64", "retinamnist_64")}
+    assert set(left) & set(trials) == one_label
 
 
 def test_the_answer(few):
