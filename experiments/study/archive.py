@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.study.trials import ADDED_LATER, Backbone, Treatment, Trial
+from experiments.study.trials import ADDED_LATER, EVALUATION, Backbone, Treatment, Trial
 from inmerge_jax.data import Dataset
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
@@ -40,13 +40,14 @@ _DIGITS = 4
 
 _BACKBONE = {
     "data": str, "images": int, "wrong_labels": float, "model": str, "width": float, "stem": str,
-    "weights": str, "statistics": str, "optimizer": str, "seed": int,
+    "weights": str, "optimizer": str, "seed": int,
     "backbone_epochs": int, "backbone_learning_rate": float,
 }  # fmt: skip
 _STAGE = {"epochs": int, "learning_rate": float, "treatment": str}
 _TREATMENT = {
     "probability": float, "threshold": float, "quantile": float, "alpha": float, "partner": str,
-    "skip": int, "every": int, "decay": float,
+    "skip": int, "every": int, "decay": float, "until": float, "along": str, "layers": str,
+    "average": float, "statistics": str,
 }  # fmt: skip
 _OUTCOME = {
     "val_auc": float, "val_acc": float, "test_auc": float, "test_acc": float, "best_epoch": int,
@@ -334,6 +335,9 @@ def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, 
     config: dict[str, Any] = {"backbone": backbone}
     if "treatment" in values:
         treatment = {name: values[name] for name in _TREATMENT if name in values}
+        for name in EVALUATION:
+            if treatment.get(name) == getattr(Treatment, name):
+                treatment.pop(name, None)  # Some files name defaults.
         config |= {"epochs": values["epochs"], "learning_rate": values["learning_rate"]}
         config["treatment"] = {"kind": values["treatment"], **treatment}
     result = {name: values[name] for name in ("best_epoch", "steps", "seconds")}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import datasets
+from experiments.study import datasets, variants
 from experiments.study.archive import RESULTS
 from experiments.study.treatments import (
     make_treatment,
@@ -133,7 +133,6 @@ def first_stage(trial: Trial, plan: RunSpec, setup: TrainContext, paths: Paths) 
         epochs=trial.backbone.epochs,
         learning_rate=trial.backbone.rate,
         train_step=make_train_step(plan.model, setup.optimizer, plan.recipe, **options),
-        recompute_batch_stats=trial.backbone.statistics == "renewed",
     )
 
 
@@ -145,12 +144,17 @@ def second_stage(
     steps = steps_per_epoch(len(plan.dataset.train), recipe.batch_size)
     if treatment.kind == "decay":
         recipe = dataclasses.replace(recipe, weight_decay=treatment.decay)
-    if treatment.kind == "ema":
-        recipe = dataclasses.replace(recipe, average_weights=treatment.decay)
+    average = treatment.decay if treatment.kind == "ema" else treatment.average
+    recipe = dataclasses.replace(recipe, average_weights=average)
     setup = dataclasses.replace(setup, recipe=recipe, optimizer=make_optimizer(recipe))
     deep, merging_eval = (), None
     given: dict[str, Any] = step_options(plan)
-    if treatment.kind not in ("none", "ema", "decay"):
+    if treatment.kind == "variant":
+        deep = variants.selection(treatment, plan.kernels)
+        given["param_transform"] = variants.make_variant(treatment, deep)
+        given["hyperparams"] = variants.numbers(treatment, steps, trial.epochs)
+        given["kernels"] = deep
+    elif treatment.kind not in ("none", "ema", "decay"):
         deep = selection(treatment, plan.kernels)
         if treatment.kind == "released":
             rule = numbers(treatment, steps).rule
@@ -172,7 +176,7 @@ def second_stage(
         train_step=step,
         deep=deep,
         merging_eval_step=merging_eval,
-        recompute_batch_stats=trial.backbone.statistics == "renewed",
+        recompute_batch_stats=treatment.statistics == "renewed",
     )
     return setup, stage
 

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["none", "merge", "released", "any", "least", "noise", "perturb", "ema", "decay"]
+Kind = Literal[
+    "none", "merge", "released", "variant", "any", "least", "noise", "perturb", "ema", "decay"
+]
 RULE = ("probability", "threshold", "quantile", "alpha", "partner", "skip", "every")
 _MATTERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "merge": RULE,
     "released": RULE,
+    "variant": (*RULE, "until", "along", "layers"),
     "any": RULE,
     "least": RULE,
     "noise": RULE,
@@ -20,23 +23,35 @@ _MATTERS: dict[str, tuple[str, ...]] = {
     "ema": ("decay",),
     "decay": ("decay",),
 }
-"""The fields of a treatment that have an effect, by kind."""
+"""The fields of a treatment that have an effect, by kind; `EVALUATION` has one on all."""
+EVALUATION = ("average", "statistics")
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """The intervention of a second stage; see `treatments` for each kind.
+    """The intervention of a second stage; see `treatments` and `variants` for each kind.
 
     Attributes:
       kind: "none" (fine-tuning); "merge"; "released" (merges before each validation image too, as
-        the released code does); the controls "any", "least", "noise" and "perturb", which
-        act on the kernels that the rule would merge; "ema" (evaluates averaged weights); "decay".
-      probability, threshold, alpha, partner: see `MergeRule`.
+        the released code does); "variant" (merges as the last fields say); the controls "any",
+        "least", "noise" and "perturb", which act on the kernels that the rule would merge; "ema"
+        (evaluates averaged weights); "decay".
+      probability, threshold, alpha, partner: see `MergeRule`; of a variant also "mutual": a kernel
+        merges with its nearest if it is the nearest of that one too.
       quantile: replaces the threshold, see `inmerge_jax.quantile`.
       skip: number of first convolutions that are not merged; half of the network's convolutions
         if it has no more than these.
       every: merge at every so many updates; 0 for once per epoch.
       decay: decay of the average ("ema"), or weight decay ("decay").
+      until: fraction of the updates after which nothing merges any more.
+      along: what is mixed with a kernel: nothing ("kernel"), scale and bias of its batch
+        normalization ("norm"), or these and the input channels of the convolution that reads it
+        ("consumer"; only the first convolutions of residual blocks merge).
+      layers: "deep" (see `skip`), or "redundant": at each update the half of all layers whose
+        kernels have the most similar nearest ones.
+      average: decay of averaged weights, which are evaluated; None for none.
+      statistics: "running", or "renewed": batch statistics are re-estimated on the training images
+        before each evaluation.
     """
 
     kind: Kind = "none"
@@ -44,16 +59,25 @@ class Treatment:
     threshold: float = 0.3
     quantile: float | None = None
     alpha: float = 0.8
-    partner: Literal["random", "nearest"] = "nearest"
+    partner: Literal["random", "nearest", "mutual"] = "nearest"
     skip: int = 10
     every: int = 1
     decay: float | None = None
+    until: float = 1.0
+    along: Literal["kernel", "norm", "consumer"] = "kernel"
+    layers: Literal["deep", "redundant"] = "deep"
+    average: float | None = None
+    statistics: Literal["running", "renewed"] = "running"
 
     def described(self) -> dict[str, Any]:
         """The fields that have an effect."""
         values = {name: getattr(self, name) for name in _MATTERS[self.kind]}
         if values.get("quantile") is not None:
             del values["threshold"]
+        # Not named by default, as in the hashes of trials stored before these fields existed.
+        for name in EVALUATION:
+            if getattr(self, name) != getattr(Treatment, name):
+                values[name] = getattr(self, name)
         values = {name: value for name, value in values.items() if value is not None}
         return {"kind": self.kind, **values}
 
@@ -78,8 +102,6 @@ class Backbone:
       images: number of training images, drawn with the seed, and the most validation images; None
         for all.
       wrong_labels: fraction of the training labels that are replaced by another class.
-      statistics: "running", or "renewed": batch statistics are re-estimated on the training images
-        before each evaluation.
     """
 
     data: str
@@ -93,7 +115,6 @@ class Backbone:
     weights: Literal["random", "edges"] = "random"
     images: int | None = None
     wrong_labels: float = 0.0
-    statistics: Literal["running", "renewed"] = "running"
 
     @property
     def rate(self) -> float:
@@ -102,7 +123,7 @@ class Backbone:
 
 
 _RATES = {"adam": 1e-3, "sgd": 0.05}
-ADDED_LATER = ("stem", "weights", "images", "wrong_labels", "statistics")
+ADDED_LATER = ("stem", "weights", "images", "wrong_labels")
 """Fields of a backbone that stored trials need not have."""
 
 

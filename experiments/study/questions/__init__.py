@@ -3,6 +3,7 @@
 from experiments.study.questions import (
     ablation,
     adaptive,
+    better_rule,
     controls,
     cost,
     full_length,
@@ -17,7 +18,7 @@ from experiments.study.questions.question import Question
 QUESTIONS: dict[str, Question] = {
     module.QUESTION.name: module.QUESTION
     for module in (
-        *(pretrained, full_length, scarce, main_effect, ablation, controls),
+        *(pretrained, full_length, scarce, better_rule, main_effect, ablation, controls),
         *(similarity, adaptive, robustness, cost),
     )
 }

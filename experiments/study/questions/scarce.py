@@ -1,5 +1,6 @@
 """Does merging help where images are few or labels wrong? See docs/protocol.md, section 3."""
 
+import dataclasses
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -39,9 +40,9 @@ def trial(images: int, wrong: float, seed: int, arm: str, treatment: Treatment) 
         0.25,
         images=images,
         wrong_labels=wrong,
-        statistics="renewed",
     )
-    return Trial(start, arm, EPOCHS, RATE, treatment)
+    renewed = dataclasses.replace(treatment, statistics="renewed")
+    return Trial(start, arm, EPOCHS, RATE, renewed)
 
 
 def selection_grid() -> tuple[Trial, ...]:
@@ -80,7 +81,7 @@ def selection(archive: Archive) -> dict[str, dict[float, float]]:
     found: dict[str, dict[float, float]] = {}
     for kind, strengths in CANDIDATES.items():
         for strength in strengths:
-            own = [t for t in selection_grid() if t.treatment == _control(kind, strength)]
+            own = [t for t in selection_grid() if t.arm == f"{kind} {strength:g}"]
             if all(one.hash in archive.records for one in own):
                 aucs = [archive.records[one.hash]["result"]["val"]["auc"] for one in own]
                 found.setdefault(kind, {})[strength] = float(np.mean(aucs))

@@ -15,7 +15,7 @@ from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import initial_variables
 from inmerge_jax.training.preemption import TrainingInterrupted
-from inmerge_jax.training.workdir import lock
+from inmerge_jax.training.workdir import lock, read_metrics
 from tests.paths import SHARED, needs
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
@@ -101,11 +101,10 @@ def test_a_trial_of_another_commit_is_restarted(trained, tmp_path):
 
 @pytest.mark.long
 def test_a_single_stage_on_few_images_with_wrong_labels(tmp_path):
-    start = Backbone(
-        "phantom", "resnet18", 1, 0, 0.05, images=48, wrong_labels=0.25, statistics="renewed"
-    )
-    merge = dataclasses.replace(MERGE, skip=10)
-    trials = (Trial(start, "none", 2, 1e-3), Trial(start, "merge", 2, 1e-3, merge))
+    start = Backbone("phantom", "resnet18", 1, 0, 0.05, images=48, wrong_labels=0.25)
+    merge = dataclasses.replace(MERGE, skip=10, statistics="renewed")
+    none = Treatment(statistics="renewed")
+    trials = (Trial(start, "none", 2, 1e-3, none), Trial(start, "merge", 2, 1e-3, merge))
     paths = stages.Paths(tmp_path / "data", tmp_path / "study")
     results = run(trials, paths)
     assert {path.name for path in (tmp_path / "study" / "trials").iterdir()} == {
@@ -117,9 +116,21 @@ def test_a_single_stage_on_few_images_with_wrong_labels(tmp_path):
     assert stages.images_of(trials[0]) == 2 * 48
     dataset = stages.plan_of(trials[0], paths).dataset
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (48, 48, 96)
-    running = dataclasses.replace(start, statistics="running")
-    other = run([Trial(running, "none", 2, 1e-3)], paths)["none"]
+    other = run([Trial(start, "none", 2, 1e-3)], paths)["none"]
     assert other["val"] != results["none"]["val"]
+
+
+@pytest.mark.long
+def test_a_variant_is_trained_with_averaged_weights(tmp_path):
+    start = Backbone("phantom", "resnet18", 1, 1, 0.05)
+    fields = {"partner": "mutual", "along": "consumer", "layers": "redundant", "average": 0.9}
+    variant = Treatment("variant", 1.0, -1.0, until=0.5, statistics="renewed", **fields)
+    paths = stages.Paths(tmp_path / "data", tmp_path / "study")
+    results = run([Trial(start, "variant", 4, 1e-3, variant)], paths)
+    layers = results["variant"]["layers"]
+    assert len(layers) == 8 and all(name.endswith("conv1/kernel") for name in layers)
+    lines = read_metrics(paths.trial(Trial(start, "variant", 4, 1e-3, variant)) / "metrics.jsonl")
+    assert [sum(line["merged"]) > 0 for line in lines] == [True, True, False, False]
 
 
 @pytest.mark.long

@@ -36,7 +36,7 @@ def test_the_grid_is_that_of_the_protocol():
     assert len(trials) == 10 * 9 * 5 and with_dependencies(trials) == list(trials)
     assert len(scarce.selection_grid()) == 3 * 9 * 6
     assert {trial.backbone.seed for trial in trials}.isdisjoint(scarce.SELECTION_SEEDS)
-    assert all(trial.backbone.statistics == "renewed" for trial in trials)
+    assert all(trial.treatment.statistics == "renewed" for trial in trials)
 
 
 def test_a_strength_is_chosen_by_mean_validation_auc():

@@ -71,10 +71,7 @@ def test_arms_of_a_grid_have_distinct_names(question):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        *(("stem", "imagenet"), ("weights", "edges"), ("images", 250)),
-        *(("wrong_labels", 0.2), ("statistics", "renewed")),
-    ],
+    [("stem", "imagenet"), ("weights", "edges"), ("images", 250), ("wrong_labels", 0.2)],
 )
 def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field, value):
     start = Backbone("chestxray14", "vgg16", 0, 4)
@@ -82,6 +79,25 @@ def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field
     other = Trial(dataclasses.replace(start, **{field: value}))
     assert other.hash != Trial(start).hash
     assert other.described()["backbone"][field] == value
+
+
+@pytest.mark.parametrize(("field", "value"), [("average", 0.9), ("statistics", "renewed")])
+@pytest.mark.parametrize("kind", ["none", "merge", "variant"])
+def test_how_weights_are_evaluated_counts_for_every_treatment(kind, field, value):
+    plain = Treatment(kind)
+    other = dataclasses.replace(plain, **{field: value})
+    assert Trial(START, "a", 3, treatment=other).hash != Trial(START, "a", 3, treatment=plain).hash
+    assert field not in plain.described() and other.described()[field] == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("until", 0.5), ("along", "norm"), ("layers", "redundant")]
+)
+def test_the_last_fields_count_for_variants_alone(field, value):
+    for kind, counts in (("variant", True), ("merge", False), ("none", False)):
+        plain = Treatment(kind)
+        other = dataclasses.replace(plain, **{field: value})
+        assert (other.described() != plain.described()) == counts
 
 
 def test_trials_of_other_learning_rates_have_other_names():
