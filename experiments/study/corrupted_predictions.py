@@ -37,9 +37,14 @@ def measure(
     archive.add(paths.results, {}, {f"corrupted/{trial.hash}": classes})
 
 
-def measured(trial: Trial, archive: Archive) -> bool:
+def are_stored(trial: Trial, archive: Archive) -> bool:
     """Whether predictions of corrupted images are stored."""
     return f"corrupted/{trial.hash}" in archive.arrays
+
+
+def measured(trial: Trial, archive: Archive) -> bool:
+    """Whether they are stored, where the protocol asks for them."""
+    return not is_wanted(trial) or are_stored(trial, archive)
 
 
 def is_wanted(trial: Trial) -> bool:

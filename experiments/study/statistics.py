@@ -18,7 +18,7 @@ from inmerge_jax.reporting.summary import class_columns
 METRICS = ("auc", "acc")
 CONFIDENCE, POWER = 0.95, 0.8
 MARGIN = 0.005
-"""Largest difference in AUC that counts as no effect."""
+"""Largest difference in AUC that counts as no effect; other outcomes have their own margin."""
 _FLIPS = 20_000
 """Sign flips; all of them are used where there are no more."""
 
@@ -156,15 +156,19 @@ def sign_flips(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
-def over_trials(differences: Sequence[float]) -> dict[str, Any]:
+def over_trials(differences: Sequence[float], margin: float = MARGIN) -> dict[str, Any]:
     """Paired differences between trainings, summarised.
 
     Trainings count as independent draws, including those that share their test images.
 
+    Args:
+      differences: of the pairs.
+      margin: the largest difference that counts as no effect.
+
     Returns:
       "trials" (how many), "positive" (how many are above zero), "mean", "p" (sign flips); for two
       trainings or more also "sd", "low" and "high" (Student's 95 % interval) and "p_equivalent"
-      (two one-sided t tests against +-`MARGIN`; 0 or 1 where all differences are equal).
+      (two one-sided t tests against +-`margin`; 0 or 1 where all differences are equal).
     """
     values = np.asarray(differences, np.float64)
     count = len(values)
@@ -178,13 +182,15 @@ def over_trials(differences: Sequence[float]) -> dict[str, Any]:
         return found
     interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     found |= {"sd": float(values.std(ddof=1)), "low": interval.low, "high": interval.high}
-    found["p_equivalent"] = float(abs(found["mean"]) >= MARGIN)
+    found["p_equivalent"] = float(abs(found["mean"]) >= margin)
     if found["sd"] > 0:
-        found["p_equivalent"] = float(DescrStatsW(values).ttost_mean(-MARGIN, MARGIN)[0])
+        found["p_equivalent"] = float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
     return {name: float(x) if isinstance(x, np.floating) else x for name, x in found.items()}
 
 
-def add_holm(rows: Sequence[dict[str, Any]], level: float = 1 - CONFIDENCE) -> None:
+def add_holm(
+    rows: Sequence[dict[str, Any]], level: float = 1 - CONFIDENCE, margin: float = MARGIN
+) -> None:
     """Adds Holm's correction over all rows.
 
     Each row gets "p_holm"; one of `over_trials` with some spread also "needed", see
@@ -196,15 +202,19 @@ def add_holm(rows: Sequence[dict[str, Any]], level: float = 1 - CONFIDENCE) -> N
     for row, p in zip(rows, corrected, strict=True):
         row["p_holm"] = float(p)
         if row.get("sd"):
-            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows), level)
+            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows), level, margin)
 
 
 def trials_needed(
-    sd: float, mean: float, comparisons: int = 1, level: float = 1 - CONFIDENCE
+    sd: float,
+    mean: float,
+    comparisons: int = 1,
+    level: float = 1 - CONFIDENCE,
+    margin: float = MARGIN,
 ) -> int:
     """Paired trainings with which a difference would be significant, with 80 % power.
 
-    A difference of the observed size, or of `MARGIN` if that is larger, for a t test at the level
+    A difference of the observed size, or of `margin` if that is larger, for a t test at the level
     of Holm's first step; and at least as many as sign flips need for so small a p.
 
     Args:
@@ -212,10 +222,11 @@ def trials_needed(
       mean: observed difference.
       comparisons: that Holm's correction is over.
       level: of the tests, before the correction.
+      margin: smallest difference of interest.
     """
     test, alpha = TTestPower(), level / comparisons
     # Beyond three standard deviations a few trials suffice, and the noncentral t is not reliable.
-    size, flips = min(max(abs(mean), MARGIN) / sd, 3.0), int(np.ceil(np.log2(2 / alpha)))
+    size, flips = min(max(abs(mean), margin) / sd, 3.0), int(np.ceil(np.log2(2 / alpha)))
     few = np.arange(2, 11)
     enough = test.power(size, few, alpha) >= POWER
     if enough.any():  # The solver does not converge for so few.
@@ -233,7 +244,7 @@ def verdict(row: Mapping[str, Any], level: float = 1 - CONFIDENCE) -> str:
     """The conclusion about a difference in AUC of `over_trials`, after `add_holm`.
 
     "helps" or "harms" where the difference is significant; "no effect" where it is within
-    +-`MARGIN` by two one-sided tests; else "undecided". Each test is at `level`.
+    the margin by two one-sided tests; else "undecided". Each test is at `level`.
     """
     if is_significant(row, level):
         return "helps" if row["mean"] > 0 else "harms"

@@ -5,6 +5,7 @@ from experiments.study.questions import (
     adaptive,
     better_rule,
     controls,
+    corruption,
     cost,
     full_length,
     main_effect,
@@ -18,7 +19,8 @@ from experiments.study.questions.question import Question
 QUESTIONS: dict[str, Question] = {
     module.QUESTION.name: module.QUESTION
     for module in (
-        *(pretrained, full_length, scarce, better_rule, main_effect, ablation, controls),
+        *(pretrained, full_length, scarce, better_rule, corruption),
+        *(main_effect, ablation, controls),
         *(similarity, adaptive, robustness, cost),
     )
 }

@@ -99,9 +99,7 @@ def measure(trial: Trial, paths: Paths) -> None:
 
 def measured(trial: Trial, archive: Archive) -> bool:
     """Whether both are stored."""
-    wanted = corrupted_predictions.is_wanted(trial)
-    corrupted = not wanted or corrupted_predictions.measured(trial, archive)
-    return corrupted and is_renewed(trial, archive)
+    return corrupted_predictions.measured(trial, archive) and is_renewed(trial, archive)
 
 
 def is_renewed(trial: Trial, archive: Archive) -> bool:

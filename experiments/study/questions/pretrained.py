@@ -86,12 +86,6 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     return tuple(found)
 
 
-def measured(trial: Trial, archive: Archive) -> bool:
-    """Whether its predictions of corrupted images are stored, where question 5 asks for them."""
-    wanted = corrupted_predictions.is_wanted(trial)
-    return not wanted or corrupted_predictions.measured(trial, archive)
-
-
 def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
     """What the learning rates are chosen by: data set to rate to what its backbones reached.
 
@@ -332,5 +326,5 @@ QUESTION = Question(
     overview=overview,
     choices=rates_table,
     measure=corrupted_predictions.measure,
-    measured=measured,
+    measured=corrupted_predictions.measured,
 )

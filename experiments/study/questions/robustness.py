@@ -7,7 +7,7 @@ import numpy as np
 from experiments.study import corrupted_predictions, statistics
 from experiments.study.analysis import Group, drawn_counts, groups
 from experiments.study.archive import Archive
-from experiments.study.corrupted_predictions import measured
+from experiments.study.corrupted_predictions import are_stored
 from experiments.study.prediction_errors import balanced_error, calibration_error
 from experiments.study.questions import shared
 from experiments.study.questions.question import Found, Overview, Question
@@ -34,7 +34,7 @@ def measure(trial: Trial, paths: Paths) -> None:
 
 def analyse(archive: Archive) -> Found:
     """By data set: errors and calibration of the arms, and their differences from fine-tuning."""
-    known = [trial for trial in QUESTION.stored(archive) if measured(trial, archive)]
+    known = [trial for trial in QUESTION.stored(archive) if are_stored(trial, archive)]
     own = {group.name: _analyse_group(group) for group in groups(known, archive)}
     every = [
         row for one in own.values() for by in one["differences"].values() for row in by.values()
@@ -129,5 +129,5 @@ QUESTION = Question(
     figure=figure,
     overview=overview,
     measure=measure,
-    measured=measured,
+    measured=are_stored,
 )

@@ -1,0 +1,118 @@
+"""Robustness and calibration of the arms: what counts, against plain sums, and when."""
+
+import numpy as np
+import pytest
+
+from experiments.study.questions import corruption, full_length, pretrained
+from tests.experiments.study.test_pretrained import BEST, DATA, IMAGES, comparison, stored
+from tests.experiments.study.test_scarce import both
+
+SEEDS, SOME = 4, 30
+"""Seeds, and test images that are corrupted."""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(pretrained, "SEEDS", range(SEEDS))
+    monkeypatch.setattr(pretrained, "EPOCHS", {data: pretrained.EPOCHS[data] for data in DATA})
+    monkeypatch.setattr(full_length, "PLAN", {"breastmnist": (SEEDS, 100, 30)})
+
+
+def everything(worse=()):
+    """All trials; arms of `worse` are right about this much fewer corrupted images."""
+    archive = both(
+        stored((*pretrained.selection_grid(), *comparison()), val=BEST),
+        stored(full_length.grid()),
+    )
+    for trials in corruption.grids(archive).values():
+        for trial in trials:
+            rng = np.random.default_rng(trial.backbone.seed)
+            labels = archive.labels[trial.backbone.data].labels[:SOME]
+            wrong = rng.random((7, 3, SOME)) < 0.2 + dict(worse).get(trial.arm, 0)
+            archive.arrays[f"corrupted/{trial.hash}"] = np.where(wrong, 1 - labels, labels).astype(
+                np.uint8
+            )
+    return archive
+
+
+def test_the_trials_are_those_of_both_questions_on_images_with_one_label(small):
+    found = corruption.grids(everything())
+    assert {name: len(trials) for name, trials in found.items()} == {
+        "pretrained": 2 * SEEDS * 4,
+        "from random weights": SEEDS * 3,
+    }
+    data = {trial.backbone.data for trials in found.values() for trial in trials}
+    assert data == {"breastmnist_64", "retinamnist_64", "breastmnist"}
+    # Without learning rates the trials of the first are not known.
+    assert corruption.grids(stored(full_length.grid())) == {}
+    assert not corruption.QUESTION.is_complete(stored(full_length.grid()))
+
+
+def test_nothing_is_looked_at_before_all_trials_are_measured(small):
+    archive = everything()
+    assert corruption.QUESTION.is_complete(archive)
+    last = corruption.grids(archive)["pretrained"][-1]
+    del archive.arrays[f"corrupted/{last.hash}"]
+    assert list(corruption.QUESTION.left(archive)) == [last]
+    assert set(corruption.analyse(archive)) == {"planned", "stored", "diverged"}
+
+
+def test_a_rule_that_errs_more_harms(small):
+    archive = everything({"paper": 0.2})
+    found = corruption.analyse(archive)
+    rows = found["pooled"]["pretrained"]
+    assert set(rows) == set(pretrained.MERGING)
+    assert set(found["pooled"]["from random weights"]) == set(full_length.MERGING)
+    assert rows["paper"]["error"]["trials"] == 2 * SEEDS
+    assert corruption.conclusion(rows["paper"]["error"]) == "harms"
+    # Equal answers and equal scores.
+    assert corruption.conclusion(rows["released"]["error"]) == "no effect"
+    assert rows["paper"]["ece"]["mean"] == 0
+
+    gaps = []
+    for data in ("breastmnist_64", "retinamnist_64"):
+        for seed in range(SEEDS):
+            errors = []
+            for arm in ("paper", "finetune"):
+                (trial,) = (
+                    t
+                    for t in corruption.grids(archive)["pretrained"]
+                    if (t.backbone.data, t.backbone.seed, t.arm) == (data, seed, arm)
+                )
+                labels = archive.labels[data].labels[:SOME]
+                wrong = archive.arrays[f"corrupted/{trial.hash}"] != labels
+                by_class = [wrong[..., labels == label].mean(-1) for label in (0, 1)]
+                errors.append(np.mean(by_class))
+            gaps.append(errors[0] - errors[1])
+    assert rows["paper"]["error"]["mean"] == pytest.approx(np.mean(gaps))
+
+    text = corruption.table(found)
+    assert "balanced error, corrupted: all 8 pairs, pretrained" in text
+    assert "calibration error (ECE): all 4 pairs, from random weights" in text
+    shown = corruption.overview(found)
+    assert "balanced error, corrupted: harms" in shown.verdict
+    assert "(ECE): no effect larger than ±0.01" in shown.verdict
+    corruption.figure(found)
+
+
+def test_calibration_is_that_of_all_test_images(small):
+    archive = everything()
+    found = corruption.analyse(archive)
+    (trial, *_) = corruption.grids(archive)["from random weights"]
+    (group,) = found["groups"]["from random weights"].values()
+    eces = []
+    for seed in range(SEEDS):
+        (trial,) = (
+            t
+            for t in corruption.grids(archive)["from random weights"]
+            if t.backbone.seed == seed and t.arm == "finetune"
+        )
+        scores, labels = archive.scores(trial), archive.labels["breastmnist"].labels
+        confidence, right = scores.max(1), scores.argmax(1) == labels
+        bins = np.minimum((confidence * 15).astype(int), 14)
+        total = 0.0
+        for one in np.unique(bins):
+            mine = bins == one
+            total += abs(right[mine].mean() - confidence[mine].mean()) * mine.sum() / IMAGES
+        eces.append(total)
+    assert group["finetune"]["ece"] == pytest.approx(np.mean(eces), rel=1e-5)
