@@ -211,15 +211,17 @@ def missing_trials(question: Question, trials: Sequence[Trial], paths: stages.Pa
 
 
 def check_pairs(question: Question, missing: Sequence[Trial], paths: stages.Paths) -> None:
-    """Checks that no pair would be trained on two kinds of processors.
+    """Checks that no pair would be trained on two kinds of processors, or numbers of cores.
 
     Raises:
-      UsageError: some trials of a backbone are stored and were trained on another processor.
+      UsageError: some trials of a backbone are stored and were trained elsewhere.
     """
-    here, stored = environment()["processor"], archive.read(paths.results)
+    now, stored = environment(), archive.read(paths.results)
+    here = f"{now['processor']} with {now['cpus']} cores"
     starts = {trial.backbone for trial in missing}
     for trial in question.stored(stored):
-        there = stored.records[trial.hash]["trained"]["processor"]
+        trained = stored.records[trial.hash]["trained"]
+        there = f"{trained['processor']} with {trained['cpus']} cores"
         if trial.backbone in starts and there != here:
             raise UsageError(
                 f"{paths.results}: {trial.name} was trained on {there}; its missing counterparts "
