@@ -5,10 +5,10 @@ import inspect
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -216,16 +216,15 @@ def check_pairs(question: Question, missing: Sequence[Trial], paths: stages.Path
     Raises:
       UsageError: some trials of a backbone are stored and were trained elsewhere.
     """
-    now, stored = environment(), archive.read(paths.results)
-    here = f"{now['processor']} with {now['cpus']} cores"
-    starts = {trial.backbone for trial in missing}
+    stored, here = archive.read(paths.results), _origin(environment())
+    starts = {trial.backbone for trial in missing if trial.hash not in stored.records}
     for trial in question.stored(stored):
-        trained = stored.records[trial.hash]["trained"]
-        there = f"{trained['processor']} with {trained['cpus']} cores"
+        there = _origin(stored.records[trial.hash]["trained"])
         if trial.backbone in starts and there != here:
             raise UsageError(
-                f"{paths.results}: {trial.name} was trained on {there}; its missing counterparts "
-                f"cannot be trained on {here}. Give a new folder as --results"
+                f"{paths.results}: {trial.name} was trained on {there}, and others of its backbone "
+                f"are missing, which cannot be trained on {here}. Continue on such a machine, or "
+                "give a new folder as --results"
             )
 
 
@@ -295,8 +294,8 @@ def compare(trials: Sequence[Trial], paths: stages.Paths) -> int:
 class ImportConfig:
     """Adds the trials of another folder of results to the stored ones.
 
-    Trials that are stored already stay as they are. Those whose backbone has unfinished second
-    stages are left out, since these may be trained on another machine.
+    Trials that are stored already stay as they are. All trials of a backbone are imported
+    together, once they are finished, and only if they were trained on one machine.
 
     Attributes:
       source: Folder with trials.csv and trials.zip, the --results of a question.
@@ -318,18 +317,9 @@ def import_trials(arguments: Sequence[str]) -> int:
     found, stored = archive.read(config.source), archive.read(config.results)
     if not found.records:
         raise UsageError(f"{config.source} holds no trials; give the --results of a question")
-    both = archive.Archive(
-        {**found.records, **stored.records},
-        {**found.arrays, **stored.arrays},
-        {**found.labels, **stored.labels},
-        {**found.diverged, **stored.diverged},
-    )
-    known: set[str] = set()
-    started: set[str] = set()
-    for question in QUESTIONS.values():
-        known |= {trial.hash for trial in question.planned(both)}
-        started |= {Trial(trial.backbone).hash for trial in question.left(both)}
     new = {one: record for one, record in found.records.items() if one not in stored.records}
+    both = _merged(stored, found, set(new))
+    known = {trial.hash for q in QUESTIONS.values() for trial in q.planned(both)}
     for one, record in new.items():
         if one not in known:
             raise UsageError(f"{config.source}: the trial {one} is of no question of this version")
@@ -338,15 +328,57 @@ def import_trials(arguments: Sequence[str]) -> int:
                 f"{config.source}: the trial {one} was trained with uncommitted changes; train it "
                 "again at a commit"
             )
-    starts = {one: Trial(archive.trial_of(record).backbone) for one, record in new.items()}
-    unfinished = {one for one, start in starts.items() if start.hash in started}
-    new = {one: record for one, record in new.items() if one not in unfinished}
-    arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in new}
-    archive.add(config.results, new, arrays, found.labels, found.diverged)
-    print(f"{len(new)} of {len(found.records)} trials are new")
-    if unfinished:
-        print(f"{len(unfinished)} trials are left out: other trials of their backbones are missing")
+    # All trials of a backbone together: if they are finished, and from one machine.
+    unfinished = {Trial(t.backbone).hash for q in QUESTIONS.values() for t in q.left(both)}
+    origins: dict[str, set[str]] = {}
+    for record in both.records.values():
+        origins.setdefault(_start(record), set()).add(_origin(record["trained"]))
+    starts = {start for start, some in origins.items() if len(some) == 1} - unfinished
+    taken = {one for one, record in new.items() if _start(record) in starts}
+    lost = {
+        trial.hash
+        for question in QUESTIONS.values()
+        for trial in question.planned(both)
+        if trial.hash in found.diverged and trial.hash not in both.records
+        if Trial(trial.backbone).hash in (starts if trial.epochs else {trial.hash} - unfinished)
+    }
+    add = _merged(archive.Archive(), found, taken, lost)
+    archive.add(config.results, add.records, add.arrays, add.labels, add.diverged)
+    print(f"{len(taken)} of {len(found.records)} trials are new")
+    if out := len(new) - len(taken):
+        print(
+            f"{out} trials are left out: others of their backbones are missing, or were trained on "
+            "another machine"
+        )
     return 0
+
+
+def _merged(
+    stored: archive.Archive,
+    found: archive.Archive,
+    trials: Set[str],
+    diverged: Set[str] | None = None,
+) -> archive.Archive:
+    """`stored` with these trials of `found`; all that diverged unless some are given."""
+    lost = found.diverged if diverged is None else {one: found.diverged[one] for one in diverged}
+    arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in trials}
+    return archive.Archive(
+        {**stored.records, **{one: found.records[one] for one in trials}},
+        {**stored.arrays, **arrays},
+        {**found.labels, **stored.labels},
+        {**lost, **stored.diverged},
+    )
+
+
+def _start(record: Mapping[str, Any]) -> str:
+    """The hash of the backbone of a stored trial."""
+    return Trial(archive.trial_of(record).backbone).hash
+
+
+def _origin(trained: Mapping[str, Any]) -> str:
+    """Where a trial was trained, as far as its bits depend on it."""
+    device = trained.get("device") or trained["processor"]
+    return f"{device} with {trained['cpus']} cores"
 
 
 def verify(arguments: Sequence[str]) -> int:

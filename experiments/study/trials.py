@@ -37,7 +37,7 @@ class Treatment:
         "least", "noise" and "perturb", which act on the kernels that the rule would merge; "ema"
         (evaluates averaged weights); "decay".
       probability, threshold, alpha, partner: see `MergeRule`; of a variant also "mutual": a kernel
-        merges with its nearest if it is the nearest of that one too.
+        merges with its nearest if each is the other's nearest.
       quantile: replaces the threshold, see `inmerge_jax.quantile`.
       skip: number of first convolutions that are not merged; half of the network's convolutions
         if it has no more than these.
@@ -47,8 +47,8 @@ class Treatment:
       along: what is mixed with a kernel: nothing ("kernel"), scale and bias of its batch
         normalization ("norm"), or these and the input channels of the convolution that reads it
         ("consumer"; only the first convolutions of residual blocks merge).
-      layers: "deep" (see `skip`), or "redundant": at each update the half of all layers whose
-        kernels have the most similar nearest ones.
+      layers: "deep" (see `skip`), or "redundant": at each update, the half of all layers whose
+        kernels are most similar to their nearest, relative to random kernels of the same size.
       average: decay of averaged weights, which are evaluated; None for none.
       statistics: "running", or "renewed": batch statistics are re-estimated on the training images
         before each evaluation.
@@ -74,6 +74,8 @@ class Treatment:
         values = {name: getattr(self, name) for name in _MATTERS[self.kind]}
         if values.get("quantile") is not None:
             del values["threshold"]
+        if values.get("layers") == "redundant":
+            del values["skip"]
         # Not named by default, as in the hashes of trials stored before these fields existed.
         for name in EVALUATION:
             if getattr(self, name) != getattr(Treatment, name):

@@ -1,6 +1,7 @@
 """Variants of the merge rule, among which question 4 searches: treatments of the kind "variant"."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 
 from experiments.study import treatments
 from experiments.study.trials import Treatment
-from inmerge_jax import Kernel, MergeRule, merge_kernels
+from inmerge_jax import Kernel, MergeRule, MergeStats, merge_kernels
 from inmerge_jax.merging import tie
-from inmerge_jax.merging.merge import cosines, nearest, unit_vectors
+from inmerge_jax.merging.merge import cosines, draw_pairs, nearest, unit_vectors
+from inmerge_jax.merging.rule import NOT_COMPARED, effective_threshold
 from inmerge_jax.merging.units import as_rows, from_rows, group_weights
 from inmerge_jax.training.rule_schedule import only_every
 
@@ -91,26 +93,29 @@ def make_variant(variant: Treatment, kernels: Sequence[Kernel]) -> Any:
             return merged, stats
         old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, merged))
         similar = [_nearest(old[members[0].path], members[0]) for members in groups]
-        allowed = [jnp.ones(members[0].count, bool) for members in groups]
-        if variant.partner == "mutual":
-            allowed = [partner[partner] == jnp.arange(len(partner)) for partner, _ in similar]
+        layers = jnp.ones(len(groups), bool)
         if variant.layers == "redundant":
-            means = jnp.stack([jnp.mean(cosine) for _, cosine in similar])
-            most = means >= jnp.median(means)
-            allowed = [mask & layer for mask, layer in zip(allowed, most, strict=True)]
-        counts, total = [], []
-        for members, mask, (_, cosine) in zip(groups, allowed, similar, strict=True):
-            rows = [as_rows(tree[members[0].path], members[0])[0] for tree in (old, new)]
-            changed = mask & jnp.any(rows[0] != rows[1], axis=range(1, rows[0].ndim))
-            counts.append(jnp.sum(changed, dtype=jnp.int32))
-            total.append(jnp.sum(jnp.where(changed, cosine, 0)))
+            excess = [_redundancy(*one) for one in zip(groups, similar, strict=True)]
+            layers = jnp.stack(excess) >= jnp.median(jnp.stack(excess))
+        counts = []
+        for members, (partner, cosine), layer in zip(groups, similar, layers, strict=True):
+            # The decisions of `merge_kernels`, which does not return them.
+            selected, _ = draw_pairs(key, members[0], rule)
+            compared = jnp.where(selected, cosine, NOT_COMPARED)
+            mixed = selected & (compared > effective_threshold(rule.threshold, compared))
+            allowed = layer & jnp.ones(len(partner), bool)
+            if variant.partner == "mutual":
+                allowed &= partner[partner] == jnp.arange(len(partner))
             for one in members:
-                kept, mixed = (as_rows(tree[one.path], one) for tree in (old, new))
-                beside = jnp.expand_dims(mask, (0, *range(2, kept.ndim)))
-                new[one.path] = from_rows(jnp.where(beside, mixed, kept), one)
+                before, after = (as_rows(tree[one.path], one) for tree in (old, new))
+                beside = jnp.expand_dims(allowed, (0, *range(2, before.ndim)))
+                new[one.path] = from_rows(jnp.where(beside, after, before), one)
+            mixed &= allowed
+            total = jnp.sum(mixed, dtype=jnp.int32)
+            mean = jnp.sum(jnp.where(mixed, cosine, 0)) / jnp.maximum(total, 1)
+            counts.append((jnp.sum(selected & layer, dtype=jnp.int32), total, mean))
         leaves = [new[path] for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        mean = jnp.stack(total) / jnp.maximum(jnp.stack(counts), 1)
-        stats = stats._replace(merged=jnp.stack(counts), similarity=mean)
+        stats = MergeStats(stats.kernels, *map(jnp.stack, zip(*counts, strict=True)))
         return jax.tree.unflatten(jax.tree.structure(params), leaves), stats
 
     return merge
@@ -118,4 +123,15 @@ def make_variant(variant: Treatment, kernels: Sequence[Kernel]) -> Any:
 
 def _nearest(weight: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
     """Each kernel's most similar other one, and their similarity."""
-    return nearest(cosines(unit_vectors([as_rows(weight, kernel)[0]])))
+    partner, cosine = nearest(cosines(unit_vectors([as_rows(weight, kernel)[0]])))
+    return partner, jnp.minimum(cosine, 1)
+
+
+def _redundancy(members: Sequence[Kernel], similar: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean similarity to the nearest kernel, relative to that of random kernels.
+
+    The largest of n cosines of random vectors in d dimensions is about sqrt(2 log(n) / d).
+    """
+    kernel = members[0]
+    entries = math.prod(kernel.shape) // kernel.count
+    return jnp.mean(similar[1]) * math.sqrt(entries / (2 * math.log(kernel.count)))

@@ -38,9 +38,10 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 }
 """Factors of the candidates and their levels."""
 ROUNDS = ((2, CANDIDATES), (6, 16), (14, 5))
-"""Seeds so far, and candidates left, of each round of the halving."""
+"""Seeds (those of earlier rounds included) and candidates of each round of the halving."""
 FIRST_SEED, TEST_SEEDS = 200, range(8)
 PAPER = Treatment("merge")
+_LOST = "diverged in the search or the test"
 GAIN = statistics.MARGIN
 """Gain in test AUC that makes the winner a recommendation."""
 
@@ -102,30 +103,36 @@ def gains(
 ) -> dict[Treatment, list[float]]:
     """Validation AUC minus that of its control, of each rule: by seed, mean over the data sets.
 
-    A rule with which a training diverged has no gains.
+    A pair is missing where the control or the backbone diverged. A rule that diverged itself, or
+    has no pair, has no gains.
     """
 
-    def val(data: str, seed: int, rule: Treatment) -> float:
-        trial = second_stage(data, FIRST_SEED + seed, rule)
+    def val(trial: Trial) -> float:
         return float(archive.records[trial.hash]["result"]["val"]["auc"])
 
     found: dict[Treatment, list[float]] = {}
     for rule in rules:
-        lost = [
-            second_stage(data, FIRST_SEED + seed, one)
-            for data, seed, one in product(SEARCHED, seeds, (rule, control_of(rule)))
-        ]
-        if any(is_lost(trial, archive) for trial in lost):
-            continue
-        found[rule] = [
-            float(np.mean([val(d, seed, rule) - val(d, seed, control_of(rule)) for d in SEARCHED]))
-            for seed in seeds
-        ]
+        by_seed: dict[int, list[float]] = {}
+        lost = False
+        for seed, data in product(seeds, SEARCHED):
+            own, control = (
+                second_stage(data, FIRST_SEED + seed, one) for one in (rule, control_of(rule))
+            )
+            if is_lost(control, archive):
+                continue
+            lost |= is_lost(own, archive)
+            if not lost:
+                by_seed.setdefault(seed, []).append(val(own) - val(control))
+        if by_seed and not lost:
+            found[rule] = [float(np.mean(some)) for some in by_seed.values()]
     return found
 
 
 def search(archive: Archive) -> list[dict[Treatment, list[float]]]:
-    """The gains in each finished round; those with the highest mean go on to the next."""
+    """The gains in each finished round; those with the highest mean go on to the next.
+
+    A round without any gain is the last.
+    """
     found: list[dict[Treatment, list[float]]] = []
     rules: Sequence[Treatment] = candidates()
     for seeds, left in ROUNDS:
@@ -134,6 +141,8 @@ def search(archive: Archive) -> list[dict[Treatment, list[float]]]:
         if not all(t.hash in archive.records or is_lost(t, archive) for t in trials):
             break
         found.append(gains(rules, range(seeds), archive))
+        if not found[-1]:
+            break
     return found
 
 
@@ -144,7 +153,7 @@ def _best(found: Mapping[Treatment, Sequence[float]], left: int) -> list[Treatme
 def winner(archive: Archive) -> Treatment | None:
     """The rule with the highest mean gain of the last round; None before its trials are stored."""
     found = search(archive)
-    return _best(found[-1], 1)[0] if len(found) == len(ROUNDS) else None
+    return _best(found[-1], 1)[0] if len(found) == len(ROUNDS) and found[-1] else None
 
 
 def later(archive: Archive) -> tuple[Trial, ...]:
@@ -197,6 +206,7 @@ def analyse(archive: Archive) -> Found:
     best = winner(archive)
     planned = () if best is None else with_dependencies(test_grid(best))
     found |= shared.progress(planned, archive)
+    found[_LOST] = [trial.name for trial in QUESTION.planned(archive) if is_lost(trial, archive)]
     if best is None or not shared.is_complete(found):
         return found
     own, pairs = groups(planned, archive), pairs_of(best)
@@ -235,7 +245,9 @@ def table(found: Found) -> str:
     cells = [f"{difference(row, 4)}, p {p_value(row['p_holm'])}" for row in pooled]
     rows.append((f"all {found['pooled']['winner']['trials']} pairs", "", "", *cells))
     columns = ("Test AUC", "Backbone", "Fine-tuning", *found["intervals"])
-    return markdown(columns, rows) + shared.diverged_note(found)
+    lost = ", ".join(name for name in found[_LOST] if name not in found["diverged"])
+    note = f"\nDiverged in the search: {lost}.\n" if lost else ""
+    return markdown(columns, rows) + note + shared.diverged_note(found)
 
 
 def search_table(archive: Archive) -> str:

@@ -1,6 +1,7 @@
 """Are merged networks more robust or better calibrated? See docs/protocol.md, section 5."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,24 @@ from experiments.study.prediction_errors import balanced_error, calibration_erro
 from experiments.study.questions import full_length, pretrained, shared
 from experiments.study.questions.question import Found, Overview, Question
 from experiments.study.render import difference, dot_plot, markdown, p_value
-from experiments.study.trials import Trial
+from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.reporting.plots import Plot
 
 MARGIN, BINS = 0.01, 15
+LEVEL = pretrained.LEVEL
+"""Of every test: the pairs are those of a look of section 1."""
 OUTCOMES = {"error": "balanced error, corrupted", "ece": "calibration error (ECE)"}
-STUDIES: Mapping[str, Callable[[Archive], tuple[Trial, ...]]] = {
-    "pretrained": pretrained.comparison_grid,
-    "from random weights": lambda archive: full_length.grid(),
-}
-"""The questions whose trials are measured, with all their second stages."""
+MERGING = {"pretrained": pretrained.MERGING, "from random weights": full_length.MERGING}
+"""The questions whose trials are measured, and their arms."""
 
 
 def grids(archive: Archive) -> dict[str, list[Trial]]:
-    """The trials of each study; none before all of them are known."""
-    found = {name: [t for t in grid(archive) if is_wanted(t)] for name, grid in STUDIES.items()}
+    """The second stages of each question; none before all of them are known."""
+    every = pretrained.comparison_grid(archive), full_length.grid()
+    found = {
+        name: [t for t in trials if is_wanted(t)]
+        for name, trials in zip(MERGING, every, strict=True)
+    }
     return found if all(found.values()) else {}
 
 
@@ -40,55 +44,58 @@ def analyse(archive: Archive) -> Found:
         return found
     found |= {"groups": {}, "pooled": {}}
     for study, trials in planned.items():
-        own = {group.name: _analyse_group(group) for group in groups(trials, archive)}
-        arms = next(iter(own.values()))["differences"]
-        pooled = {
-            arm: {
-                name: statistics.over_trials(
-                    [gap for one in own.values() for gap in one["differences"][arm][name]["gaps"]],
-                    MARGIN,
-                )
-                for name in OUTCOMES
-            }
-            for arm in arms
-        }
-        rows = [row for by in pooled.values() for row in by.values()]
-        statistics.add_holm(rows, margin=MARGIN)
-        for one in own.values():
-            for by in one["differences"].values():
-                for row in by.values():
-                    del row["gaps"]
+        backbones = groups(with_dependencies(trials), archive)
+        if study != "pretrained" and not full_length.reach_the_benchmark(backbones):
+            continue
+        own = {g.name: _analyse_group(g, MERGING[study]) for g in groups(trials, archive)}
+        pooled: dict[str, dict[str, Any]] = {}
+        for arm, outcome in product(MERGING[study], OUTCOMES):
+            rows = [g["differences"][arm][outcome] for g in own.values() if arm in g["differences"]]
+            gaps = [gap for row in rows for gap in row.pop("gaps")]
+            if gaps:
+                pooled.setdefault(arm, {})[outcome] = statistics.over_trials(gaps, MARGIN)
+        tested = [row for by in pooled.values() for row in by.values()]
+        statistics.add_holm(tested, LEVEL, MARGIN)
         found["groups"][study], found["pooled"][study] = own, pooled
     return found
 
 
-def _analyse_group(group: Group) -> dict[str, Any]:
-    """The arms of one network on one data set, on the same seeds and the same drawn images."""
+def _analyse_group(group: Group, arms: Sequence[str]) -> dict[str, Any]:
+    """Each arm against fine-tuning on the seeds of both, and on the same drawn images."""
     archive, data = group.archive, group.backbone.data
-    seeds = sorted(set.intersection(*(set(by) for by in group.arms.values())))
     labels, counts = archive.labels[data].labels, drawn_counts(archive, data)
-    values: dict[str, dict[str, np.ndarray]] = {}
-    for arm, by_seed in group.arms.items():
-        scores = [archive.scores(by_seed[seed]) for seed in seeds]
-        corrupted = [archive.arrays[f"corrupted/{by_seed[seed].hash}"] for seed in seeds]
-        some = slice(corrupted[0].shape[-1])
-        values[arm] = {
-            "error": np.stack(
-                [balanced_error(labels[some], x, counts[:, some]).mean((1, 2)) for x in corrupted]
-            ),
-            "ece": np.stack([calibration_error(labels, x, counts, BINS) for x in scores]),
+
+    def values_of(trial: Trial) -> dict[str, np.ndarray]:
+        corrupted = archive.arrays[f"corrupted/{trial.hash}"]
+        some = slice(corrupted.shape[-1])
+        error = balanced_error(labels[some], corrupted, counts[:, some]).mean((1, 2))
+        return {
+            "error": error,
+            "ece": calibration_error(labels, archive.scores(trial), counts, BINS),
         }
+
+    values = {
+        arm: {seed: values_of(trial) for seed, trial in group.arms.get(arm, {}).items()}
+        for arm in ("finetune", *arms)
+    }
     differences: dict[str, Any] = {}
-    for arm in group.arms:
-        if arm == "finetune":
+    for arm, outcome in product(arms, OUTCOMES):
+        seeds = sorted(set(values[arm]) & set(values["finetune"]))
+        if not seeds:
             continue
-        differences[arm] = {}
-        for name in OUTCOMES:
-            gaps = values[arm][name] - values["finetune"][name]
-            interval = statistics.bootstrap(gaps[:, 0], gaps[:, 1:].T, np.random.default_rng(0))
-            differences[arm][name] = {**interval._asdict(), "gaps": gaps[:, 0].tolist()}
-    means = {name: float(x[:, 0].mean()) for name, x in values["finetune"].items()}
-    return {"seeds": len(seeds), "finetune": means, "differences": differences}
+        gaps = np.stack([values[arm][s][outcome] - values["finetune"][s][outcome] for s in seeds])
+        drawn = gaps[:, 1:].T
+        if outcome == "ece":
+            # Resamples have a larger calibration error, the more so in a well calibrated network.
+            drawn = drawn - drawn.mean(0) + gaps[:, 0]
+        interval = statistics.bootstrap(gaps[:, 0], drawn, np.random.default_rng(0))
+        row = {**interval._asdict(), "gaps": gaps[:, 0].tolist()}
+        differences.setdefault(arm, {})[outcome] = row
+    means = {
+        outcome: float(np.mean([by[outcome][0] for by in values["finetune"].values()]))
+        for outcome in OUTCOMES
+    }
+    return {"seeds": len(values["finetune"]), "finetune": means, "differences": differences}
 
 
 def table(found: Found) -> str:
@@ -106,7 +113,12 @@ def table(found: Found) -> str:
             count = next(iter(pooled.values()))["trials"]
             rows.append((f"{title}: all {count} pairs, {study}", "", *cells))
     columns = ("", "Fine-tuning", *(f"{arm} minus fine-tuning" for arm in pretrained.MERGING))
-    return markdown(columns, rows) + shared.diverged_note(found)
+    missing = [study for study in MERGING if study not in found["pooled"]]
+    note = "".join(
+        f"\nNot compared, since the backbones do not reach the benchmark: {study}.\n"
+        for study in missing
+    )
+    return markdown(columns, rows) + note + shared.diverged_note(found)
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -116,12 +128,12 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def conclusion(row: Mapping[str, Any]) -> str:
     """The verdict about an outcome, of which less is better."""
-    verdict = statistics.verdict(row)
+    verdict = statistics.verdict(row, LEVEL)
     return {"helps": "harms", "harms": "helps"}.get(verdict, verdict)
 
 
 def figure(found: Found) -> Plot:
-    """By data set and arm, how much larger than fine-tuning's the error under corruption is."""
+    """Difference of the error under corruption from fine-tuning's, by data set and arm."""
     series: dict[str, Found] = {}
     for own in found["groups"].values():
         for name, group in own.items():

@@ -89,5 +89,6 @@ class Question:
 
 
 def is_lost(trial: Trial, archive: Archive) -> bool:
-    """Whether a trial, or the one that it starts from, diverged."""
-    return not archive.diverged.keys().isdisjoint({trial.hash, trial.first().hash})
+    """Whether a trial that is not stored, or the one that it starts from, diverged."""
+    wanted = {trial.hash, trial.first().hash} - set(archive.records)
+    return not wanted.isdisjoint(archive.diverged)

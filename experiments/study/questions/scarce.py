@@ -10,7 +10,7 @@ import numpy as np
 from experiments.study.analysis import groups, intervals
 from experiments.study.archive import Archive
 from experiments.study.questions import shared
-from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.questions.question import Found, Overview, Question, is_lost
 from experiments.study.render import difference, dot_plot, markdown, p_value
 from experiments.study.statistics import add_holm, is_significant, over_trials, verdict
 from experiments.study.trials import Backbone, Treatment, Trial
@@ -19,7 +19,7 @@ from inmerge_jax.reporting.plots import Plot
 DATA, EPOCHS, RATE = "bloodmnist_like_few", 30, 1e-3
 IMAGES, WRONG = (250, 500, 2000), (0.0, 0.2, 0.4)
 SEEDS = range(10)
-CANDIDATES = {"decay": (1e-4, 1e-3, 1e-2), "ema": (0.9, 0.99, 0.999)}
+CANDIDATES = {"decay": (1e-4, 1e-3, 1e-2), "ema": (0.9, 0.95, 0.99)}
 """Control to its strengths: weight decay, and decay of the averaged weights."""
 SELECTION_SEEDS = (100, 101, 102)
 BASE, MERGING = "none", ("paper", "quantile")
@@ -27,7 +27,7 @@ ARMS = (*MERGING, *CANDIDATES)
 
 
 def _control(kind: str, strength: float) -> Treatment:
-    return Treatment("decay" if kind == "decay" else "ema", decay=strength)
+    return Treatment("decay", decay=strength) if kind == "decay" else Treatment(average=strength)
 
 
 def trial(images: int, wrong: float, seed: int, arm: str, treatment: Treatment) -> Trial:
@@ -73,28 +73,31 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     )
 
 
-def selection(archive: Archive) -> dict[str, dict[float, float]]:
+def selection(archive: Archive) -> dict[str, dict[float, float | None]]:
     """Mean validation AUC over settings and seeds, by control and strength.
 
-    Only of strengths all of whose trials are stored.
+    None for a strength with which a trial diverged; nothing for one with trials to be trained.
     """
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, float | None]] = {}
     for kind, strengths in CANDIDATES.items():
         for strength in strengths:
             own = [t for t in selection_grid() if t.arm == f"{kind} {strength:g}"]
-            if all(one.hash in archive.records for one in own):
+            if any(is_lost(one, archive) for one in own):
+                found.setdefault(kind, {})[strength] = None
+            elif all(one.hash in archive.records for one in own):
                 aucs = [archive.records[one.hash]["result"]["val"]["auc"] for one in own]
                 found.setdefault(kind, {})[strength] = float(np.mean(aucs))
     return found
 
 
-def chosen(found: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+def chosen(found: Mapping[str, Mapping[float, float | None]]) -> dict[str, float]:
     """The strength of each control with the highest mean validation AUC, of `selection`."""
-    return {
-        kind: max(aucs, key=lambda strength: aucs[strength])
-        for kind, aucs in found.items()
-        if len(aucs) == len(CANDIDATES[kind])
-    }
+    best = {}
+    for kind, aucs in found.items():
+        known = {strength: auc for strength, auc in aucs.items() if auc is not None}
+        if known and len(aucs) == len(CANDIDATES[kind]):
+            best[kind] = max(known, key=lambda strength: known[strength])
+    return best
 
 
 def analyse(archive: Archive) -> Found:
@@ -175,8 +178,10 @@ def strengths_table(archive: Archive) -> str:
     best, rows = chosen(found), []
     for kind, strengths in CANDIDATES.items():
         for strength in strengths:
-            auc = found.get(kind, {}).get(strength)
-            text = "" if auc is None else f"{auc:.4f}"
+            text = ""
+            if strength in found.get(kind, {}):
+                auc = found[kind][strength]
+                text = "diverged" if auc is None else f"{auc:.4f}"
             text = f"**{text}**" if best.get(kind) == strength else text
             rows.append((f"{_NAMES[kind]} {strength:g}", text))
     return markdown(("Control", "Mean validation AUC"), rows)

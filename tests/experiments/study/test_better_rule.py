@@ -91,6 +91,33 @@ def test_a_rule_that_diverges_leaves_the_search():
     (some,) = better_rule.search(archive)
     assert RULES[7] not in some and len(some) == 47
     assert RULES[7] not in {trial.treatment for trial in better_rule.later(archive)}
+    assert better_rule.analyse(archive)["diverged in the search or the test"] == [lost.name]
+
+
+def without(archive, trials):
+    """The archive in which these trials diverged."""
+    lost = {trial.hash: "epoch 1" for trial in trials}
+    records = {one: row for one, row in archive.records.items() if one not in lost}
+    return dataclasses.replace(archive, records=records, diverged=lost)
+
+
+def test_a_pair_is_missing_where_the_control_or_the_backbone_diverged():
+    first = better_rule.QUESTION.trials
+    archive = searched(first, {7: 0.02})
+    control = better_rule.control_of(RULES[7])
+    lost = [t for t in first if t.treatment == control and t.backbone.seed == 200]
+    (some,) = better_rule.search(without(archive, lost))
+    assert len(some) == 48
+    for rule, values in some.items():
+        assert len(values) == (1 if better_rule.control_of(rule) == control else 2)
+    backbone = next(t.first() for t in first if t.backbone.seed == 200)
+    starting = [t for t in first if t.first() == backbone]
+    (some,) = better_rule.search(without(archive, [backbone, *starting]))
+    assert len(some) == 48 and all(len(values) == 2 for values in some.values())
+    # If nothing is left, the search ends without a winner.
+    none = without(archive, {t.first() for t in first} | set(first))
+    assert better_rule.search(none) == [{}] and better_rule.winner(none) is None
+    assert better_rule.later(none) == () and "pooled" not in better_rule.analyse(none)
 
 
 def test_the_winner_is_tested_on_other_data_once():

@@ -1,5 +1,7 @@
 """Robustness and calibration of the arms: what counts, against plain sums, and when."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from experiments.study.questions import corruption, full_length, pretrained
 from tests.experiments.study.test_pretrained import BEST, DATA, IMAGES, comparison, stored
 from tests.experiments.study.test_scarce import both
 
-SEEDS, SOME = 4, 30
+SEEDS, SOME = 6, 30
 """Seeds, and test images that are corrupted."""
 
 
@@ -18,11 +20,12 @@ def small(monkeypatch):
     monkeypatch.setattr(full_length, "PLAN", {"breastmnist": (SEEDS, 100, 30)})
 
 
-def everything(worse=()):
+def everything(worse=(), reached=2.0):
     """All trials; arms of `worse` are right about this much fewer corrupted images."""
     archive = both(
         stored((*pretrained.selection_grid(), *comparison()), val=BEST),
-        stored(full_length.grid()),
+        # Positives that are ranked this high give a backbone the published AUC.
+        stored(full_length.grid(), {"backbone": reached}),
     )
     for trials in corruption.grids(archive).values():
         for trial in trials:
@@ -87,12 +90,55 @@ def test_a_rule_that_errs_more_harms(small):
     assert rows["paper"]["error"]["mean"] == pytest.approx(np.mean(gaps))
 
     text = corruption.table(found)
-    assert "balanced error, corrupted: all 8 pairs, pretrained" in text
-    assert "calibration error (ECE): all 4 pairs, from random weights" in text
+    assert "balanced error, corrupted: all 12 pairs, pretrained" in text
+    assert "calibration error (ECE): all 6 pairs, from random weights" in text
     shown = corruption.overview(found)
     assert "balanced error, corrupted: harms" in shown.verdict
     assert "(ECE): no effect larger than ±0.01" in shown.verdict
     corruption.figure(found)
+
+
+def test_a_trial_that_diverged_is_missing_from_the_pairs_of_its_arm_alone(small):
+    archive = everything()
+    released = [t for t in comparison() if t.arm == "released"]
+    for lost, pairs in (
+        (released[:1], 2 * SEEDS - 1),
+        ([t for t in released if t.backbone.data == "breastmnist_64"], SEEDS),
+        (released, None),
+    ):
+        hashes = {trial.hash: "epoch 1" for trial in lost}
+        records = {one: row for one, row in archive.records.items() if one not in hashes}
+        some = dataclasses.replace(archive, records=records, diverged=hashes)
+        rows = corruption.analyse(some)["pooled"]["pretrained"]
+        counts = {arm: by["error"]["trials"] for arm, by in rows.items()}
+        assert counts == {
+            **{arm: 2 * SEEDS for arm in ("paper", "quantile")},
+            **({} if pairs is None else {"released": pairs}),
+        }
+        corruption.table(corruption.analyse(some))
+
+
+def test_arms_are_not_compared_where_backbones_do_not_reach_the_benchmark(small):
+    found = corruption.analyse(everything(reached=0.0))
+    assert set(found["pooled"]) == {"pretrained"}
+    assert "do not reach the benchmark: from random weights" in corruption.table(found)
+
+
+def test_the_interval_of_a_calibration_error_holds_its_estimate(small):
+    """Resamples of a calibrated network have a larger error than all images have."""
+    rng = np.random.default_rng(0)
+    archive = everything()
+    labels = archive.labels["breastmnist_64"].labels
+    for trial in comparison():
+        p = np.clip(labels + rng.normal(0, 0.02, len(labels)), 0, 1)
+        if trial.arm == "paper":
+            p = 0.3 + 0.4 * p
+        archive.arrays[f"scores/{trial.hash}"] = np.stack([1 - p, p], 1).astype(np.float32)
+    found = corruption.analyse(archive)
+    for group in found["groups"]["pretrained"].values():
+        row = group["differences"]["paper"]["ece"]
+        assert row["low"] < row["mean"] < row["high"]
+        assert row["mean"] - row["low"] == pytest.approx(row["high"] - row["mean"], rel=0.3)
 
 
 def test_calibration_is_that_of_all_test_images(small):

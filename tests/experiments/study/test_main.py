@@ -115,13 +115,15 @@ def test_an_incomplete_answer_is_not_given(options, tmp_path, capsys):
 def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
     from tests.experiments.study.test_archive import LABELS, record
 
-    def put(folder, *trials, dirty=False):
+    def put(folder, *trials, dirty=False, cpus=2, diverged=()):
         records = {}
         for trial in trials:
             records[trial.hash] = record(trial)
             records[trial.hash]["trained"]["git"] = {"commit": "abc", "dirty": dirty}
+            records[trial.hash]["trained"]["cpus"] = cpus
         arrays = {f"scores/{one}": np.eye(3, 2, dtype=np.float32) for one in records}
-        archive.add(tmp_path / folder, records, arrays, {"phantom": LABELS})
+        lost = {trial.hash: "epoch 1" for trial in diverged}
+        archive.add(tmp_path / folder, records, arrays, {"phantom": LABELS}, lost)
 
     target = ["--results", str(tmp_path / "results")]
     start = TRIALS[0].first()
@@ -141,6 +143,21 @@ def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
     assert "0 of 2 trials are new" in text and "2 trials are left out" in text
     assert not archive.read(tmp_path / "part").records
 
+    # The other half of a group from another machine stays out too, and so does a mark of
+    # divergence, which may not occur elsewhere.
+    put("part", start, TRIALS[0])
+    put("other half", start, TRIALS[1], cpus=64)
+    assert study.main(["import", str(tmp_path / "other half"), *part]) == 0
+    assert "0 of 2 trials are new" in capsys.readouterr().out
+    put("lost", start, diverged=TRIALS[1:])
+    assert study.main(["import", str(tmp_path / "lost"), "--results", str(tmp_path / "no")]) == 0
+    assert not archive.read(tmp_path / "no").diverged
+    # One of a finished group comes along.
+    put("finished", start, TRIALS[0], diverged=TRIALS[1:])
+    assert study.main(["import", str(tmp_path / "finished"), "--results", str(tmp_path / "x")]) == 0
+    assert set(archive.read(tmp_path / "x").diverged) == {TRIALS[1].hash}
+
+    part = ["--results", str(tmp_path / "none yet")]
     other = Trial(dataclasses.replace(START, seed=7), "finetune", 1)
     put("dirty", TRIALS[0].first(), dirty=True)
     put("unknown", other)
@@ -151,7 +168,7 @@ def test_trials_of_another_folder_are_imported(options, tmp_path, capsys):
     ):
         assert study.main(["import", str(tmp_path / folder), *part]) == 2
         assert message in capsys.readouterr().err
-    assert not archive.read(tmp_path / "part").records
+    assert not archive.read(tmp_path / "none yet").records
 
 
 def test_a_pair_is_not_trained_on_two_kinds_of_processors(options, tmp_path, capsys):
@@ -161,7 +178,8 @@ def test_a_pair_is_not_trained_on_two_kinds_of_processors(options, tmp_path, cap
     assert run(options) == 2
     text = capsys.readouterr().err
     assert (
-        "was trained on a, b with 2 cores; its missing counterparts" in text and "--results" in text
+        "was trained on a, b with 2 cores, and others of its backbone are missing" in text
+        and "--results" in text
     )
     assert not (tmp_path / "runs").exists()
 

@@ -93,12 +93,16 @@ def test_nothing_is_compared_with_a_backbone_that_is_not_accepted():
         (bad,) = (
             t
             for t in trials
-            if (t.backbone.data, t.backbone.rate, t.backbone.seed) == ("chestxray14_rgb", 1e-3, 101)
+            if (t.backbone.data, t.backbone.rate, t.backbone.seed) == ("retinamnist_64", 1e-3, 101)
         )
         found.records[bad.hash]["result"]["val"][field] = value
-        assert pretrained.chosen(pretrained.selection(found))["chestxray14_rgb"] == 1e-3
+        assert pretrained.chosen(pretrained.selection(found))["retinamnist_64"] == 1e-3
         assert pretrained.comparison_grid(found) == ()
         assert "not accepted" in pretrained.rates_table(found)
+        # Of images with several labels, the same one may have the highest score.
+        labels = found.labels["retinamnist_64"]._replace(task="multi-label, binary-class")
+        found.labels["retinamnist_64"] = labels
+        assert bool(pretrained.comparison_grid(found)) == (field == "same")
 
 
 def test_a_rate_that_diverges_is_not_chosen():
@@ -111,6 +115,17 @@ def test_a_rate_that_diverges_is_not_chosen():
     rates = pretrained.chosen(pretrained.selection(found))
     assert rates["retinamnist_64"] == 3e-4 and rates["breastmnist_64"] == 1e-3
     assert "diverged" in pretrained.rates_table(found)
+
+
+def test_backbones_of_a_replaced_recipe_are_kept_and_count_for_nothing():
+    (*others,) = pretrained.replaced_grid()
+    assert {(t.backbone.data, t.backbone.epochs) for t in others} == {("breastmnist_64", 5)}
+    assert set(others) <= set(pretrained.QUESTION.trials)
+    found = stored((*pretrained.selection_grid(), *others), val=BEST)
+    for trial in others:
+        found.records[trial.hash]["result"]["val"]["auc"] = 1.0
+    assert pretrained.chosen(pretrained.selection(found))["breastmnist_64"] == 1e-3
+    assert pretrained.selection(found)["breastmnist_64"][1e-4]["auc"] == [0.5] * 3
 
 
 def test_nothing_is_looked_at_before_all_trials_are_stored(few):

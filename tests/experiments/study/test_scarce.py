@@ -9,11 +9,16 @@ from experiments.study.trials import with_dependencies
 from tests.experiments.study.test_pretrained import stored
 
 
+def strength(trial):
+    """Of a control; None of other arms."""
+    return trial.treatment.decay or trial.treatment.average
+
+
 def choice(best=(1e-2, 0.9)):
     """An archive in which these strengths of the controls have the highest validation AUC."""
     found = stored(scarce.selection_grid())
     for trial in scarce.selection_grid():
-        if trial.treatment.decay in best:
+        if strength(trial) in best:
             found.records[trial.hash]["result"]["val"]["auc"] = 0.9
     return found
 
@@ -42,11 +47,17 @@ def test_the_grid_is_that_of_the_protocol():
 def test_a_strength_is_chosen_by_mean_validation_auc():
     found = choice()
     assert scarce.chosen(scarce.selection(found)) == {"decay": 1e-2, "ema": 0.9}
-    assert {t.treatment.decay for t in scarce.comparison_grid(found)} == {None, 1e-2, 0.9}
+    assert {strength(t) for t in scarce.comparison_grid(found)} == {None, 1e-2, 0.9}
     assert "**0.9000**" in scarce.strengths_table(found)
     some = stored([t for t in scarce.selection_grid() if t.treatment.decay != 1e-4])
     assert set(scarce.chosen(scarce.selection(some))) == {"ema"}
     assert scarce.comparison_grid(some) == ()
+    # A strength with which a training diverges is not chosen.
+    lost = next(t for t in scarce.selection_grid() if t.treatment.decay == 1e-2)
+    records = {one: row for one, row in found.records.items() if one != lost.hash}
+    some = Archive(records, found.arrays, found.labels, {lost.hash: "epoch 1"})
+    assert scarce.chosen(scarce.selection(some))["decay"] != 1e-2
+    assert "| weight decay 0.01 | diverged |" in scarce.strengths_table(some)
 
 
 def test_nothing_is_looked_at_before_all_trials_are_stored(three_seeds):

@@ -100,6 +100,11 @@ def test_the_last_fields_count_for_variants_alone(field, value):
         assert (other.described() != plain.described()) == counts
 
 
+def test_layers_that_are_chosen_by_redundancy_skip_none():
+    plain = Treatment("variant", layers="redundant")
+    assert dataclasses.replace(plain, skip=3).described() == plain.described()
+
+
 def test_trials_of_other_learning_rates_have_other_names():
     starts = [Backbone("chestxray14", "vgg16", 0, 4, learning_rate=x) for x in (None, 1e-3, 3e-4)]
     assert Trial(starts[0]).name == Trial(starts[1]).name

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.study import variants
 from experiments.study.trials import Treatment
 from experiments.study.variants import make_variant, numbers, selection
 from inmerge_jax import Kernel, find_kernels, merge_kernels
@@ -112,17 +113,50 @@ def test_mutual_partners(network):
     assert int(stats.merged.sum()) > 5 and some > 5
 
 
+def redundant(params, kernels):
+    """Which layers are the half with the largest similarity relative to random kernels."""
+    means = []
+    for kernel in kernels:
+        # The most similar of so many cosines in so many dimensions.
+        random = np.sqrt(2 * np.log(kernel.count) / (np.prod(kernel.shape) / kernel.count))
+        means.append(cosine_of(params, kernel).max(1).mean() / random)
+    return np.array(means) >= np.median(means)
+
+
 def test_redundant_layers(network):
     params = network[0]
     found, stats, kernels = merge(network, dataclasses.replace(RULE, layers="redundant", skip=10))
     assert len(kernels) == 20
-    means = np.array([cosine_of(params, kernel).max(1).mean() for kernel in kernels])
-    most = means >= np.median(means)
+    most = redundant(params, kernels)
     assert most.sum() == 10
     for kernel, chosen in zip(kernels, most, strict=True):
         expected = plain(network) if chosen else params
         np.testing.assert_array_equal(rows(found, kernel), rows(expected, kernel))
-    assert (np.asarray(stats.merged)[~most] == 0).all() and int(stats.merged.sum()) > 5
+    for counts in (stats.merged, stats.selected):
+        assert (np.asarray(counts)[~most] == 0).all() and int(counts.sum()) > 5
+
+
+def test_random_kernels_of_any_size_are_about_as_redundant():
+    rng = np.random.default_rng(0)
+    ratios = []
+    for shape in ((3, 3, 1, 16), (1, 1, 64, 128), (3, 3, 128, 128)):
+        kernel = Kernel((jax.tree_util.DictKey("w"),), shape, 3)
+        weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        ratios.append(float(variants._redundancy([kernel], variants._nearest(weight, kernel))))
+    assert 0.6 < min(ratios) and max(ratios) < 1.1
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_equal_kernels_count_as_merged(alpha):
+    """Though mixing them changes nothing."""
+    weight = np.random.default_rng(0).normal(size=(3, 3, 4, 6)).astype(np.float32)
+    weight[..., 3:] = weight[..., :3]
+    kernel = Kernel((jax.tree_util.DictKey("w"),), weight.shape, 3)
+    rule = dataclasses.replace(RULE, probability=1.0, partner="mutual", alpha=alpha)
+    treat = make_variant(rule, (kernel,))
+    params, stats = treat({"w": weight}, jax.random.key(0), jnp.int32(0), numbers(rule, 5, 4))
+    np.testing.assert_allclose(params["w"], weight, rtol=1e-6)
+    assert stats.merged.tolist() == [6] and stats.similarity[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("along", ["norm", "consumer"])
@@ -163,6 +197,11 @@ def test_all_at_once_leaves_what_is_not_named_bit_for_bit(network):
         name = "/".join(key.key for key in path)
         if name not in named:
             np.testing.assert_array_equal(leaf(found, name), old)
-    for kernel in kernels:
-        same = moved(params, found, kernel).sum()
-        assert same <= kernel.count
+    compared = [kernel for kernel in kernels if kernel.compared]
+    for kernel, most in zip(compared, redundant(params, compared), strict=True):
+        partner = cosine_of(params, kernel).argmax(1)
+        mutual = partner[partner] == np.arange(kernel.count)
+        expected = moved(params, plain(network), kernel) & mutual & most
+        for one in kernels:
+            if one.group == kernel.group:
+                np.testing.assert_array_equal(moved(params, found, one), expected)
