@@ -131,14 +131,14 @@ def test_a_variant_is_trained_with_averaged_weights(tmp_path):
     assert len(layers) == 8 and all(name.endswith("conv1/kernel") for name in layers)
     lines = read_metrics(paths.trial(Trial(start, "variant", 4, 1e-3, variant)) / "metrics.jsonl")
     assert [sum(line["merged"]) > 0 for line in lines] == [True, True, False, False]
-    losses = {line["val"]["loss"] for line in lines[-1:]}
+    losses = {line["val_loss"] for line in lines[-1:]}
     for field, value in (("average", None), ("statistics", "running")):
         other = Trial(start, "other", 4, 1e-3, dataclasses.replace(variant, **{field: value}))
         run([other], paths)
         more = read_metrics(paths.trial(other) / "metrics.jsonl")
         # The weights are trained in the same way, and evaluated in another.
-        assert [line["loss"] for line in more] == [line["loss"] for line in lines]
-        losses.add(more[-1]["val"]["loss"])
+        assert [line["train_loss"] for line in more] == [line["train_loss"] for line in lines]
+        losses.add(more[-1]["val_loss"])
     assert len(losses) == 3
 
 
