@@ -5,15 +5,15 @@ import inspect
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
 
-from experiments.study import archive, presets, reproduce, runner, stages
+from experiments.study import archive, importing, presets, reproduce, runner, stages
 from experiments.study.archive import RESULTS
 from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
@@ -71,7 +71,7 @@ class StudyConfig:
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status, 2 on bad input."""
     commands = {"verify": verify, "reproduce": reproduce.main, "presets": presets.main}
-    commands |= {"cost": cost.main, "import": import_trials}
+    commands |= {"cost": cost.main, "import": importing.main}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -216,10 +216,10 @@ def check_pairs(question: Question, missing: Sequence[Trial], paths: stages.Path
     Raises:
       UsageError: some trials of a backbone are stored and were trained elsewhere.
     """
-    stored, here = archive.read(paths.results), _origin(environment())
+    stored, here = archive.read(paths.results), archive.origin(environment())
     starts = {trial.backbone for trial in missing if trial.hash not in stored.records}
     for trial in question.stored(stored):
-        there = _origin(stored.records[trial.hash]["trained"])
+        there = archive.origin(stored.records[trial.hash]["trained"])
         if trial.backbone in starts and there != here:
             raise UsageError(
                 f"{paths.results}: {trial.name} was trained on {there}, and others of its backbone "
@@ -288,97 +288,6 @@ def compare(trials: Sequence[Trial], paths: stages.Paths) -> int:
             known = "none" if record is None else f"{record['result']['test'][metric]:.6f}"
             print(f"  test {metric.upper()} {result['test'][metric]:.6f}, stored: {known}")
     return int(any(differs(trial, paths) for trial in trials))
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Adds the trials of another folder of results to the stored ones.
-
-    Trials that are stored already stay as they are. All trials of a backbone are imported
-    together, once they are finished, and only if they were trained on one machine.
-
-    Attributes:
-      source: Folder with trials.csv and trials.zip, the --results of a question.
-      results: Folder of the stored trials.
-    """
-
-    source: tyro.conf.Positional[Path]
-    results: Path = RESULTS
-
-
-def import_trials(arguments: Sequence[str]) -> int:
-    """Adds the trials of another folder of results; returns the exit status.
-
-    Raises:
-      UsageError: the folder has no trials, one of no question, or one that was trained with
-        uncommitted changes; or the test labels of a data set differ.
-    """
-    config = tyro.cli(ImportConfig, prog=f"{PROGRAM} import", args=arguments)
-    found, stored = archive.read(config.source), archive.read(config.results)
-    if not found.records:
-        raise UsageError(f"{config.source} holds no trials; give the --results of a question")
-    new = {one: record for one, record in found.records.items() if one not in stored.records}
-    both = _merged(stored, found, set(new))
-    known = {trial.hash for q in QUESTIONS.values() for trial in q.planned(both)}
-    for one, record in new.items():
-        if one not in known:
-            raise UsageError(f"{config.source}: the trial {one} is of no question of this version")
-        if record["trained"]["git"]["dirty"]:
-            raise UsageError(
-                f"{config.source}: the trial {one} was trained with uncommitted changes; train it "
-                "again at a commit"
-            )
-    # All trials of a backbone together: if they are finished, and from one machine.
-    unfinished = {Trial(t.backbone).hash for q in QUESTIONS.values() for t in q.left(both)}
-    origins: dict[str, set[str]] = {}
-    for record in both.records.values():
-        origins.setdefault(_start(record), set()).add(_origin(record["trained"]))
-    starts = {start for start, some in origins.items() if len(some) == 1} - unfinished
-    taken = {one for one, record in new.items() if _start(record) in starts}
-    lost = {
-        trial.hash
-        for question in QUESTIONS.values()
-        for trial in question.planned(both)
-        if trial.hash in found.diverged and trial.hash not in both.records
-        if Trial(trial.backbone).hash in (starts if trial.epochs else {trial.hash} - unfinished)
-    }
-    add = _merged(archive.Archive(), found, taken, lost)
-    archive.add(config.results, add.records, add.arrays, add.labels, add.diverged)
-    print(f"{len(taken)} of {len(found.records)} trials are new")
-    if out := len(new) - len(taken):
-        print(
-            f"{out} trials are left out: others of their backbones are missing, or were trained on "
-            "another machine"
-        )
-    return 0
-
-
-def _merged(
-    stored: archive.Archive,
-    found: archive.Archive,
-    trials: Set[str],
-    diverged: Set[str] | None = None,
-) -> archive.Archive:
-    """`stored` with these trials of `found`; all that diverged unless some are given."""
-    lost = found.diverged if diverged is None else {one: found.diverged[one] for one in diverged}
-    arrays = {name: a for name, a in found.arrays.items() if name.rpartition("/")[2] in trials}
-    return archive.Archive(
-        {**stored.records, **{one: found.records[one] for one in trials}},
-        {**stored.arrays, **arrays},
-        {**found.labels, **stored.labels},
-        {**lost, **stored.diverged},
-    )
-
-
-def _start(record: Mapping[str, Any]) -> str:
-    """The hash of the backbone of a stored trial."""
-    return Trial(archive.trial_of(record).backbone).hash
-
-
-def _origin(trained: Mapping[str, Any]) -> str:
-    """Where a trial was trained, as far as its bits depend on it."""
-    device = trained.get("device") or trained["processor"]
-    return f"{device} with {trained['cpus']} cores"
 
 
 def verify(arguments: Sequence[str]) -> int:

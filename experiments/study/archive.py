@@ -290,6 +290,16 @@ def trial_of(record: Mapping[str, Any]) -> Trial:
     return Trial(backbone, record["arm"], config["epochs"], config["learning_rate"], treatment)
 
 
+def origin(trained: Mapping[str, Any]) -> str:
+    """Where a trial was trained, as far as its bits depend on it.
+
+    Args:
+      trained: "trained" of its record, or an environment.
+    """
+    device = trained.get("device") or trained["processor"]
+    return f"{device} with {trained['cpus']} cores"
+
+
 def _to_row(one: str, record: Mapping[str, Any]) -> dict[str, Any]:
     config, result, trained = record["config"], record["result"], record["trained"]
     backbone, treatment = config["backbone"], dict(config.get("treatment", {}))
