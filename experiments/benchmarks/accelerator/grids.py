@@ -124,7 +124,7 @@ GRIDS: Mapping[str, Grid] = {
         arms=pretrained.ARMS,
     ),
     "pretrained": PretrainedGrid(
-        tuple(pretrained.EPOCHS), seeds=len(pretrained.SEEDS), arms=pretrained.ARMS
+        tuple(pretrained.EPOCHS), seeds=pretrained.LOOKS[0], arms=pretrained.ARMS
     ),
     "phantom": Grid(
         ("phantom",),

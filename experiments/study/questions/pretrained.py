@@ -32,9 +32,10 @@ REPLACED = {"breastmnist_64": 5}
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-SEEDS = range(16)
+LOOKS = (16, 32)
+"""Seeds at the first look, and at the second, which follows if the first is undecided."""
 LEVEL = 0.025
-"""Of every test at this look: half of 5 %, since there may be a second look."""
+"""Of every test at each look: half of 5 %."""
 ACCEPTED = 0.6
 """Validation AUC that a backbone needs."""
 ARMS = {
@@ -81,17 +82,26 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first.
 
     None before all learning rates are chosen, or where the backbones of one are not accepted: the
-    protocol then asks for another recipe.
+    protocol then asks for another recipe. Those of the second look follow if the first is
+    undecided.
     """
-    choice, found = selection(archive), []
+    choice = selection(archive)
     rates = chosen(choice)
     if len(rates) < len(EPOCHS) or not all(
         choice[d][rate]["accepted"] for d, rate in rates.items()
     ):
         return ()
-    for seed, (data, rate) in product(SEEDS, rates.items()):
-        found += [second_stage(backbone(data, rate, seed), arm) for arm in ARMS]
-    return tuple(found)
+    for seeds in LOOKS:
+        grid = [
+            second_stage(backbone(data, rate, seed), arm)
+            for seed, (data, rate), arm in product(range(seeds), rates.items(), ARMS)
+        ]
+        planned = with_dependencies(grid)
+        if not shared.is_complete(shared.progress(planned, archive)):
+            break
+        if conclusion(_pooled(groups(planned, archive))["paper"]) != "undecided":
+            break
+    return tuple(grid)
 
 
 def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
@@ -171,6 +181,24 @@ def analyse(archive: Archive) -> Found:
     if not shared.is_complete(found):
         return found
     own = groups(planned, archive)
+    return found | {
+        "groups": {
+            group.name: {
+                "seeds": len(group.records("finetune")),
+                **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
+                **{f"merged {arm}": group.merged(arm) for arm in MERGING},
+            }
+            for group in own
+        },
+        "intervals": intervals(own, PAIRS),
+        "pooled": _pooled(own),
+        "layers": {arm: _layers(own, arm) for arm in MERGING},
+        "similarity": _similarity(own),
+    }
+
+
+def _pooled(own: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Each merging arm against fine-tuning: "auc" and "acc" over all pairs, and "mixed"."""
     pooled: dict[str, dict[str, Any]] = {}
     for pair in PAIRS:
         gaps = {
@@ -187,20 +215,7 @@ def analyse(archive: Archive) -> Found:
         [row["mixed"] for row in pooled.values()],
     ):
         statistics.add_holm(rows, LEVEL)
-    return found | {
-        "groups": {
-            group.name: {
-                "seeds": len(group.records("finetune")),
-                **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
-                **{f"merged {arm}": group.merged(arm) for arm in MERGING},
-            }
-            for group in own
-        },
-        "intervals": intervals(own, PAIRS),
-        "pooled": pooled,
-        "layers": {arm: _layers(own, arm) for arm in MERGING},
-        "similarity": _similarity(own),
-    }
+    return pooled
 
 
 def _layers(own: Sequence[Group], arm: str) -> dict[str, list[float]]:

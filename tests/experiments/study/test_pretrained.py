@@ -51,7 +51,7 @@ BEST = {1e-4: 0.5, 1e-3: 0.95}
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(pretrained, "SEEDS", range(SEEDS))
+    monkeypatch.setattr(pretrained, "LOOKS", (SEEDS, 2 * SEEDS))
     monkeypatch.setattr(pretrained, "EPOCHS", {data: pretrained.EPOCHS[data] for data in DATA})
 
 
@@ -153,6 +153,34 @@ def test_predictions_of_corrupted_images_are_left_to_measure(few):
     left = pretrained.QUESTION.left(stored(trials, val=BEST))
     one_label = {t for t in comparison() if t.backbone.data in ("breastmnist_64", "retinamnist_64")}
     assert set(left) & set(trials) == one_label
+
+
+def scattered(trials):
+    """An archive in which the paper's rule gains or loses 0.03 by turns."""
+    archive = stored(trials, val=BEST)
+    for trial in trials:
+        if trial.arm == "paper":
+            archive.records[trial.hash]["result"]["test"]["auc"] += (
+                0.03 * (-1) ** trial.backbone.seed
+            )
+    return archive
+
+
+def test_a_second_look_follows_if_the_first_is_undecided(few):
+    first = comparison()
+    assert {t.backbone.seed for t in first} == set(range(SEEDS))
+    selected = pretrained.selection_grid()
+    # Equal scores are no effect, which decides; large differences of both signs do not.
+    assert pretrained.comparison_grid(stored((*selected, *first), val=BEST)) == first
+    undecided = scattered((*selected, *first))
+    both = pretrained.comparison_grid(undecided)
+    assert {t.backbone.seed for t in both} == set(range(2 * SEEDS)) and set(first) < set(both)
+    found = pretrained.analyse(undecided)
+    assert found["planned"] == 2 * found["stored"] and "pooled" not in found
+    # There is no third look.
+    last = scattered((*selected, *both))
+    assert set(pretrained.comparison_grid(last)) == set(both)
+    assert pretrained.analyse(last)["pooled"]["paper"]["auc"]["trials"] == 2 * SEEDS * len(DATA)
 
 
 def test_the_answer(few):
