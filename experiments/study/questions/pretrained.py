@@ -158,8 +158,12 @@ def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         # A variance of zero between data sets is an estimate like any other.
         for message in (ConvergenceWarning, SingularMatrixWarning):
             warnings.simplefilter("ignore", message)
-        fitted = model.fit(reml=True)
-    mean, error = float(fitted.fe_params[0]), float(fitted.bse_fe[0])
+        try:
+            fitted = model.fit(reml=True)
+            mean, error = float(fitted.fe_params[0]), float(fitted.bse_fe[0])
+        except np.linalg.LinAlgError:
+            # Data sets that do not differ at all: the model is then that of independent pairs.
+            mean, error = float(np.mean(values)), float(stats.sem(values))
     half = error * float(stats.norm.isf((1 - statistics.CONFIDENCE) / 2))
     return {
         "mean": mean,

@@ -224,6 +224,11 @@ def test_the_mixed_model_of_a_balanced_design():
     )
     assert found["mean"] == pytest.approx(0, abs=1e-12)
     assert found["p"] == pytest.approx(1) and found["p_equivalent"] < 1e-3
+    # The estimate does not exist where all data sets have the same differences.
+    same = {name: [0.03, -0.03, 0.03, -0.03] for name in "abc"}
+    found = pretrained.mixed_model(same)
+    error = 0.03 * np.sqrt(12 / 11) / np.sqrt(12)
+    assert found["high"] == pytest.approx(1.96 * error, rel=1e-3) and found["mean"] == 0
 
 
 def test_a_verdict_needs_both_analyses():
