@@ -32,7 +32,7 @@ def grids(archive: Archive) -> dict[str, list[Trial]]:
         name: [t for t in trials if is_wanted(t)]
         for name, trials in zip(MERGING, every, strict=True)
     }
-    return found if all(found.values()) else {}
+    return found if pretrained.is_selected(archive) and all(found.values()) else {}
 
 
 def analyse(archive: Archive) -> Found:

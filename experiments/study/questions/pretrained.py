@@ -81,15 +81,13 @@ def replaced_grid() -> tuple[Trial, ...]:
 def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first.
 
-    None before all learning rates are chosen, or where the backbones of one are not accepted: the
-    protocol then asks for another recipe. Those of the second look follow if the first is
-    undecided.
+    Those of the data sets whose learning rate is chosen; none where the backbones of one are not
+    accepted: the protocol then asks for another recipe. Those of the second look follow if the
+    first is undecided.
     """
     choice = selection(archive)
     rates = chosen(choice)
-    if len(rates) < len(EPOCHS) or not all(
-        choice[d][rate]["accepted"] for d, rate in rates.items()
-    ):
+    if not all(choice[data][rate]["accepted"] for data, rate in rates.items()):
         return ()
     for seeds in LOOKS:
         grid = [
@@ -97,11 +95,16 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
             for seed, (data, rate), arm in product(range(seeds), rates.items(), ARMS)
         ]
         planned = with_dependencies(grid)
-        if not shared.is_complete(shared.progress(planned, archive)):
+        if not (is_selected(archive) and shared.is_complete(shared.progress(planned, archive))):
             break
         if conclusion(_pooled(groups(planned, archive))["paper"]) != "undecided":
             break
     return tuple(grid)
+
+
+def is_selected(archive: Archive) -> bool:
+    """Whether the learning rates of all data sets are chosen."""
+    return len(chosen(selection(archive))) == len(EPOCHS)
 
 
 def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
@@ -182,7 +185,7 @@ def analyse(archive: Archive) -> Found:
     found: Found = {"selection": selection(archive)}
     planned = with_dependencies(comparison_grid(archive))
     found |= shared.progress(planned, archive)
-    if not shared.is_complete(found):
+    if not (is_selected(archive) and shared.is_complete(found)):
         return found
     own = groups(planned, archive)
     return found | {

@@ -49,6 +49,8 @@ def test_the_trials_are_those_of_both_questions_on_images_with_one_label(small):
     # Without learning rates the trials of the first are not known.
     assert corruption.grids(stored(full_length.grid())) == {}
     assert not corruption.QUESTION.is_complete(stored(full_length.grid()))
+    some = [t for t in pretrained.selection_grid() if t.backbone.data == DATA[0]]
+    assert corruption.grids(stored((*some, *full_length.grid()), val=BEST)) == {}
 
 
 def test_nothing_is_looked_at_before_all_trials_are_measured(small):

@@ -83,6 +83,14 @@ def test_a_learning_rate_is_chosen_by_mean_validation_auc():
     some = stored([trial for trial in trials if trial.backbone.rate < 3e-3])
     assert pretrained.chosen(pretrained.selection(some)) == {}
     assert pretrained.comparison_grid(some) == ()
+    # A data set whose rate is chosen need not wait for the others, but no answer is given.
+    one = [t for t in trials if t.backbone.data == "retinamnist_64"]
+    grid = pretrained.comparison_grid(stored(one, val=BEST))
+    assert len(grid) == 16 * 4 and {t.backbone.data for t in grid} == {"retinamnist_64"}
+    archive = stored((*one, *grid), val=BEST)
+    assert set(pretrained.analyse(archive)) == {"selection", "planned", "stored", "diverged"}
+    assert pretrained.comparison_grid(archive) == grid
+    assert not pretrained.QUESTION.is_complete(archive)
 
 
 def test_nothing_is_compared_with_a_backbone_that_is_not_accepted():
