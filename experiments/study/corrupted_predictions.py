@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +19,7 @@ LEVELS, IMAGES = (1, 3, 5), 1000
 def measure(
     trial: Trial, paths: Paths, levels: tuple[int, ...] = LEVELS, most: int | None = IMAGES
 ) -> None:
-    """Predicts corrupted test images with a finished trial's best weights; stores the classes.
+    """Stores the classes that a finished trial's best weights predict.
 
     Args:
       trial: on a data set with one label per image.
@@ -29,12 +30,30 @@ def measure(
     Raises:
       UsageError: its checkpoint is gone.
     """
-    predict = weights_of(trial, paths)
+    classes = predicted(trial, paths, weights_of(trial, paths), levels, most)
+    archive.add(paths.results, {}, {f"corrupted/{trial.hash}": classes})
+
+
+def predicted(
+    trial: Trial,
+    paths: Paths,
+    predict: Callable[[np.ndarray], np.ndarray],
+    levels: tuple[int, ...] = LEVELS,
+    most: int | None = IMAGES,
+) -> np.ndarray:
+    """The classes that a network predicts, uint8 (corruptions, severities, images).
+
+    Args:
+      trial: see `measure`, as all else.
+      paths: of the data.
+      predict: from uint8 images to scores.
+      levels: severities.
+      most: number of test images.
+    """
     any_seed = Trial(dataclasses.replace(trial.backbone, seed=0))
     images = _corrupted(any_seed, paths, levels, most)
     classes = np.stack([predict(some).argmax(1).astype(np.uint8) for some in images])
-    classes = classes.reshape(len(SEVERITIES), len(levels), -1)
-    archive.add(paths.results, {}, {f"corrupted/{trial.hash}": classes})
+    return classes.reshape(len(SEVERITIES), len(levels), -1)
 
 
 def are_stored(trial: Trial, archive: Archive) -> bool:

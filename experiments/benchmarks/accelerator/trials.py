@@ -22,12 +22,12 @@ from jax import lax
 from experiments.benchmarks.accelerator.grids import GRIDS, Grid, PretrainedGrid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.benchmarks.accelerator.session import Session, say, to_json
-from experiments.study import archive, datasets
+from experiments.study import archive, corrupted_predictions, datasets
 from experiments.study.stages import EDGES, Paths, batch_size, plan_of
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
-from inmerge_jax.data import steps_per_epoch, train_batches
+from inmerge_jax.data import Split, steps_per_epoch, train_batches
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
@@ -182,6 +182,8 @@ def import_records(
         for data in {known[one].backbone.data for one in new}
     }
     scores = {f"scores/{one}": arrays[f"scores-{one}"].astype(np.float32) for one in new}
+    corrupted = {one: arrays[name] for one in new if (name := f"corrupted-{one}") in arrays}
+    scores |= {f"corrupted/{one}": classes for one, classes in corrupted.items()}
     archive.add(results, new, scores, labels)
     return len(new)
 
@@ -262,6 +264,7 @@ class Program:
       kinds: the rules, see `shared_treatment`.
       step: of `make_train_step`.
       together: seeds that it trains at once.
+      paths: of the data.
     """
 
     plan: RunSpec
@@ -270,6 +273,7 @@ class Program:
     kinds: tuple[tuple[str, bool], ...]
     step: Callable[..., Any]
     together: int
+    paths: Paths
 
     @property
     def updates(self) -> int:
@@ -295,7 +299,7 @@ def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
         hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
-    return Program(plan, setup, deep, kinds, step, together)
+    return Program(plan, setup, deep, kinds, step, together, paths)
 
 
 def choose_together(
@@ -369,6 +373,8 @@ def train_unit(
             }
             records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
             arrays[f"scores-{trial.hash}"] = one.scores.astype(np.float32)
+            if one.corrupted is not None:
+                arrays[f"corrupted-{trial.hash}"] = one.corrupted
         auc = np.mean([one.result["test"]["auc"] for one in trained])
         say(f"  {trials[0].arm}: mean test AUC {auc:.3f}; {time.monotonic() - before:.0f} s so far")
     labels = archive.labels_of(chosen.plan.dataset)
@@ -385,12 +391,16 @@ def train_unit(
 
 
 class Trained(NamedTuple):
-    """One finished trial: `train.train_stage`'s result and similarities, test scores, weights."""
+    """One finished trial: `train.train_stage`'s result and similarities, test scores, weights.
+
+    And the classes of `study.corrupted_predictions`, where the study asks for them.
+    """
 
     result: dict[str, Any]
     similarity: dict[str, Any]
     scores: np.ndarray
     weights: tuple[Any, Any]
+    corrupted: np.ndarray | None
 
 
 def train_together(
@@ -506,7 +516,15 @@ def finish(
         [layer.to_dict() for layer in kernel_similarity(params, plan.kernels)]
         for params in (start[0], weights[0])
     )
-    return Trained(result, {"before": before, "after": after}, scores["test"], weights)
+    corrupted = None
+    if corrupted_predictions.is_wanted(trial):
+
+        def predict(images: np.ndarray) -> np.ndarray:
+            return setup.evaluate(state, Split(images, data.test.labels[: len(images)]))[0]
+
+        corrupted = corrupted_predictions.predicted(trial, program.paths, predict)
+    similarity = {"before": before, "after": after}
+    return Trained(result, similarity, scores["test"], weights, corrupted)
 
 
 def stack(trees: Sequence[Any]) -> Any:

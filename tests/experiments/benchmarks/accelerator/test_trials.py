@@ -12,7 +12,8 @@ from experiments.benchmarks.accelerator.trials import (
     shared_numbers,
     shared_treatment,
 )
-from experiments.study import archive, runner
+from experiments.study import archive, corrupted_predictions, runner
+from experiments.study.corrupted_predictions import are_stored
 from experiments.study.questions import pretrained
 from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
@@ -64,6 +65,12 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
         images = np.asarray(make_program(GRID, "phantom", 1, paths).plan.dataset.test.images)
         scores = weights_of(trial, paths)(images)
         np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+        if trial.is_backbone:
+            assert found.corrupted is None
+        else:
+            classes = corrupted_predictions.predicted(trial, paths, weights_of(trial, paths))
+            assert classes.shape == found.corrupted.shape == (7, 3, len(images))
+            assert (classes == found.corrupted).mean() > 0.99
     assert sum(alone["inmerge"].result["merged"]) > 0
 
 
@@ -159,6 +166,8 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
         trial = known[arm]
         records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
         arrays[f"scores-{trial.hash}"] = one.scores
+        if one.corrupted is not None:
+            arrays[f"corrupted-{trial.hash}"] = one.corrupted
     assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 3
     assert trials.import_records(records, arrays, "d" * 40, tmp_path) == 0
     found = archive.read(tmp_path)
@@ -166,6 +175,10 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
     assert record["trained"]["git"] == {"commit": "c" * 40, "dirty": False}
     assert record["trained"]["device"] == "chip"
     np.testing.assert_array_equal(found.scores(known["inmerge"]), alone["inmerge"].scores)
+    assert {trial.arm for trial in known.values() if are_stored(trial, found)} == {
+        "inmerge",
+        "released",
+    }
     assert found.labels["phantom"].task == labels.task
     with pytest.raises(UsageError, match="unknown are of no grid"):
         trials.import_records({"unknown": {}}, arrays, "c" * 40, tmp_path)
