@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ from inmerge_jax.training.environment import enable_compilation_cache, environme
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train import read_result
 
+_WAIT_SECONDS = 20
 PROGRAM = "python -m experiments.study"
 USAGE = f"""usage: {PROGRAM} COMMAND [options]
 
@@ -42,6 +44,8 @@ class StudyConfig:
 
     Each trial has the folder OUTPUT/trials/HASH, named by the hash of its configuration. Trials
     that are finished there or stored in RESULTS are not retrained; interrupted ones are resumed.
+    Commands that run at the same time with the same folders share the trials. On a CPU, one command
+    per core trains more of them in the same time.
 
     Attributes:
       data_dir: Folder with medmnist/, nih/ and weights/.
@@ -52,6 +56,7 @@ class StudyConfig:
       seeds: Number of seeds to train; default: all.
       only: Retrain these trials, by hash, and compare them with the stored results.
       minutes: Start no trial after this time.
+      cores: CPU cores to run on, by number; default: all.
       dry_run: List the missing trials with a time estimate, and stop.
       analyse: Train nothing; print the answer from the stored trials.
     """
@@ -64,6 +69,7 @@ class StudyConfig:
     seeds: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HASH ...")] = ()
     minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    cores: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = ()
     dry_run: bool = False
     analyse: bool = False
 
@@ -103,6 +109,8 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if config.cores:
+        use_cores(config.cores)
     devices = 1 if config.dry_run or config.analyse else jax.local_device_count()
     paths = stages.Paths(config.data_dir, config.output, config.results, devices)
     trials = chosen(question, config)
@@ -133,16 +141,18 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
                         should_stop=stop,
                         until=until,
                     )
-                    diverged |= now
+                    diverged |= now.diverged
                     if config.only:
                         break
-                    if now:
-                        why = {trial.hash: reason for trial, reason in now.items()}
+                    if now.diverged:
+                        why = {trial.hash: reason for trial, reason in now.diverged.items()}
                         archive.add(paths.results, {}, {}, diverged=why)
+                    if now.busy and not now.trained:
+                        wait(stop)
                     # Those that follow from what is stored now.
                     before = missing
                     missing = missing_trials(question, chosen(question, config), paths)
-                    if missing == before:
+                    if missing == before and not now.busy:
                         break
         except TrainingInterrupted as stopped:
             print(f"{stopped}; repeat the command to resume", file=sys.stderr)
@@ -168,6 +178,32 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     for trial, reason in diverged.items():
         print(f"diverged: {trial.name}: {reason}", file=sys.stderr)
     return int(bool(diverged))
+
+
+def use_cores(cores: Sequence[int]) -> None:
+    """Runs this process on some of the CPU's cores; before JAX starts its threads.
+
+    Raises:
+      UsageError: the system cannot do so, or has no such core for this process.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise UsageError("--cores: this system does not run a process on some cores; leave it out")
+    if wrong := set(cores) - os.sched_getaffinity(0):
+        known = " ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise UsageError(f"--cores {min(wrong)}: choose some of {known}")
+    os.sched_setaffinity(0, cores)
+
+
+def wait(stop: PreemptionHandler) -> None:
+    """Waits for trials that other processes train.
+
+    Raises:
+      TrainingInterrupted: a signal arrived.
+    """
+    for _ in range(_WAIT_SECONDS):
+        if stop():
+            raise TrainingInterrupted("stopped while other processes train the remaining trials")
+        time.sleep(1)
 
 
 def chosen(question: Question, config: StudyConfig) -> tuple[Trial, ...]:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,12 +22,26 @@ from experiments.study.stages import Paths, first_stage, images_of, plan_of, sec
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
-from inmerge_jax.locking import LOCK
+from inmerge_jax.locking import LOCK, FolderInUseError
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.environment import configure_malloc, diff_environments, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.workdir import lock
+
+
+class Outcome(NamedTuple):
+    """What `run_trials` left unfinished.
+
+    Attributes:
+      diverged: the trials whose training diverged, and why.
+      trained: number of trials that were finished.
+      busy: trials that another process was training, which share `paths` with this one.
+    """
+
+    diverged: dict[Trial, str]
+    trained: int
+    busy: list[Trial]
 
 
 def run_trials(
@@ -37,10 +51,11 @@ def run_trials(
     keep: Callable[[Trial], Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     until: float = float("inf"),
-) -> dict[Trial, str]:
+) -> Outcome:
     """Trains the trials that are not finished, and the backbones that they need.
 
-    A trial whose training diverges stays unfinished, with those that would start from it.
+    A trial whose training diverges stays unfinished, with those that would start from it. Several
+    processes may train the same trials: each passes over those that another one trains.
 
     Args:
       trials: to be finished.
@@ -48,9 +63,6 @@ def run_trials(
       keep: called with each of `trials` once it is finished.
       should_stop: see `train.TrainContext`.
       until: time (`time.monotonic`) after which no trial is started.
-
-    Returns:
-      The trials that diverged, and why.
 
     Raises:
       UsageError: missing data, or a file that cannot be written.
@@ -68,24 +80,39 @@ def run_trials(
             done(trial)
     wanted = [trial for trial in trials if not finished(trial, paths)]
     left = [t for t in in_order(with_dependencies(wanted)) if not finished(t, paths)]
-    count, diverged = len(left), {}
+    count, found = len(left), Outcome({}, 0, [])
     with Progress(sum(map(images_of, left))) as progress:
+
+        def leave(trial: Trial) -> list[Trial]:
+            """What remains without those that start from a trial."""
+            out = [other for other in left if other.first() == trial]
+            progress.skip(sum(map(images_of, (trial, *out))))
+            return [other for other in left if other not in out]
+
         while left and time.monotonic() < until:
             trial = left.pop(0)
+            if finished(trial, paths):  # By another process, which stores it.
+                progress.skip(images_of(trial))
+                continue
             progress.say(f"trial {count - len(left)} of {count}: {trial.name}")
             try:
                 run_trial(trial, paths, progress, should_stop)
+            except FolderInUseError:
+                progress.say("  another process trains it")
+                found.busy.append(trial)
+                left = leave(trial)
             except NonFiniteLossError as error:
-                diverged[trial] = str(error)
+                found.diverged[trial] = str(error)
                 progress.say(f"WARNING: {trial.name}: {error}", style="bold yellow")
-                left = [other for other in left if other.first() != trial]
+                left = leave(trial)
             else:
                 done(trial)
+                found = found._replace(trained=found.trained + 1)
             # The system limits a process to some 65,000 memory maps; the programs of each trial
             # take hundreds to a thousand of them. Later trials read theirs from the cache.
             jax.clear_caches()
             gc.collect()
-    return diverged
+    return found
 
 
 def in_order(trials: Sequence[Trial]) -> list[Trial]:

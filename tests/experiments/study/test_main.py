@@ -1,6 +1,7 @@
 """The study's command: from an empty archive to an answer, retraining, and bad input."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -180,6 +181,42 @@ def test_a_pair_is_not_trained_on_two_kinds_of_processors(options, tmp_path, cap
     assert "was trained on a, b with 2 cores, and others of its backbone are missing" in text
     assert "--results" in text
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+def test_two_commands_share_the_trials(options, tmp_path, monkeypatch, capsys):
+    """The second waits until the first has trained the backbone, and finds nothing else to do."""
+    from experiments.study import runner, stages
+    from inmerge_jax.locking import lock
+
+    paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results")
+    held = lock(paths.trial(TRIALS[0].first()))
+    waited = []
+
+    def wait(stop):
+        waited.append(len(archive.read(paths.results).records))
+        held.__exit__(None, None, None)
+
+    monkeypatch.setattr(study, "wait", wait)
+    held.__enter__()
+    assert run(options) == 0
+    assert waited == [0] and "another process trains it" in capsys.readouterr().out
+    assert len(archive.read(paths.results).records) == 3
+    assert all(runner.finished(trial, paths) for trial in TRIALS)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_cores_are_those_of_the_process(options, capsys):
+    before = os.sched_getaffinity(0)
+    core = str(min(before))
+    try:
+        assert run(options, "--dry-run", "--cores", core) == 0
+        assert os.sched_getaffinity(0) == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)
+    assert run(options, "--dry-run", "--cores", "9999") == 2
+    assert f"--cores 9999: choose some of {core}" in capsys.readouterr().err
+    assert os.sched_getaffinity(0) == before
 
 
 def test_help_and_bad_input(options, capsys):

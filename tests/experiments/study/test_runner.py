@@ -159,11 +159,18 @@ def test_stopped_and_resumed_is_the_same(trained, tmp_path):
 
 
 @pytest.mark.long
-def test_a_trial_that_another_process_trains_is_left_to_it(tmp_path):
+def test_trials_that_another_process_trains_are_left_to_it(tmp_path):
     paths = stages.Paths(tmp_path, tmp_path)
-    with lock(paths.trial(TRIALS[0])), pytest.raises(UsageError, match="is in use: process"):
-        runner.run_trials(TRIALS[:1], paths)
-    assert list(paths.trial(TRIALS[0]).iterdir()) == []
+    other = Trial(dataclasses.replace(START, seed=1))
+    trials = (Trial(START, "finetune", 1), other)
+    with lock(paths.trial(Trial(START))):
+        found = runner.run_trials(trials, paths)
+        assert (found.trained, found.busy) == (1, [Trial(START)])
+        assert [path.name for path in paths.trial(Trial(START)).iterdir()] == [".lock"]
+    assert runner.finished(other, paths) and not runner.finished(trials[0], paths)
+    found = runner.run_trials(trials, paths)
+    assert (found.trained, found.busy) == (2, [])
+    assert runner.finished(trials[0], paths)
 
 
 @pytest.mark.long
@@ -171,7 +178,7 @@ def test_a_training_that_diverges_does_not_end_the_others(trained, tmp_path):
     paths = stages.Paths(trained[0].data, tmp_path)
     wild = dataclasses.replace(START, learning_rate=3e38)
     trials = [Trial(wild), Trial(wild, "finetune", 1), Trial(START)]
-    ((trial, message),) = runner.run_trials(trials, paths).items()
+    ((trial, message),) = runner.run_trials(trials, paths).diverged.items()
     assert trial == trials[0] and "loss became" in message
     assert [runner.finished(trial, paths) for trial in trials] == [False, False, True]
 
