@@ -21,17 +21,17 @@ from inmerge_jax.reporting.plots import Plot
 
 EPOCHS = {
     "breastmnist_64": 10,
-    "chestxray14_rgb": 5,
+    "chestxray14_rgb": 10,
     "retinamnist_64": 5,
     "pneumoniamnist_rgb": 2,
     "bloodmnist_like_rgb": 1,
 }
 """Data set to epochs of each stage."""
-REPLACED = {"breastmnist_64": 5}
-"""Epochs of a recipe with which backbones of the first of `SELECTION_SEEDS` were not accepted."""
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
+REPLACED = {"breastmnist_64": (5, SELECTION_SEEDS[:1]), "chestxray14_rgb": (5, SELECTION_SEEDS)}
+"""Epochs, and seeds, with which backbones were not accepted."""
 LOOKS = (16, 32)
 """Seeds at the first look, and at the second, which follows if the first is undecided."""
 LEVEL = 0.025
@@ -74,8 +74,11 @@ def selection_grid() -> tuple[Trial, ...]:
 
 def replaced_grid() -> tuple[Trial, ...]:
     """The backbones for which a recipe was changed, see the deviations in the protocol."""
-    every = product(REPLACED, CANDIDATES)
-    return tuple(Trial(backbone(d, rate, SELECTION_SEEDS[0], REPLACED[d])) for d, rate in every)
+    return tuple(
+        Trial(backbone(data, rate, seed, epochs))
+        for data, (epochs, seeds) in REPLACED.items()
+        for rate, seed in product(CANDIDATES, seeds)
+    )
 
 
 def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
