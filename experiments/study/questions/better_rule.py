@@ -298,6 +298,7 @@ QUESTION = Question(
     trials=round_grid(candidates(), range(ROUNDS[0][0])),
     later=later,
     choices=search_table,
+    has_chosen=lambda archive: winner(archive) is not None,
     analyse=analyse,
     table=table,
     figure=figure,

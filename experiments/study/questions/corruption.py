@@ -168,6 +168,7 @@ QUESTION = Question(
     trials=(),
     later=lambda archive: tuple(t for trials in grids(archive).values() for t in trials),
     choices=pretrained.rates_table,
+    has_chosen=lambda archive: bool(grids(archive)),
     analyse=analyse,
     table=table,
     figure=figure,

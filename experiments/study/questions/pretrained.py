@@ -20,7 +20,7 @@ from experiments.study.trials import Backbone, Treatment, Trial, with_dependenci
 from inmerge_jax.reporting.plots import Plot
 
 EPOCHS = {
-    "breastmnist_64": 10,
+    "breastmnist_64": 5,
     "chestxray14_rgb": 10,
     "retinamnist_64": 5,
     "pneumoniamnist_rgb": 2,
@@ -30,8 +30,8 @@ EPOCHS = {
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-REPLACED = {"breastmnist_64": (5, SELECTION_SEEDS[:1]), "chestxray14_rgb": (5, SELECTION_SEEDS)}
-"""Epochs, and seeds, with which backbones were not accepted."""
+REPLACED = {"breastmnist_64": (10, SELECTION_SEEDS[:1]), "chestxray14_rgb": (5, SELECTION_SEEDS)}
+"""Epochs, and seeds, of backbones whose recipe was given up."""
 LOOKS = (16, 32)
 """Seeds at the first look, and at the second, which follows if the first is undecided."""
 LEVEL = 0.025
@@ -73,7 +73,7 @@ def selection_grid() -> tuple[Trial, ...]:
 
 
 def replaced_grid() -> tuple[Trial, ...]:
-    """The backbones for which a recipe was changed, see the deviations in the protocol."""
+    """The backbones of recipes that were given up, see the deviations in the protocol."""
     return tuple(
         Trial(backbone(data, rate, seed, epochs))
         for data, (epochs, seeds) in REPLACED.items()
@@ -84,14 +84,10 @@ def replaced_grid() -> tuple[Trial, ...]:
 def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first.
 
-    Those of the data sets whose learning rate is chosen; none where the backbones of one are not
-    accepted: the protocol then asks for another recipe. Those of the second look follow if the
+    Those of the data sets whose learning rate is chosen. Those of the second look follow if the
     first is undecided.
     """
-    choice = selection(archive)
-    rates = chosen(choice)
-    if not all(choice[data][rate]["accepted"] for data, rate in rates.items()):
-        return ()
+    rates = chosen(selection(archive))
     for seeds in LOOKS:
         grid = [
             second_stage(backbone(data, rate, seed), arm)
@@ -132,13 +128,19 @@ def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
 
 
 def chosen(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> dict[str, float]:
-    """The learning rate of each data set: the highest mean validation AUC, of `selection`."""
-    means = {
-        data: {rate: float(np.mean(row["auc"])) for rate, row in rates.items() if row["auc"]}
-        for data, rates in found.items()
-        if len(rates) == len(CANDIDATES)
-    }
-    return {data: max(by, key=lambda rate: by[rate]) for data, by in means.items() if by}
+    """The learning rate of each data set: of those accepted, the highest mean validation AUC.
+
+    None for a data set of which no rate is accepted: the protocol then asks for another recipe.
+
+    Args:
+      found: of `selection`.
+    """
+    best = {}
+    for data, rates in found.items():
+        means = {rate: np.mean(row["auc"]) for rate, row in rates.items() if row["accepted"]}
+        if means and len(rates) == len(CANDIDATES):
+            best[data] = max(means, key=lambda rate: float(means[rate]))
+    return best
 
 
 def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -359,6 +361,7 @@ QUESTION = Question(
     figure=figure,
     overview=overview,
     choices=rates_table,
+    has_chosen=is_selected,
     measure=corrupted_predictions.measure,
     measured=corrupted_predictions.measured,
 )

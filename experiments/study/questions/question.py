@@ -45,6 +45,7 @@ class Question:
       measured: whether the archive has these of a trial.
       choices: from the stored results to a table of what is chosen on validation data before the
         comparison; None where nothing is.
+      has_chosen: from the stored results to whether all of this is chosen.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Question:
     measured: Callable[[Trial, Archive], bool] = lambda trial, archive: True
     later: Callable[[Archive], tuple[Trial, ...]] = lambda archive: ()
     choices: Callable[[Archive], str] | None = None
+    has_chosen: Callable[[Archive], bool] = lambda archive: True
 
     @property
     def page(self) -> str:
@@ -84,8 +86,7 @@ class Question:
 
     def is_complete(self, archive: Archive) -> bool:
         """Whether all trials are stored, those that follow from its choices among them."""
-        undecided = self.choices is not None and not self.later(archive)
-        return not undecided and not self.left(archive)
+        return self.has_chosen(archive) and not self.left(archive)
 
 
 def is_lost(trial: Trial, archive: Archive) -> bool:

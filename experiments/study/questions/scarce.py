@@ -222,4 +222,5 @@ QUESTION = Question(
     figure=figure,
     overview=overview,
     choices=strengths_table,
+    has_chosen=lambda archive: bool(comparison_grid(archive)),
 )

@@ -93,9 +93,8 @@ def test_a_learning_rate_is_chosen_by_mean_validation_auc():
     assert not pretrained.QUESTION.is_complete(archive)
 
 
-def test_nothing_is_compared_with_a_backbone_that_is_not_accepted():
+def test_a_rate_whose_backbones_are_not_accepted_is_not_chosen():
     trials = pretrained.selection_grid()
-    assert pretrained.comparison_grid(stored(trials, val=BEST))
     for field, value in (("auc", 0.59), ("same", 1.0)):
         found = stored(trials, val=BEST)
         (bad,) = (
@@ -104,13 +103,32 @@ def test_nothing_is_compared_with_a_backbone_that_is_not_accepted():
             if (t.backbone.data, t.backbone.rate, t.backbone.seed) == ("retinamnist_64", 1e-3, 101)
         )
         found.records[bad.hash]["result"]["val"][field] = value
-        assert pretrained.chosen(pretrained.selection(found))["retinamnist_64"] == 1e-3
-        assert pretrained.comparison_grid(found) == ()
+        rates = pretrained.chosen(pretrained.selection(found))
+        assert rates == {**dict.fromkeys(pretrained.EPOCHS, 1e-3), "retinamnist_64": 3e-4}
         assert "not accepted" in pretrained.rates_table(found)
         # Of images with several labels, the same one may have the highest score.
         labels = found.labels["retinamnist_64"]._replace(task="multi-label, binary-class")
         found.labels["retinamnist_64"] = labels
-        assert bool(pretrained.comparison_grid(found)) == (field == "same")
+        rates = pretrained.chosen(pretrained.selection(found))
+        assert rates["retinamnist_64"] == (1e-3 if field == "same" else 3e-4)
+
+
+def test_a_data_set_without_an_accepted_rate_is_not_compared():
+    trials = pretrained.selection_grid()
+    found = stored(trials, val=BEST)
+    for trial in trials:
+        if trial.backbone.data == "retinamnist_64":
+            found.records[trial.hash]["result"]["val"]["same"] = 1.0
+    assert "retinamnist_64" not in pretrained.chosen(pretrained.selection(found))
+    grid = pretrained.comparison_grid(found)
+    assert {t.backbone.data for t in grid} == set(pretrained.EPOCHS) - {"retinamnist_64"}
+    assert not pretrained.is_selected(found)
+    archive = stored((*trials, *pretrained.replaced_grid(), *grid), val=BEST)
+    archive.records.update({t.hash: found.records[t.hash] for t in trials})
+    archive.arrays.update({f"corrupted/{t.hash}": np.zeros((7, 3, IMAGES)) for t in grid})
+    assert not pretrained.QUESTION.left(archive)
+    # Nothing is left to train, but there is no answer.
+    assert not pretrained.QUESTION.is_complete(archive)
 
 
 def test_a_rate_that_diverges_is_not_chosen():
@@ -128,7 +146,7 @@ def test_a_rate_that_diverges_is_not_chosen():
 def test_backbones_of_a_replaced_recipe_are_kept_and_count_for_nothing():
     (*others,) = pretrained.replaced_grid()
     assert {(t.backbone.data, t.backbone.epochs) for t in others} == {
-        ("breastmnist_64", 5),
+        ("breastmnist_64", 10),
         ("chestxray14_rgb", 5),
     }
     assert set(others) <= set(pretrained.QUESTION.trials)
