@@ -6,6 +6,7 @@ equal. The stored one may be of another processor or of earlier code.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class ReproduceConfig:
     work: Path = Path("runs/repeated")
 
 
+# Of the stored draws: the places of the earlier questions, counted from 1.
+_EARLIER = ("main_effect", "ablation", "controls", "similarity", "adaptive", "robustness", "cost")
+_NUMBERS = {name: number for number, name in enumerate(_EARLIER, 1)}
+
+
 def seconds(trial: Trial) -> float:
     """Training time of a stored trial with its backbone; infinite where one is not stored."""
     records = archive.read().records
@@ -64,10 +70,7 @@ def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
     second = [trial for trial in question.stored(archive.read()) if not trial.is_backbone]
     some = [trial for trial in second if seconds(trial) <= config.limit]
     some = some or sorted(second, key=seconds)[:1]
-    # The stored draws were made before there were the questions of docs/protocol.md.
-    later = ("pretrained", "full_length", "scarce")
-    names = [name for name in QUESTIONS if name not in later]
-    number = 1 + [*names, *later].index(question.name)
+    number = _NUMBERS.get(question.name, zlib.crc32(question.name.encode()))
     order = np.random.default_rng([config.seed, number]).permutation(len(some))
     kinds: dict[tuple[str, str, str], Trial] = {}
     for trial in (some[index] for index in order):
