@@ -69,9 +69,16 @@ def overview() -> str:
     return markdown_rows(columns, rows, "l" * len(columns)) + "\n"
 
 
+def published_records() -> dict[str, dict[str, Any]]:
+    """The stored trials of the published questions, by hash."""
+    stored = archive.read()
+    trials = {trial.hash for question in PUBLISHED.values() for trial in question.stored(stored)}
+    return {one: record for one, record in stored.records.items() if one in trials}
+
+
 def totals() -> str:
-    """Number of stored trainings, and their time."""
-    records = archive.read().records.values()
+    """Number of trainings of the published questions, and their time."""
+    records = published_records().values()
     hours = sum(record["result"]["seconds"] for record in records) / 3600
     return f"{len(records)} trials, each counted once, took {hours:.1f} h on two CPU cores.\n"
 

@@ -124,7 +124,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
 
 def test_stored_trials_have_the_hash_of_their_configuration():
     records = archive.read().records
-    assert len(records) == 401
+    assert len(records) >= 401
     for one, stored in records.items():
         assert archive.trial_of(stored).hash == one
 
