@@ -6,7 +6,6 @@ import re
 import pytest
 
 from experiments import tables
-from experiments.study import archive
 from experiments.study.statistics import MARGIN
 from experiments.tables import PUBLISHED
 from inmerge_jax.errors import UsageError
