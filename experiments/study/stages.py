@@ -203,13 +203,15 @@ def best_state(trial: Trial, paths: Paths) -> tuple[TrainContext, StageConfig, T
 def weights_of(trial: Trial, paths: Paths) -> Callable[[np.ndarray], np.ndarray]:
     """The network of a finished trial's best checkpoint: from uint8 images to scores.
 
-    As many images as the test split has, or fewer.
-
     Raises:
       UsageError: see `best_state`.
     """
     setup, stage, state = best_state(trial, paths)
-    state = setup.evaluation_state(stage, replicate(state, setup.devices))
+    return predictor(setup, setup.evaluation_state(stage, replicate(state, setup.devices)))
+
+
+def predictor(setup: TrainContext, state: TrainState) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from uint8 images, of which the test split has as many or more, to scores."""
     labels = setup.dataset.test.labels
 
     def predict(images: np.ndarray) -> np.ndarray:

@@ -108,8 +108,8 @@ def make_variant(variant: Treatment, kernels: Sequence[Kernel]) -> Any:
                 allowed &= partner[partner] == jnp.arange(len(partner))
             for one in members:
                 before, after = (as_rows(tree[one.path], one) for tree in (old, new))
-                beside = jnp.expand_dims(allowed, (0, *range(2, before.ndim)))
-                new[one.path] = from_rows(jnp.where(beside, after, before), one)
+                mask = jnp.expand_dims(allowed, (0, *range(2, before.ndim)))
+                new[one.path] = from_rows(jnp.where(mask, after, before), one)
             mixed &= allowed
             total = jnp.sum(mixed, dtype=jnp.int32)
             mean = jnp.sum(jnp.where(mixed, cosine, 0)) / jnp.maximum(total, 1)

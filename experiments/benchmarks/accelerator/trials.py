@@ -23,11 +23,11 @@ from experiments.benchmarks.accelerator.grids import GRIDS, Grid, PretrainedGrid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.benchmarks.accelerator.session import Session, say, to_json
 from experiments.study import archive, corrupted_predictions, datasets
-from experiments.study.stages import EDGES, Paths, batch_size, plan_of
+from experiments.study.stages import EDGES, Paths, batch_size, plan_of, predictor
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
-from inmerge_jax.data import Split, steps_per_epoch, train_batches
+from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, write_arrays
 from inmerge_jax.merging import Quantile
@@ -518,10 +518,7 @@ def finish(
     )
     corrupted = None
     if corrupted_predictions.is_wanted(trial):
-
-        def predict(images: np.ndarray) -> np.ndarray:
-            return setup.evaluate(state, Split(images, data.test.labels[: len(images)]))[0]
-
+        predict = predictor(setup, state)
         corrupted = corrupted_predictions.predicted(trial, program.paths, predict)
     similarity = {"before": before, "after": after}
     return Trained(result, similarity, scores["test"], weights, corrupted)
