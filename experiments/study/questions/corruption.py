@@ -149,11 +149,7 @@ def overview(found: Found) -> Overview:
     for outcome, title in OUTCOMES.items():
         row = rows[outcome]
         effects.append(f"{title}: {difference(row, 4)}")
-        verdict = conclusion(row)
-        if verdict == "no effect":
-            verdict += f" larger than \u00b1{MARGIN}"
-        if verdict == "undecided" and row.get("needed"):
-            verdict += f" ({row['needed']:,} pairs would decide)"
+        verdict = shared.in_words(conclusion(row), row, str(MARGIN))
         verdicts.append(f"{title}: {verdict}")
     return Overview("; ".join(effects), str(rows["error"]["trials"]), "; ".join(verdicts))
 

@@ -40,12 +40,16 @@ def overview(name: str, row: Found) -> Overview:
 
 def overview_of(effect: str, row: Found, verdict: str) -> Overview:
     """The overview's row of a difference with a verdict of `statistics.verdict`."""
-    needed = row.get("needed")
-    if verdict == "undecided" and needed:
-        verdict += f"; {needed:,} pairs would decide"
+    return Overview(effect, str(row["trials"]), in_words(verdict, row, f"{statistics.MARGIN} AUC"))
+
+
+def in_words(verdict: str, row: Found, margin: str) -> str:
+    """A verdict with the margin, or with the number of pairs that would decide."""
     if verdict == "no effect":
-        verdict = f"no effect larger than \u00b1{statistics.MARGIN} AUC"
-    return Overview(effect, str(row["trials"]), verdict)
+        return f"no effect larger than \u00b1{margin}"
+    if verdict == "undecided" and row.get("needed"):
+        return f"undecided ({row['needed']:,} pairs would decide)"
+    return verdict
 
 
 def series(found: Found, against: str = "finetune") -> dict[str, Found]:

@@ -6,11 +6,12 @@ import pytest
 
 from experiments.benchmarks.accelerator import grids, trials
 from experiments.benchmarks.accelerator.grids import GRIDS
-from experiments.benchmarks.accelerator.trials import (
+from experiments.benchmarks.accelerator.several_seeds import (
     kind_of,
     make_program,
     shared_numbers,
     shared_treatment,
+    train_together,
 )
 from experiments.study import archive, corrupted_predictions, runner
 from experiments.study.corrupted_predictions import are_stored
@@ -38,7 +39,7 @@ def train(paths, seeds, arm=None, starts=None):
         starts = [initial_variables(program.plan, seed) for seed in seeds]
     else:
         chosen = [GRID.second("phantom", seed, arm) for seed in seeds]
-    return trials.train_together(program, chosen, starts)
+    return train_together(program, chosen, starts)
 
 
 @pytest.fixture(scope="module")
