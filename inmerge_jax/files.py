@@ -39,6 +39,21 @@ def remove_tree(folder: Path) -> None:
         folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
 
 
+def remove_entries(folder: Path, *keep: str) -> None:
+    """Deletes all entries of a folder but those of the names `keep`."""
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Deletes a file, a link, or a folder and everything in it."""
+    if entry.is_dir() and not (isinstance(entry, Path) and entry.is_symlink()):
+        remove_tree(entry)
+    else:
+        entry.unlink()
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically; creates the folder if it is missing.
 

@@ -10,7 +10,6 @@ The stages are those of `inmerge train`: `training.train.train_stage`.
 
 import gc
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ import jax
 from experiments.study.stages import Paths, first_stage, images_of, plan_of, second_stage
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_json
+from inmerge_jax.files import remove_entries, write_json
 from inmerge_jax.locking import LOCK, FolderInUseError
 from inmerge_jax.progress import Progress
+from inmerge_jax.training.checkpointing import DamagedCheckpointError
 from inmerge_jax.training.environment import configure_malloc, diff_environments, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
@@ -139,13 +139,15 @@ def run_trial(
     params, batch_stats = initial_variables(plan, trial.backbone.seed)
     stage = first = first_stage(trial, plan, setup, paths)
     if trial.first() != trial:
-        best = restore_best(setup, first, read_result(first.folder), params, batch_stats)
-        if best is None:
+        result = read_result(first.folder)
+        assert result is not None  # `run_trials` trains a backbone before what starts from it.
+        try:
+            params, batch_stats, _ = restore_best(setup, first, result, params, batch_stats)
+        except DamagedCheckpointError as error:
             raise UsageError(
-                f"{first.folder} holds no finished backbone for {trial.name}; delete that folder "
-                "and repeat the command"
-            )
-        params, batch_stats, _ = best
+                f"{first.folder} holds no finished backbone for {trial.name}: {error}; delete "
+                "that folder and repeat the command"
+            ) from error
     if not trial.is_backbone:
         setup, stage = second_stage(trial, plan, setup, paths)
     with lock(stage.folder):
@@ -164,11 +166,7 @@ def _begin(trial: Trial, folder: Path) -> None:
     if file.exists():
         if not diff_environments(json.loads(file.read_bytes()), now):
             return
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        remove_entries(folder, LOCK)
     write_json(file, now)
     described = {"name": trial.name, "arm": trial.arm, **trial.described()}
     write_json(folder / "trial.json", json.loads(json.dumps(described)))

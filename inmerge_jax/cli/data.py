@@ -105,12 +105,11 @@ def run_prepare(config: Prepare) -> None:
 
 def run_build(config: Build) -> None:
     """Builds the data set, and prints counts and speed."""
-    import os
-
     from rich.console import Console
 
     from inmerge_jax.data.chestxray14.build import Request, build, summary
     from inmerge_jax.data.chestxray14.labels import find_labels
+    from inmerge_jax.training.environment import available_cores
 
     # Bound to the stream: TFDS's own output is redirected while the progress line is shown.
     console = Console(file=sys.stdout)
@@ -126,7 +125,7 @@ def run_build(config: Build) -> None:
             lists=lists,
             size=config.size,
             output=config.output,
-            workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+            workers=available_cores() if config.workers is None else config.workers,
             allow_missing=config.allow_missing,
         ),
         console,

@@ -72,7 +72,7 @@ def _run(config: "TrainConfig") -> int:
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.run_spec import make_run_spec
     from inmerge_jax.training.train import NonFiniteLossError
-    from inmerge_jax.training.workdir import check_output, write_error
+    from inmerge_jax.training.workdir import check_output, check_state, write_error
 
     preemption = PreemptionHandler()
     try:
@@ -80,6 +80,9 @@ def _run(config: "TrainConfig") -> int:
         run_on_primary(require_writable, config.output)
         run_on_primary(check_output, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):
+            run_on_primary(
+                check_state, config.output, resume=config.resume, overwrite=config.overwrite
+            )
             spec = run_synced(make_run_spec, config)
             if spec.init_report is not None and is_primary():
                 print(with_options(f"{config.model.init_from}: {spec.init_report}", OPTIONS))
@@ -120,8 +123,8 @@ def _unexpected(error: Exception) -> int:
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         raise error
     # Not raised: at exit, the interpreter would wait for processes that wait for this one.
+    traceback.print_exc()
     if not is_peer_failure(error):
-        traceback.print_exc()
         return FAILED
     print(
         f"error: process {jax.process_index()} lost another process of the run "

@@ -111,30 +111,42 @@ def create_model(
       UsageError: on an unknown name or stem, a network for another modality, or a number out of
         range; `remat` or `stem` for a network without it.
     """
-    if name not in _MODELS:
-        raise UsageError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
+    check_options(name, stem=stem, width=width, remat=remat)
     if modality not in _MODALITIES[family(name)]:
         reads = " and ".join(f"{kind}s" for kind in _MODALITIES[family(name)])
         raise UsageError(
             f"`model` {name} reads {reads}, not {modality}s: choose one of "
             f"{', '.join(model_names(modality))}"
         )
+    if num_classes < 1:
+        raise UsageError(f"num_classes {num_classes} for {name}: choose 1 or more")
+    given = {"stem": stem, "axis_name": axis_name, "remat": remat}
+    given = {field: value for field, value in given.items() if field in _fields(name)}
+    return _MODELS[name](num_classes=num_classes, width=width, dtype=dtype, **given)
+
+
+def check_options(name: str, *, stem: str, width: float, remat: bool) -> None:
+    """Checks what `create_model` can check without a data set.
+
+    Raises:
+      UsageError: see `create_model`.
+    """
+    if name not in _MODELS:
+        raise UsageError(f"unknown model {name!r}: choose one of {', '.join(_MODELS)}")
     if stem not in STEMS:
         raise UsageError(
             f"unknown stem {stem!r} for model {name}: choose one of {', '.join(STEMS)}"
         )
     if not 0 < width < float("inf"):
         raise UsageError(f"width {width} for {name}: choose a positive factor, such as 1.0 or 0.25")
-    if num_classes < 1:
-        raise UsageError(f"num_classes {num_classes} for {name}: choose 1 or more")
-    fields = {field.name for field in dataclasses.fields(family(name))}
-    if remat and "remat" not in fields:
+    if remat and "remat" not in _fields(name):
         raise UsageError(f"`remat` is for densenet121, whose layers' inputs are large; not {name}")
-    if stem != "small" and "stem" not in fields:
+    if stem != "small" and "stem" not in _fields(name):
         raise UsageError(f"`stem` {stem}: {name} has no stem; leave it out")
-    given = {"stem": stem, "axis_name": axis_name, "remat": remat}
-    given = {field: value for field, value in given.items() if field in fields}
-    return _MODELS[name](num_classes=num_classes, width=width, dtype=dtype, **given)
+
+
+def _fields(name: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(family(name))}
 
 
 def family(name: str) -> Any:

@@ -263,9 +263,14 @@ def save_preemption_checkpoint(
     place, step = folder / MID_EPOCH, int(state.step)
     # A stage that is interrupted again before its next update has this very state saved already.
     there = newest(place, lambda path: (path, read_meta(path)))[0]
-    if not totals.steps or (there is not None and there[0] == place / str(step)):
+    earlier = None if there is None else int(there[0].name)
+    if not totals.steps or earlier == step:
         return None
-    return save_checkpoint(place, step, (state, totals), meta, keep={step}, checksums=checksums)
+    # The earlier one is deleted once this one is complete: the process may be killed before.
+    keep = {step} if earlier is None else {step, earlier}
+    path = save_checkpoint(place, step, (state, totals), meta, keep=keep, checksums=checksums)
+    prune(place, {step})
+    return path
 
 
 def _manager(folder: Path, keep: Collection[int] | None = None, cleanup: bool = False) -> Any:

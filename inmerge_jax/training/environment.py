@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from inmerge_jax.buckets import in_bucket
+
 _NUMERIC = (
     "jax jaxlib libtpu jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13 "
     "flax optax numpy grain pillow"
@@ -43,7 +45,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": _cores(),
+        "cpus": available_cores(),
         "processor": processor(),
         "packages": dict(_versions()),
         "devices": {
@@ -125,7 +127,7 @@ def numerics_fingerprint(env: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -186,7 +188,15 @@ COMPILATION_CACHE = Path("~/.cache/inmerge_jax/xla")
 
 
 def enable_compilation_cache(folder: Path = COMPILATION_CACHE) -> None:
-    """Enables JAX's persistent compilation cache in `folder`, for all programs."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    """Enables JAX's persistent compilation cache in `folder`, for all programs.
+
+    Of several processes, JAX lets process 0 alone write to it: on a pod, only a folder that all
+    hosts share spares the others the compilation.
+
+    Args:
+      folder: local or in a bucket.
+    """
+    place = folder if in_bucket(folder) else Path(folder).expanduser()
+    jax.config.update("jax_compilation_cache_dir", os.fspath(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -5,15 +5,17 @@ In a single stage (`merge_from_epoch`), inmerge starts from the backbone's first
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
-from inmerge_jax.data import Dataset, steps_per_epoch
-from inmerge_jax.files import write_arrays, write_json
+from inmerge_jax.data import Dataset, eval_batches, steps_per_epoch
+from inmerge_jax.files import read_json_object, remove_entries, write_arrays, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.modality import EXAMPLES
@@ -27,7 +29,12 @@ from inmerge_jax.training.init import (
 )
 from inmerge_jax.training.metrics import selection_notice
 from inmerge_jax.training.monitoring import StageMonitor
-from inmerge_jax.training.multihost import is_primary, require_same_config, run_on_primary
+from inmerge_jax.training.multihost import (
+    is_primary,
+    require_same_config,
+    run_on_primary,
+    run_synced,
+)
 from inmerge_jax.training.recipes import loss_weights
 from inmerge_jax.training.resolve import (
     config_dict,
@@ -43,6 +50,9 @@ from inmerge_jax.training.train_step import (
     new_state,
 )
 from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
+
+START = "start.json"
+"""In the folder of a second stage: the hash of the weights that it starts from."""
 
 _SAMPLES_PER_CLASS = 4
 _MOVED = "the environment changed since the run started; results may not be bitwise reproducible"
@@ -116,6 +126,9 @@ def _run_experiment(
         inmerge_notices = (*notices, spec.notice) if spec.notice else notices
         for notice in inmerge_notices if "inmerge" in arms else notices:
             progress.say(f"WARNING: {notice}", style="bold yellow")
+        if not spec.dataset.test.in_memory and not run_on_primary(_has_checkpoint, folder):
+            progress.describe("reads the test images")
+            run_synced(_read_test_images, spec)
         for seed in config.seeds:
             place = folder / f"seed{seed}"
             progress.describe(f"seed {seed} backbone", "compiling")
@@ -136,7 +149,16 @@ def _run_experiment(
                 recompute_batch_stats=spec.recipe.recompute_batch_stats == "all",
             )
             result = run_on_primary(read_result, backbone.folder)
-            best = run_on_primary(restore_best, context, backbone, result, params, batch_stats)
+            best = None
+            if result is not None:
+                try:
+                    best = run_on_primary(
+                        restore_best, context, backbone, result, params, batch_stats
+                    )
+                except DamagedCheckpointError as error:
+                    lost = f"{error}; the backbone was trained again"
+                    progress.say(f"WARNING: {lost}", style="bold yellow")
+                    backbone = dataclasses.replace(backbone, notices=(*notices, lost))
             if best is None:
                 with backbone.monitor:
                     result = train_stage(context, backbone, params, batch_stats, progress)
@@ -149,6 +171,7 @@ def _run_experiment(
                 rate = spec.recipe.merging_learning_rate or rate
             else:
                 rate = spec.recipe.learning_rate
+            start = weights_sha256(params, batch_stats)
 
             for arm in list(arms)[1:]:
                 stage = StageConfig(
@@ -169,6 +192,13 @@ def _run_experiment(
                     merge_from_epoch=config.rule.merge_from_epoch or 1,
                     recompute_batch_stats=spec.recipe.recompute_batch_stats in ("all", arm),
                 )
+                # Initial weights of a single stage follow from the seed.
+                other = None
+                if not spec.single_stage:
+                    other = run_on_primary(begin_second_stage, stage.folder, start)
+                if other is not None:
+                    progress.say(f"WARNING: {stage.name}: {other}", style="bold yellow")
+                    stage = dataclasses.replace(stage, notices=(*stage.notices, other))
                 result = run_on_primary(read_result, stage.folder)
                 if result is None:
                     with stage.monitor:
@@ -266,23 +296,73 @@ def initial_variables(spec: RunSpec, seed: int) -> tuple[Any, Any]:
 def restore_best(
     context: TrainContext,
     stage: StageConfig,
-    result: dict[str, Any] | None,
+    result: dict[str, Any],
     params: Any,
     batch_stats: Any,
-) -> tuple[Any, Any, float] | None:
-    """Parameters, batch statistics and learning rate of a stage's best checkpoint.
+) -> tuple[Any, Any, float]:
+    """Parameters, batch statistics and learning rate of a finished stage's best checkpoint.
 
-    None if the stage is not finished or the checkpoint is damaged.
+    Raises:
+      DamagedCheckpointError: it is missing or damaged.
     """
-    if result is None:
-        return None
     template = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
-    path = stage.checkpoints / str(result["best_epoch"])
-    try:
-        state, meta = restore_checkpoint(path, template)
-    except DamagedCheckpointError:
-        return None
+    state, meta = restore_checkpoint(stage.checkpoints / str(result["best_epoch"]), template)
     return state.params, state.batch_stats, meta["learning_rate"]
+
+
+def weights_sha256(params: Any, batch_stats: Any) -> str:
+    """SHA-256 of the weights that a second stage starts from."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path((params, batch_stats)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()
+
+
+def begin_second_stage(folder: Path, start: str) -> str | None:
+    """Stores the hash of the weights that a second stage starts from.
+
+    A stage that started from other weights is deleted: a backbone that was trained again, on
+    another machine, may have other weights than the one that earlier arms of its seed have.
+
+    Args:
+      folder: of the stage.
+      start: the result of `weights_sha256`.
+
+    Returns:
+      What was deleted and why; None if nothing was.
+    """
+    file = folder / START
+    if file.exists():
+        remedy = f"delete the folder {folder} and give `resume`, which trains that stage again"
+        if read_json_object(file, remedy).get("sha256") == start:
+            return None
+        remove_entries(folder, START)  # Which names the old weights until the rest is gone.
+        write_json(file, {"sha256": start})
+        return "it had started from other weights than the backbone has now, and was trained again"
+    write_json(file, {"sha256": start})
+    return None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether an epoch is finished."""
+    return any(folder.glob("seed*/backbone/checkpoints/*"))
+
+
+def _read_test_images(spec: RunSpec) -> None:
+    """Reads this process's test images once, since the run needs them at its end alone.
+
+    Raises:
+      UsageError: one cannot be read.
+    """
+    for _ in eval_batches(
+        spec.dataset.test,
+        spec.recipe.batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=spec.workers,
+    ):
+        pass
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -114,6 +114,8 @@ def connect(
             coordinator,
             num_processes,
             process_id,
+            # Else JAX asks Slurm or Open MPI too, which may give a process one of its GPUs.
+            cluster_detection_method=None if coordinator is None else "deactivate",
             initialization_timeout=seconds,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
@@ -288,8 +290,14 @@ class SyncedPreemption:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether `error`, of any type, is how JAX reports a lost process."""
-    return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination"))
+    """Whether `error`, of any type, is how JAX reports a lost process.
+
+    NCCL reports errors of this machine too, such as a full /dev/shm.
+    """
+    text = str(error)
+    if "NCCL" in text:
+        return any(word in text for word in ("remote process", "network error", "onnection"))
+    return any(word in text for word in ("Gloo", "UNAVAILABLE", "coordination"))
 
 
 def exit_process(status: int) -> int:

@@ -214,12 +214,14 @@ def check_run(config: TrainConfig) -> None:
     """Checks the options that no other function checks.
 
     Raises:
-      UsageError: no seed, a negative or repeated seed, no arm, a changed address of a bucket, or
-        options that exclude each other.
+      UsageError: no seed, one that is negative, repeated or too large, no arm, a changed address
+        of a bucket, or options that exclude each other.
     """
     seeds = " ".join(map(str, config.seeds))
     _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
     _require(min(config.seeds) >= 0, "seeds", seeds, "choose seeds of 0 or more")
+    # JAX's keys are of 32 bits: larger seeds would share their draws with smaller ones.
+    _require(max(config.seeds) < 2**32, "seeds", seeds, "choose seeds below 2**32")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
     _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.rule.merge_from_epoch is not None:

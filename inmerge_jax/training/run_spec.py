@@ -1,7 +1,6 @@
 """What a run trains: its options after validation, with the data, network and kernels they name."""
 
 import dataclasses
-import os
 
 import flax.linen as nn
 import jax
@@ -11,12 +10,13 @@ from inmerge_jax.data import Dataset, load_dataset, steps_per_epoch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, MergeRule
 from inmerge_jax.merging.units import group_weights
-from inmerge_jax.models import create_model, model_names, segments
+from inmerge_jax.models import check_options, create_model, model_names, segments
 from inmerge_jax.models.torchvision import LoadReport
 from inmerge_jax.models.unet import UNet
 from inmerge_jax.models.units import find_units
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import TrainConfig
+from inmerge_jax.training.environment import available_cores
 from inmerge_jax.training.init import (
     file_sha256,
     has_batch_stats,
@@ -98,6 +98,12 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     devices = choose_devices(config.devices)
     check_steps_per_execution(config.steps_per_execution, devices[0].platform)
     _check_shares(recipe.batch_size, len(devices), config.grad_accum_steps)
+    preset = find_preset(config.preset)
+    _check_rule(config, recipe, rule, preset)
+    network = config.model
+    check_options(network.name, stem=network.stem, width=network.width, remat=network.remat)
+    sha256 = None if network.init_from is None else file_sha256(network.init_from)
+    # Loading may take minutes: what needs no data is checked before.
     dataset = load_dataset(config.data)
     updates = steps_per_epoch(len(dataset.train), recipe.batch_size)
     _check_updates(config.steps_per_execution, updates)
@@ -125,7 +131,6 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     channels = len(recipe.mean) if dataset.channels == 1 else dataset.channels
     shape = (*dataset.train.images.shape[1:-1], channels)
     kernels = find_units(model, shape, config.rule.units)
-    preset = find_preset(config.preset)
     deep, notice = select_units(
         preset, config.model.name, kernels, config.rule.skip, config.rule.layers
     )
@@ -138,24 +143,32 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
         config, preset, recipe, rule, devices, dataset, model, shape, kernels, deep, notice, workers
     )
     schedule = schedule_rule(config.rule, rule, spec.second_epochs, updates)
-    if recipe.average_weights is not None and preset.merge_in_validation:
-        raise UsageError(
-            f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
-            "validation merges the weights themselves; leave one of them out"
-        )
-    if schedule is not rule and preset.merge_in_validation:
-        raise UsageError(
-            f"`preset` {config.preset} merges before each validation image too, for which there is "
-            "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
-        )
     spec = dataclasses.replace(spec, schedule=schedule)
-    if config.model.init_from is None:
+    if sha256 is None:
         return spec
-    sha256 = file_sha256(config.model.init_from)
     *_, report = pretrained_variables(
         config.model, sha256, dataset.num_classes, shape, config.seeds[0]
     )
     return dataclasses.replace(spec, init_sha256=sha256, init_report=report)
+
+
+def _check_rule(config: TrainConfig, recipe: Recipe, rule: MergeRule, preset: Preset) -> None:
+    """Refuses values of the schedule that are out of range, and what a preset excludes."""
+    single = config.rule.merge_from_epoch is not None
+    epochs = recipe.epochs if single else recipe.merging_epochs
+    schedule = schedule_rule(config.rule, rule, epochs, steps=1)
+    if not preset.merge_in_validation:
+        return
+    if recipe.average_weights is not None:
+        raise UsageError(
+            f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
+            "validation merges the weights themselves; leave one of them out"
+        )
+    if schedule is not rule or config.rule.merge_every == "epoch":
+        raise UsageError(
+            f"`preset` {config.preset} merges before each validation image too, for which there is "
+            "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
+        )
 
 
 def _check_model(config: TrainConfig, dataset: Dataset) -> None:
@@ -242,4 +255,4 @@ def _workers(config: TrainConfig, dataset: Dataset) -> int:
                 "read; leave it out"
             )
         return 0
-    return min((os.cpu_count() or 1) // 3, 16) if config.workers is None else config.workers
+    return min(available_cores() // 3, 16) if config.workers is None else config.workers

@@ -72,12 +72,17 @@ from inmerge_jax.training.train_step import (
     averaged,
     new_state,
     set_learning_rate,
+    with_averages_of,
     zero_totals,
 )
 from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics, write_error
 
 TESTED = "tested.npz"
 """In a stage's folder: averaged weights and re-estimated statistics of its best checkpoint."""
+
+
+_CHECK_EVERY = 64
+"""Dispatches between two checks of the loss within an epoch."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -278,9 +283,10 @@ def train_stage(
         rate, restart = next_learning_rate(recipe, stage.learning_rate, stage.epochs, history)
         if restart and not taken:
             host = unreplicate(state)
-            host = new_state(host.params, host.batch_stats, context.optimizer, rate)
-            state = replicate(host._replace(step=np.int32((epoch - 1) * steps)), devices)
-            del host
+            new = new_state(host.params, host.batch_stats, context.optimizer, rate)
+            new = with_averages_of(new, host)
+            state = replicate(new._replace(step=np.int32((epoch - 1) * steps)), devices)
+            del host, new
         state = set_learning_rate(state, rate)
 
         # ---- train; two dispatches stay in flight, so that no device waits for the host
@@ -289,19 +295,25 @@ def train_stage(
         started, in_flight = time.monotonic() - seconds, deque()
         rest = itertools.islice(batches, steps - taken)
         stage.monitor.epoch_started(steps - taken)
-        for count, train_step, batch in _executions(stage, rest, context.should_stop):
+        executions = _executions(stage, rest, context.should_stop)
+        for number, (count, train_step, batch) in enumerate(executions, 1):
             state, totals = train_step(state, totals, batch, root)
             in_flight.append((count, totals))
             stage.monitor.dispatched(totals)
             if len(in_flight) > 2:
                 count, finished = jax.block_until_ready(in_flight.popleft())
                 progress.advance(count * recipe.batch_size)
+                if number % _CHECK_EVERY == 0:  # The same in all processes: so all stop.
+                    loss = float(unreplicate(finished).loss)
+                    _require_finite("training", loss, stage, epoch, rate, history)
                 if progress.due():
                     sums = unreplicate(finished)
                     progress.update(_figures(stage, sums))
         sums = unreplicate(totals)
         progress.advance(recipe.batch_size * sum(count for count, _ in in_flight))
         keep = functools.partial(_interrupted, stage, epoch, sums, started, warnings)
+        train_loss = float(sums.loss) / steps
+        _require_finite("training", train_loss, stage, epoch, rate, history)
         if context.should_stop():
             raise keep(unreplicate(state))
         figures = _figures(stage, sums)
@@ -310,8 +322,6 @@ def train_stage(
         del in_flight
 
         # ---- evaluate; merging donates the state, so an interruption needs a copy of it
-        train_loss = float(sums.loss) / steps
-        _require_finite("training", train_loss, stage, epoch, rate, history)
         val_sums, copy = None, None
         try:
             if stage.merging_eval_step is None:

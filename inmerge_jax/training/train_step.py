@@ -65,6 +65,19 @@ def average_weights(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def with_averages_of(state: TrainState, other: TrainState) -> TrainState:
+    """The state with another one's averages of weights, if the optimizer keeps any."""
+
+    def is_average(entry: Any) -> bool:
+        return isinstance(entry, Averages)
+
+    def choose(own: Any, others: Any) -> Any:
+        return others if is_average(own) else own
+
+    kept = jax.tree.map(choose, state.opt_state, other.opt_state, is_leaf=is_average)
+    return state._replace(opt_state=kept)
+
+
 def averaged(state: TrainState) -> TrainState:
     """The state with the averages of `average_weights` in place of the weights."""
     return state._replace(params=optax.tree.get(state.opt_state, "average"))

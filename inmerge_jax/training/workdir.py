@@ -12,7 +12,7 @@ import numpy as np
 from inmerge_jax import locking
 from inmerge_jax.buckets import as_path, bucket_errors, in_bucket
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import json_sha256, remove_tree, write_bytes, write_json
+from inmerge_jax.files import json_sha256, remove, write_bytes, write_json
 from inmerge_jax.locking import LOCK
 from inmerge_jax.training.environment import diff_environments, environment
 
@@ -77,6 +77,14 @@ def check_workdir(
     Returns:
       "empty", "unfinished" or "finished".
     """
+    state = check_state(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same(folder, _plain(config))
+    return state
+
+
+def check_state(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str:
+    """`check_workdir` without the comparison of configurations."""
     if resume and overwrite:
         raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
     state = _state(folder)
@@ -98,7 +106,6 @@ def check_workdir(
             f"{folder} holds an unfinished run; give `resume` to continue it, `overwrite` to "
             "replace it, or choose another folder"
         )
-    _check_same(folder, _plain(config))
     return state
 
 
@@ -250,10 +257,7 @@ def _clear(folder: Path) -> None:
     rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
     for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
-        if entry.is_dir() and not (isinstance(entry, Path) and entry.is_symlink()):
-            remove_tree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
 
 
 def _check_same(folder: Path, config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from inmerge_jax.cli.options import parse_config
@@ -16,7 +17,14 @@ from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train import read_tested
-from inmerge_jax.training.train_step import averaged, make_optimizer, new_state, normalise
+from inmerge_jax.training.train_step import (
+    Averages,
+    averaged,
+    make_optimizer,
+    new_state,
+    normalise,
+    with_averages_of,
+)
 from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 from tests.training.test_train import run
@@ -76,3 +84,22 @@ def test_it_is_part_of_the_configuration_where_it_is_given():
     with pytest.raises(UsageError, match="validation merges the weights themselves"):
         options = ["--preset", "released", "--average-weights", "0.9"]
         make_run_spec(parse_config([*tiny_run, *options]))
+
+
+def test_averages_outlive_a_restart_of_the_optimizer():
+    recipe = dataclasses.replace(RECIPES["released"], average_weights=0.9)
+    optimizer = make_optimizer(recipe)
+    before = new_state({"w": np.ones(3, np.float32)}, {}, optimizer, 0.1)
+    grads = {"w": jnp.array([1.0, -2.0, 0.5])}
+    updates, opt_state = optimizer.update(grads, before.opt_state, before.params)
+    params = jax.tree.map(jnp.add, before.params, updates)
+    trained = before._replace(params=params, opt_state=opt_state)
+    restarted = with_averages_of(new_state(params, {}, optimizer, 0.01), trained)
+    found, expected = (s.opt_state.inner_state[-1] for s in (restarted, trained))
+    assert isinstance(found, Averages) and found.count == 1
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.abs(averaged(restarted).params["w"] - params["w"]).max() > 0
+    assert not np.any(optax.tree.get(restarted.opt_state, "trace")["w"])
+    plain = make_optimizer(dataclasses.replace(recipe, average_weights=None))
+    fresh = new_state(params, {}, plain, 0.01)
+    jax.tree.map(np.testing.assert_array_equal, with_averages_of(fresh, fresh), fresh)

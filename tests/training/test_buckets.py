@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from experiments.reliability.jobs import run_evidence
 from inmerge_jax import buckets
-from inmerge_jax.buckets import as_path, local_copy
+from inmerge_jax.buckets import as_path, bucket_files, local_copy
 from inmerge_jax.cli import export, predict, report
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, load_dataset
@@ -32,6 +34,7 @@ from inmerge_jax.training.checkpointing import (
     restore_checkpoint,
     save_checkpoint,
 )
+from inmerge_jax.training.environment import enable_compilation_cache
 from inmerge_jax.training.init import file_sha256
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.workdir import (
@@ -42,7 +45,6 @@ from inmerge_jax.training.workdir import (
 )
 from tests.emulator import cloud_storage
 from tests.training import tiny
-from tests.training.test_preemption import after
 from tests.training.test_train import evidence, run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def killed_after_the_first_epoch(output):
 @pytest.mark.long
 def test_a_stage_in_a_bucket_resumes_to_the_bits_of_a_local_one(bucket, tmp_path, monkeypatch):
     run(tmp_path, rule=tiny.ALWAYS)
-    stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
+    stopping = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(8))
     with pytest.raises(TrainingInterrupted, match="saved in gs://bucket/stage/mid_epoch/4"):
         run(bucket / "stage", setup=stopping, rule=tiny.ALWAYS)
     _, text = run(bucket / "stage", rule=tiny.ALWAYS)
@@ -246,3 +248,23 @@ def test_without_the_package_a_run_ends_at_once(monkeypatch, capsys):
     assert ended.value.code == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "buckets need the package gcsfs" in said and "inmerge-jax[gcs]" in said
+
+
+def test_compiled_programs_are_kept_in_a_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    try:
+        enable_compilation_cache(bucket / "cache")
+        jax.block_until_ready(jax.jit(lambda x: x * 1.25 + 7)(np.ones(3)))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert any(name.endswith("-cache") for name in bucket_files(bucket / "cache"))
+    assert not list(tmp_path.iterdir())

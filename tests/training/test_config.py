@@ -11,6 +11,7 @@ from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training import run_spec
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import (
     LoggingConfig,
@@ -254,3 +255,28 @@ def test_the_address_of_a_bucket_is_kept_and_a_changed_one_refused(name, tmp_pat
     with pytest.raises(UsageError, match=rf"`{name}` gs:/bucket/a run: .*buckets\.as_path"):
         make_run_spec(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--model resnet19", "unknown model 'resnet19'"),
+        ("--width 0", "width 0.0 for"),
+        ("--model vgg11 --remat", "`remat` is for densenet121"),
+        ("--probability-end 3", "`probability_end` 3"),
+        ("--merge-from-epoch 900", "`merge_from_epoch` 900"),
+        ("--init-from none.safetensors", "`init_from` none.safetensors"),
+        ("--preset released --average-weights 0.9", "`average_weights` 0.9"),
+        ("--preset released --merge-every epoch", "`preset` released"),
+        ("--seeds 4294967296", r"`seeds` 4294967296: choose seeds below 2\*\*32"),
+    ],
+)
+def test_what_needs_no_data_is_checked_before_the_data_set_is_loaded(options, words, monkeypatch):
+    monkeypatch.setattr(run_spec, "load_dataset", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=words):
+        make_run_spec(parse_config([*TINY, *options.split()]))
+
+
+def test_the_largest_seed_has_draws_of_its_own():
+    keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (2**32 - 1, 2**32, 0)]
+    assert keys[0] != keys[1] == keys[2]

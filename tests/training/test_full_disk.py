@@ -17,7 +17,6 @@ from tests.long import LONG
 from tests.training import tiny
 from tests.training.disk import look_away, small_disk
 from tests.training.test_checkpointing import valid
-from tests.training.test_preemption import after
 from tests.training.test_train import evidence, run
 
 COMMAND = (
@@ -46,7 +45,7 @@ def test_a_stage_resumes_from_the_last_valid_checkpoint(tmp_path, monkeypatch, s
     run(tmp_path / "whole")
     folder, setup = tmp_path / "parts", tiny.make_setup()
     full_at(monkeypatch, 2)
-    setup = dataclasses.replace(setup, should_stop=after(8)) if stopped else setup
+    setup = dataclasses.replace(setup, should_stop=tiny.after(8)) if stopped else setup
     place = folder / "mid_epoch" / "4" if stopped else folder / "checkpoints" / "2"
     with pytest.raises(UsageError, match=f"cannot write {place}: No space left.*make room"):
         run(folder, setup=setup)

@@ -410,3 +410,39 @@ def test_alone_a_process_agrees_with_itself():
     )
     multihost.require_same_config({})
     assert multihost.exit_process(2) == 2
+
+
+def test_a_given_coordinator_leaves_all_devices_to_the_process(monkeypatch):
+    """Under Slurm, JAX would choose one GPU for each process."""
+    given = []
+
+    def initialize(*args, **options):
+        given.append(options["cluster_detection_method"])
+
+    monkeypatch.setattr(multihost, "_check_coordinator", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    before = jax.config.jax_platforms, jax.config.jax_cpu_collectives_implementation
+    try:
+        multihost.connect("127.0.0.1:9876", 1, 0)
+        jax.config.update("jax_platforms", "tpu,cpu")
+        multihost.connect(None, None, None)
+    finally:
+        jax.config.update("jax_platforms", before[0])
+        jax.config.update("jax_cpu_collectives_implementation", before[1])
+    assert given == ["deactivate", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("Gloo all-reduce failed: Connection closed by peer", True),
+        ("UNAVAILABLE: the heartbeat of task 1 is missing", True),
+        ("The coordination service has ended", True),
+        ("NCCL operation failed: remote process exited or there was a network error", True),
+        ("NCCL: socketProgress: Connection closed by remote peer", True),
+        ("NCCL: Error while creating shared memory segment /dev/shm/nccl-1: No space left", False),
+        ("RESOURCE_EXHAUSTED: Out of memory", False),
+    ],
+)
+def test_an_error_of_this_machine_is_no_lost_process(text, lost):
+    assert multihost.is_peer_failure(RuntimeError(text)) is lost

@@ -1,7 +1,6 @@
 """Stopped at any moment and resumed, a stage does every update once, to the same end."""
 
 import dataclasses
-import itertools
 import os
 import shutil
 import signal
@@ -27,12 +26,6 @@ class Counted:
     def __call__(self, *args):
         self.calls += 1
         return self.step(*args)
-
-
-def after(asks):
-    """`should_stop` that says so from that time of asking on."""
-    count = itertools.count()
-    return lambda: next(count) >= asks
 
 
 def merging_eval():
@@ -67,7 +60,7 @@ def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path
     for asks in patience:
         folder, step, stops = tmp_path / str(asks), Counted(stage.train_step), 0
         while not (folder / "result.json").exists():
-            stopping = dataclasses.replace(setup, should_stop=after(asks))
+            stopping = dataclasses.replace(setup, should_stop=tiny.after(asks))
             try:
                 run(folder, setup=stopping, train_step=step, **options)
             except TrainingInterrupted:
@@ -79,24 +72,24 @@ def test_stopped_again_and_again_is_bit_identical_and_repeats_no_update(tmp_path
 
 
 def test_an_interruption_reports_its_checkpoint_and_resumption_its_epoch(tmp_path):
-    stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(0))
+    stopping = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(0))
     with pytest.raises(TrainingInterrupted, match=r"after update 0 of epoch 1$"):
         run(tmp_path, setup=stopping)
     assert not (tmp_path / "mid_epoch").exists()
-    stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
+    stopping = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(8))
     with pytest.raises(
         TrainingInterrupted, match=r"after update 1 of epoch 2, saved in .*/mid_epoch/4$"
     ):
         run(tmp_path, setup=stopping)
     for _ in range(2):  # Stopped before its first update, it keeps what was kept before.
         with pytest.raises(TrainingInterrupted, match=r"after update 1 of epoch 2$"):
-            run(tmp_path, setup=dataclasses.replace(stopping, should_stop=after(0)))
+            run(tmp_path, setup=dataclasses.replace(stopping, should_stop=tiny.after(0)))
     _, text = run(tmp_path)
     assert "seed 0 backbone: resumes from epoch 1 of 3, update 1 of the next" in text
 
 
 def test_a_notice_is_given_once(tmp_path):
-    stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(2))
+    stopping = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(2))
     with pytest.raises(TrainingInterrupted):
         run(tmp_path, setup=stopping, notices=("nothing merges",))
     result, _ = run(tmp_path, notices=("nothing merges",))
@@ -106,7 +99,7 @@ def test_a_notice_is_given_once(tmp_path):
 @pytest.mark.parametrize("broken", ["mid_epoch/4", pytest.param("checkpoints/1", marks=LONG)])
 def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, broken):
     run(tmp_path / "whole")
-    stopping = dataclasses.replace(tiny.make_setup(), should_stop=after(8))
+    stopping = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(8))
     with pytest.raises(TrainingInterrupted):
         run(tmp_path / "parts", setup=stopping)
     shutil.rmtree(tmp_path / "parts" / broken / "state")

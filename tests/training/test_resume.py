@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 
 from experiments.reliability import fault_injection, jobs
+from inmerge_jax import files
 from inmerge_jax.cli import export
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
-from inmerge_jax.training.experiment import run_experiment
+from inmerge_jax.data import images as decoding
+from inmerge_jax.errors import UsageError
+from inmerge_jax.training.experiment import begin_second_stage, run_experiment
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.workdir import read_metrics
+from tests.data.test_folder import make_folders
+from tests.training import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 SMALLER = "--model vgg11_bn --skip 4".split()
@@ -222,6 +227,62 @@ def test_a_damaged_result_ends_the_run_and_damaged_labels_its_report(reference, 
     (output / "results.json").unlink()
     assert main(command(output, "--resume")[3:]) == 0
     assert (output / "table.md").read_bytes() == (reference / "table.md").read_bytes()
+
+
+@pytest.mark.long
+def test_a_second_stage_of_another_backbone_is_trained_again(reference, tmp_path, capsys):
+    output = Path(shutil.copytree(reference, tmp_path / "run"))
+    (output / "results.json").unlink()
+    stage = output / "seed7" / "inmerge"
+    start = json.loads((stage / "start.json").read_text())
+    (stage / "start.json").write_text(json.dumps({"sha256": "0" * 64}))
+    best = json.loads((output / "seed7" / "backbone" / "result.json").read_text())["best_epoch"]
+    shutil.rmtree(output / "seed7" / "backbone" / "checkpoints" / str(best))
+    assert main(command(output, "--resume")[3:]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "it had started from other weights than the backbone has now" in said
+    arms = json.loads((output / "results.json").read_text())["arms"]
+    assert "there is no checkpoint" in arms["backbone"][0]["warnings"][0]
+    assert "other weights" in arms["inmerge"][0]["warnings"][0]
+    assert json.loads((stage / "start.json").read_text()) == start
+    for name in ("test", "merged"):
+        known = json.loads((reference / "results.json").read_text())["arms"]["inmerge"][0]
+        assert arms["inmerge"][0][name] == known[name]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stage_is_deleted_only_if_it_started_from_other_weights(tmp_path, killed, monkeypatch):
+    stage = tmp_path / "finetune"
+    assert begin_second_stage(stage, "a") is None
+    (stage / "checkpoints").mkdir()
+    assert begin_second_stage(stage, "a") is None and (stage / "checkpoints").exists()
+    if killed:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(files, "remove", tiny.raising(KeyboardInterrupt))
+            begin_second_stage(stage, "b")
+        assert (stage / "checkpoints").exists()
+    assert "other weights" in begin_second_stage(stage, "b")
+    assert [path.name for path in stage.iterdir()] == ["start.json"]
+    assert begin_second_stage(stage, "b") is None
+
+
+def test_test_images_that_cannot_be_read_end_a_run_before_it_trains(tmp_path, monkeypatch, capsys):
+    make_folders(tmp_path / "images", ending="png", shape=(16, 16, 3))
+    monkeypatch.setattr(decoding, "IN_MEMORY", 0)
+    output = tmp_path / "run"
+    options = (
+        f"--data folder:{tmp_path / 'images'} --model vgg11 --width 0.1 --skip 4 --batch-size 4"
+    )
+    options += f" --epochs 1 --merging-epochs 1 --devices 1 --workers 0 --output {output}"
+    spec = make_run_spec(parse_config(options.split()))
+    images = spec.dataset.test.images
+    path = images.root / images.names[3]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=f"{path.name} is cut short or damaged"):
+        run_experiment(spec)
+    assert not (output / "seed0").exists()
 
 
 @pytest.mark.long

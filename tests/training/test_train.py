@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from inmerge_jax import kernel_similarity
+from inmerge_jax import files, kernel_similarity
 from inmerge_jax.data import Split
 from inmerge_jax.errors import UsageError
 from inmerge_jax.progress import Progress
@@ -20,6 +20,7 @@ from inmerge_jax.training.checkpointing import (
     restore_checkpoint,
 )
 from inmerge_jax.training.metrics import compute_metrics, read_scores
+from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.train_step import make_optimizer, new_state
 from inmerge_jax.training.workdir import read_metrics
@@ -271,6 +272,54 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert read_meta(tmp_path / "checkpoints" / "2")["epoch"] == 2
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_non_finite_loss_stops_within_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CHECK_EVERY", 2)
+    setup = tiny.make_setup(dataset=tiny.make_dataset(train=16 * 20))
+    step, calls = tiny.train_step(setup.devices), []
+
+    def poisoning(state, totals, batch, root):
+        calls.append(None)
+        state, totals = step(state, totals, batch, root)
+        return state, totals._replace(loss=totals.loss * np.nan)
+
+    with pytest.raises(NonFiniteLossError, match="nan in epoch 1"):
+        run(tmp_path, setup=setup, train_step=poisoning)
+    assert len(calls) == 4  # Two are in flight when the second one is checked.
+
+
+def test_a_state_that_diverged_is_not_saved_on_a_signal(tmp_path):
+    setup = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(2))
+    step = tiny.train_step(setup.devices)
+
+    def poisoning(*given):
+        state, totals = step(*given)
+        return state, totals._replace(loss=totals.loss * np.nan)
+
+    with pytest.raises(NonFiniteLossError):
+        run(tmp_path, setup=setup, train_step=poisoning)
+    assert not (tmp_path / "mid_epoch").exists()
+
+
+def test_a_kill_while_a_second_checkpoint_of_an_epoch_is_written_keeps_the_first(
+    tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def stopped(asks):
+        setup = dataclasses.replace(tiny.make_setup(), should_stop=tiny.after(asks))
+        with pytest.raises((TrainingInterrupted, Killed)):
+            run(tmp_path, setup=setup)
+
+    stopped(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_json_with_checksum", tiny.raising(Killed))
+        stopped(1)
+    assert len(checkpoint_epochs(tmp_path / "mid_epoch")) == 2
+    _, text = run(tmp_path)
+    assert "resumes from epoch 0 of 3, update 1 of the next" in text
 
 
 def test_a_real_divergence_is_caught(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -118,3 +119,18 @@ def make_stage(folder, recipe=RECIPE, rule=None, **changes):
         deep=() if rule is None else kernels(),
     )
     return dataclasses.replace(stage, **changes)
+
+
+def after(asks):
+    """`should_stop` that says so from that time of asking on."""
+    count = itertools.count()
+    return lambda: next(count) >= asks
+
+
+def raising(error):
+    """A function that raises `error`, whatever its arguments."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
