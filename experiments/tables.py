@@ -20,7 +20,7 @@ from experiments.benchmarks.tpu import check as tpu_check
 from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
-from experiments.study import archive, presets
+from experiments.study import archive, power, presets
 from experiments.study.questions import QUESTIONS, main_effect
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
@@ -186,6 +186,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "main": lambda: main_effect.short_table(analysis("main_effect")),
     "overview": overview,
     "totals": totals,
+    "power": power.table,
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
 }
 PAGES = {
@@ -195,6 +196,7 @@ PAGES = {
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark", "families"),
+    "docs/protocol.md": ("power",),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),

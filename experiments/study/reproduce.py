@@ -47,7 +47,7 @@ class ReproduceConfig:
 
     data_dir: Path = Path("data")
     seed: int = 0
-    count: int = 1
+    count: int = 2
     limit: float = 200
     output: Path = RESULTS / "again.json"
     work: Path = Path("runs/repeated")
@@ -66,17 +66,25 @@ def seconds(trial: Trial) -> float:
 
 
 def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
-    """Stored second stages of a question, each of another data set, network or optimizer."""
-    second = [trial for trial in question.stored(archive.read()) if not trial.is_backbone]
+    """Stored second stages of a question, of several data sets, networks or optimizers first.
+
+    Of a question with choices on validation data, those that follow from the choices.
+    """
+    stored = archive.read()
+    second = [trial for trial in question.stored(stored) if not trial.is_backbone]
+    later = set(question.later(stored))
+    second = [trial for trial in second if trial in later] or second
     some = [trial for trial in second if seconds(trial) <= config.limit]
     some = some or sorted(second, key=seconds)[:1]
     number = _NUMBERS.get(question.name, zlib.crc32(question.name.encode()))
     order = np.random.default_rng([config.seed, number]).permutation(len(some))
+    ordered = [some[index] for index in order]
     kinds: dict[tuple[str, str, str], Trial] = {}
-    for trial in (some[index] for index in order):
+    for trial in ordered:
         start = trial.backbone
         kinds.setdefault((start.data, start.model, start.optimizer), trial)
-    return list(kinds.values())[: config.count]
+    others = [trial for trial in ordered if trial not in kinds.values()]
+    return [*kinds.values(), *others][: config.count]
 
 
 def all_drawn(config: ReproduceConfig) -> list[Trial]:
@@ -133,11 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh: dict[str, Any] = {**draw, "rows": []}
     stored = json.loads(config.output.read_bytes()) if config.output.exists() else fresh
     for name, value in draw.items():
-        if stored[name] != value:
+        if stored[name] != value and not (name == "count" and stored[name] < value):
             raise UsageError(
                 f"{config.output} has trials of --{name} {stored[name]}, not {value}; delete it, "
                 "or choose another --output"
             )
+    stored |= draw
     for trial in all_drawn(config):
         known = {row["trial"]: row for row in stored["rows"]}
         if trial.hash not in known:

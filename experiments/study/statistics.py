@@ -4,13 +4,13 @@ Two kinds of interval: the crossed bootstrap over trainings and test images of o
 (`bootstrap`), and Student's interval over the trainings of all data sets (`over_trials`).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
 from inmerge_jax.reporting.summary import class_columns
@@ -19,7 +19,7 @@ METRICS = ("auc", "acc")
 CONFIDENCE, POWER = 0.95, 0.8
 MARGIN = 0.005
 """Largest difference in AUC that counts as no effect; other outcomes have their own margin."""
-_FLIPS = 20_000
+_FLIPS = 1_000_000
 """Sign flips; all of them are used where there are no more."""
 
 
@@ -138,19 +138,23 @@ def _p(value: float, half_width: Callable[[float], float]) -> float:
 def sign_flips(differences: Sequence[float]) -> float:
     """Two-sided p of paired differences between trainings, by `scipy.stats.permutation_test`.
 
-    Exact for 14 trainings or fewer, where it cannot be below 2 / 2**n; else by random flips.
+    Exact for 19 trainings or fewer, where it cannot be below 2 / 2**n; else by random flips.
     """
+    return _sign_flips(np.asarray(differences, np.float64).tobytes())
 
+
+@functools.cache
+def _sign_flips(differences: bytes) -> float:
     def mean(x: np.ndarray, axis: int) -> np.ndarray:
         return np.mean(x, axis=axis)
 
     found = stats.permutation_test(
-        (np.asarray(differences, np.float64),),
+        (np.frombuffer(differences),),
         mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=_FLIPS,
-        batch=2000,
+        batch=20_000,
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
@@ -166,19 +170,20 @@ def over_trials(differences: Sequence[float], margin: float = MARGIN) -> dict[st
       margin: the largest difference that counts as no effect.
 
     Returns:
-      "trials" (how many), "positive" (how many are above zero), "mean", "p" (sign flips); for two
-      trainings or more also "sd", "low" and "high" (Student's 95 % interval) and "p_equivalent"
-      (two one-sided t tests against +-`margin`; 0 or 1 where all differences are equal).
+      "trials" (how many), "positive" (how many are above zero), "mean" (NaN without trainings), "p"
+      (sign flips); for two trainings or more also "sd", "low" and "high" (Student's 95 % interval)
+      and "p_equivalent" (two one-sided t tests against +-`margin`; 0 or 1 where all differences are
+      equal).
     """
     values = np.asarray(differences, np.float64)
     count = len(values)
     found: dict[str, Any] = {
         "trials": count,
         "positive": int((values > 0).sum()),
-        "mean": float(values.mean()),
+        "mean": float(values.mean()) if count else float("nan"),
         "p": sign_flips(values) if count > 1 else 1.0,
     }
-    if count == 1:
+    if count < 2:
         return found
     interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     found |= {"sd": float(values.std(ddof=1)), "low": interval.low, "high": interval.high}
@@ -188,51 +193,167 @@ def over_trials(differences: Sequence[float], margin: float = MARGIN) -> dict[st
     return {name: float(x) if isinstance(x, np.floating) else x for name, x in found.items()}
 
 
+def mixed_model(
+    differences: Mapping[str, Sequence[float]], margin: float = MARGIN
+) -> dict[str, Any]:
+    """The mean of paired differences, with a random effect of the data set.
+
+    Fitted by restricted maximum likelihood, profiled over the ratio of the variances between data
+    sets and between pairs; intervals and tests are Wald's. Data sets of any number of pairs.
+
+    Args:
+      differences: of the pairs, by data set; those without pairs do not count.
+      margin: the largest difference that counts as no effect.
+
+    Returns:
+      "trials", "mean", "low" and "high" (95 %), "p" (of a mean of zero), "p_equivalent" (two
+      one-sided tests against +-`margin`), "sets", "between" and "within" (standard deviations);
+      where all differences are equal, no interval and no deviations.
+    """
+    sets = [np.asarray(some, np.float64) for some in differences.values() if len(some)]
+    values = np.concatenate([*sets, np.zeros(0)])
+    if len(values) < 2:
+        mean = float(values.mean()) if len(values) else float("nan")
+        return {"trials": len(values), "mean": mean, "p": 1.0, "p_equivalent": 1.0}
+    if np.ptp(values) == 0:
+        mean = float(values[0])
+        equivalent = float(abs(mean) >= margin)
+        return {
+            "trials": len(values),
+            "mean": mean,
+            "p": float(mean == 0),
+            "p_equivalent": equivalent,
+        }
+    sizes = np.array([len(some) for some in sets], np.float64)
+    means = np.array([some.mean() for some in sets])
+    around = sum(float(((some - some.mean()) ** 2).sum()) for some in sets)
+
+    def fit(ratio: float) -> tuple[float, float, float, float]:
+        """Mean, its variance, the variance of pairs, and the objective, for a ratio."""
+        weights = sizes / (1 + ratio * sizes)
+        mean = float(weights @ means / weights.sum())
+        squares = around + float(weights @ (means - mean) ** 2)
+        within = squares / (len(values) - 1)
+        objective = (len(values) - 1) * np.log(squares) + np.log(1 + ratio * sizes).sum()
+        return mean, within / weights.sum(), within, float(objective + np.log(weights.sum()))
+
+    if around == 0:  # Data sets are then the observations.
+        mean, variance, within = float(means.mean()), float(stats.sem(means)) ** 2, 0.0
+        between = float(means.var(ddof=1))
+    else:
+        logs = np.linspace(-12, 12, 241)
+        best = min(logs, key=lambda x: fit(np.exp(x))[3])
+        found = optimize.minimize_scalar(
+            lambda x: fit(np.exp(x))[3],
+            bounds=(best - 0.1, best + 0.1),
+            method="bounded",
+            options={"xatol": 1e-10},
+        )
+        ratio = min((0.0, float(np.exp(found.x))), key=lambda x: fit(x)[3])
+        mean, variance, within, _ = fit(ratio)
+        between = ratio * within
+    error = float(np.sqrt(variance))
+    half = error * float(stats.norm.isf((1 - CONFIDENCE) / 2))
+    return {
+        "trials": len(values),
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "p": 2 * float(stats.norm.sf(abs(mean) / error)),
+        "p_equivalent": float(stats.norm.sf((margin - abs(mean)) / error)),
+        "sets": len(sets),
+        "between": float(np.sqrt(between)),
+        "within": float(np.sqrt(within)),
+    }
+
+
 def add_holm(
     rows: Sequence[dict[str, Any]], level: float = 1 - CONFIDENCE, margin: float = MARGIN
 ) -> None:
-    """Adds Holm's correction over all rows.
+    """Adds Holm's correction over all rows, of `over_trials` or of `mixed_model`.
 
-    Each row gets "p_holm"; one of `over_trials` with some spread also "needed", see
-    `trials_needed`, for tests at `level`.
+    Each row gets "p_holm"; one with some spread also "needed": the smallest number of pairs, more
+    than there are, with which it would be decided at `level` with 80 % power, if the observed mean
+    and spread were the true ones. By verdict, "significant" and "equivalent"; infinity where no
+    number would do.
     """
     if not rows:
         return
     corrected = multipletests([row["p"] for row in rows], method="holm")[1]
     for row, p in zip(rows, corrected, strict=True):
         row["p_holm"] = float(p)
-        if row.get("sd"):
-            row["needed"] = trials_needed(row["sd"], row["mean"], len(rows), level, margin)
+        powers = _powers(row, level, len(rows), margin)
+        if powers is not None:
+            row["needed"] = {
+                name: max(row["trials"] + 1.0, _smallest(power)) for name, power in powers.items()
+            }
 
 
-def trials_needed(
-    sd: float,
-    mean: float,
-    comparisons: int = 1,
-    level: float = 1 - CONFIDENCE,
-    margin: float = MARGIN,
-) -> int:
-    """Paired trainings with which a difference would be significant, with 80 % power.
+def needed(*rows: Mapping[str, Any]) -> float | None:
+    """The pairs with which all rows, of `add_holm`, would have the same verdict; None if unknown.
 
-    A difference of the observed size, or of `margin` if that is larger, for a t test at the level
-    of Holm's first step; and at least as many as sign flips need for so small a p.
-
-    Args:
-      sd: standard deviation of the paired differences, above 0.
-      mean: observed difference.
-      comparisons: that Holm's correction is over.
-      level: of the tests, before the correction.
-      margin: smallest difference of interest.
+    Infinity where no number would do.
     """
-    test, alpha = TTestPower(), level / comparisons
-    # Beyond three standard deviations a few trials suffice, and the noncentral t is not reliable.
-    size, flips = min(max(abs(mean), margin) / sd, 3.0), int(np.ceil(np.log2(2 / alpha)))
-    few = np.arange(2, 11)
-    enough = test.power(size, few, alpha) >= POWER
-    if enough.any():  # The solver does not converge for so few.
-        return max(flips, int(few[enough.argmax()]))
-    count = test.solve_power(effect_size=size, alpha=alpha, power=POWER)
-    return max(flips, int(np.ceil(np.max(count))))
+    every = [row.get("needed") for row in rows]
+    if not every or None in every:
+        return None
+    return min(max(one[name] for one in every) for name in ("significant", "equivalent"))
+
+
+def _powers(
+    row: Mapping[str, Any], level: float, comparisons: int, margin: float
+) -> dict[str, Callable[[float], float]] | None:
+    """The power of both kinds of tests by the number of pairs; None where there is no spread."""
+    if not (row.get("sd") or row.get("sets")):
+        return None
+    size = abs(row["mean"])
+    alpha = level / comparisons  # Of Holm's first step.
+    if row.get("sd"):
+        sd = row["sd"]
+
+        def significant(pairs: float) -> float:
+            if pairs < np.log2(2 / alpha):  # Sign flips cannot give so small a p.
+                return 0.0
+            critical = stats.t.isf(alpha / 2, pairs - 1)
+            shift = size * np.sqrt(pairs) / sd
+            return float(stats.norm.sf(critical - shift))
+
+        def equivalent(pairs: float) -> float:
+            return _equivalent(size, sd / np.sqrt(pairs), stats.t.isf(level, pairs - 1), margin)
+
+    else:
+
+        def error(pairs: float) -> float:
+            between, within = row["between"] ** 2, row["within"] ** 2
+            return float(np.sqrt(between / row["sets"] + within / pairs))
+
+        def significant(pairs: float) -> float:
+            return float(stats.norm.sf(stats.norm.isf(alpha / 2) - size / error(pairs)))
+
+        def equivalent(pairs: float) -> float:
+            return _equivalent(size, error(pairs), stats.norm.isf(level), margin)
+
+    return {"significant": significant, "equivalent": equivalent}
+
+
+def _equivalent(mean: float, error: float, critical: float, margin: float) -> float:
+    """Probability that an estimate of `mean` is within the margin by both one-sided tests."""
+    room = margin - critical * error
+    inside = stats.norm.cdf((room - mean) / error) - stats.norm.cdf((-room - mean) / error)
+    return max(0.0, float(inside))
+
+
+def _smallest(power: Callable[[float], float]) -> float:
+    """The smallest number of pairs with 80 % power; infinity where a million are too few."""
+    low, high = 1, 2
+    while power(high) < POWER:
+        low, high = high, 2 * high
+        if high > 1e6:
+            return float("inf")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return float(high)
 
 
 def is_significant(row: Mapping[str, Any], level: float = 1 - CONFIDENCE) -> bool:

@@ -238,7 +238,7 @@ def table(found: Found) -> str:
     """The test, by data set and over all pairs."""
     rows = []
     for name, group in found["groups"].items():
-        cells = [difference(by[name], 4) for by in found["intervals"].values()]
+        cells = [difference(by.get(name), 4) for by in found["intervals"].values()]
         values = (f"{group[arm]:.3f}" for arm in ("backbone", "finetune"))
         rows.append((f"{name} ({group['seeds']} seeds)", *values, *cells))
     pooled = found["pooled"].values()

@@ -19,20 +19,22 @@ from inmerge_jax.reporting.plots import Plot
 
 MARGIN, BINS = 0.01, 15
 LEVEL = pretrained.LEVEL
-"""Of every test: the pairs are those of a look of section 1."""
+"""Of the tests about the pairs of section 1, which are those of a look."""
 OUTCOMES = {"error": "balanced error, corrupted", "ece": "calibration error (ECE)"}
 MERGING = {"pretrained": pretrained.MERGING, "from random weights": full_length.MERGING}
 """The questions whose trials are measured, and their arms."""
 
 
 def grids(archive: Archive) -> dict[str, list[Trial]]:
-    """The second stages of each question; none before all of them are known."""
+    """The second stages of each question; none before the pairs of a look are all stored."""
     every = pretrained.comparison_grid(archive), full_length.grid()
-    found = {
+    look = shared.progress(with_dependencies(every[0]), archive)
+    if not (pretrained.is_selected(archive) and shared.is_complete(look)):
+        return {}
+    return {
         name: [t for t in trials if is_wanted(t)]
         for name, trials in zip(MERGING, every, strict=True)
     }
-    return found if pretrained.is_selected(archive) and all(found.values()) else {}
 
 
 def analyse(archive: Archive) -> Found:
@@ -55,7 +57,8 @@ def analyse(archive: Archive) -> Found:
             if gaps:
                 pooled.setdefault(arm, {})[outcome] = statistics.over_trials(gaps, MARGIN)
         tested = [row for by in pooled.values() for row in by.values()]
-        statistics.add_holm(tested, LEVEL, MARGIN)
+        level = LEVEL if study == "pretrained" else 1 - statistics.CONFIDENCE
+        statistics.add_holm(tested, level, MARGIN)
         found["groups"][study], found["pooled"][study] = own, pooled
     return found
 
@@ -149,7 +152,7 @@ def overview(found: Found) -> Overview:
     for outcome, title in OUTCOMES.items():
         row = rows[outcome]
         effects.append(f"{title}: {difference(row, 4)}")
-        verdict = shared.in_words(conclusion(row), row, str(MARGIN))
+        verdict = shared.in_words(conclusion(row), statistics.needed(row), str(MARGIN))
         verdicts.append(f"{title}: {verdict}")
     return Overview("; ".join(effects), str(rows["error"]["trials"]), "; ".join(verdicts))
 

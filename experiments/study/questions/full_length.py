@@ -178,7 +178,7 @@ def table(found: Found) -> str:
     rows = []
     for kind, some in found["groups"].items():
         for name, group in some.items():
-            gaps = [difference(by[name]) for by in found["intervals"][kind].values()]
+            gaps = [difference(by.get(name)) for by in found["intervals"][kind].values()]
             published = group["published"]
             reference = "" if published is None else f"{published['auc']:.3f}"
             backbone = f"{group['backbone']:.3f}"

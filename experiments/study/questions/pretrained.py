@@ -1,14 +1,10 @@
 """Does merging help in the paper's setting, from pretrained weights? See docs/protocol.md, 1."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM
-from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from experiments.study import corrupted_predictions, datasets, statistics
 from experiments.study.analysis import Group, groups, intervals
@@ -143,45 +139,6 @@ def chosen(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> dict[str, 
     return best
 
 
-def mixed_model(differences: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The mean difference with a random effect of the data set.
-
-    Fitted by restricted maximum likelihood; intervals and tests are Wald's.
-
-    Args:
-      differences: of the pairs, by data set.
-
-    Returns:
-      "mean", "low" and "high" (95 %), "p" (of a mean of zero), and "p_equivalent" (two one-sided
-      tests against +-`statistics.MARGIN`); without interval where all differences are equal.
-    """
-    values = np.concatenate([np.asarray(some) for some in differences.values()])
-    if np.ptp(values) == 0:
-        mean = float(values[0])
-        equivalent = float(abs(mean) >= statistics.MARGIN)
-        return {"mean": mean, "p": float(mean == 0), "p_equivalent": equivalent}
-    labels = np.repeat(list(differences), [len(some) for some in differences.values()])
-    model = MixedLM(values, np.ones((len(values), 1)), groups=labels)
-    with warnings.catch_warnings():
-        # A variance of zero between data sets is an estimate like any other.
-        for message in (ConvergenceWarning, SingularMatrixWarning):
-            warnings.simplefilter("ignore", message)
-        try:
-            fitted = model.fit(reml=True)
-            mean, error = float(fitted.fe_params[0]), float(fitted.bse_fe[0])
-        except np.linalg.LinAlgError:
-            # Data sets that do not differ at all: the model is then that of independent pairs.
-            mean, error = float(np.mean(values)), float(stats.sem(values))
-    half = error * float(stats.norm.isf((1 - statistics.CONFIDENCE) / 2))
-    return {
-        "mean": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "p": 2 * float(stats.norm.sf(abs(mean) / error)),
-        "p_equivalent": float(stats.norm.sf((statistics.MARGIN - abs(mean)) / error)),
-    }
-
-
 def analyse(archive: Archive) -> Found:
     """The selection of learning rates; and once all trials are stored, the comparison.
 
@@ -204,7 +161,7 @@ def analyse(archive: Archive) -> Found:
         },
         "intervals": intervals(own, PAIRS),
         "pooled": _pooled(own),
-        "layers": {arm: _layers(own, arm) for arm in MERGING},
+        "merges": {group.name: {arm: _merges(group, arm) for arm in MERGING} for group in own},
         "similarity": _similarity(own),
     }
 
@@ -220,7 +177,7 @@ def _pooled(own: Sequence[Group]) -> dict[str, dict[str, Any]]:
         pooled[pair[0]] = {
             metric: statistics.over_trials([gap for some in by.values() for gap in some])
             for metric, by in gaps.items()
-        } | {"mixed": mixed_model(gaps["auc"])}
+        } | {"mixed": statistics.mixed_model(gaps["auc"])}
     # Accuracy is a secondary outcome without a test.
     for rows in (
         [row["auc"] for row in pooled.values()],
@@ -230,22 +187,29 @@ def _pooled(own: Sequence[Group]) -> dict[str, dict[str, Any]]:
     return pooled
 
 
-def _layers(own: Sequence[Group], arm: str) -> dict[str, list[float]]:
-    """Share of the selected kernels that merged in the first and in the last epoch, by layer."""
+def _merges(group: Group, arm: str) -> dict[str, list[float]]:
+    """Merged kernels as a share of the mean number selected, by layer and epoch; mean over seeds.
+
+    And as "LAYER, validation" of those selected before validation images, over all epochs.
+    """
     found: dict[str, list[np.ndarray]] = {}
-    for group in own:
-        for record in group.records(arm):
-            result = record["result"]
-            merged = np.asarray(result["merged_by_epoch"], np.float64)
-            shares = merged[[0, -1]] / (np.asarray(result["selected"]) / len(merged))
-            for layer, share_of_it in zip(result["layers"], shares.T, strict=True):
-                found.setdefault(layer, []).append(share_of_it)
+    for record in group.records(arm):
+        result = record["result"]
+        merged = np.asarray(result["merged_by_epoch"], np.float64).T
+        selected = np.asarray(result["selected"]) / merged.shape[1]
+        validation = result.get("val_selected") or ()
+        for number, layer in enumerate(result["layers"]):
+            found.setdefault(layer, []).append(merged[number] / selected[number])
+            if len(validation):
+                own = result["val_merged"][number] / validation[number]
+                found.setdefault(f"{layer}, validation", []).append(np.array([own]))
     return {layer: np.mean(shares, axis=0).tolist() for layer, shares in found.items()}
 
 
 def _similarity(own: Sequence[Group]) -> dict[str, dict[str, float]]:
     """Layer to mean share of its pairs above 0.3, before training and after each arm."""
-    deep = own[0].records(MERGING[0])[0]["result"]["layers"]
+    every = [record for group in own for arm in MERGING for record in group.records(arm)]
+    deep = every[0]["result"]["layers"] if every else ()
     found: dict[str, dict[str, float]] = {layer: {} for layer in deep}
     for when in ("before training", "backbone", *ARMS):
         arm, key = ("backbone", "before") if when == "before training" else (when, "after")
@@ -254,7 +218,7 @@ def _similarity(own: Sequence[Group]) -> dict[str, dict[str, float]]:
             for group in own
             for record in group.records(arm)
         ]
-        for layer in deep:
+        for layer in deep if rows else ():
             found[layer][when] = float(np.mean([row[layer] for row in rows]))
     return found
 
@@ -273,12 +237,11 @@ def table(found: Found) -> str:
         values = (f"{group[arm]:.3f}" for arm in ("backbone", "finetune"))
         rows.append((f"{name} ({group['seeds']} seeds)", *values, *gaps))
     every = [found["pooled"][arm] for arm in MERGING]
+    counts = dict.fromkeys(str(row["auc"]["trials"]) for row in every)
     for title, cells in (
-        (
-            f"all {every[0]['auc']['trials']} pairs",
-            [difference(row["auc"], 4) for row in every],
-        ),
+        (f"all {' or '.join(counts)} pairs", [difference(row["auc"], 4) for row in every]),
         ("mixed model", [difference(row["mixed"], 4) for row in every]),
+        ("its deviation between data sets", [_deviation(row["mixed"]) for row in every]),
         ("p after Holm: pairs, mixed model", [_both(row, "p_holm") for row in every]),
         ("p of equivalence: pairs, mixed model", [_both(row, "p_equivalent") for row in every]),
         ("test ACC", [difference(row["acc"], 4) for row in every]),
@@ -294,7 +257,11 @@ def table(found: Found) -> str:
 
 
 def _both(row: Mapping[str, Any], name: str) -> str:
-    return ", ".join(p_value(row[kind][name]) for kind in ("auc", "mixed"))
+    return ", ".join(p_value(row[kind].get(name, 1.0)) for kind in ("auc", "mixed"))
+
+
+def _deviation(row: Mapping[str, Any]) -> str:
+    return f"{row['between']:.4f}" if "between" in row else ""
 
 
 def rates_table(archive: Archive) -> str:
@@ -317,20 +284,32 @@ def rates_table(archive: Archive) -> str:
     return markdown(("Validation AUC", *(f"{rate:g}" for rate in CANDIDATES)), rows)
 
 
-def layers_table(found: Found) -> str:
-    """Merges and similarity by layer."""
-    rows = []
-    for layer, similarity in found["similarity"].items():
-        merged = (
-            " to ".join(share(one, 0) for one in found["layers"][arm][layer]) for arm in MERGING
-        )
-        rows.append((layer, *merged, *(share(one, 2) for one in similarity.values())))
-    columns = (
-        "Layer",
-        *(f"{arm}: merged of the selected, first to last epoch" for arm in MERGING),
-        *(f"pairs above 0.3, {when}" for when in next(iter(found["similarity"].values()))),
-    )
-    return markdown(columns, rows)
+def merges_table(found: Found) -> str:
+    """Merged of the selected kernels: a row for each data set and arm, a column for each layer."""
+    layers = list(found["similarity"])
+    rows = [
+        (f"{name}, {arm}", *(_percentages(by_layer, layer) for layer in layers))
+        for name, by_arm in found["merges"].items()
+        for arm, by_layer in by_arm.items()
+        if by_layer
+    ]
+    return markdown(("Merged of the selected, % by epoch", *layers), rows)
+
+
+def _percentages(by_layer: Mapping[str, Sequence[float]], layer: str) -> str:
+    text = " ".join(f"{100 * one:.0f}" for one in by_layer[layer])
+    if validation := by_layer.get(f"{layer}, validation"):
+        text += f" (validation {100 * validation[0]:.0f})"
+    return text
+
+
+def similarity_table(found: Found) -> str:
+    """Pairs of kernels with a similarity above 0.3 by layer, before training and after each arm."""
+    rows = [
+        (layer, *(share(one, 2) for one in similarity.values()))
+        for layer, similarity in found["similarity"].items()
+    ]
+    return markdown(("Pairs above 0.3", *next(iter(found["similarity"].values()))), rows)
 
 
 def figure(found: Found) -> Plot:
@@ -344,7 +323,7 @@ def overview(found: Found) -> Overview:
     row = found["pooled"]["paper"]
     verdict = conclusion(row)
     effect = f"paper's rule minus fine-tuning: {difference(row['auc'], 4)}"
-    return shared.overview_of(effect, row["auc"], verdict)
+    return shared.overview_of(effect, row["auc"], verdict, row["mixed"])
 
 
 QUESTION = Question(

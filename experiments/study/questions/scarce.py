@@ -113,17 +113,18 @@ def analyse(archive: Archive) -> Found:
     tested, means = [], {}
     for arm, base in pairs:
         for group in own:
-            row = by_pair[f"{arm} - {base}"][group.name]
+            row = by_pair[f"{arm} - {base}"].get(group.name)
+            if row is None:
+                continue
             row["p"] = over_trials(group.differences((arm, base), "auc"))["p"]
             row.pop("p_holm", None)
             if arm in MERGING:
                 tested.append(row)
-        # Settings share weights, images and wrong labels of a seed, so the seed is the unit.
-        by_seed: dict[int, list[float]] = {}
-        for group in own:
-            for seed, gap in group.by_seed((arm, base), "auc").items():
-                by_seed.setdefault(seed, []).append(gap)
-        means[arm] = over_trials([float(np.mean(gaps)) for gaps in by_seed.values()])
+        # Settings share weights, images and wrong labels of a seed, so the seed is the unit. A
+        # seed that lacks a setting would have another mean, whatever merging does.
+        settings = [group.by_seed((arm, base), "auc") for group in own]
+        complete = sorted(set.intersection(*map(set, settings)))
+        means[arm] = over_trials([float(np.mean([s[seed] for s in settings])) for seed in complete])
     # The nine settings and two merging arms; the controls are there for comparison.
     add_holm(tested)
     add_holm([means[arm] for arm in MERGING])
@@ -154,18 +155,18 @@ def table(found: Found) -> str:
     """Differences in test AUC by setting, with p after Holm of the merging arms."""
     rows = []
     for name, group in found["groups"].items():
-        by_arm = (by[name] for by in found["intervals"].values())
+        by_arm = (by.get(name) for by in found["intervals"].values())
         title = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
         rows.append((title, f"{group[BASE]:.3f}", *map(_cell, by_arm)))
-    seeds = found["means"]["paper"]["trials"]
-    title = f"mean of the settings, {seeds} seeds"
+    seeds = dict.fromkeys(str(row["trials"]) for row in found["means"].values())
+    title = f"mean of the settings, {' or '.join(seeds)} seeds"
     rows.append((title, "", *(_cell(row, 4) for row in found["means"].values())))
     columns = ("Test AUC", "No merging", *(f"{arm} minus none" for arm in ARMS))
     return markdown(columns, rows) + shared.diverged_note(found)
 
 
-def _cell(row: Mapping[str, Any], digits: int = 3) -> str:
-    p = f", p {p_value(row['p_holm'])}" if "p_holm" in row else ""
+def _cell(row: Mapping[str, Any] | None, digits: int = 3) -> str:
+    p = f", p {p_value(row['p_holm'])}" if row is not None and "p_holm" in row else ""
     return difference(row, digits) + p
 
 

@@ -38,17 +38,27 @@ def overview(name: str, row: Found) -> Overview:
     return overview_of(f"{name}: {difference(row, 4)}", row, statistics.verdict(row))
 
 
-def overview_of(effect: str, row: Found, verdict: str) -> Overview:
-    """The overview's row of a difference with a verdict of `statistics.verdict`."""
-    return Overview(effect, str(row["trials"]), in_words(verdict, row, f"{statistics.MARGIN} AUC"))
+def overview_of(effect: str, row: Found, verdict: str, *others: Found) -> Overview:
+    """The overview's row of a difference with a verdict of `statistics.verdict`.
+
+    Args:
+      effect: the difference in words.
+      row: of `statistics.over_trials`.
+      verdict: about it.
+      others: rows of other analyses that have to lead to the same verdict.
+    """
+    words = in_words(verdict, statistics.needed(row, *others), f"{statistics.MARGIN} AUC")
+    return Overview(effect, str(row["trials"]), words)
 
 
-def in_words(verdict: str, row: Found, margin: str) -> str:
+def in_words(verdict: str, needed: float | None, margin: str) -> str:
     """A verdict with the margin, or with the number of pairs that would decide."""
     if verdict == "no effect":
         return f"no effect larger than \u00b1{margin}"
-    if verdict == "undecided" and row.get("needed"):
-        return f"undecided ({row['needed']:,} pairs would decide)"
+    if verdict == "undecided" and needed is not None:
+        if needed == float("inf"):
+            return "undecided (more pairs would not decide)"
+        return f"undecided ({needed:,.0f} pairs would decide)"
     return verdict
 
 

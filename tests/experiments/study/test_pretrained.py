@@ -224,40 +224,18 @@ def test_the_answer(few):
     assert paper["auc"]["mean"] == pytest.approx(np.mean(means))
     assert paper["mixed"]["mean"] == pytest.approx(np.mean(means), abs=1e-9)
     assert pretrained.conclusion(paper) == "helps"
-    assert found["layers"]["paper"] == {
-        LAYERS[0]: pytest.approx([0.2, 0.4]),
-        LAYERS[1]: pytest.approx([0.4, 0.8]),
-    }
+    for by_arm in found["merges"].values():
+        assert by_arm["paper"] == {
+            LAYERS[0]: pytest.approx([0.2, 0.4]),
+            LAYERS[1]: pytest.approx([0.4, 0.8]),
+        }
     assert found["similarity"][LAYERS[0]]["backbone"] == pytest.approx(0.02)
     text = pretrained.table(found)
     assert "all 12 pairs" in text and "mixed model" in text
-    assert "20 % to 40 %" in pretrained.layers_table(found)
+    assert "| 20 40 |" in pretrained.merges_table(found)
+    assert "2.00 %" in pretrained.similarity_table(found)
     assert pretrained.overview(found).verdict == "helps"
     pretrained.figure(found)
-
-
-def test_the_mixed_model_of_a_balanced_design():
-    """Its error is that of the means of the data sets, where these vary more than the pairs."""
-    rng = np.random.default_rng(0)
-    values = rng.normal(0, 0.01, (5, 16)) + np.array([[-0.02], [-0.01], [0], [0.01], [0.03]])
-    found = pretrained.mixed_model({str(n): list(some) for n, some in enumerate(values)})
-    means = values.mean(1)
-    assert found["mean"] == pytest.approx(means.mean())
-    error = means.std(ddof=1) / np.sqrt(5)
-    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=1e-3)
-    # Without such variance it is that over all pairs, with the normal distribution.
-    values = rng.normal(0, 0.01, 80)
-    values = np.concatenate([values, -values]).reshape(16, 10).T
-    found = pretrained.mixed_model(
-        {str(n): list(some - some.mean()) for n, some in enumerate(values)}
-    )
-    assert found["mean"] == pytest.approx(0, abs=1e-12)
-    assert found["p"] == pytest.approx(1) and found["p_equivalent"] < 1e-3
-    # The estimate does not exist where all data sets have the same differences.
-    same = {name: [0.03, -0.03, 0.03, -0.03] for name in "abc"}
-    found = pretrained.mixed_model(same)
-    error = 0.03 * np.sqrt(12 / 11) / np.sqrt(12)
-    assert found["high"] == pytest.approx(1.96 * error, rel=1e-3) and found["mean"] == 0
 
 
 def test_a_verdict_needs_both_analyses():

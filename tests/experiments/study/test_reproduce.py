@@ -21,12 +21,18 @@ def test_trials_of_every_question_that_trains_are_drawn():
         assert bool(trials) == bool(stored) and len(trials) <= CONFIG.count
         for trial in trials:
             assert reproduce.seconds(trial) <= CONFIG.limit or len(trials) == 1
+        if trials and reproduce.seconds(trials[0]) <= CONFIG.limit:
+            short = [t for t in stored if reproduce.seconds(t) <= CONFIG.limit]
+            assert len(set(trials)) == min(CONFIG.count, len(short))
+        one = reproduce.drawn(question, dataclasses.replace(CONFIG, count=1))
+        assert one == trials[:1]
         assert len(reproduce.drawn(question, dataclasses.replace(CONFIG, limit=0))) <= 1
 
 
 def test_the_stored_rows_are_of_the_drawn_trials():
     stored = json.loads(CONFIG.output.read_bytes())
-    assert all(stored[name] == getattr(CONFIG, name) for name in ("seed", "count", "limit"))
+    assert all(stored[name] == getattr(CONFIG, name) for name in ("seed", "limit"))
+    assert stored["count"] <= CONFIG.count  # A larger count adds trials to the stored ones.
     drawn = reproduce.all_drawn(CONFIG)
     wanted = {one.hash for trial in drawn for one in (trial, trial.first())}
     assert {row["trial"] for row in stored["rows"]} <= wanted
@@ -36,9 +42,8 @@ def test_the_stored_rows_are_of_the_drawn_trials():
 
 
 def test_another_seed_draws_other_trials():
-    two = dataclasses.replace(CONFIG, count=2)
     first, other = (
-        [reproduce.drawn(q, dataclasses.replace(two, seed=seed)) for q in QUESTIONS.values()]
+        [reproduce.drawn(q, dataclasses.replace(CONFIG, seed=seed)) for q in QUESTIONS.values()]
         for seed in (0, 1)
     )
     assert first != other and max(map(len, first)) == 2
@@ -62,5 +67,5 @@ def test_a_trial_is_compared_with_the_stored_one(tmp_path):
 def test_rows_of_another_draw_are_refused(tmp_path):
     path = tmp_path / "again.json"
     path.write_text(json.dumps({"seed": 0, "count": 3, "limit": CONFIG.limit, "rows": []}))
-    with pytest.raises(UsageError, match="has trials of --count 3, not 1"):
+    with pytest.raises(UsageError, match="has trials of --count 3, not 2"):
         reproduce.main(["--output", str(path)])

@@ -151,20 +151,66 @@ def test_holms_correction_is_over_all_rows():
 
 
 @pytest.mark.parametrize("sd", [0.01, 0.02, 0.05])
-@pytest.mark.parametrize("mean", [0.0, -0.03])
+@pytest.mark.parametrize("mean", [0.001, -0.03])
 @pytest.mark.parametrize("comparisons", [1, 28])
-def test_the_trials_needed_have_80_percent_power_after_holm(sd, mean, comparisons):
-    count = statistics.trials_needed(sd, mean, comparisons)
-    alpha, size = 0.05 / comparisons, max(abs(mean), statistics.MARGIN) / sd
+def test_the_pairs_needed_have_80_percent_power(sd, mean, comparisons):
+    rows = [row(mean, sd, 3) for _ in range(comparisons)]
+    statistics.add_holm(rows)
+    needed = rows[0]["needed"]
+    alpha, size = 0.05 / comparisons, abs(mean) / sd
 
     def power(n):
         critical = stats.t.isf(alpha / 2, n - 1)
-        far = stats.nct(n - 1, size * np.sqrt(n))
-        return far.sf(critical) + far.cdf(-critical)
+        return stats.nct(n - 1, size * np.sqrt(n)).sf(critical)
 
-    flips = 2 / 2**count <= alpha
-    assert power(count) >= 0.8 and flips
-    assert power(count - 1) < 0.8 or 2 / 2 ** (count - 1) > alpha
+    count = needed["significant"]
+    assert 0.5 ** (count - 1) <= alpha and power(count) > 0.78
+    assert power(count - 1) < 0.82 or 0.5 ** (count - 2) > alpha
+    if abs(mean) > statistics.MARGIN:
+        assert needed["equivalent"] == np.inf
+        return
+    draws = np.random.default_rng(0)
+    count, hits = int(needed["equivalent"]), 0
+    for _ in range(2000):
+        error = sd * np.sqrt(draws.chisquare(count - 1) / (count - 1) / count)
+        found = draws.normal(mean, sd / np.sqrt(count))
+        hits += abs(found) < statistics.MARGIN - stats.t.isf(0.05, count - 1) * error
+    assert hits / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_is_undecided_needs_more_pairs_than_there_are(monkeypatch):
+    monkeypatch.setattr(statistics, "_FLIPS", 4000)
+    draws = np.random.default_rng(0)
+    seen = 0
+    for _ in range(25):
+        between = draws.choice([0, 0.005])
+        by_set = {
+            str(n): draws.normal(draws.normal(0, between), 0.012, draws.integers(10, 17))
+            for n in range(5)
+        }
+        pairs = statistics.over_trials(np.concatenate(list(by_set.values())))
+        mixed = statistics.mixed_model(by_set)
+        for one in (pairs, mixed):
+            statistics.add_holm([one])
+        verdicts = [statistics.verdict(one) for one in (pairs, mixed)]
+        if verdicts[0] != verdicts[1] or verdicts[0] == "undecided":
+            seen += 1
+            assert statistics.needed(pairs, mixed) > pairs["trials"]
+    assert seen > 4
+
+
+def test_pairs_that_nothing_would_decide():
+    """Data sets whose effects differ: more pairs of the same ones do not tell their mean."""
+    some = {
+        name: [mean - 0.001, mean + 0.001] * 8 for name, mean in zip("abc", (-1, 0, 1), strict=True)
+    }
+    mixed = statistics.mixed_model(some)
+    pairs = statistics.over_trials([x for values in some.values() for x in values])
+    for one in (pairs, mixed):
+        statistics.add_holm([one])
+    assert statistics.verdict(mixed) == "undecided"
+    assert mixed["needed"] == {"significant": np.inf, "equivalent": np.inf}
+    assert statistics.needed(pairs, mixed) == np.inf
 
 
 def row(mean, sd, count):
@@ -185,3 +231,66 @@ def test_a_verdict_is_one_of_four():
     small = row(0.002, 0.004, 20)
     t = (statistics.MARGIN - 0.002) / (0.004 / np.sqrt(20))
     assert small["p_equivalent"] == pytest.approx(stats.t.sf(t, 19))
+
+
+def test_the_mixed_model_of_a_balanced_design():
+    """Its error is that of the means of the data sets, where these vary more than the pairs."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.01, (5, 16)) + np.array([[-0.02], [-0.01], [0], [0.01], [0.03]])
+    found = statistics.mixed_model({str(n): list(some) for n, some in enumerate(values)})
+    means = values.mean(1)
+    assert found["mean"] == pytest.approx(means.mean())
+    error = means.std(ddof=1) / np.sqrt(5)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=1e-3)
+    # Without such variance it is that over all pairs, with the normal distribution.
+    values = rng.normal(0, 0.01, 80)
+    values = np.concatenate([values, -values]).reshape(16, 10).T
+    found = statistics.mixed_model(
+        {str(n): list(some - some.mean()) for n, some in enumerate(values)}
+    )
+    assert found["mean"] == pytest.approx(0, abs=1e-12)
+    assert found["p"] == pytest.approx(1) and found["p_equivalent"] < 1e-3
+    # The estimate does not exist where all data sets have the same differences.
+    same = {name: [0.03, -0.03, 0.03, -0.03] for name in "abc"}
+    found = statistics.mixed_model(same)
+    error = 0.03 * np.sqrt(12 / 11) / np.sqrt(12)
+    assert found["high"] == pytest.approx(1.96 * error, rel=1e-3) and found["mean"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 12, 16, 16), (3, 1, 7, 2, 9), (2, 2), (40, 1, 1)])
+@pytest.mark.parametrize("between", [0.0, 0.01])
+def test_the_mixed_model_maximises_the_restricted_likelihood(sizes, between):
+    draws = np.random.default_rng(sum(sizes))
+    sets = {
+        str(n): draws.normal(draws.normal(0, between), 0.016, size) for n, size in enumerate(sizes)
+    }
+    found = statistics.mixed_model(sets)
+    values = np.concatenate(list(sets.values()))
+    whose = np.repeat(np.arange(len(sizes)), sizes)
+    same, one = (whose[:, None] == whose).astype(float), np.ones(len(values))
+
+    def fit(between, within):
+        """The restricted likelihood by matrices: mean, its error, and -2 log L."""
+        inverse = np.linalg.inv(between**2 * same + within**2 * np.eye(len(values)))
+        information = one @ inverse @ one
+        mean = one @ inverse @ values / information
+        rest = values - mean
+        log = -np.linalg.slogdet(inverse)[1] + np.log(information) + rest @ inverse @ rest
+        return mean, 1 / np.sqrt(information), log
+
+    mean, error, log = fit(found["between"], found["within"])
+    assert found["mean"] == pytest.approx(mean, abs=1e-9)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=1e-4)
+    for b in (found["between"] * 0.97, found["between"] * 1.03, 0.0, 0.002, 0.02):
+        for w in (found["within"] * 0.97, found["within"], found["within"] * 1.03):
+            assert fit(b, w)[2] >= log - 1e-7
+
+
+def test_too_few_pairs_for_a_model_decide_nothing():
+    for sets in ({}, {"a": []}, {"a": [0.1], "b": []}):
+        found = statistics.mixed_model(sets)
+        pairs = statistics.over_trials([x for some in sets.values() for x in some])
+        for one in (found, pairs):
+            statistics.add_holm([one])
+            assert statistics.verdict(one) == "undecided"
+        assert statistics.needed(pairs, found) is None
