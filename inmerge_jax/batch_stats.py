@@ -39,7 +39,8 @@ def recompute_batch_stats(
     Args:
       update: `update(batch_stats, batch)` runs the network on one batch in training mode, from the
         given statistics, and returns the statistics that it leaves. Not differentiated; compile it.
-      batch_stats: Statistics of any values, a pytree of float arrays: of Flax Linen the collection
+      batch_stats: Statistics of any values, a pytree of float arrays; `update` is given those of 16
+        bits in float32. Of Flax Linen the collection
         `batch_stats`, of Flax NNX `nnx.state(model, nnx.BatchStat)`.
       batches: Batches of training images, of equal size and in random order: batches of one class
         each would give too small variances.
@@ -48,15 +49,20 @@ def recompute_batch_stats(
       A tree like `batch_stats`.
 
     Raises:
-      ValueError: No batches; or an entry that `update` leaves as it is, or that is no running
-        average.
+      ValueError: No batches; or an entry that `update` leaves as it is or rounds to 16 bits, or
+        that is no running average.
     """
-    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+    dtypes = jax.tree.map(jnp.result_type, batch_stats)
+    # The momentum cannot be read from an update that is rounded to 16 bits.
+    wide = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), batch_stats
+    )
+    zeros = jax.tree.map(jnp.zeros_like, wide)
     average, shares = None, None
     for number, batch in enumerate(batches, 1):
         moved = update(zeros, batch)
         if average is None:
-            probe = jax.tree.map(lambda x: jnp.full_like(x, _PROBE), batch_stats)
+            probe = jax.tree.map(lambda x: jnp.full_like(x, _PROBE), wide)
             shares = _shares_of_batch(moved, update(probe, batch))
             average = moved
         else:
@@ -64,7 +70,12 @@ def recompute_batch_stats(
             average = _add_to_mean(jax.block_until_ready(average), moved, number)
     if average is None:
         raise ValueError("batches is empty; give at least one batch of training images")
-    return jax.tree.map(lambda x, share: x / jnp.asarray(share, x.dtype), average, shares)
+    return jax.tree.map(
+        lambda x, share, dtype: (x / jnp.asarray(share, x.dtype)).astype(dtype),
+        average,
+        shares,
+        dtypes,
+    )
 
 
 @jax.jit
@@ -78,6 +89,11 @@ def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
     def share(path: Any, low: jax.Array, high: jax.Array) -> float:
         kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / _PROBE
         name = jax.tree_util.keystr(path)
+        if jnp.finfo(low.dtype).bits < 32:
+            raise ValueError(
+                f"update gives {name} of batch_stats in {low.dtype}, from float32; 16 bits are too "
+                "few to re-estimate it: keep the dtype of the statistics in update"
+            )
         if not kept.size or np.abs(kept - kept.mean()).max() > 1e-3 or kept.mean() < 1e-3:
             raise ValueError(
                 f"batch_stats holds {name}, which is no running average of batch statistics; give "

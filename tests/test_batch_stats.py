@@ -123,3 +123,27 @@ def test_what_is_no_running_average_is_refused():
 def test_its_example_runs():
     outcome = doctest.testmod(module)
     assert outcome.attempted and not outcome.failed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_of_16_bits_are_re_estimated_in_float32(dtype):
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.99)
+    images = jnp.stack([jnp.asarray(batch) for batch in BATCHES])
+    variables = layer.init(jax.random.key(0), images[0])
+
+    def update(batch_stats, x):
+        moved = {**variables, "batch_stats": batch_stats}
+        return layer.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    small = jax.tree.map(lambda x: x.astype(dtype), variables["batch_stats"])
+    found = recompute_batch_stats(update, small, images)
+    expected = recompute_batch_stats(update, variables["batch_stats"], images)
+    assert found["mean"].dtype == dtype
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(found[name], expected[name].astype(dtype))
+
+    def rounding(batch_stats, x):
+        return jax.tree.map(lambda a: a.astype("bfloat16"), update(batch_stats, x))
+
+    with pytest.raises(ValueError, match="16 bits are too few"):
+        recompute_batch_stats(rounding, small, images)

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 
 from inmerge_jax.merging import backends
 from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, check_rule, effective_threshold
-from inmerge_jax.merging.units import Kernel, PyTree, as_rows, from_rows, group_weights, weights_of
+from inmerge_jax.merging.units import (
+    Kernel,
+    PyTree,
+    as_kernels,
+    as_rows,
+    from_rows,
+    group_weights,
+    weights_of,
+)
 
 
 class MergeStats(NamedTuple):
@@ -90,6 +98,7 @@ def merge_kernels(
     """
     backends.check_implementation(implementation)
     check_rule(rule)
+    kernels = as_kernels(kernels)
     key, layers = as_key(key), group_weights(kernels)
     weights, put = weights_of(kernels, params)
     counts: list[tuple[Any, ...]] = []

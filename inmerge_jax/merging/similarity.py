@@ -12,7 +12,7 @@ import numpy as np
 from inmerge_jax.merging import backends
 from inmerge_jax.merging.merge import cosines, unit_vectors
 from inmerge_jax.merging.rule import NOT_COMPARED
-from inmerge_jax.merging.units import Kernel, as_rows, group_weights, weights_of
+from inmerge_jax.merging.units import Kernel, as_kernels, as_rows, group_weights, weights_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -89,7 +89,7 @@ def kernel_similarity(
     wrong = [q for q in quantiles if not 0 <= q <= 1]
     if wrong:
         raise ValueError(f"quantiles holds {wrong[0]}; each must lie between 0 and 1")
-    quantiles, thresholds = tuple(quantiles), tuple(thresholds)
+    quantiles, thresholds, kernels = tuple(quantiles), tuple(thresholds), as_kernels(kernels)
     weights, _ = weights_of(kernels, params)
     found = []
     for members in group_weights(kernels):

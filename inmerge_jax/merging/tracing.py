@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from inmerge_jax.merging.units import Kernel, PyTree, holds_array, path_name
@@ -82,8 +83,9 @@ def find_kernels(
         run. If it needs a mapped axis name (batch normalisation with `axis_name`), call
         `find_kernels` inside `jax.vmap(..., axis_name=...)`. It must not divide weights among
         devices with `jax.shard_map`.
-      params: A tree of arrays or `jax.ShapeDtypeStruct`.
-      *args: Further arguments of `forward`, concrete or abstract. Bools and strings are not traced.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`; numbers count as arrays.
+      *args: Further arguments of `forward`, concrete or abstract. Bools and strings are not traced;
+        give other static arguments as keyword arguments.
       ops: `"conv"` for convolutions, `"dense"` for matrix products with a parameter as one operand.
       **kwargs: Keyword arguments of `forward`. They are not traced, so `train=False` stays a bool.
 
@@ -147,7 +149,8 @@ def trace_kernels(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        if not is_array or holds_array(leaf):
+        is_number = isinstance(leaf, int | float | complex)
+        if not (is_array or is_number) or holds_array(leaf):
             raise ValueError(
                 f"params leaf {path_name(path)!r} is a {type(leaf).__name__}, not an array; pass "
                 "the arrays alone (Equinox: eqx.partition, Flax NNX: nnx.split, Keras: "
@@ -160,7 +163,7 @@ def trace_kernels(
 
     closed = jax.make_jaxpr(call)(params, *(a for a in args if not _is_static(a)))
     origins: list[_Origin | None] = [
-        _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(leaf.shape)))
+        _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(jnp.shape(leaf))))
         for number, (_, leaf) in enumerate(leaves)
     ]
     walk = _Walk()
@@ -168,8 +171,10 @@ def trace_kernels(
     kernels, passed_over = [], []
     for number, uses in walk.uses.items():
         path, weight = leaves[number]
-        # A convolution's weight may be in products too, by which its norm is estimated, say.
-        uses = [use for use in uses if use.op != "dense"] or uses
+        # A convolution's weight may be in products too, by which its norm is estimated, say; and
+        # its result may be another convolution's weight, as in a network of two inputs.
+        convolutions = [use for use in uses if use.op != "dense"]
+        uses = [use for use in convolutions if not use.computed] or convolutions or uses
         use = next((use for use in uses if use.reason), uses[0])
         reason = use.reason
         if use.op.removesuffix("_transpose") not in ops:
@@ -224,17 +229,23 @@ _Origins = Sequence[_Origin | None]
 
 
 class _Use(NamedTuple):
-    """One use of a parameter as a weight: `out_axis`, `batch_axes` and `groups`, or why not."""
+    """One use of a parameter as a weight: `out_axis`, `batch_axes` and `groups`, or why not.
+
+    `computed` is whether the weight is what a layer of that parameter computes.
+    """
 
     op: str
     place: tuple[int, tuple[int, ...], int] = (0, (), 1)
     reason: str = ""
+    computed: bool = False
 
 
 _SAME_AXES = frozenset(
     "convert_element_type copy copy_p rev sharding_constraint reshard "
     "reduce_precision name neg abs sign tanh logistic round clamp square integer_pow sqrt rsqrt "
-    "mul add sub div max min add_any select_n stop_gradient pvary pcast".split()
+    "exp exp2 expm1 log log1p sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc "
+    "erf_inv floor ceil cbrt "
+    "mul add sub div max min add_any pow atan2 rem select_n stop_gradient pvary pcast".split()
 )
 
 
@@ -356,7 +367,8 @@ class _Walk:
             innermost indexes units: the others are the members of a vmapped ensemble, or heads.
           groups: of a grouped convolution.
         """
-        use = _Use(op, reason=weight.reason or "its output axis is lost by a reshape")
+        reason = weight.reason or "its output axis is lost by a reshape"
+        use = _Use(op, reason=reason, computed=weight.activation)
         atoms: list[_Atom] = []
         if outputs:
             *outer, last = outputs
@@ -485,23 +497,32 @@ def _elementwise(eqn: Any, origins: list[_Origin | None], out: tuple[int, ...]) 
     axis. A scale is a parameter of its own spread over the weight's shape, or the weight's own
     statistics, to which the link is lost.
     """
-    carried, mixed = [], False
+    carried, mixed, activation = [], False, None
     for variable, origin in zip(eqn.invars, origins, strict=True):
         same = _shape(variable) == out
         if origin is None:
             mixed |= same and out != () and not isinstance(variable, Literal)
         elif origin.activation and not origin.spread and same and math.prod(out) > 1:
-            return origin  # A scale is spread over the weight; this is not.
+            activation = origin  # A scale is spread over the weight; this is not.
         else:
             carried.append(origin if same else _lost([origin], eqn.primitive.name))
+    if activation is not None:
+        # A weight with a computed offset; of a bias, which is spread, the layer is no computation.
+        leaves = {leaf for o in carried if o.axes is not None and _is_full(o) for leaf in o.leaves}
+        return replace(activation, leaves=tuple(sorted({*activation.leaves, *leaves})))
     # An axis of size 1 runs along anything.
     kept = {o for o in carried if o.axes is not None}
-    full = {o for o in kept if not any(a is None and n > 1 for axis in o.axes for a, n in axis)}  # type: ignore[union-attr]
+    full = {o for o in kept if _is_full(o)}
     alone = len(kept) == 1 == len({o.leaves for o in carried if not o.activation})
     if len(full) != 1 and not alone:
         return _lost(carried, eqn.primitive.name)
     (found,) = full if len(full) == 1 else kept
     return replace(found, mixed=mixed or found.mixed)
+
+
+def _is_full(origin: _Origin) -> bool:
+    """Whether each axis of a value, but those of size 1, runs along the parameter."""
+    return not any(axis is None and size > 1 for atoms in origin.axes or () for axis, size in atoms)
 
 
 def _reshaped(

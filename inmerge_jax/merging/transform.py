@@ -13,7 +13,7 @@ import optax
 from inmerge_jax.merging.backends import Implementation, check_implementation
 from inmerge_jax.merging.merge import MergeStats, as_key, merge_kernels
 from inmerge_jax.merging.rule import MergeRule, check_rule
-from inmerge_jax.merging.units import Kernel, PyTree, group_weights, weights_of
+from inmerge_jax.merging.units import Kernel, PyTree, as_kernels, group_weights, weights_of
 
 Kernels = Sequence[Kernel] | Callable[[PyTree], Sequence[Kernel]]
 Rule = MergeRule | Callable[[jax.Array], MergeRule]
@@ -125,6 +125,7 @@ def in_model_merging(
     key = as_key(key)
     key_implementation = jax.random.key_impl(key)
     if not callable(kernels):
+        kernels = as_kernels(kernels)
         group_weights(kernels)
     check_implementation(implementation)
     if not callable(rule):
@@ -134,7 +135,7 @@ def in_model_merging(
         return kernels(params) if callable(kernels) else kernels
 
     def init(params: optax.Params) -> InModelMergingState:
-        members = chosen(params)
+        members = as_kernels(chosen(params))
         # optax.tree_map_params gives a placeholder without leaves; the state needs none.
         if jax.tree.leaves(params):
             weights_of(members, params)
@@ -157,7 +158,13 @@ def in_model_merging(
                 "in_model_merging rewrites parameters, so it needs them: call "
                 "tx.update(grads, state, params)"
             )
-        members = chosen(params)
+        members = as_kernels(chosen(params))
+        count, layers = state.stats.kernels.shape[-1], len(group_weights(members))
+        if count != layers:
+            raise ValueError(
+                f"the state is of {count} layers, and kernels has {layers}; give the kernels that "
+                "the state was made with, or make a new one with init"
+            )
         old, _ = weights_of(members, params)
         incoming, put = weights_of(members, updates, what="updates")
         now = rule(state.count) if callable(rule) else _at(rule, lambda s: s(state.count))
@@ -177,8 +184,8 @@ def in_model_merging(
             return jnp.where(merged[name] == moved[name], u, change.astype(u.dtype))
 
         new = {name: difference(name, u) for name, u in incoming.items()}
-        count = optax.safe_increment(state.count)
-        return put(new), InModelMergingState(count, state.key, _add(state.stats, stats))
+        updates_so_far = optax.safe_increment(state.count)
+        return put(new), InModelMergingState(updates_so_far, state.key, _add(state.stats, stats))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -129,10 +129,10 @@ def path_name(path: Sequence[Any]) -> str:
     """A key path as text with slashes, by which weights are shown and matched.
 
     Without the last key, `value`, of a Flax NNX variable: `nnx.split` gives it, `nnx.as_pure`, by
-    which `nnx.Optimizer` calls a transformation, takes it away.
+    which `nnx.Optimizer` calls a transformation, takes it away. A path of that key alone keeps it.
     """
     path = tuple(path)
-    if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -215,25 +215,39 @@ def holds_array(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) and hasattr(leaf, "__jax_array__")
 
 
-def group_weights(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
-    """The kernels by unit: weights of one group together, at the place of the first of them.
+def as_kernels(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """The kernels as a tuple, of any iterable.
 
     Raises:
-      ValueError: no kernels, or no sequence of them; weights of one group that have different
-        numbers of units or none that is compared; a weight that is empty or given twice.
+      ValueError: something else than kernels.
     """
-    if isinstance(kernels, Kernel) or not all(isinstance(one, Kernel) for one in kernels):
+    found = tuple(kernels) if isinstance(kernels, Iterable) else (kernels,)
+    if not isinstance(kernels, Iterable) or not all(isinstance(one, Kernel) for one in found):
         raise ValueError(
             f"kernels must be a sequence of Kernel, such as find_kernels(...) or "
             f"trace_kernels(...).kernels; it is {kernels!r:.80}"
         )
+    return found
+
+
+def group_weights(kernels: Sequence[Kernel]) -> tuple[tuple[Kernel, ...], ...]:
+    """The kernels by unit: weights of one group together, at the place of the first of them.
+
+    Raises:
+      ValueError: no kernels, or something else than kernels; weights of one group that have
+        different numbers of units or none that is compared; a weight that is empty or given twice.
+    """
+    kernels = as_kernels(kernels)
     if not kernels:
         raise ValueError("kernels is empty; select some with find_kernels and deep_kernels")
     names = [kernel.name for kernel in kernels]
     found: dict[tuple[bool, str], list[Kernel]] = {}
     for kernel in kernels:
         if names.count(kernel.name) > 1:
-            raise ValueError(f"kernel {kernel.name!r} is given twice; give each weight once")
+            raise ValueError(
+                f"kernel {kernel.name!r} is given twice, or is the name of two leaves; give each "
+                "weight once, and rename one of two leaves of one name"
+            )
         if not math.prod(kernel.shape):
             raise ValueError(f"kernel {kernel.name!r} has shape {kernel.shape}, which is empty")
         found.setdefault((kernel.group is None, kernel.label), []).append(kernel)
@@ -355,7 +369,8 @@ def attention_heads(
             if part is None:
                 raise ValueError(
                     f"{weight!r} has shape {shape}: axis {axis} is not "
-                    f"{' or '.join(map(str, parts))} x {count} heads x {width}"
+                    f"{' or '.join(map(str, parts))} x {count} heads x {width}. Query heads that "
+                    "share keys and values (grouped-query attention) are no units of their own"
                 )
             view, out_axis = (*shape[:axis], part, count, width, *shape[axis + 1 :]), axis + 1
         return Kernel(path, shape, out_axis, group=name, compared=compared, view=view, op="dense")
@@ -375,7 +390,8 @@ def _leaf(params: PyTree, name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """The path and the shape of the leaf of this name."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
-        if path_name(path) == name:
+        # A field `value` of the user's own has the key of an NNX variable.
+        if name in (path_name(path), jax.tree_util.keystr(path, simple=True, separator="/")):
             return path, tuple(leaf.shape)
     names = ", ".join(path_name(path) for path, _ in leaves[:3])
     raise ValueError(f"{name!r} is not in params; its leaves begin with {names}")
@@ -401,6 +417,7 @@ def deep_kernels(
     Raises:
       ValueError: `skip` is negative, or nothing is selected.
     """
+    kernels = as_kernels(kernels)
     if skip < 0:
         raise ValueError(f"skip is {skip}; it counts weights to leave alone, so 0 or more")
     layers = dict.fromkeys((kernel.group is None, kernel.label) for kernel in kernels)

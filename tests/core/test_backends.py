@@ -103,6 +103,22 @@ def test_a_nan_stays_in_its_own_kernel(form, shape, partner):
     np.testing.assert_array_equal(np.flatnonzero(broken), [1, 2])
 
 
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("form", [merge_layer, cpu.merge], ids=["reference", "cpu"])
+@pytest.mark.parametrize("small", [1e-12, 1e-21, 1e-30])
+@pytest.mark.parametrize("rows", [slice(64), slice(-64, None)], ids=["first", "last"])
+def test_rows_that_are_tiny_in_all_kernels_change_no_similarity(rows, small, form, partner):
+    """Weights of blank pixels, which decay: the CPU form takes its scale from some rows."""
+    shape = (256, 40)
+    weight, layer = example(shape, "float32"), kernel(shape)
+    weight = weight + 3 * weight[:, :1]
+    rule = MergeRule(0.6, 0.1, 0.8, partner)
+    _, count, total = run(merge_layer, weight.at[rows].set(0), layer, rule)
+    _, found_count, found_total = run(form, weight.at[rows].multiply(small), layer, rule)
+    assert count and found_count == count
+    assert found_total == pytest.approx(total, rel=1e-5)
+
+
 @pytest.mark.parametrize("scale", long_unless([1e30], [1e-22, 1e21, 1e30]))
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("form", [merge_layer, cpu.merge], ids=["reference", "cpu"])

@@ -270,6 +270,35 @@ def test_flatten_inside_with_merging():
         optax.flatten(merging()).init(initial())
 
 
+def test_a_line_search_keeps_the_value_of_before_the_merge():
+    params = {"first": jax.random.normal(KEY, (3, 4)) + 1}
+    kernels = [Kernel.named(params, "first", 1, op="dense")]
+
+    def square(p):
+        return jnp.sum((p["first"] - jnp.arange(4.0)) ** 2)
+
+    tx = with_merging(optax.lbfgs(), kernels, RULE, KEY)
+    state = tx.init(params)
+    value_and_grad = optax.value_and_grad_from_state(square)
+    value, grads = value_and_grad(params, state=state)
+    updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=square)
+    moved = optax.apply_updates(params, updates)
+    assert abs(value_and_grad(moved, state=state)[0] - square(moved)) > 0.01
+    assert jax.value_and_grad(square)(moved)[0] == square(moved)
+
+
+def test_the_count_of_an_optimizer_is_found_by_its_state():
+    params = {"first": jnp.ones((3, 4))}
+    kernels = [Kernel.named(params, "first", 1, op="dense")]
+    state = with_merging(optax.adam(1e-3), kernels, RULE, KEY).init(params)
+    with pytest.raises(KeyError, match="multiple values"):
+        optax.tree.get(state, "count")
+    (words,) = re.findall(
+        r"`(optax\.tree\.get\(state.*\))`\.", (PAGE.parent / "faq.md").read_text()
+    )
+    assert eval(words) == 0
+
+
 # ---- Frozen layers
 
 

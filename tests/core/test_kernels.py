@@ -248,6 +248,45 @@ def test_a_computed_weight_is_left_out_and_said_so(compute, by, image, weight):
         assert names(lambda p, x: conv(conv(x, compute(p["w"])), p["z"]), params, image) == ["z"]
 
 
+def test_a_layer_whose_result_is_a_weight_is_listed_by_its_own_convolution(image):
+    """A Siamese network (SiamFC), whose template convolves the search image."""
+    params = {"a": jnp.ones((3, 3, 4, 4)), "b": jnp.ones((3, 3, 4, 4))}
+
+    def features(p, x):
+        return jnp.maximum(conv(jnp.maximum(conv(x, p["a"]), 0), p["b"]), 0)
+
+    def siamese(p, x, z):
+        return conv(features(p, x), features(p, z).transpose(1, 2, 3, 0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names(siamese, params, image, jnp.ones((1, 5, 5, 4))) == ["a", "b"]
+
+
+def test_a_weight_with_a_computed_offset_is_passed_over_with_its_reason(image):
+    params = {"w": jnp.ones((3, 3, 4, 4)), "h": jnp.ones((5, 144)), "v": jnp.ones((3, 3, 4, 4))}
+
+    def forward(p, x, z):
+        return conv(conv(x, p["w"] + (z @ p["h"]).reshape(3, 3, 4, 4)), p["v"])
+
+    found = trace_kernels(forward, params, image, jnp.ones(5))
+    assert [kernel.name for kernel in found.kernels] == ["v"]
+    assert {one.name for one in found.passed_over} == {"h", "w"}
+    assert all("is computed from it by" in one.reason for one in found.passed_over)
+
+
+@pytest.mark.parametrize(
+    "compute", [jnp.exp, jnp.log1p, jnp.sin, lambda w: w**2.5, jax.nn.softplus, jax.nn.gelu]
+)
+def test_elementwise_functions_of_a_weight_are_followed(compute, image, weight):
+    assert names(lambda p, x: conv(x, compute(p["w"])), weight, image) == ["w"]
+
+
+def test_numbers_among_the_parameters_are_scalars(image, weight):
+    params = weight | {"temperature": 2.0}
+    assert names(lambda p, x: conv(x, p["w"]) / p["temperature"], params, image) == ["w"]
+
+
 def test_no_convolution_raises(image):
     with pytest.raises(ValueError, match=r"no conv operation .* \(1 leaves\).*ops="):
         find_kernels(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, image)
@@ -628,7 +667,7 @@ def test_a_masked_weight_is_still_followed():
 @pytest.mark.parametrize(
     "compute",
     [
-        lambda p: jnp.exp(p["w"]),
+        lambda p: jnp.cumsum(p["w"], 0),
         lambda p: jnp.concatenate([p["w"], p["w"]], -1),
         lambda p: jnp.pad(p["w"], ((0, 0), (0, 2))),
     ],

@@ -201,6 +201,14 @@ def test_a_schedule_of_rules():
     assert_close(after, train_merging_first(plain, initial(), rule_at, 3), rtol=2e-5, atol=2e-6)
 
 
+def test_a_state_of_other_kernels_is_refused():
+    params = initial()
+    state = in_model_merging(KERNELS, RULE, KEY).init(params)
+    fewer = in_model_merging(KERNELS[1:], RULE, KEY)
+    with pytest.raises(ValueError, match=rf"state is of {len(KERNELS)} layers, and kernels has"):
+        fewer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+
+
 def test_needs_the_parameters():
     tx = in_model_merging(KERNELS, RULE, KEY)
     params = initial()

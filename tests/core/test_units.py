@@ -1,5 +1,7 @@
 """Units beyond the kernels of a plain convolution, against the NumPy oracle."""
 
+import collections
+import dataclasses
 import functools
 
 import jax
@@ -16,8 +18,10 @@ from inmerge_jax import (
     attention_heads,
     deep_kernels,
     experts,
+    in_model_merging,
     kernel_similarity,
     merge_kernels,
+    merge_report,
     quantile,
     tie,
 )
@@ -268,6 +272,67 @@ def test_selecting_none_of_few_weights_says_what_else_there_is():
         ValueError, match=r'selects none of the 1 weights.*"dense".*attention_heads'
     ):
         deep_kernels([patches], skip=10)
+
+
+def test_kernels_may_be_any_iterable():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4))}
+    kernels = [Kernel.named(params, name, 1, op="dense") for name in params]
+    rule = MergeRule(1.0, -1.0)
+
+    def once():
+        return (kernel for kernel in kernels)
+
+    assert deep_kernels(once(), skip=1) == tuple(kernels[1:])
+    assert len(kernel_similarity(params, once())) == 2
+    _, stats = merge_kernels(params, 0, once(), rule)
+    assert stats.merged.tolist() == [4, 4]
+    tx = in_model_merging(once(), rule, 0)
+    _, state = tx.update(params, tx.init(params), params)
+    assert sum(row.merged for row in merge_report(state, once())) == 8
+    for wrong in (kernels[0], [1], None):
+        with pytest.raises(ValueError, match="kernels must be a sequence of Kernel"):
+            merge_kernels(params, 0, wrong, rule)
+
+
+def test_a_field_value_of_a_users_own_class_is_taken_by_its_name():
+    @functools.partial(jax.tree_util.register_dataclass)
+    @dataclasses.dataclass
+    class Attention:
+        query: jax.Array
+        key: jax.Array
+        value: jax.Array
+        out: jax.Array
+
+    weights = [jax.random.normal(jax.random.key(n), (16, 4, 4)) for n in range(4)]
+    weights[3] = weights[3].reshape(4, 4, 16)
+    params = {"attn": Attention(*weights)}
+    names = {name: f"attn/{name}" for name in ("query", "key", "value", "out")}
+    heads = attention_heads(params, "heads", **names)
+    merged, stats = merge_kernels(params, 0, heads, MergeRule(1.0, -1.0))
+    assert stats.merged.tolist() == [4]
+    assert not np.array_equal(merged["attn"].value, params["attn"].value)
+    Pair = collections.namedtuple("Pair", "value bias")
+    assert Kernel.named(Pair(jnp.ones((2, 3)), jnp.ones(3)), "value", 1).name == "value"
+
+
+def test_grouped_query_attention_is_named():
+    weights = {"q": (16, 4, 4), "k": (16, 2, 4), "v": (16, 2, 4), "o": (4, 4, 16)}
+    params = {name: jnp.ones(shape) for name, shape in weights.items()}
+    with pytest.raises(ValueError, match="grouped-query attention"):
+        attention_heads(params, "heads", query="q", key="k", value="v", out="o")
+
+
+def test_a_grouped_convolution_of_an_ensemble_by_hand():
+    """As on docs/beyond-convolutions.md: each member's groups merge as they would alone."""
+    weight = jax.random.normal(jax.random.key(0), (2, 3, 3, 4, 8))
+    every = Kernel(at("w"), weight.shape, out_axis=4, batch_axes=(0,), groups=2)
+    rule = MergeRule(1.0, -1.0, 0.5, "nearest")
+    merged, stats = merge_kernels({"w": weight}, 0, [every], rule)
+    assert stats.merged.tolist() == [16]
+    alone = Kernel(at("w"), weight.shape[1:], out_axis=3, groups=2)
+    for member in range(2):
+        expected, _ = merge_kernels({"w": weight[member]}, 0, [alone], rule)
+        np.testing.assert_allclose(merged["w"][member], expected["w"], rtol=1e-6)
 
 
 def test_a_weight_in_two_layers_is_refused():

@@ -70,11 +70,15 @@ def merge(
 def scales(weight: jax.Array) -> jax.Array:
     """A power of two for each kernel, float32 (kernels,), by which its entries come near 1.
 
-    So that squares neither under- nor overflow. The first rows alone are read: a pass over the
-    whole weight would take as long as comparing few kernels does.
+    So that squares neither under- nor overflow. Some rows alone are read: a pass over the weight
+    would take as long as comparing few kernels does. They are spread, since rows next to each other
+    may all be tiny, as the weights of blank pixels at an image's edge are. Of an odd distance, so
+    that they are not of the same few channels at each tap.
     """
-    first = weight.reshape(-1, weight.shape[-1])[:_ROWS].astype(jnp.float32)
-    largest = jnp.max(jnp.abs(first), 0)
+    matrix = weight.reshape(-1, weight.shape[-1])
+    distance = max(1, len(matrix) // _ROWS)
+    some = matrix[:: distance - (distance + 1) % 2][:_ROWS].astype(jnp.float32)
+    largest = jnp.max(jnp.abs(some), 0)
     _, exponent = jnp.frexp(jnp.where(largest > 0, largest, jnp.max(largest)))
     return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -120, 120))
 
