@@ -52,7 +52,8 @@ def recompute_batch_stats(
       ValueError: No batches; or an entry that `update` leaves as it is or rounds to 16 bits, or
         that is no running average.
     """
-    dtypes = jax.tree.map(jnp.result_type, batch_stats)
+    # By number, since update may return another kind of container.
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(batch_stats)]
     # The momentum cannot be read from an update that is rounded to 16 bits.
     wide = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), batch_stats
@@ -70,6 +71,7 @@ def recompute_batch_stats(
             average = _add_to_mean(jax.block_until_ready(average), moved, number)
     if average is None:
         raise ValueError("batches is empty; give at least one batch of training images")
+    dtypes = jax.tree.unflatten(jax.tree.structure(average), dtypes)
     return jax.tree.map(
         lambda x, share, dtype: (x / jnp.asarray(share, x.dtype)).astype(dtype),
         average,
@@ -89,7 +91,7 @@ def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
     def share(path: Any, low: jax.Array, high: jax.Array) -> float:
         kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / _PROBE
         name = jax.tree_util.keystr(path)
-        if jnp.finfo(low.dtype).bits < 32:
+        if jnp.issubdtype(low.dtype, jnp.floating) and jnp.finfo(low.dtype).bits < 32:
             raise ValueError(
                 f"update gives {name} of batch_stats in {low.dtype}, from float32; 16 bits are too "
                 "few to re-estimate it: keep the dtype of the statistics in update"

@@ -147,3 +147,15 @@ def test_statistics_of_16_bits_are_re_estimated_in_float32(dtype):
 
     with pytest.raises(ValueError, match="16 bits are too few"):
         recompute_batch_stats(rounding, small, images)
+
+
+def test_update_may_return_another_container():
+    statistics = [np.zeros(3, np.float32)]
+
+    def update(batch_stats, x):
+        return (0.9 * batch_stats[0] + 0.1 * x.mean((0, 1, 2)),)
+
+    (found,) = recompute_batch_stats(update, statistics, BATCHES)
+    np.testing.assert_allclose(found, np.mean(BATCHES, axis=(0, 1, 2, 3)), rtol=1e-5)
+    with pytest.raises(ValueError, match="no running average"):
+        recompute_batch_stats(lambda b, x: (b[0] * 0,), [np.zeros(3, np.int32)], BATCHES)

@@ -250,6 +250,7 @@ def mixed_model(
             options={"xatol": 1e-10},
         )
         ratio = min((0.0, float(np.exp(found.x))), key=lambda x: fit(x)[3])
+        ratio = ratio if len(sets) > 1 else 0.0  # Of one data set, any ratio fits.
         mean, variance, within, _ = fit(ratio)
         between = ratio * within
     error = float(np.sqrt(variance))

@@ -61,6 +61,7 @@ def _run(config: "TrainConfig") -> int:
         enable_compilation_cache(config.compilation_cache_dir)
 
     from inmerge_jax.cli.report import write_and_print
+    from inmerge_jax.locking import require_free
     from inmerge_jax.training.experiment import run_experiment
     from inmerge_jax.training.multihost import (
         SyncedPreemption,
@@ -80,6 +81,7 @@ def _run(config: "TrainConfig") -> int:
         run_on_primary(require_writable, config.output)
         run_on_primary(check_output, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):
+            run_on_primary(require_free, config.output)
             run_on_primary(
                 check_state, config.output, resume=config.resume, overwrite=config.overwrite
             )

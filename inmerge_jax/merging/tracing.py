@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from inmerge_jax.merging.units import Kernel, PyTree, holds_array, path_name
@@ -58,9 +57,10 @@ def find_kernels(
     Traces `forward(params, *args, **kwargs)` and reads its jaxpr. Every leaf of `params` that is
     the weight of a convolution is listed once. The output axis comes from the dimension numbers of
     that convolution, so no naming convention is needed: Flax, Equinox, Haiku and Keras parameters
-    all work. Casts, transpositions, reshapes that keep the output axis, and elementwise operations
-    (a mask, weight standardisation) are followed, through nested `jit`, `remat`, `cond`,
-    `platform_dependent`, custom derivatives, loops and `vmap`.
+    all work. Casts, transpositions, reshapes that keep the output axis, and arithmetic (a mask,
+    weight standardisation, `tanh`) are followed, through nested `jit`, `remat`, `cond`,
+    `platform_dependent`, custom derivatives, loops and `vmap`. Exponentials and logarithms are not:
+    of `w * exp(s)` the weight is `w`.
 
     Units of different groups of a grouped or depthwise convolution never merge with each other
     (`Kernel.groups`), because they read different inputs. The same holds for the layers of a
@@ -83,7 +83,7 @@ def find_kernels(
         run. If it needs a mapped axis name (batch normalisation with `axis_name`), call
         `find_kernels` inside `jax.vmap(..., axis_name=...)`. It must not divide weights among
         devices with `jax.shard_map`.
-      params: A tree of arrays or `jax.ShapeDtypeStruct`; numbers count as arrays.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`.
       *args: Further arguments of `forward`, concrete or abstract. Bools and strings are not traced;
         give other static arguments as keyword arguments.
       ops: `"conv"` for convolutions, `"dense"` for matrix products with a parameter as one operand.
@@ -149,12 +149,11 @@ def trace_kernels(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        is_number = isinstance(leaf, int | float | complex)
-        if not (is_array or is_number) or holds_array(leaf):
+        if not is_array or holds_array(leaf):
             raise ValueError(
                 f"params leaf {path_name(path)!r} is a {type(leaf).__name__}, not an array; pass "
                 "the arrays alone (Equinox: eqx.partition, Flax NNX: nnx.split, Keras: "
-                "variable.value) and put the rest back inside forward"
+                "variable.value, numbers: jnp.asarray) and put the rest back inside forward"
             )
 
     def call(params: PyTree, *arrays: Any) -> Any:
@@ -163,7 +162,7 @@ def trace_kernels(
 
     closed = jax.make_jaxpr(call)(params, *(a for a in args if not _is_static(a)))
     origins: list[_Origin | None] = [
-        _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(jnp.shape(leaf))))
+        _Origin((number,), tuple(((axis, size),) for axis, size in enumerate(leaf.shape)))
         for number, (_, leaf) in enumerate(leaves)
     ]
     walk = _Walk()
@@ -243,9 +242,7 @@ class _Use(NamedTuple):
 _SAME_AXES = frozenset(
     "convert_element_type copy copy_p rev sharding_constraint reshard "
     "reduce_precision name neg abs sign tanh logistic round clamp square integer_pow sqrt rsqrt "
-    "exp exp2 expm1 log log1p sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc "
-    "erf_inv floor ceil cbrt "
-    "mul add sub div max min add_any pow atan2 rem select_n stop_gradient pvary pcast".split()
+    "mul add sub div max min add_any select_n stop_gradient pvary pcast".split()
 )
 
 
@@ -497,19 +494,20 @@ def _elementwise(eqn: Any, origins: list[_Origin | None], out: tuple[int, ...]) 
     axis. A scale is a parameter of its own spread over the weight's shape, or the weight's own
     statistics, to which the link is lost.
     """
-    carried, mixed, activation = [], False, None
+    carried, mixed, activations = [], False, []
     for variable, origin in zip(eqn.invars, origins, strict=True):
         same = _shape(variable) == out
         if origin is None:
             mixed |= same and out != () and not isinstance(variable, Literal)
         elif origin.activation and not origin.spread and same and math.prod(out) > 1:
-            activation = origin  # A scale is spread over the weight; this is not.
+            activations.append(origin)  # A scale is spread over the weight; this is not.
         else:
             carried.append(origin if same else _lost([origin], eqn.primitive.name))
-    if activation is not None:
-        # A weight with a computed offset; of a bias, which is spread, the layer is no computation.
-        leaves = {leaf for o in carried if o.axes is not None and _is_full(o) for leaf in o.leaves}
-        return replace(activation, leaves=tuple(sorted({*activation.leaves, *leaves})))
+    if activations:
+        # With those of a weight that is added. A bias is broadcast first, to axes of None.
+        own = [o for o in carried if o.axes and all(a is not None for x in o.axes for a, _ in x)]
+        leaves = {leaf for o in (*activations, *own) for leaf in o.leaves}
+        return replace(activations[0], leaves=tuple(sorted(leaves)))
     # An axis of size 1 runs along anything.
     kept = {o for o in carried if o.axes is not None}
     full = {o for o in kept if _is_full(o)}

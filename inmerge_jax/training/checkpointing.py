@@ -266,8 +266,10 @@ def save_preemption_checkpoint(
     earlier = None if there is None else int(there[0].name)
     if not totals.steps or earlier == step:
         return None
-    # The earlier one is deleted once this one is complete: the process may be killed before.
-    keep = {step} if earlier is None else {step, earlier}
+    keep = {step}
+    if there is not None and earlier is not None and there[1]["epoch"] == meta["epoch"]:
+        # Deleted once this one is complete: the process may be killed before.
+        keep |= {earlier}
     path = save_checkpoint(place, step, (state, totals), meta, keep=keep, checksums=checksums)
     prune(place, {step})
     return path

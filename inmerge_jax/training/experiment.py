@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data import Dataset, eval_batches, steps_per_epoch
-from inmerge_jax.files import read_json_object, remove_entries, write_arrays, write_json
+from inmerge_jax.files import read_json_object, remove, remove_entries, write_arrays, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.modality import EXAMPLES
@@ -159,6 +159,9 @@ def _run_experiment(
                     lost = f"{error}; the backbone was trained again"
                     progress.say(f"WARNING: {lost}", style="bold yellow")
                     backbone = dataclasses.replace(backbone, notices=(*notices, lost))
+                    # Else a start after a kill would take it for finished.
+                    run_on_primary(remove, backbone.folder / "result.json")
+            trained = best is None
             if best is None:
                 with backbone.monitor:
                     result = train_stage(context, backbone, params, batch_stats, progress)
@@ -195,7 +198,7 @@ def _run_experiment(
                 # Initial weights of a single stage follow from the seed.
                 other = None
                 if not spec.single_stage:
-                    other = run_on_primary(begin_second_stage, stage.folder, start)
+                    other = run_on_primary(begin_second_stage, stage.folder, start, trained)
                 if other is not None:
                     progress.say(f"WARNING: {stage.name}: {other}", style="bold yellow")
                     stage = dataclasses.replace(stage, notices=(*stage.notices, other))
@@ -319,7 +322,7 @@ def weights_sha256(params: Any, batch_stats: Any) -> str:
     return digest.hexdigest()
 
 
-def begin_second_stage(folder: Path, start: str) -> str | None:
+def begin_second_stage(folder: Path, start: str, trained: bool) -> str | None:
     """Stores the hash of the weights that a second stage starts from.
 
     A stage that started from other weights is deleted: a backbone that was trained again, on
@@ -328,6 +331,8 @@ def begin_second_stage(folder: Path, start: str) -> str | None:
     Args:
       folder: of the stage.
       start: the result of `weights_sha256`.
+      trained: whether the backbone was trained just now. Stages of earlier versions, whose weights
+        are not known, are then deleted too.
 
     Returns:
       What was deleted and why; None if nothing was.
@@ -337,11 +342,12 @@ def begin_second_stage(folder: Path, start: str) -> str | None:
         remedy = f"delete the folder {folder} and give `resume`, which trains that stage again"
         if read_json_object(file, remedy).get("sha256") == start:
             return None
-        remove_entries(folder, START)  # Which names the old weights until the rest is gone.
+    elif not (trained and folder.exists() and any(folder.iterdir())):
         write_json(file, {"sha256": start})
-        return "it had started from other weights than the backbone has now, and was trained again"
+        return None
+    remove_entries(folder, START)  # Which names the old weights until the rest is gone.
     write_json(file, {"sha256": start})
-    return None
+    return "it had started from other weights than the backbone has now, and was trained again"
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -276,15 +276,23 @@ def test_a_weight_with_a_computed_offset_is_passed_over_with_its_reason(image):
 
 
 @pytest.mark.parametrize(
-    "compute", [jnp.exp, jnp.log1p, jnp.sin, lambda w: w**2.5, jax.nn.softplus, jax.nn.gelu]
+    "compute", [lambda w, s: w * jnp.exp(s), lambda w, s: w + jnp.exp(s) * jnp.ones(s.shape)]
 )
-def test_elementwise_functions_of_a_weight_are_followed(compute, image, weight):
-    assert names(lambda p, x: conv(x, compute(p["w"])), weight, image) == ["w"]
+def test_a_scale_of_the_weights_own_shape_is_none_of_its_axes(compute, image):
+    """As the deviations of a Bayesian layer."""
+    params = {"w": jnp.ones((3, 3, 4, 4)), "s": jnp.ones((3, 3, 4, 4))}
+    assert names(lambda p, x: conv(x, compute(p["w"], p["s"])), params, image) == ["w"]
 
 
-def test_numbers_among_the_parameters_are_scalars(image, weight):
-    params = weight | {"temperature": 2.0}
-    assert names(lambda p, x: conv(x, p["w"]) / p["temperature"], params, image) == ["w"]
+def test_a_bias_of_a_computed_weight_has_no_reason():
+    params = {"a": jnp.ones((1, 1, 4, 8)), "bias": jnp.ones(8), "b": jnp.ones((3, 3, 8, 8))}
+
+    def forward(p, x, z):
+        template = conv(z, p["a"]) + p["bias"].reshape(1, 1, 1, 8)
+        return conv(conv(x, p["b"]), template.reshape(1, 1, 8, 1))
+
+    found = trace_kernels(forward, params, jnp.ones((1, 8, 8, 8)), jnp.ones((1, 1, 1, 4)))
+    assert [kernel.name for kernel in found.kernels] == ["a", "b"] and not found.passed_over
 
 
 def test_no_convolution_raises(image):
@@ -667,7 +675,7 @@ def test_a_masked_weight_is_still_followed():
 @pytest.mark.parametrize(
     "compute",
     [
-        lambda p: jnp.cumsum(p["w"], 0),
+        lambda p: jnp.exp(p["w"]),
         lambda p: jnp.concatenate([p["w"], p["w"]], -1),
         lambda p: jnp.pad(p["w"], ((0, 0), (0, 2))),
     ],

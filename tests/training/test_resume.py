@@ -20,6 +20,7 @@ from inmerge_jax.cli.train import main
 from inmerge_jax.data import images as decoding
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import begin_second_stage, run_experiment
+from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.workdir import read_metrics
 from tests.data.test_folder import make_folders
@@ -253,17 +254,47 @@ def test_a_second_stage_of_another_backbone_is_trained_again(reference, tmp_path
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_stage_is_deleted_only_if_it_started_from_other_weights(tmp_path, killed, monkeypatch):
     stage = tmp_path / "finetune"
-    assert begin_second_stage(stage, "a") is None
+    assert begin_second_stage(stage, "a", trained=True) is None
     (stage / "checkpoints").mkdir()
-    assert begin_second_stage(stage, "a") is None and (stage / "checkpoints").exists()
+    assert begin_second_stage(stage, "a", trained=True) is None
+    assert (stage / "checkpoints").exists()
     if killed:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(files, "remove", tiny.raising(KeyboardInterrupt))
-            begin_second_stage(stage, "b")
+            begin_second_stage(stage, "b", trained=True)
         assert (stage / "checkpoints").exists()
-    assert "other weights" in begin_second_stage(stage, "b")
+    assert "other weights" in begin_second_stage(stage, "b", trained=False)
     assert [path.name for path in stage.iterdir()] == ["start.json"]
-    assert begin_second_stage(stage, "b") is None
+    assert begin_second_stage(stage, "b", trained=False) is None
+
+
+def test_a_stage_of_an_earlier_version_is_deleted_only_with_its_backbone(tmp_path):
+    for trained in (False, True):
+        stage = tmp_path / str(trained)
+        (stage / "checkpoints").mkdir(parents=True)
+        assert ("other weights" in (begin_second_stage(stage, "a", trained) or "")) is trained
+        assert (stage / "checkpoints").exists() is not trained
+
+
+@pytest.mark.long
+def test_a_kill_while_a_lost_backbone_is_trained_again_does_not_finish_it(
+    reference, tmp_path, capsys
+):
+    output = Path(shutil.copytree(reference, tmp_path / "run"))
+    (output / "results.json").unlink()
+    backbone = output / "seed7" / "backbone"
+    best = json.loads((backbone / "result.json").read_text())["best_epoch"]
+    shutil.rmtree(backbone / "checkpoints" / str(best))
+    spec = make_run_spec(parse_config(command(output, "--resume")[3:]))
+    with pytest.raises(TrainingInterrupted):
+        run_experiment(spec, tiny.after(20))
+    assert not (backbone / "result.json").exists()
+    assert main(command(output, "--resume")[3:]) == 0
+    arms = json.loads((output / "results.json").read_text())["arms"]
+    known = json.loads((reference / "results.json").read_text())["arms"]
+    for arm in arms:
+        assert arms[arm][0]["test"] == known[arm][0]["test"]
+    assert "trained again" in arms["backbone"][0]["warnings"][0]
 
 
 def test_test_images_that_cannot_be_read_end_a_run_before_it_trains(tmp_path, monkeypatch, capsys):

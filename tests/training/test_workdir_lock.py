@@ -135,13 +135,13 @@ def test_a_second_start_of_a_run_is_refused_and_the_first_continues(tmp_path, ca
     def second_start():
         if not seen:
             before = contents(tmp_path)
-            status = [main([*options, option]) for option in ("--resume", "--overwrite")]
+            status = [main([*options, *more]) for more in ([], ["--resume"], ["--overwrite"])]
             seen.append((status, contents(tmp_path) == before))
         return True
 
     with pytest.raises(TrainingInterrupted):
         run_experiment(make_run_spec(parse_config(options)), second_start)
-    assert seen[0] == ([2, 2], True)
-    assert capsys.readouterr().err.count(f"is in use: process {os.getpid()} on") == 2
+    assert seen[0] == ([2, 2, 2], True)
+    assert capsys.readouterr().err.count(f"is in use: process {os.getpid()} on") == 3
     with pytest.raises(TrainingInterrupted):
         run_experiment(make_run_spec(parse_config([*options, "--resume"])), lambda: True)

@@ -76,8 +76,7 @@ def scales(weight: jax.Array) -> jax.Array:
     that they are not of the same few channels at each tap.
     """
     matrix = weight.reshape(-1, weight.shape[-1])
-    distance = max(1, len(matrix) // _ROWS)
-    some = matrix[:: distance - (distance + 1) % 2][:_ROWS].astype(jnp.float32)
+    some = matrix[:: -(-len(matrix) // _ROWS) | 1].astype(jnp.float32)
     largest = jnp.max(jnp.abs(some), 0)
     _, exponent = jnp.frexp(jnp.where(largest > 0, largest, jnp.max(largest)))
     return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -120, 120))
