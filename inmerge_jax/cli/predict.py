@@ -109,14 +109,27 @@ def _chosen_images(
 ) -> tuple[str, list[tuple[str, Sequence[Any], Any]]]:
     """A title, and for each split its name, the images' names and the images."""
     if config.images is None:
-        dataset = load_dataset(_chosen_data(config.data, run))
+        dataset = load_dataset(_chosen_data(config.data, run), run.preprocessing.bits)
         _check_dataset(run, dataset)
+        trained_on = run.stage.config["data"].get("content_sha256")
+        note = ""
+        if trained_on and dataset.fingerprint != trained_on:
+            if config.data.name == _OWN:
+                raise UsageError(
+                    f"{config.run}: its data set {dataset.name} has changed since it was trained, "
+                    "so its splits may hold other images; restore the files, or name them as "
+                    "another data set with `data`"
+                )
+            note = (
+                ", which is not the data set of the run: its splits are its own, and images that "
+                "the network was trained on may be in any of them"
+            )
         parts = []
         for name in _SPLITS if config.split == "all" else (config.split,):
             split: Split = getattr(dataset, name)
             names = range(len(split)) if split.names is None else split.names
             parts.append((name, names, split.images))
-        return f"{dataset.title} ({config.split})", parts
+        return f"{dataset.title} ({config.split}){note}", parts
     if config.data != DataOptions(name=_OWN) or config.split != "test":
         raise UsageError(
             f"`images` {config.images} has no splits and no labels: leave out `data`, its options "
@@ -128,9 +141,10 @@ def _chosen_images(
             f"`images` {config.images}: the network reads {EXAMPLES[shape.modality]}; name their "
             "data set with `data`"
         )
-    resize = run.stage.config["data"].get("resize")
     place = local_copy(config.images)
-    files = open_files(place, size=shape.size, channels=shape.channels, resize=resize)
+    files = open_files(
+        place, size=shape.size, channels=shape.channels, resize=shape.resize, bits=shape.bits
+    )
     return str(config.images), [("", files.names, files)]
 
 
@@ -215,7 +229,7 @@ def _check_dataset(run: LoadedRun, dataset: Dataset) -> None:
             f"at {needed.size} {unit}: {remedy}"
         )
     if dataset.channels not in ((1, needed.channels) if pixels else (needed.channels,)):
-        remedy = "train with `channels=3`, or give grey images" if pixels else "give as many"
+        remedy = "give grey images, or `channels=1` for image files" if pixels else "give as many"
         raise UsageError(
             f"`data` {dataset.name} has {examples} with {dataset.channels} channels, and the "
             f"network reads {needed.channels}: {remedy}"

@@ -133,14 +133,19 @@ def has_own_size(name: str) -> bool:
     return name == "chestxray14" or ":" in name or not reads(name, "size")
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, bits: int | None = None) -> Dataset:
     """Loads or generates the data set that `config` describes.
+
+    Args:
+      config: the options.
+      bits: bits of image files, see `Dataset.bits`: those of the training images, where a trained
+        network is to read others. None to find them.
 
     Raises:
       UsageError: the name or size is unknown, an option is for other data sets, or a file is
         missing or damaged.
     """
-    dataset = _load(config)
+    dataset = _load(config, bits)
     if config.channels == 1 and dataset.channels == 3:
         raise UsageError(
             f"`channels` 1: the images of {dataset.name} have colours; leave it out, or give 3"
@@ -148,7 +153,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     return dataset
 
 
-def _load(config: DataConfig) -> Dataset:
+def _load(config: DataConfig, bits: int | None) -> Dataset:
     _check_options(config)
     kind, _, place = config.name.partition(":")
     if in_bucket(config.data_dir):
@@ -168,6 +173,7 @@ def _load(config: DataConfig) -> Dataset:
             size=config.size,
             channels=config.channels,
             resize=config.resize,
+            bits=bits,
         )
     if kind == "signals":
         return load_signals(local_copy(place).expanduser())

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,16 @@ from typing import Any
 from inmerge_jax.data.chestxray14.labels import read_text
 from inmerge_jax.errors import UsageError
 
-_GROUPS = ("group", "patient", "patient_id", "subject", "subject_id")
-"""Names of the column of groups, in lower case."""
+_GROUPS = ("group", "patient", "patientid", "subject", "subjectid")
+"""Names of the column of groups, see `_plain`."""
 LINE = "\n"
 """Key of a row's line number, which is no column's name."""
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """The names of a CSV's columns, and its rows, each with the number of its line as `LINE`.
+
+    A column `Split`, however it is written, is named `split`.
 
     Raises:
       UsageError: the file cannot be read, has no rows, or a row or the header is malformed.
@@ -25,12 +29,13 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     try:
         columns = [name.strip() for name in reader.fieldnames or ()]
+        columns = ["split" if _plain(name) == "split" else name for name in columns]
         reader.fieldnames = columns
         for row in reader:
             if None in row or None in row.values():
                 raise UsageError(
                     f"{path}, line {reader.line_num}: it has not the {len(columns)} cells of the "
-                    "header"
+                    "header; cells are separated by commas"
                 )
             cells = {name: cell.strip() for name, cell in row.items()}
             rows.append({**cells, LINE: reader.line_num})
@@ -50,12 +55,21 @@ def group_columns(path: Path, columns: Sequence[str]) -> list[str]:
     Raises:
       UsageError: there are several.
     """
-    found = [name for name in columns if name.lower() in _GROUPS]
+    found = [name for name in columns if _plain(name) in _GROUPS]
     if len(found) > 1:
         raise UsageError(f"{path} has the columns {' and '.join(found)}; keep one for the groups")
     return found
 
 
-def natural(name: str) -> tuple[int, str]:
+def natural(name: str) -> tuple[float, str]:
     """Sorts numbers by value, before other names."""
-    return (int(name), "") if name.isdecimal() else (2**63, name)
+    try:
+        value = float(name)
+    except ValueError:
+        value = math.inf
+    return (value if math.isfinite(value) else math.inf, name)
+
+
+def _plain(name: str) -> str:
+    """A column's name in lower case, without spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name.lower())

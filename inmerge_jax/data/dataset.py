@@ -133,6 +133,8 @@ class Dataset:
       fingerprint: SHA-256 of the content, which must be equal when a run resumes; "" if the options
         determine the content.
       features: names of the features of a table; () for other data.
+      bits: bits that the values of grey image files of 16 bits use, 8 for files of 8 bits; None for
+        data that are no image files.
     """
 
     name: str
@@ -149,6 +151,7 @@ class Dataset:
     test_names_sha256: str = ""
     fingerprint: str = ""
     features: tuple[str, ...] = ()
+    bits: int | None = None
 
     def __post_init__(self):
         if not self.name or set(self.name) & set("_@/"):  # They separate parts of file names.

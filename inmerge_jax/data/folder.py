@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ _OTHER_IMAGES = (".bmp", ".dcm", ".gif", ".jp2", ".nii", ".npy", ".tif", ".tiff"
 _SAMPLE = 64
 """Number of 16-bit images that are read to find the bits that they use."""
 _THREADS = 8
+_THUMBNAILS = ("@eaDir", "__MACOSX")
+"""Folders that systems put next to images."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,12 @@ class FileImages(RowImages):
 
 
 def load_folder(
-    place: Path, *, size: int | None = None, channels: int | None = None, resize: Resize | None
+    place: Path,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    resize: Resize | None,
+    bits: int | None = None,
 ) -> Dataset:
     """Opens the PNG and JPEG files of a folder or a CSV.
 
@@ -110,6 +118,10 @@ def load_folder(
       size: height and width in pixels; None if all images are squares of one size.
       channels: 1 or 3; None for that of the images.
       resize: interpolation; None for bilinear.
+      bits: bits that 16-bit images use, as in `Dataset.bits`; None to find them.
+
+    Warns:
+      UserWarning: images in memory are in two splits, under different names.
 
     Raises:
       UsageError: an image cannot be read or has another mode, a class is empty, a label is missing,
@@ -119,10 +131,10 @@ def load_folder(
     source = str(listing.source)
     masks = None
     if listing.masks is not None:
-        decoder = _make_decoder(listing, size, channels, resize)
+        decoder = _make_decoder(listing, size, channels, resize, bits)
         listing, masks = _with_masks(listing, listing.masks, decoder.size)
     check_classes(listing.classes, listing.labels, source)
-    keys = listing.names if listing.groups is None else listing.groups
+    keys = _portable(listing.names) if listing.groups is None else listing.groups
     splits = add_splits(listing.splits, listing.labels, keys, source)
     check_training_classes(listing.classes, listing.labels, splits, source)
     if masks is not None and not (seen := listing.labels[splits == "train"].any(0)).all():
@@ -131,10 +143,11 @@ def load_folder(
             "assign the images to other splits"
         )
     if masks is None:
-        decoder = _make_decoder(listing, size, channels, resize)
+        decoder = _make_decoder(listing, size, channels, resize, bits)
     rows = {name: np.flatnonzero(splits == name) for name in SPLITS}
     names = {name: tuple(listing.names[row] for row in rows[name].tolist()) for name in SPLITS}
     images = kept_in_memory([FileImages(listing.root, names[name], decoder) for name in SPLITS])
+    _warn_of_copies(str(listing.source), names, images)
     patients = None
     if listing.groups is not None:
         patients = np.unique(np.array(listing.groups), return_inverse=True)[1]
@@ -160,7 +173,38 @@ def load_folder(
         source=f"{place}, {len(listing.names):,} files, SHA-256 {fingerprint}",
         test_names_sha256=names_sha256(names["test"]),
         fingerprint=fingerprint,
+        bits=decoder.bits,
     )
+
+
+def _portable(names: Sequence[str]) -> Sequence[str]:
+    """Paths without the folder that absolute ones have in common, so that moved files keep keys."""
+    if not all(os.path.isabs(name) for name in names):
+        return names
+    common = os.path.commonpath([os.path.dirname(name) for name in names])
+    return [os.path.relpath(name, common) for name in names]
+
+
+def _warn_of_copies(
+    source: str, names: dict[str, tuple[str, ...]], images: Sequence[np.ndarray | RowImages]
+) -> None:
+    """Warns of equal images in two splits; of those that are in memory."""
+    seen: dict[bytes, tuple[str, str]] = {}
+    copies = []
+    for split, array in zip(SPLITS, images, strict=True):
+        if not isinstance(array, np.ndarray):
+            return
+        for name, image in zip(names[split], array, strict=True):
+            first = seen.setdefault(hashlib.sha256(image).digest(), (split, name))
+            if first[0] != split:
+                copies.append((*first, split, name))
+    if copies:
+        there, one, here, other = copies[0]
+        warnings.warn(
+            f"{source}: {len(copies)} images equal one of another split, such as {other} ({here}) "
+            f"and {one} ({there}); remove copies, or give equal images one group in a CSV",
+            stacklevel=3,
+        )
 
 
 def _with_masks(listing: _Listing, names: Sequence[str], size: int) -> tuple[_Listing, np.ndarray]:
@@ -172,7 +216,12 @@ def _with_masks(listing: _Listing, names: Sequence[str], size: int) -> tuple[_Li
 
 
 def open_files(
-    place: Path, *, size: int, channels: int | None = None, resize: Resize | None = None
+    place: Path,
+    *,
+    size: int,
+    channels: int | None = None,
+    resize: Resize | None = None,
+    bits: int | None = None,
 ) -> FileImages:
     """Opens PNG and JPEG files without labels, sorted by name, as `load_folder` does.
 
@@ -181,6 +230,8 @@ def open_files(
       size: height and width in pixels that the images are resized to.
       channels: 1 or 3; None for that of the images.
       resize: interpolation; None for bilinear.
+      bits: bits that 16-bit images use, as in `Dataset.bits` of the training images; None to find
+        them.
 
     Raises:
       UsageError: there is no image, or one cannot be read or has another mode.
@@ -195,7 +246,7 @@ def open_files(
     names = tuple(path.relative_to(root).as_posix() for path in found)
     none = np.zeros(len(names), np.int32)
     listing = _Listing(place, root, names, (), none, none)
-    return FileImages(root, names, _make_decoder(listing, size, channels, resize))
+    return FileImages(root, names, _make_decoder(listing, size, channels, resize, bits))
 
 
 def _fingerprint(
@@ -203,8 +254,8 @@ def _fingerprint(
 ) -> str:
     """SHA-256 of names, lengths, labels and splits, and of the pixels that are in memory."""
     digest = hashlib.sha256(repr(listing.classes).encode())
-    for row, name in enumerate(listing.names):
-        length = (listing.root / name).stat().st_size
+    for row, (path, name) in enumerate(zip(listing.names, _portable(listing.names), strict=True)):
+        length = (listing.root / path).stat().st_size
         digest.update(f"{name}\n{length} {splits[row]} {listing.labels[row].tolist()}\n".encode())
     for part in images:
         if isinstance(part, np.ndarray):
@@ -213,7 +264,11 @@ def _fingerprint(
 
 
 def _make_decoder(
-    listing: _Listing, size: int | None, channels: int | None, resize: Resize | None
+    listing: _Listing,
+    size: int | None,
+    channels: int | None,
+    resize: Resize | None,
+    bits: int | None,
 ) -> Decoder:
     """A decoder for all files, whose headers must agree; grey images keep one channel."""
     paths = [listing.root / name for name in listing.names]
@@ -230,9 +285,10 @@ def _make_decoder(
                 f"{path} has {kind.width} x {kind.height} pixels, and not all images are squares "
                 "of one size: give the `size` that they are resized to"
             )
-    bits = 16
-    if first.name == "16-bit grey":
-        bits = used_bits(paths[:: -(-len(paths) // _SAMPLE)])
+    if bits is None:
+        bits = 8
+        if first.name == "16-bit grey":
+            bits = used_bits(paths[:: -(-len(paths) // _SAMPLE)])
     grey = all(kind.name != "colour" for kind in kinds)
     size = first.width if size is None else size
     return Decoder(size, 1 if grey else channels or 3, resize or "bilinear", bits)
@@ -263,7 +319,7 @@ def _from_folders(root: Path) -> _Listing:
 
 def _folders(root: Path) -> dict[str, Path]:
     found = sorted(path for path in root.iterdir() if path.is_dir())
-    return {path.name: path for path in found if not path.name.startswith((".", "__MACOSX"))}
+    return {path.name: path for path in found if not path.name.startswith((".", *_THUMBNAILS))}
 
 
 def _in_splits(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, str, Path]]:
@@ -285,7 +341,15 @@ def _in_classes(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, Pat
             f"{root} has no folders: give one folder of images per class, or name a CSV as "
             "folder:PATH/labels.csv"
         )
+    loose = [path for path in root.iterdir() if path.suffix.lower() in SUFFIXES]
+    if loose := [path for path in loose if path.is_file() and not path.name.startswith(".")]:
+        raise UsageError(f"{min(loose)} is in no class folder, but next to them; move or remove it")
     for name, folder in folders.items():
+        if inner := [one for one in _folders(folder) if one.lower() in SPLIT_NAMES]:
+            raise UsageError(
+                f"{folder / inner[0]}: a split inside a class; put the classes into the splits, as "
+                f"{root / inner[0] / name}"
+            )
         files = [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
         if not files:
             raise UsageError(
@@ -296,12 +360,20 @@ def _in_classes(root: Path, folders: dict[str, Path]) -> Iterator[tuple[str, Pat
 
 def _files(folder: Path) -> Iterator[Path]:
     """All visible files in a folder and below."""
+    seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(place)) in seen:
+            raise UsageError(f"{place} is a link to a folder that is read too; remove the link")
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", *_THUMBNAILS))]
         for name in names:
             path = Path(place) / name
             if name.startswith("."):
                 continue
+            try:
+                os.fspath(path).encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(f"{str(path)!a}: the name is no UTF-8; rename the file") from error
             if path.suffix.lower() in _OTHER_IMAGES:
                 raise UsageError(f"{path}: only PNG and JPEG are read; convert or remove it")
             yield path

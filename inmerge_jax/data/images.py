@@ -35,7 +35,8 @@ IN_MEMORY = 1 << 30
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 
-_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+"""Pillow calls a JPEG of several pictures, as cameras write it, MPO."""
 _HEADER, _TAIL = 32, 4096
 _THREADS = 8
 
@@ -145,7 +146,8 @@ class Decoder:
       size: height and width in pixels.
       channels: 1 (colours become luma) or 3 (grey is repeated).
       resize: interpolation; "bilinear" and "bicubic" are antialiased when an image shrinks.
-      bits: bits that the values of 16-bit grey images use; they are scaled to 8.
+      bits: bits that the values of 16-bit grey images use; they are scaled to 8. 8 where the images
+        have 8 bits.
     """
 
     size: int

@@ -59,7 +59,10 @@ def add_splits(
     _check_groups(splits, names, group, source)
     missing = [name for name in SPLITS if not np.any(splits == name)]
     if "train" in missing:
-        raise UsageError(f"{source}: there is no training example")
+        raise UsageError(
+            f"{source}: there is no training example; assign some to train. To score examples with "
+            "a trained network, leave the split out and score all of them"
+        )
     stratum = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(stratum, group, _rarity(labels))
     total = sum(SHARES[name] for name in ("train", *missing))

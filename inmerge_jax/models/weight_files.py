@@ -190,7 +190,11 @@ def _read_pickle(path: Path) -> Any:
         # by whose ending PyTorch decides. A Namespace, which training loops store with their
         # options, has no code to run.
         mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
-        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        # Nor have NumPy's numbers, which they store as their best metric.
+        safe = [argparse.Namespace, np._core.multiarray.scalar, np.dtype]
+        safe += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+        safe += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
+        with open(path, "rb") as file, torch.serialization.safe_globals(safe):
             source = path if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:

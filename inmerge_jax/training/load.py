@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve
 
 from inmerge_jax.buckets import as_path
 from inmerge_jax.data.dataset import TASKS
+from inmerge_jax.data.images import Resize
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays, read_json_object
 from inmerge_jax.modality import SPATIAL_AXES, Modality
@@ -106,6 +107,8 @@ class Preprocessing:
       mean: mean per channel or feature, or one for all; of images, in [0, 1].
       std: standard deviation per channel, or one for all.
       modality: what the examples are.
+      resize: interpolation that image files are resized with; None for that of the data set.
+      bits: bits of image files, see `Dataset.bits`; None if unknown.
     """
 
     size: int
@@ -113,6 +116,8 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     modality: Modality = "image"
+    resize: Resize | None = None
+    bits: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -266,6 +271,8 @@ def load_run(run: Path | str, arm: str = "inmerge", seed: int | None = None) -> 
         tuple(recipe["mean"]),
         tuple(recipe["std"]),
         modality,
+        stage.config["data"].get("resize"),
+        dataset.get("bits"),
     )
     if not _reads(model, variables, preprocessing.shape):
         # Colour images, which one mean and deviation normalise.

@@ -15,6 +15,7 @@ from PIL import Image
 from inmerge_jax.cli import predict
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.data import DataConfig, Dataset, Split, load_dataset
+from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import run_experiment
 from inmerge_jax.training.load import (
@@ -26,6 +27,7 @@ from inmerge_jax.training.load import (
 )
 from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.run_spec import make_run_spec
+from tests.data.test_folder import make_csv
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 DATA = (
@@ -242,7 +244,7 @@ def test_colour_images_are_refused_by_a_network_that_reads_grey_ones():
     parts = dict.fromkeys(("train", "val", "test"), split(3))
     colour = Dataset("x", 8, "binary-class", ("a", "b"), **parts, source="a test")
     run = LoadedRun(None, {}, Preprocessing(8, 1, (0.5,), (0.5,)), ("a", "b"), colour.task, None)
-    with pytest.raises(UsageError, match="3 channels, and the network reads 1: .*`channels=3`"):
+    with pytest.raises(UsageError, match="3 channels, and the network reads 1: .*`channels=1`"):
         predict._check_dataset(run, colour)
     other = dataclasses.replace(run, task="multi-label, binary-class")
     with pytest.raises(UsageError, match="choose a data set with the same classes"):
@@ -252,8 +254,70 @@ def test_colour_images_are_refused_by_a_network_that_reads_grey_ones():
 def test_images_have_their_names_where_the_data_set_knows_them(run, dataset, tmp_path, monkeypatch):
     names = tuple(f"patient/{k}.png" for k in range(10))
     named = dataclasses.replace(dataset.test, names=names)
-    monkeypatch.setattr(predict, "load_dataset", lambda _: dataclasses.replace(dataset, test=named))
+    monkeypatch.setattr(
+        predict, "load_dataset", lambda *_: dataclasses.replace(dataset, test=named)
+    )
     assert predict.main([str(run), "--to", str(tmp_path / "a.csv")]) == 0
     assert tuple(row[1] for row in read_csv(tmp_path / "a.csv")[1:]) == names
     with pytest.raises(ValueError, match="10 images but 9 names"):
         dataclasses.replace(dataset.test, names=names[1:])
+
+
+GREY = "--size 12 --batch-size 4 --workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A run on files of its own: 12-bit images, named by absolute paths."""
+    root = tmp_path_factory.mktemp("scans")
+    rows = []
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 4096, (12, 12)).astype(np.uint16)
+        path = root / "there" / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        rows.append([path, "ab"[number % 2]])
+    make_csv(root, rows, ["path", "label"])
+    options = [*REST, *GREY, "--data", f"folder:{root / 'labels.csv'}", "--output"]
+    run_experiment(make_run_spec(parse_config([*options, str(root / "run")])))
+    return root
+
+
+def test_moved_images_keep_their_splits_and_others_are_named(scans, tmp_path, capsys):
+    shutil.copytree(scans / "there", tmp_path / "here")
+    rows = [[tmp_path / "here" / f"{n:02}.png", "ab"[n % 2]] for n in range(24)]
+    moved = make_csv(tmp_path, rows, ["path", "label"])
+
+    def test_names(*options):
+        to = tmp_path / "a.csv"
+        assert predict.main([str(scans / "run"), "--to", str(to), "--overwrite", *options]) == 0
+        return [Path(row[1]).name for row in read_csv(to)[1:]], capsys.readouterr().out
+
+    own, said = test_names()
+    assert "not the data set" not in said
+    assert test_names("--data", f"folder:{moved}") == (own, said)
+    make_csv(tmp_path, rows[:20], ["path", "label"])
+    assert "is not the data set of the run" in test_names("--data", f"folder:{moved}")[1]
+    csv_file = scans / "labels.csv"
+    before = csv_file.read_text()
+    csv_file.write_text("\n".join(before.splitlines()[:-2]) + "\n")
+    assert predict.main([str(scans / "run"), "--to", str(tmp_path / "b.csv")]) == 2
+    assert "has changed since it was trained" in capsys.readouterr().err
+    csv_file.write_text(before)
+
+
+def test_16_bit_images_are_scaled_as_those_of_the_training(scans, tmp_path):
+    run = load_run(scans / "run")
+    shape = run.preprocessing
+    assert shape.bits == 12
+    dark = np.full((12, 12), 100, np.uint16)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    images = open_files(tmp_path, size=12, channels=1, bits=shape.bits)
+    assert images[0].max() == round(100 * 255 / 4095)
+    scores = run.predict(images[:])
+    to = tmp_path / "a.csv"
+    assert predict.main([str(scans / "run"), "--images", str(tmp_path), "--to", str(to)]) == 0
+    np.testing.assert_allclose([float(x) for x in read_csv(to)[1][2:4]], scores[0], rtol=1e-5)
+    Image.fromarray(dark * 100).save(tmp_path / "dark.png")
+    with pytest.raises(UsageError, match="other images 0 to 4095"):
+        open_files(tmp_path, size=12, channels=1, bits=shape.bits)[0]

@@ -1,4 +1,6 @@
 import csv
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from PIL import Image
 
 from inmerge_jax.data import DataConfig, load_dataset, train_batches
 from inmerge_jax.data import images as decoding
+from inmerge_jax.data.csv_rows import natural
 from inmerge_jax.data.images import resized
 from inmerge_jax.data.splitting import SPLITS, add_splits
 from inmerge_jax.errors import UsageError
@@ -144,6 +147,55 @@ def test_columns_of_0_and_1_are_several_labels(tmp_path):
     assert "edema is 'yes'; without a column label" in refusal(path)
     make_csv(tmp_path, [(*row[:2], 0) for row in rows], ["path", "mass", "edema"])
     assert "no example has the label edema" in refusal(path)
+
+
+def test_columns_of_splits_and_patients_are_found_however_they_are_written(tmp_path):
+    rows = [(*row, "Test" if int(row[2][1:]) > 25 else "train") for row in patients()]
+    for number, (name, *_) in enumerate(rows):
+        save(tmp_path / name, picture(number))
+    for column in ("PatientID", "Patient ID", "patient_id", "SUBJECT-ID"):
+        path = make_csv(tmp_path, rows, ["path", "label", column, "Split"])
+        data = load(path)
+        assert data.test.patients is not None
+        assert len(data.test) == sum(row[3] == "Test" for row in rows)
+
+
+def test_numbers_are_classes_in_their_order():
+    for names in (["-1", "1"], ["2.0", "10.0"], ["01", "1", "2"], ["1", "x", "y"]):
+        assert sorted(reversed(names), key=natural) == names
+
+
+def test_a_jpeg_of_several_pictures_is_read(tmp_path):
+    make_folders(tmp_path, ending="jpg", shape=(12, 12, 3))
+    first, other = (Image.fromarray(picture(n, (12, 12, 3))) for n in (900, 901))
+    first.save(tmp_path / "cat" / "00.jpg", format="MPO", save_all=True, append_images=[other])
+    assert len(load(tmp_path).train) == 28
+
+
+def test_layouts_that_would_be_read_wrongly_are_refused(tmp_path):
+    root = make_folders(tmp_path)
+    save(root / "loose.png", picture(1))
+    assert "loose.png is in no class folder" in refusal(root)
+    (root / "loose.png").unlink()
+    save(root / "cat" / "train" / "a.png", picture(2))
+    assert "a split inside a class; put the classes into the splits" in refusal(root)
+    shutil.rmtree(root / "cat" / "train")
+    save(root / "cat" / "@eaDir" / "THUMB.png", picture(3))
+    known = len(load(root).train)
+    (root / "cat" / "again").symlink_to(root / "cat")
+    assert "again is a link to a folder that is read too" in refusal(root)
+    (root / "cat" / "again").unlink()
+    assert len(load(root).train) == known
+    (root / "cat" / os.fsdecode(b"M\xfcller.png")).write_bytes(b"")
+    assert r"M\udcfcller.png': the name is no UTF-8" in refusal(root)
+
+
+def test_copies_in_two_splits_are_named(tmp_path):
+    root = make_folders(tmp_path)
+    for path in sorted((root / "cat").iterdir()):
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+    with pytest.warns(UserWarning, match=r"images equal one of another split, such as cat/"):
+        load(root)
 
 
 def test_large_sets_are_read_while_training(tmp_path, monkeypatch):

@@ -241,6 +241,7 @@ FORMS = {
         "pytorch-lightning_version": "2.0",
         "state_dict": prefixed("model.", x) | {"criterion.pos_weight": torch.ones(3)},
     },
+    "numbers": lambda x: {"state_dict": x, "best": np.float64(0.9), "epoch": np.int64(3)},
     "module.": lambda x: prefixed("module.", x),
     "backbone.": lambda x: prefixed("backbone.", x),
     "encoder.": lambda x: prefixed("encoder.", x),

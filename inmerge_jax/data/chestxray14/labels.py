@@ -152,7 +152,9 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {path}") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text: {error}; save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
