@@ -21,7 +21,7 @@ from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, power, presets
-from experiments.study.questions import QUESTIONS, main_effect
+from experiments.study.questions import QUESTIONS, main_effect, pretrained
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
@@ -187,6 +187,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "totals": totals,
     "power": power.table,
+    "pretrained_rates": lambda: pretrained.rates_table(archive.read()),
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
 }
 PAGES = {
@@ -196,7 +197,7 @@ PAGES = {
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark", "families"),
-    "docs/protocol.md": ("power",),
+    "docs/protocol.md": ("pretrained_rates", "power"),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),

@@ -16,7 +16,7 @@ from experiments.study.trials import Backbone, Treatment, Trial, with_dependenci
 from inmerge_jax.reporting.plots import Plot
 
 EPOCHS = {
-    "breastmnist_64": 5,
+    "breastmnist_64": 10,
     "chestxray14_rgb": 10,
     "retinamnist_64": 5,
     "pneumoniamnist_rgb": 2,
@@ -26,7 +26,7 @@ EPOCHS = {
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-REPLACED = {"breastmnist_64": (10, SELECTION_SEEDS[:1]), "chestxray14_rgb": (5, SELECTION_SEEDS)}
+REPLACED = {"breastmnist_64": (5, SELECTION_SEEDS), "chestxray14_rgb": (5, SELECTION_SEEDS)}
 """Epochs, and seeds, of backbones whose recipe was given up."""
 LOOKS = (16, 32)
 """Seeds at the first look, and at the second, which follows if the first is undecided."""
