@@ -3,13 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from inmerge_jax.buckets import path_registry
 from inmerge_jax.cli.errors import DONE, report
 from inmerge_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from inmerge_jax.training.load import FinishedStage
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> str:
-    """Writes the file and returns a one-line description of it.
+    """Writes the file and returns a description of it: its network, inputs and outputs.
 
     Raises:
       UsageError: there is no such run, arm or seed; the arm is not finished; its checkpoint is
@@ -63,8 +66,26 @@ def export(config: ExportConfig) -> str:
         raise UsageError(f"cannot write {config.to}: {error.strerror or error}") from error
     return (
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
-        f"seed {stage.seed} {stage.arm} epoch {stage.result['best_epoch']}"
+        f"seed {stage.seed} {stage.arm} epoch {stage.result['best_epoch']}{_described(stage)}"
     )
+
+
+def _described(stage: "FinishedStage") -> str:
+    """What the network expects and gives, which the file does not say; "" before the run's end."""
+    from inmerge_jax.files import read_json_object
+
+    path = stage.run / "results.json"
+    if not path.is_file():
+        return ""
+    data = read_json_object(path, "restore it, or train again")["dataset"]
+    modality, recipe = data.get("modality", "image"), stage.config["recipe"]
+    x = "x / 255" if modality in ("image", "volume") else "x"
+    mean, std = (" ".join(f"{one:g}" for one in recipe[name]) for name in ("mean", "std"))
+    size = f"{data['size']} px, " if modality in ("image", "volume") else ""
+    inputs = f"\n  inputs: {size}({x} - mean) / std with mean {mean} and std {std}"
+    if modality == "table":  # A mean for each feature, too many to print.
+        inputs = f"\n  inputs: (x - mean) / std of {', '.join(data['features'])}, see config.json"
+    return f"{inputs}\n  outputs: {', '.join(data['classes'])}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_jax.cli import predict
+from inmerge_jax.cli import export, predict
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.data import DataConfig, Dataset, Split, load_dataset
 from inmerge_jax.data.folder import open_files
@@ -321,3 +321,21 @@ def test_16_bit_images_are_scaled_as_those_of_the_training(scans, tmp_path):
     Image.fromarray(dark * 100).save(tmp_path / "dark.png")
     with pytest.raises(UsageError, match="other images 0 to 4095"):
         open_files(tmp_path, size=12, channels=1, bits=shape.bits)[0]
+
+
+def test_an_export_says_what_the_file_does_not_hold(run, scans, tmp_path, capsys):
+    """Colour by the recipe of ImageNet's normalisation, and the run's own classes."""
+    assert export.main([str(run), "--to", str(tmp_path / "a.safetensors")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        "  inputs: 16 px, (x / 255 - mean) / std with mean 0.485 0.456 0.406 and std 0.229 0.224 "
+        "0.225",
+        "  outputs: mass, effusion, nodule",
+    ]
+    assert export.main([str(scans / "run"), "--to", str(tmp_path / "b.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  outputs: a, b"
+    (found := tmp_path / "run").mkdir()
+    shutil.copytree(run, found, dirs_exist_ok=True)
+    (found / "results.json").unlink()  # As of a run whose other seeds are still trained.
+    assert export.main([str(found), "--to", str(tmp_path / "c.safetensors")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
