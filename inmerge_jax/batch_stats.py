@@ -39,9 +39,9 @@ def recompute_batch_stats(
     Args:
       update: `update(batch_stats, batch)` runs the network on one batch in training mode, from the
         given statistics, and returns the statistics that it leaves. Not differentiated; compile it.
-      batch_stats: Statistics of any values, a pytree of float arrays; `update` is given those of 16
-        bits in float32. Of Flax Linen the collection
-        `batch_stats`, of Flax NNX `nnx.state(model, nnx.BatchStat)`.
+      batch_stats: Statistics of any values, a pytree of float arrays: of Flax Linen the collection
+        `batch_stats`, of Flax NNX `nnx.state(model, nnx.BatchStat)`. `update` is given
+        those of 16 bits in float32.
       batches: Batches of training images, of equal size and in random order: batches of one class
         each would give too small variances.
 

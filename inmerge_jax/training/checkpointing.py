@@ -263,13 +263,12 @@ def save_preemption_checkpoint(
     place, step = folder / MID_EPOCH, int(state.step)
     # A stage that is interrupted again before its next update has this very state saved already.
     there = newest(place, lambda path: (path, read_meta(path)))[0]
-    earlier = None if there is None else int(there[0].name)
-    if not totals.steps or earlier == step:
+    if not totals.steps or (there is not None and there[0] == place / str(step)):
         return None
     keep = {step}
-    if there is not None and earlier is not None and there[1]["epoch"] == meta["epoch"]:
+    if there is not None and there[1]["epoch"] == meta["epoch"]:
         # Deleted once this one is complete: the process may be killed before.
-        keep |= {earlier}
+        keep.add(int(there[0].name))
     path = save_checkpoint(place, step, (state, totals), meta, keep=keep, checksums=checksums)
     prune(place, {step})
     return path

@@ -5,7 +5,6 @@ In a single stage (`merge_from_epoch`), inmerge starts from the backbone's first
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data import Dataset, eval_batches, steps_per_epoch
-from inmerge_jax.files import read_json_object, remove, remove_entries, write_arrays, write_json
+from inmerge_jax.files import remove, write_arrays, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.modality import EXAMPLES
@@ -40,6 +39,7 @@ from inmerge_jax.training.resolve import (
     config_dict,
 )
 from inmerge_jax.training.run_spec import RunSpec
+from inmerge_jax.training.second_stage import begin_second_stage, weights_sha256
 from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
 from inmerge_jax.training.train_step import (
     make_batch_stats_step,
@@ -50,9 +50,6 @@ from inmerge_jax.training.train_step import (
     new_state,
 )
 from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
-
-START = "start.json"
-"""In the folder of a second stage: the hash of the weights that it starts from."""
 
 _SAMPLES_PER_CLASS = 4
 _MOVED = "the environment changed since the run started; results may not be bitwise reproducible"
@@ -311,43 +308,6 @@ def restore_best(
     template = new_state(params, batch_stats, context.optimizer, stage.learning_rate)
     state, meta = restore_checkpoint(stage.checkpoints / str(result["best_epoch"]), template)
     return state.params, state.batch_stats, meta["learning_rate"]
-
-
-def weights_sha256(params: Any, batch_stats: Any) -> str:
-    """SHA-256 of the weights that a second stage starts from."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path((params, batch_stats)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
-
-
-def begin_second_stage(folder: Path, start: str, trained: bool) -> str | None:
-    """Stores the hash of the weights that a second stage starts from.
-
-    A stage that started from other weights is deleted: a backbone that was trained again, on
-    another machine, may have other weights than the one that earlier arms of its seed have.
-
-    Args:
-      folder: of the stage.
-      start: the result of `weights_sha256`.
-      trained: whether the backbone was trained just now. Stages of earlier versions, whose weights
-        are not known, are then deleted too.
-
-    Returns:
-      What was deleted and why; None if nothing was.
-    """
-    file = folder / START
-    if file.exists():
-        remedy = f"delete the folder {folder} and give `resume`, which trains that stage again"
-        if read_json_object(file, remedy).get("sha256") == start:
-            return None
-    elif not (trained and folder.exists() and any(folder.iterdir())):
-        write_json(file, {"sha256": start})
-        return None
-    remove_entries(folder, START)  # Which names the old weights until the rest is gone.
-    write_json(file, {"sha256": start})
-    return "it had started from other weights than the backbone has now, and was trained again"
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -268,7 +268,7 @@ GREY = "--size 12 --batch-size 4 --workers 0".split()
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """A run on files of its own: 12-bit images, named by absolute paths."""
+    """A run on 12-bit images that a CSV names by absolute paths."""
     root = tmp_path_factory.mktemp("scans")
     rows = []
     for number in range(24):
