@@ -114,8 +114,9 @@ def group_name(trial: Trial) -> str:
     wrong = (
         f", {start.wrong_labels:.0%} wrong labels".replace("%", " %") if start.wrong_labels else ""
     )
+    balanced = ", balanced classes" if start.class_weights else ""
     title = datasets.SOURCES[start.data].title
-    return f"{title}{few}{wrong}, {start.model}{width}{edges}{sgd}"
+    return f"{title}{few}{wrong}{balanced}, {start.model}{width}{edges}{sgd}"
 
 
 @functools.cache

@@ -40,7 +40,7 @@ _DIGITS = 4
 
 _BACKBONE = {
     "data": str, "images": int, "wrong_labels": float, "model": str, "width": float, "stem": str,
-    "weights": str, "optimizer": str, "seed": int,
+    "weights": str, "class_weights": str, "optimizer": str, "seed": int,
     "backbone_epochs": int, "backbone_learning_rate": float,
 }  # fmt: skip
 _STAGE = {"epochs": int, "learning_rate": float, "treatment": str}

@@ -14,7 +14,7 @@ SD = 0.016
 TRUTHS = ((0.0, 0.0), (0.0, 0.003), (0.0, 0.005), (0.005, 0.0), (0.005, 0.005))
 """Mean effect of the paper's rule, and standard deviation of its effects between data sets."""
 RUNS = 4000
-_SETS, _ARMS = len(pretrained.EPOCHS), len(pretrained.MERGING)
+_SETS, _ARMS = len(pretrained.RECIPES), len(pretrained.MERGING)
 _VERDICTS = ("undecided", "helps", "harms", "no effect")
 
 

@@ -95,6 +95,7 @@ def _plan(backbone: Any, paths: Paths) -> RunSpec:
             epochs=max(1, backbone.epochs),
             learning_rate=backbone.rate,
             batch_size=batch_size(backbone.data),
+            class_weights=backbone.class_weights,
             **options,
         ),
         rule=RuleConfig(skip=0),

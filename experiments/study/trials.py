@@ -104,6 +104,8 @@ class Backbone:
       images: number of training images, drawn with the seed, and the most validation images; None
         for all.
       wrong_labels: fraction of the training labels that are replaced by another class.
+      class_weights: "balanced": the loss weights each class by the inverse of its images, in the
+        second stages too. None: it does not.
     """
 
     data: str
@@ -117,6 +119,7 @@ class Backbone:
     weights: Literal["random", "edges"] = "random"
     images: int | None = None
     wrong_labels: float = 0.0
+    class_weights: Literal["balanced"] | None = None
 
     @property
     def rate(self) -> float:
@@ -125,7 +128,7 @@ class Backbone:
 
 
 _RATES = {"adam": 1e-3, "sgd": 0.05}
-ADDED_LATER = ("stem", "weights", "images", "wrong_labels")
+ADDED_LATER = ("stem", "weights", "images", "wrong_labels", "class_weights")
 """Fields of a backbone that stored trials need not have."""
 
 
@@ -187,7 +190,8 @@ class Trial:
         rate = "" if start.rate == _RATES[start.optimizer] else f" lr {start.rate:g}"
         few = "" if start.images is None else f" {start.images} images"
         wrong = f" {start.wrong_labels:.0%} wrong" if start.wrong_labels else ""
-        where = f"{start.data}{few}{wrong} {start.model}{width}{edges}{sgd}{rate}"
+        balanced = " balanced" if start.class_weights else ""
+        where = f"{start.data}{few}{wrong}{balanced} {start.model}{width}{edges}{sgd}{rate}"
         return f"{where} seed {start.seed} {self.arm}"
 
     def first(self) -> "Trial":

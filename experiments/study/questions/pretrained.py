@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,19 +15,36 @@ from experiments.study.render import difference, dot_plot, markdown, p_value, sh
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 from inmerge_jax.reporting.plots import Plot
 
-EPOCHS = {
-    "breastmnist_64": 10,
-    "chestxray14_rgb": 10,
-    "retinamnist_64": 5,
-    "pneumoniamnist_rgb": 2,
-    "bloodmnist_like_rgb": 1,
+
+class Recipe(NamedTuple):
+    """What both stages of a data set share, next to what all data sets share.
+
+    Attributes:
+      epochs: of each stage.
+      class_weights: see `Backbone`.
+    """
+
+    epochs: int
+    class_weights: Literal["balanced"] | None = None
+
+
+RECIPES = {
+    "breastmnist_64": Recipe(10, "balanced"),
+    "chestxray14_rgb": Recipe(10),
+    "retinamnist_64": Recipe(5),
+    "pneumoniamnist_rgb": Recipe(2),
+    "bloodmnist_like_rgb": Recipe(1),
 }
-"""Data set to epochs of each stage."""
+"""Data set to its recipe."""
+REPLACED = (
+    ("breastmnist_64", Recipe(5)),
+    ("breastmnist_64", Recipe(10)),
+    ("chestxray14_rgb", Recipe(5)),
+)
+"""Recipes that were given up; their backbones have the rates and seeds of the selection."""
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-REPLACED = {"breastmnist_64": (5, SELECTION_SEEDS), "chestxray14_rgb": (5, SELECTION_SEEDS)}
-"""Epochs, and seeds, of backbones whose recipe was given up."""
 LOOKS = (16, 32)
 """Seeds at the first look, and at the second, which follows if the first is undecided."""
 LEVEL = 0.025
@@ -44,16 +61,18 @@ MERGING = tuple(ARMS)[1:]
 PAIRS = tuple((arm, "finetune") for arm in MERGING)
 
 
-def backbone(data: str, rate: float, seed: int, epochs: int | None = None) -> Backbone:
-    """The first stage on a data set, of as many epochs as in `EPOCHS` unless given."""
+def backbone(data: str, rate: float, seed: int, recipe: Recipe | None = None) -> Backbone:
+    """The first stage on a data set, by its recipe in `RECIPES` unless another one is given."""
+    recipe = recipe or RECIPES[data]
     return Backbone(
         data,
         "vgg16",
         seed,
-        epochs or EPOCHS[data],
+        recipe.epochs,
         optimizer="sgd",
         learning_rate=rate,
         weights="edges",
+        class_weights=recipe.class_weights,
     )
 
 
@@ -64,16 +83,16 @@ def second_stage(start: Backbone, arm: str) -> Trial:
 
 def selection_grid() -> tuple[Trial, ...]:
     """The backbones by which the learning rates are chosen."""
-    every = product(EPOCHS, CANDIDATES, SELECTION_SEEDS)
+    every = product(RECIPES, CANDIDATES, SELECTION_SEEDS)
     return tuple(Trial(backbone(*one)) for one in every)
 
 
 def replaced_grid() -> tuple[Trial, ...]:
     """The backbones of recipes that were given up, see the deviations in the protocol."""
     return tuple(
-        Trial(backbone(data, rate, seed, epochs))
-        for data, (epochs, seeds) in REPLACED.items()
-        for rate, seed in product(CANDIDATES, seeds)
+        Trial(backbone(data, rate, seed, recipe))
+        for data, recipe in REPLACED
+        for rate, seed in product(CANDIDATES, SELECTION_SEEDS)
     )
 
 
@@ -99,7 +118,7 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
 
 def is_selected(archive: Archive) -> bool:
     """Whether the learning rates of all data sets are chosen."""
-    return len(chosen(selection(archive))) == len(EPOCHS)
+    return len(chosen(selection(archive))) == len(RECIPES)
 
 
 def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
@@ -110,7 +129,7 @@ def selection(archive: Archive) -> dict[str, dict[float, dict[str, Any]]]:
     A rate with which a backbone diverged has no "auc" and is not accepted.
     """
     found: dict[str, dict[float, dict[str, Any]]] = {}
-    for data, rate in product(EPOCHS, CANDIDATES):
+    for data, rate in product(RECIPES, CANDIDATES):
         trials = [Trial(backbone(data, rate, seed)) for seed in SELECTION_SEEDS]
         if any(is_lost(trial, archive) for trial in trials):
             found.setdefault(data, {})[rate] = {"auc": [], "accepted": False}
@@ -268,7 +287,7 @@ def rates_table(archive: Archive) -> str:
     """Mean validation AUC of the backbones by data set and learning rate, the chosen one bold."""
     found = selection(archive)
     best, rows = chosen(found), []
-    for data in EPOCHS:
+    for data in RECIPES:
         rates = found.get(data, {})
         cells = []
         for rate in CANDIDATES:

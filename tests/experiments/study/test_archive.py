@@ -1,6 +1,7 @@
 """The stored results: complete, unchanged, and equal bytes for equal content."""
 
 import csv
+import dataclasses
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,7 @@ TRIALS = (
         1e-3,
         Treatment("merge", statistics="renewed"),
     ),
+    Trial(dataclasses.replace(START, class_weights="balanced")),
     Trial(START, "v", 2, 1e-3, Treatment("variant", until=0.5, along="norm", average=0.9)),
 )
 LABELS = Labels(

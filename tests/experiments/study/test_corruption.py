@@ -16,7 +16,7 @@ SEEDS, SOME = 6, 30
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(pretrained, "LOOKS", (SEEDS,))
-    monkeypatch.setattr(pretrained, "EPOCHS", {data: pretrained.EPOCHS[data] for data in DATA})
+    monkeypatch.setattr(pretrained, "RECIPES", {data: pretrained.RECIPES[data] for data in DATA})
     monkeypatch.setattr(full_length, "PLAN", {"breastmnist": (SEEDS, 100, 30)})
 
 

@@ -52,7 +52,7 @@ BEST = {1e-4: 0.5, 1e-3: 0.95}
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(pretrained, "LOOKS", (SEEDS, 2 * SEEDS))
-    monkeypatch.setattr(pretrained, "EPOCHS", {data: pretrained.EPOCHS[data] for data in DATA})
+    monkeypatch.setattr(pretrained, "RECIPES", {data: pretrained.RECIPES[data] for data in DATA})
 
 
 def comparison():
@@ -73,7 +73,7 @@ def test_the_grid_is_that_of_the_protocol():
 def test_a_learning_rate_is_chosen_by_mean_validation_auc():
     trials = pretrained.selection_grid()
     found = pretrained.selection(stored(trials, val=BEST))
-    assert pretrained.chosen(found) == dict.fromkeys(pretrained.EPOCHS, 1e-3)
+    assert pretrained.chosen(found) == dict.fromkeys(pretrained.RECIPES, 1e-3)
     rates = found["breastmnist_64"]
     assert rates[1e-3]["auc"] == [0.95] * 3 and rates[1e-3]["accepted"]
     assert not rates[1e-4]["accepted"]
@@ -104,7 +104,7 @@ def test_a_rate_whose_backbones_are_not_accepted_is_not_chosen():
         )
         found.records[bad.hash]["result"]["val"][field] = value
         rates = pretrained.chosen(pretrained.selection(found))
-        assert rates == {**dict.fromkeys(pretrained.EPOCHS, 1e-3), "retinamnist_64": 3e-4}
+        assert rates == {**dict.fromkeys(pretrained.RECIPES, 1e-3), "retinamnist_64": 3e-4}
         assert "not accepted" in pretrained.rates_table(found)
         # Of images with several labels, the same one may have the highest score.
         labels = found.labels["retinamnist_64"]._replace(task="multi-label, binary-class")
@@ -121,7 +121,7 @@ def test_a_data_set_without_an_accepted_rate_is_not_compared():
             found.records[trial.hash]["result"]["val"]["same"] = 1.0
     assert "retinamnist_64" not in pretrained.chosen(pretrained.selection(found))
     grid = pretrained.comparison_grid(found)
-    assert {t.backbone.data for t in grid} == set(pretrained.EPOCHS) - {"retinamnist_64"}
+    assert {t.backbone.data for t in grid} == set(pretrained.RECIPES) - {"retinamnist_64"}
     assert not pretrained.is_selected(found)
     archive = stored((*trials, *pretrained.replaced_grid(), *grid), val=BEST)
     archive.records.update({t.hash: found.records[t.hash] for t in trials})
@@ -145,10 +145,12 @@ def test_a_rate_that_diverges_is_not_chosen():
 
 def test_backbones_of_a_replaced_recipe_are_kept_and_count_for_nothing():
     (*others,) = pretrained.replaced_grid()
-    assert {(t.backbone.data, t.backbone.epochs) for t in others} == {
-        ("breastmnist_64", 5),
-        ("chestxray14_rgb", 5),
+    assert {(t.backbone.data, t.backbone.epochs, t.backbone.class_weights) for t in others} == {
+        ("breastmnist_64", 5, None),
+        ("breastmnist_64", 10, None),
+        ("chestxray14_rgb", 5, None),
     }
+    assert not {t.hash for t in others} & {t.hash for t in pretrained.selection_grid()}
     assert set(others) <= set(pretrained.QUESTION.trials)
     found = stored((*pretrained.selection_grid(), *others), val=BEST)
     for trial in others:

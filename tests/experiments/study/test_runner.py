@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from experiments.study import archive, runner, stages
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.experiment import initial_variables
+from inmerge_jax.training.experiment import initial_variables, step_options
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.workdir import lock, read_metrics
 from tests.paths import SHARED, needs
@@ -118,6 +118,18 @@ def test_a_single_stage_on_few_images_with_wrong_labels(tmp_path):
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (48, 48, 96)
     other = run([Trial(start, "none", 2, 1e-3)], paths)["none"]
     assert other["val"] != results["none"]["val"]
+
+
+def test_balanced_classes_weight_the_loss_of_both_stages(tmp_path):
+    paths = stages.Paths(tmp_path / "data", tmp_path / "study")
+    plain = Backbone("phantom", "resnet18", 1, 1, 0.05)
+    balanced = Trial(dataclasses.replace(plain, class_weights="balanced"), "a", 1)
+    assert step_options(stages.plan_of(Trial(plain), paths))["pos_weight"] is None
+    plan = stages.plan_of(balanced, paths)
+    counts = np.bincount(plan.dataset.train.labels)
+    weights = counts.sum() / (len(counts) * counts)
+    np.testing.assert_allclose(step_options(plan)["pos_weight"], weights, rtol=1e-6)
+    assert "balanced" in balanced.name
 
 
 @pytest.mark.long

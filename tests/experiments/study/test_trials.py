@@ -71,7 +71,13 @@ def test_arms_of_a_grid_have_distinct_names(question):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("stem", "imagenet"), ("weights", "edges"), ("images", 250), ("wrong_labels", 0.2)],
+    [
+        ("stem", "imagenet"),
+        ("weights", "edges"),
+        ("images", 250),
+        ("wrong_labels", 0.2),
+        ("class_weights", "balanced"),
+    ],
 )
 def test_defaults_of_later_fields_are_not_named_so_that_older_hashes_stand(field, value):
     start = Backbone("chestxray14", "vgg16", 0, 4)
