@@ -118,13 +118,13 @@ GRIDS: Mapping[str, Grid] = {
     # A seed takes a few minutes less than on the larger sets, so more pairs fit into the time.
     "small": Grid(_SMALL, seeds=32),
     "learning_rates": LearningRateGrid(
-        tuple(pretrained.EPOCHS),
+        tuple(pretrained.RECIPES),
         seeds=len(pretrained.SELECTION_SEEDS),
         first_seed=pretrained.SELECTION_SEEDS[0],
         arms=pretrained.ARMS,
     ),
     "pretrained": PretrainedGrid(
-        tuple(pretrained.EPOCHS), seeds=pretrained.LOOKS[0], arms=pretrained.ARMS
+        tuple(pretrained.RECIPES), seeds=pretrained.LOOKS[0], arms=pretrained.ARMS
     ),
     "phantom": Grid(
         ("phantom",),
