@@ -36,7 +36,10 @@ CHECKSUM = "sha256"
 def remove_tree(folder: Path) -> None:
     """Deletes a folder and everything in it; does nothing if it is missing."""
     if folder.exists():
-        folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
+        if in_bucket(folder):
+            folder.rmtree()  # type: ignore[attr-defined]  # Not a Path of the standard library.
+        else:
+            shutil.rmtree(folder)
 
 
 def remove_entries(folder: Path, *keep: str) -> None:

@@ -141,7 +141,7 @@ def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram
         if rule is not None:
             deep, merging = merged, len(group_weights(merged))
         totals = replicate(zero_totals(merging), devices)
-        step = make_train_step(
+        step: Any = make_train_step(
             model,
             optimizer,
             case.recipe,
@@ -214,10 +214,10 @@ def torch_step(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-    images, labels = example_batch(case)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    pixels, classes = example_batch(case)
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     images = images.to(device, memory_format=layout)
-    labels = torch.from_numpy(labels).long().to(device)
+    labels = torch.from_numpy(classes).long().to(device)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (recipe.mean, recipe.std))
     forward = torch.compile(network) if compiled else network
 

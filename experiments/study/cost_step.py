@@ -17,7 +17,8 @@ import optax
 from experiments.study.treatments import selection
 from experiments.study.trials import Treatment
 from inmerge_jax import MergeRule
-from inmerge_jax.data import FINDINGS, make_phantom, train_batches
+from inmerge_jax.data import make_phantom, train_batches
+from inmerge_jax.data.anatomy import FINDINGS
 from inmerge_jax.models import create_model
 from inmerge_jax.training.environment import configure_malloc
 from inmerge_jax.training.init import conv_kernels, init_variables

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from inmerge_jax.data import DataConfig, Dataset, PhantomConfig, Split
-from inmerge_jax.data.chestxray14.build import MANIFEST
+from inmerge_jax.data.chestxray14.manifest import MANIFEST
 from inmerge_jax.errors import UsageError
 
 

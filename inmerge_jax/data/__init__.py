@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Literal
 
 from inmerge_jax.buckets import as_path, in_bucket, local_copy
+from inmerge_jax.data.anatomy import FINDINGS
 from inmerge_jax.data.batches import eval_batches, steps_per_epoch, train_batch, train_batches
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.medmnist import MEDMNIST_DIR, load_medmnist, medmnist_names
-from inmerge_jax.data.phantom import FINDINGS, make_phantom
+from inmerge_jax.data.phantom import make_phantom
 from inmerge_jax.data.phantom_volume import make_phantom_volume
 from inmerge_jax.data.signals import load_signals
 from inmerge_jax.data.tables import load_breast_cancer, load_table

@@ -5,7 +5,7 @@ advance by threads or worker processes.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def train_batches(
     host: int = 0,
     hosts: int = 1,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields `train_batch` for the steps from `start` to `stop` (exclusive; None for no end).
 
     The batches do not depend on `workers`, the number of processes that read images in advance.
@@ -119,7 +119,7 @@ def _train_rows(
 
 def eval_batches(
     split: Split, batch_size: int, *, host: int = 0, hosts: int = 1, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields the split once, in order, in batches of equal size.
 
     The last batch is padded with copies of the last example, so that one compiled step serves all
@@ -147,7 +147,7 @@ def _eval_rows(split: Split, batch_size: int, host: int, hosts: int, start: int)
 
 def _read(
     places: range, take: Callable[[int], Batch], split: Split, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields `take(place)` for each place in order, in advance where images are read from files."""
     if workers:
         yield from map_in_processes(take, places, workers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from inmerge_jax.errors import UsageError
 from inmerge_jax.progress import Progress
@@ -251,7 +251,7 @@ def unreadable(path: Path, error: Exception) -> UsageError:
         return UsageError(f"there is no image {path}")
     if isinstance(error, PermissionError):
         return UsageError(f"{path} cannot be read: {error.strerror}; give rights to it")
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return UsageError(
             f"{path} is cut short or damaged, or no PNG or JPEG; replace or remove it"
         )

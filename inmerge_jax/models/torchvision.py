@@ -401,9 +401,9 @@ def _read(name: str, state_dict: Mapping[str, Any]) -> _Given:
     # With the second, `model.features.state_dict()`.
     for anchor, added in itertools.product(_ANCHORS[kind], ("", "features.")):
         end = anchor.removeprefix(added)
-        found = [key for key in plain.values() if f".{key}".endswith(f".{end}")]
-        if found:
-            prefix, start = found[0].removesuffix(end), added
+        ends = [key for key in plain.values() if f".{key}".endswith(f".{end}")]
+        if ends:
+            prefix, start = ends[0].removesuffix(end), added
             break
     names: dict[str, str] = {}
     for key, new in plain.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy._core import multiarray
 
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
@@ -191,8 +192,8 @@ def _read_pickle(path: Path) -> Any:
         # options, has no code to run.
         mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
         # Nor have NumPy's numbers, which they store as their best metric.
-        safe = [argparse.Namespace, np._core.multiarray.scalar, np.dtype]
-        safe += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+        safe = [argparse.Namespace, multiarray.scalar, np.dtype]
+        safe += [(multiarray.scalar, "numpy.core.multiarray.scalar")]
         safe += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
         with open(path, "rb") as file, torch.serialization.safe_globals(safe):
             source = path if mapped else file

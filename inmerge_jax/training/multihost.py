@@ -107,8 +107,10 @@ def connect(
         )
         _check_coordinator(coordinator, process_id, seconds)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    elif "tpu" not in (jax.config.jax_platforms or "").split(","):
-        return  # JAX adds "tpu" if it finds chips and libtpu on this machine.
+    else:
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        if "tpu" not in (platforms or "").split(","):
+            return  # JAX adds "tpu" if it finds chips and libtpu on this machine.
     try:
         jax.distributed.initialize(
             coordinator,

@@ -49,7 +49,8 @@ class SharedNumbers(NamedTuple):
 
     Attributes:
       branch: int32, which of the branches of `shared_treatment`.
-      numbers: of `treatments.Numbers`, with the threshold, or the quantile, as a plain number.
+      probability, threshold, alpha, every: of `treatments.Numbers`; the threshold, or the quantile,
+        is a plain number.
     """
 
     branch: Any
@@ -69,7 +70,7 @@ def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
 def shared_treatment(
     kernels: tuple[Kernel, ...], kinds: Sequence[tuple[str, bool]]
 ) -> Callable[..., Any]:
-    """A `steps.Treatment` that holds all rules of a grid, so that they share one compilation.
+    """A `ParamTransform` that holds all rules of a grid, so that they share one compilation.
 
     Branch 0 leaves the weights alone; branch i + 1 merges as `kinds[i]` says.
     """
@@ -98,9 +99,9 @@ def shared_numbers(
     rule, every = numbers(treatment, steps)
     kind = kind_of(treatment)
     threshold = rule.threshold.share if isinstance(rule.threshold, Quantile) else rule.threshold
-    values = (rule.probability, threshold, rule.alpha)
+    probability, threshold, alpha = map(jnp.float32, (rule.probability, threshold, rule.alpha))
     branch = 0 if kind is None else 1 + kinds.index(kind)
-    return SharedNumbers(jnp.int32(branch), *map(jnp.float32, values), every)
+    return SharedNumbers(jnp.int32(branch), probability, threshold, alpha, every)
 
 
 @dataclasses.dataclass(frozen=True)

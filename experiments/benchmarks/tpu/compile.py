@@ -144,12 +144,12 @@ def fingerprints(cases: Sequence[Case]) -> list[str]:
 
 def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:
     import jax
-    import jaxlib
+    import jaxlib.version
     import libtpu
 
     versions = {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "libtpu": libtpu.__version__,
     }
     program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
@@ -201,7 +201,7 @@ def _lower(case: Case) -> tuple[Any, int, int]:
     number = jax.ShapeDtypeStruct((*steps, case.images), jnp.int32)
     images = jax.ShapeDtypeStruct((*number.shape, case.size, case.size, 3), jnp.uint8)
     batch = {"image": images, "label": number, "index": number}
-    step = make_train_step(
+    step: Any = make_train_step(
         model,
         optimizer,
         recipe,
@@ -214,7 +214,7 @@ def _lower(case: Case) -> tuple[Any, int, int]:
     root = jax.eval_shape(lambda: jax.random.key(0))
     # The bytes of a Pallas kernel contain source files and lines. Without these, the fingerprint is
     # the same in every checkout.
-    frames = jax.config.jax_traceback_in_locations_limit
+    frames = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         lowered = step.lower(on_devices(state), on_devices(totals), on_devices(batch), root)

@@ -6,8 +6,9 @@ from experiments.study.analysis import groups, intervals, pool
 from experiments.study.archive import Archive
 from experiments.study.questions import shared
 from experiments.study.questions.question import Found, Overview, Question
-from experiments.study.render import difference, dot_plot, markdown, p_value, share, signed
+from experiments.study.render import difference, dot_plot, markdown, p_value, share
 from experiments.study.trials import Treatment, Trial
+from inmerge_jax.reporting.formatting import signed
 from inmerge_jax.reporting.plots import Plot
 
 FIXED = "threshold 0.3 (paper)"
