@@ -20,7 +20,11 @@ from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training.environment import enable_compilation_cache, environment
+from inmerge_jax.training.environment import (
+    configure_malloc,
+    enable_compilation_cache,
+    environment,
+)
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train import read_result
 
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     name, *rest = arguments
+    configure_malloc()  # Before anything that starts JAX's backend.
     try:
         if name in commands:
             return commands[name](rest)

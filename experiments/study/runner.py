@@ -24,7 +24,7 @@ from inmerge_jax.files import remove_entries, write_json
 from inmerge_jax.locking import LOCK, FolderInUseError
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError
-from inmerge_jax.training.environment import configure_malloc, diff_environments, environment
+from inmerge_jax.training.environment import diff_environments, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
 from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
 from inmerge_jax.training.workdir import lock
@@ -68,8 +68,6 @@ def run_trials(
       UsageError: missing data, or a file that cannot be written.
       TrainingInterrupted: `should_stop` returned True; the same call resumes.
     """
-    if jax.default_backend() == "cpu":
-        configure_malloc()
 
     def done(trial: Trial) -> None:
         if keep is not None and trial in trials:

@@ -22,6 +22,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
 from inmerge_jax.modality import EXAMPLES, SIZE_UNITS
 from inmerge_jax.training.config import Arm, DataOptions
+from inmerge_jax.training.environment import configure_malloc
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 from inmerge_jax.training.workdir import write_error
 
@@ -283,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
     from inmerge_jax.cli.train import OPTIONS
 
+    configure_malloc()
     try:
         print(predict(parse_config(arguments)))
     except UsageError as error:

@@ -21,7 +21,7 @@ from inmerge_jax.modality import EXAMPLES
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError, restore_checkpoint
 from inmerge_jax.training.config import TrainConfig
-from inmerge_jax.training.environment import configure_malloc, environment, numerics_fingerprint
+from inmerge_jax.training.environment import environment, numerics_fingerprint
 from inmerge_jax.training.init import (
     init_variables,
     pretrained_variables,
@@ -73,8 +73,6 @@ def run_experiment(
       TrainingInterrupted: `should_stop` returned True; the run can be resumed.
     """
     config = spec.config
-    if spec.devices[0].platform == "cpu":
-        configure_malloc()
     own = {
         "steps_per_execution": config.steps_per_execution,
         "environment": numerics_fingerprint(environment()),

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,47 @@ def test_the_second_allocation_of_a_size_faults_no_page_in():
 
 def test_the_users_own_settings_win():
     assert child("keep", MALLOC_TOP_PAD_="1000")[0] == "False"
+
+
+def test_an_accelerator_keeps_the_allocator_as_it_is():
+    assert child("keep", JAX_PLATFORMS="cuda")[0] == "False"
+    assert child("keep", JAX_PLATFORMS="tpu,cpu")[0] == "False"
+    assert child("keep", JAX_PLATFORMS="")[0] == child("keep", JAX_PLATFORMS="cpu")[0]
+
+
+ORDER = """
+import sys
+from jax._src import xla_bridge
+from inmerge_jax.training import environment
+
+started, own = [], environment.configure_malloc
+def configure_malloc():
+    started.append(xla_bridge.backends_are_initialized())
+    return own()
+environment.configure_malloc = configure_malloc
+
+from {module} import main
+main({arguments})
+print("started before:", started[0], "started at the end:", xla_bridge.backends_are_initialized())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        # Both stop at bad input, after the devices have been counted.
+        ("inmerge_jax.cli.train", ["--data", "phantom", "--batch-size", "0"]),
+        ("experiments.study.__main__", ["pretrained", "--data-dir", "missing", "--only", "none"]),
+    ],
+)
+def test_the_allocator_is_configured_before_the_backend_starts(tmp_path, module, arguments):
+    """Threads that exist before keep arenas of their own, which give memory back."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER.format(module=module, arguments=arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "started before: False started at the end: True" in done.stdout, done.stderr

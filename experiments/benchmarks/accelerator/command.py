@@ -121,11 +121,10 @@ def run(options: argparse.Namespace) -> int:
     if "trials" in options.parts:
         trials.check_data(grid, trials.paths_of(options.output, options.data_dir))
     session = Session(options.output, 60 * options.minutes, options.tiny)
+    configure_malloc()
     session.around = describe_machine(options.tiny)
     check_folder(session.folder, session.around)
     enable_compilation_cache(options.cache or session.folder / "cache")
-    if session.around["platform"] == "cpu":
-        configure_malloc()
     run_part = {
         "correctness": lambda: correctness.measure(session),
         "merge": lambda: merge_cost.measure(session),
