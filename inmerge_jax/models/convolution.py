@@ -28,7 +28,7 @@ _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _NDHWC = lax.ConvDimensionNumbers((0, 4, 1, 2, 3), (4, 3, 0, 1, 2), (0, 4, 1, 2, 3))
 _SMALL_MAP = 8 * 8
 _ROWS_PER_PRODUCT = 1024
-_WINOGRAD_CHANNELS, _WINOGRAD_MAP, _WINOGRAD_TILES = 64, range(5 * 5, 128 * 128), 128
+_WINOGRAD_CHANNELS, _WINOGRAD_MAP, _WINOGRAD_TILES = 64, range(2 * 2, 128 * 128), 128
 
 
 def conv_general_dilated(

@@ -38,9 +38,8 @@ def winograd(pads: Pads, precision: lax.PrecisionLike) -> Callable[..., jax.Arra
 
     def backward(residuals, gradient: jax.Array):
         images, weight = residuals
-        turned = weight[::-1, ::-1].swapaxes(2, 3)
         back = tuple((_KERNEL - 1 - low, _KERNEL - 1 - high) for low, high in pads)
-        images_gradient = _convolve(gradient, turned, back, precision)
+        images_gradient = _convolve(gradient, weight[::-1, ::-1], back, precision, inputs=3)
         return images_gradient, _weight_gradient(images, gradient, pads, precision)
 
     convolve.defvjp(forward, backward)
@@ -48,12 +47,17 @@ def winograd(pads: Pads, precision: lax.PrecisionLike) -> Callable[..., jax.Arra
 
 
 def _convolve(
-    images: jax.Array, weight: jax.Array, pads: Pads, precision: lax.PrecisionLike
+    images: jax.Array,
+    weight: jax.Array,
+    pads: Pads,
+    precision: lax.PrecisionLike,
+    inputs: int = 2,
 ) -> jax.Array:
+    """The convolution whose input channels are this axis of the weight."""
     height, width = _output_size(images, pads)
     tiles, weights = _tiles(images, pads), _per_axis(_from_kernel, list(weight))
     products = [
-        [_matmul(t, w, precision) for t, w in zip(*rows, strict=True)]
+        [_matmul(t, w, inputs - 2, precision) for t, w in zip(*rows, strict=True)]
         for rows in zip(tiles, weights, strict=True)
     ]
     blocks = _per_axis_of_grid(_to_block, products)
@@ -139,8 +143,11 @@ def _from_block(y: Sequence[jax.Array]) -> list[jax.Array]:
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
-def _matmul(tiles: jax.Array, weight: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    flat = jnp.matmul(tiles.reshape(-1, tiles.shape[-1]), weight, precision=precision)
+def _matmul(
+    tiles: jax.Array, weight: jax.Array, axis: int, precision: lax.PrecisionLike
+) -> jax.Array:
+    flat = tiles.reshape(-1, tiles.shape[-1])
+    flat = lax.dot_general(flat, weight, (((1,), (axis,)), ((), ())), precision=precision)
     return flat.reshape(*tiles.shape[:-1], -1)
 
 
