@@ -9,6 +9,8 @@ import numpy as np
 
 _PROBE = 2.0**20
 """An old value so large that an update's share of it is exact to float32's rounding."""
+_MANY = 2**20
+"""A number of updates after which an average is not divided by its share, 1 - m ** updates."""
 
 
 def recompute_batch_stats(
@@ -39,56 +41,91 @@ def recompute_batch_stats(
     Args:
       update: `update(batch_stats, batch)` runs the network on one batch in training mode, from the
         given statistics, and returns the statistics that it leaves. Not differentiated; compile it.
-      batch_stats: Statistics of any values, a pytree of float arrays: of Flax Linen the collection
-        `batch_stats`, of Flax NNX `nnx.state(model, nnx.BatchStat)`. `update` is given
-        those of 16 bits in float32.
+      batch_stats: Statistics of any values, a pytree: of Flax Linen the collection `batch_stats`,
+        of Flax NNX `nnx.state(model, nnx.BatchStat)`, of Haiku the state, of Equinox the
+        `eqx.nn.State`. `update` is given floats of 16 bits in float32.
       batches: Batches of training images, of equal size and in random order: batches of one class
         each would give too small variances.
 
     Returns:
-      A tree like `batch_stats`.
+      A tree like `batch_stats`. Counters of updates, which Haiku and Equinox have, are so high that
+      the averages count as complete.
 
     Raises:
       ValueError: No batches; or an entry that `update` leaves as it is or rounds to 16 bits, or
         that is no running average.
     """
     # By number, since update may return another kind of container.
-    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(batch_stats)]
-    # The momentum cannot be read from an update that is rounded to 16 bits.
-    wide = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), batch_stats
-    )
-    zeros = jax.tree.map(jnp.zeros_like, wide)
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(batch_stats)]
+    structure = jax.tree.structure(batch_stats)
+    if leaves and not any(map(_is_float, leaves)):
+        raise ValueError("batch_stats holds integers alone, and no running average")
+
+    def filled(value: float) -> Any:
+        """The statistics with this number in place of each float."""
+
+        def fill(x: jax.Array) -> jax.Array:
+            if not _is_float(x):
+                return x
+            # The momentum cannot be read from an update that is rounded to 16 bits.
+            return jnp.full_like(x, value, jnp.promote_types(x.dtype, jnp.float32))
+
+        return jax.tree.unflatten(structure, map(fill, leaves))
+
     average, shares = None, None
     for number, batch in enumerate(batches, 1):
-        moved = update(zeros, batch)
+        if average is None and not all(map(_is_float, leaves)):
+            leaves = _complete(leaves, jax.tree.leaves(update(filled(0), batch)))
+        moved = update(filled(0), batch)
         if average is None:
-            probe = jax.tree.map(lambda x: jnp.full_like(x, _PROBE), wide)
-            shares = _shares_of_batch(moved, update(probe, batch))
+            shares = _shares_of_batch(moved, update(filled(_PROBE), batch))
             average = moved
         else:
             # Batches are read as they are used, so that no more than two are on the device.
             average = _add_to_mean(jax.block_until_ready(average), moved, number)
     if average is None:
         raise ValueError("batches is empty; give at least one batch of training images")
-    dtypes = jax.tree.unflatten(jax.tree.structure(average), dtypes)
-    return jax.tree.map(
-        lambda x, share, dtype: (x / jnp.asarray(share, x.dtype)).astype(dtype),
-        average,
-        shares,
-        dtypes,
-    )
+
+    def finish(mean: jax.Array, share: float, old: jax.Array) -> jax.Array:
+        return (mean / jnp.asarray(share, mean.dtype)).astype(old.dtype) if _is_float(old) else old
+
+    given = jax.tree.unflatten(jax.tree.structure(average), leaves)
+    return jax.tree.map(finish, average, shares, given)
+
+
+def _complete(before: list[jax.Array], after: list[jax.Array]) -> list[jax.Array]:
+    """The entries before an update; those that are no floats as after many updates.
+
+    Haiku and Equinox count updates, and divide an average of few of them by its share.
+    """
+
+    def complete(old: jax.Array, new: jax.Array) -> jax.Array:
+        if _is_float(old):
+            return old
+        counts = jnp.issubdtype(old.dtype, jnp.integer) and bool(jnp.all(new == old + 1))
+        return jnp.full_like(old, _MANY) if counts else jnp.asarray(new)
+
+    return [complete(old, new) for old, new in zip(before, after, strict=True)]
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 @jax.jit
 def _add_to_mean(mean: Any, new: Any, number: Any) -> Any:
-    return jax.tree.map(lambda m, x: m + (x - m) / jnp.asarray(number, m.dtype), mean, new)
+    def add(m: jax.Array, x: jax.Array) -> jax.Array:
+        return m + (x - m) / jnp.asarray(number, m.dtype) if _is_float(m) else m
+
+    return jax.tree.map(add, mean, new)
 
 
 def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
     """`1 - m` of each entry, from two updates by the same batch."""
 
     def share(path: Any, low: jax.Array, high: jax.Array) -> float:
+        if not _is_float(low):
+            return 1.0
         kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / _PROBE
         name = jax.tree_util.keystr(path)
         if jnp.issubdtype(low.dtype, jnp.floating) and jnp.finfo(low.dtype).bits < 32:

@@ -159,3 +159,44 @@ def test_update_may_return_another_container():
     np.testing.assert_allclose(found, np.mean(BATCHES, axis=(0, 1, 2, 3)), rtol=1e-5)
     with pytest.raises(ValueError, match="no running average"):
         recompute_batch_stats(lambda b, x: (b[0] * 0,), [np.zeros(3, np.int32)], BATCHES)
+
+
+def haiku_layer():
+    import haiku
+
+    def forward(x, train):
+        return haiku.BatchNorm(True, True, 0.9)(x, is_training=train)
+
+    net = haiku.without_apply_rng(haiku.transform_with_state(forward))
+    params, state = net.init(jax.random.key(0), BATCHES[0], True)
+    return state, lambda state, x, train: net.apply(params, state, x, train)
+
+
+def equinox_layer(mode):
+    import equinox
+
+    layer, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(3, axis_name="b", mode=mode)
+
+    def apply(state, x, train):
+        own = equinox.nn.inference_mode(layer, not train)
+        mapped = jax.vmap(own, axis_name="b", in_axes=(0, None), out_axes=(0, None))
+        return mapped(jnp.moveaxis(x, -1, 1), state)
+
+    return state, apply
+
+
+@pytest.mark.parametrize("updates", [0, 1, 30])
+@pytest.mark.parametrize("library", ["haiku", "equinox ema", "equinox batch"])
+def test_averages_that_count_their_updates(library, updates):
+    """Haiku and Equinox divide an average of few updates by its share; none is left to divide."""
+    name, *mode = library.split()
+    state, apply = haiku_layer() if name == "haiku" else equinox_layer(*mode)
+    step = jax.jit(lambda state, x: apply(state, x, True)[1])
+    for number in range(updates):
+        state = step(state, 2 * BATCHES[number % 3])
+    found = recompute_batch_stats(step, state, BATCHES)
+    x = np.stack(BATCHES)
+    mean, variance = x.mean((0, 1, 2, 3)), x.var((1, 2, 3)).mean(0)
+    y, _ = apply(found, BATCHES[0], False)
+    y = y if name == "haiku" else np.moveaxis(y, 1, -1)
+    np.testing.assert_allclose(y, (BATCHES[0] - mean) / np.sqrt(variance + 1e-5), atol=1e-4)

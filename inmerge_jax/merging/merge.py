@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from inmerge_jax.merging import backends
 from inmerge_jax.merging.rule import NOT_COMPARED, MergeRule, check_rule, effective_threshold
@@ -94,7 +95,8 @@ def merge_kernels(
 
     Raises:
       ValueError: No kernels; a kernel whose path or shape is not that of a leaf of `params`, or
-        whose weight is not of a floating dtype; a number of the rule out of range.
+        whose weight is not of a floating dtype; a number of the rule out of range, unless it is
+        traced; no key.
     """
     backends.check_implementation(implementation)
     check_rule(rule)
@@ -121,9 +123,24 @@ def merge_kernels(
 
 
 def as_key(key: jax.Array | int) -> jax.Array:
-    """The key, or that of a seed, an integer of any kind."""
-    typed = jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key)
-    return jax.random.key(key) if jnp.ndim(key) == 0 and not typed else jnp.asarray(key)
+    """The key, or that of a seed, an integer of any kind.
+
+    Raises:
+      ValueError: `key` is neither, or several keys.
+    """
+    if isinstance(key, int):
+        return jax.random.key(key)
+    if isinstance(key, jax.Array | np.ndarray | np.generic):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.shape:
+            return key
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return jnp.asarray(key)  # The data of a key, which `jax.random.PRNGKey` gives.
+        if jnp.issubdtype(key.dtype, jnp.integer) and not key.shape:
+            return jax.random.key(key)
+        given = f"of shape {key.shape} and dtype {key.dtype}"
+    else:
+        given = f"{key!r:.80}"
+    raise ValueError(f"key is {given}; give one PRNG key, such as jax.random.key(0), or a seed")
 
 
 def draw_pairs(

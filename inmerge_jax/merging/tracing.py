@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from inmerge_jax.merging.units import Kernel, PyTree, holds_array, path_name
@@ -48,6 +50,7 @@ class Trace(NamedTuple):
 def find_kernels(
     forward: Callable[..., Any],
     params: PyTree,
+    /,
     *args: Any,
     ops: Sequence[str] = ("conv",),
     **kwargs: Any,
@@ -124,6 +127,7 @@ def find_kernels(
 def trace_kernels(
     forward: Callable[..., Any],
     params: PyTree,
+    /,
     *args: Any,
     ops: Sequence[str] = OPS,
     **kwargs: Any,
@@ -144,8 +148,8 @@ def trace_kernels(
     Raises:
       ValueError: An unknown op, or a leaf of `params` that is not an array.
     """
-    if not ops or set(ops) - set(OPS):
-        raise ValueError(f"ops is {tuple(ops)!r}; choose from {', '.join(OPS)}")
+    if isinstance(ops, str) or not (ops := tuple(ops)) or set(ops) - set(OPS):
+        raise ValueError(f"ops is {ops!r}; give a tuple, and choose from {', '.join(OPS)}")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -158,7 +162,8 @@ def trace_kernels(
 
     def call(params: PyTree, *arrays: Any) -> Any:
         given = iter(arrays)
-        return forward(params, *(a if _is_static(a) else next(given) for a in args), **kwargs)
+        found = forward(params, *(a if _is_static(a) else next(given) for a in args), **kwargs)
+        return [leaf for leaf in jax.tree.leaves(found) if hasattr(leaf, "dtype")]
 
     closed = jax.make_jaxpr(call)(params, *(a for a in args if not _is_static(a)))
     origins: list[_Origin | None] = [
@@ -177,7 +182,9 @@ def trace_kernels(
         use = next((use for use in uses if use.reason), uses[0])
         reason = use.reason
         if use.op.removesuffix("_transpose") not in ops:
-            reason = f"ops is {tuple(ops)!r}"
+            reason = f"ops is {ops!r}"
+        elif not reason and not jnp.issubdtype(weight.dtype, jnp.floating):
+            reason = f"has dtype {weight.dtype}, which cannot be interpolated"
         elif not reason and len(set(uses)) > 1:
             reason = "is used with different output axes or groups"
         if reason:
@@ -191,7 +198,7 @@ def trace_kernels(
 
 
 def _is_static(argument: Any) -> bool:
-    return isinstance(argument, bool | str)
+    return isinstance(argument, bool | np.bool_ | str)
 
 
 _Atom = tuple[int | None, int]
@@ -271,7 +278,8 @@ class _Walk:
 
     def equation(self, eqn: Any, origins: list[_Origin | None]) -> _Origins:
         name = eqn.primitive.name
-        if not any(origins):
+        # A callback, such as that of `jax.debug.print`, has no results.
+        if not any(origins) or not eqn.outvars:
             return [None] * len(eqn.outvars)
         if name == "conv_general_dilated":
             self.convolution(eqn, origins[1])
@@ -295,6 +303,9 @@ class _Walk:
         called = [jaxpr for jaxpr in inner if len(jaxpr.invars) == len(origins)]
         if called:
             return self.jaxpr(called[0], _entering(eqn.invars, called[0].invars, origins, name))
+        for op in ("conv", "dense"):
+            if any(_holds(jaxpr, op) for jaxpr in inner) and not _lost(origins, name).activation:
+                self.record(op, _lost(origins, name), [], 1)
         if len(eqn.outvars) > 1:
             return [_lost(origins, name)] * len(eqn.outvars)
         return [_follow(eqn, origins)]
@@ -375,9 +386,13 @@ class _Walk:
         axes = [axis for axis, _ in atoms if axis is not None]
         if axes and len(axes) == len(atoms):
             *batch, (_, units) = atoms
+            # If the members of an ensemble share their input, groups come first, then members.
+            unclear = groups == math.prod(size for _, size in batch) > 1 and axes[-1] < axes[0]
             for _, size in batch:
                 groups = groups // size if groups % size == 0 else groups
-            if units % groups == 0:
+            if unclear:
+                use = use._replace(reason="its groups and another axis cannot be told apart")
+            elif units % groups == 0:
                 batch_axes = tuple(sorted({*weight.indexed, *axes[:-1]}))
                 use = _Use(op, (axes[-1], batch_axes, groups))
         for leaf in weight.leaves:
@@ -393,6 +408,16 @@ def _jaxprs(value: Any) -> list[Any]:
     values = value if isinstance(value, tuple | list) else (value,)
     opened = [getattr(one, "jaxpr", one) for one in values]
     return [one for one in opened if hasattr(one, "eqns") and hasattr(one, "invars")]
+
+
+def _holds(jaxpr: Any, op: str) -> bool:
+    """Whether a jaxpr, or one inside it, has such an operation."""
+    primitive = "conv_general_dilated" if op == "conv" else "dot_general"
+    return any(
+        eqn.primitive.name == primitive
+        or any(_holds(inner, op) for value in eqn.params.values() for inner in _jaxprs(value))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _lost(origins: Iterable[_Origin | None], name: str) -> _Origin:

@@ -12,7 +12,7 @@ import optax
 
 from inmerge_jax.merging.backends import Implementation, check_implementation
 from inmerge_jax.merging.merge import MergeStats, as_key, merge_kernels
-from inmerge_jax.merging.rule import MergeRule, check_rule
+from inmerge_jax.merging.rule import MergeRule, Quantile, check_rule
 from inmerge_jax.merging.units import Kernel, PyTree, as_kernels, group_weights, weights_of
 
 Kernels = Sequence[Kernel] | Callable[[PyTree], Sequence[Kernel]]
@@ -25,8 +25,8 @@ class InModelMergingState(NamedTuple):
     Attributes:
       count: Number of updates, int32 ().
       key: Data of the key that each merge's key is folded from, uint32.
-      stats: Counts of all merges: `selected` and `merged` are sums, `similarity` is the mean over
-        all pairs that were mixed.
+      stats: Counts of all merges: `selected` and `merged` are sums, at most 2 ** 31 - 1;
+        `similarity` is the mean over all pairs that were mixed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's states name it so; tuple has a count
@@ -105,7 +105,7 @@ def in_model_merging(
       kernels: Weights to merge, from `find_kernels` or `deep_kernels`; or a function from the
         parameters to them.
       rule: The rule, with a number or a schedule in each field; or a function from the number of
-        updates so far, int32 (), to the rule.
+        updates so far, int32 (), to the rule. What a schedule gives inside `jit` is not checked.
       key: A typed PRNG key, or a seed; the same on all replicas. The merge after update `n`,
         counted from 0, uses `fold_in(key, n)`.
       implementation: See `merge_kernels`.
@@ -128,8 +128,10 @@ def in_model_merging(
         kernels = as_kernels(kernels)
         group_weights(kernels)
     check_implementation(implementation)
+    if isinstance(rule, type):
+        raise ValueError(f"rule is the class {rule.__name__}; give a rule, such as MergeRule()")
     if not callable(rule):
-        check_rule(_at(rule, lambda schedule: 0.5))
+        check_rule(_at(rule, lambda schedule: 0.5))  # Any schedule passes here.
 
     def chosen(params: PyTree) -> Sequence[Kernel]:
         return kernels(params) if callable(kernels) else kernels
@@ -192,16 +194,29 @@ def in_model_merging(
 
 def _at(rule: Any, call: Callable[[Any], Any]) -> Any:
     """The rule with each schedule called."""
-    return jax.tree.map(lambda number: call(number) if callable(number) else number, rule)
+
+    def value(number: Any) -> Any:
+        found = call(number) if callable(number) else number
+        if isinstance(found, Quantile):
+            raise ValueError(
+                "threshold is a function that gives a quantile; give quantile(share), where share "
+                "may be a schedule"
+            )
+        return found
+
+    return jax.tree.map(value, rule)
 
 
 def _add(total: MergeStats, new: MergeStats) -> MergeStats:
+    def plus(old: jax.Array, more: jax.Array) -> jax.Array:
+        return old + jnp.minimum(more, np.iinfo(np.int32).max - old)
+
     def similarities(stats: MergeStats) -> jax.Array:
         return stats.similarity * stats.merged.astype(jnp.float32)
 
-    merged = total.merged + new.merged
+    merged = plus(total.merged, new.merged)
     mean = (similarities(total) + similarities(new)) / jnp.maximum(merged, 1).astype(jnp.float32)
-    return MergeStats(total.kernels, total.selected + new.selected, merged, mean)
+    return MergeStats(total.kernels, plus(total.selected, new.selected), merged, mean)
 
 
 class LayerMerges(NamedTuple):
@@ -242,7 +257,7 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
       UserWarning: Nothing has merged, though units were selected.
 
     Raises:
-      ValueError: No such state, several, or one of other kernels.
+      ValueError: No such state, several, or one whose layers have other numbers of units.
     """
 
     def is_state(node: Any) -> bool:

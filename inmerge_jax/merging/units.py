@@ -53,6 +53,9 @@ class Kernel:
         def refuse(reason: str) -> None:
             raise ValueError(f"kernel {self.name!r}: {reason}")
 
+        for name in ("path", "shape", "batch_axes", "view"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if self.view is not None and math.prod(self.view) != math.prod(self.shape):
             refuse(
                 f"view {self.view} has {math.prod(self.view)} entries, but shape {self.shape} has "

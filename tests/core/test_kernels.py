@@ -2,6 +2,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -641,7 +642,7 @@ def test_a_forward_with_a_mapped_axis_is_traced_inside_vmap(image, weight):
 
 
 def test_unknown_operations_are_refused(image, weight):
-    with pytest.raises(ValueError, match=r"ops is \('attention',\); choose from conv, dense"):
+    with pytest.raises(ValueError, match=r"ops is \('attention',\); give a tuple"):
         find_kernels(lambda p, x: conv(x, p["w"]), weight, image, ops=("attention",))
 
 
@@ -685,3 +686,87 @@ def test_a_computed_dense_weight_is_skipped_with_its_reason(compute):
     assert found.kernels == ()
     assert [(one.name, one.op) for one in found.passed_over] == [("w", "dense")]
     assert "is computed from it by" in found.passed_over[0].reason
+
+
+def test_callbacks_without_results_are_passed(image, weight):
+    def forward(p, x):
+        x = conv(x, p["w"])
+        jax.debug.print("mean {} {}", x.mean(), p["w"].mean())
+        jax.debug.callback(lambda value: None, x)
+        return conv(x, p["v"])
+
+    assert names(forward, {**weight, "v": weight["w"]}, image) == ["w", "v"]
+
+
+def test_results_that_are_no_arrays_and_numpys_bools_are_allowed(image, weight):
+    def forward(p, x, flag):
+        return (conv(x, p["w"]) if flag else x), "a name", len
+
+    assert names(forward, weight, image, np.bool_(True)) == ["w"]
+
+
+def test_keyword_arguments_may_have_any_name(image, weight):
+    assert names_with_keywords(weight, image) == ["w"]
+
+
+def names_with_keywords(weight, image):
+    def forward(p, x, *, params, forward):
+        return conv(x, p["w"]) if params and forward else x
+
+    return [k.name for k in find_kernels(forward, weight, image, params=True, forward=True)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64])
+def test_weights_that_cannot_be_interpolated_are_passed_over(dtype, image, weight):
+    def forward(p, x):
+        return conv(conv(x, p["w"]), p["frozen"].real.astype(jnp.float32))
+
+    params = {**weight, "frozen": weight["w"].astype(dtype)}
+    with pytest.warns(UserWarning, match="frozen"):
+        assert names(forward, params, image) == ["w"]
+    (passed,) = trace_kernels(forward, params, image, ops=("conv",)).passed_over
+    assert passed.name == "frozen"
+
+
+def test_a_dtype_that_cannot_be_interpolated_is_the_reason(image, weight):
+    params = {"w": weight["w"].astype(jnp.int8)}
+    found = trace_kernels(lambda p, x: conv(x, p["w"].astype(jnp.float32)), params, image)
+    assert [one.reason for one in found.passed_over] == [
+        "has dtype int8, which cannot be interpolated"
+    ]
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_members_of_an_ensemble_that_share_their_input_never_merge(inputs):
+    """With one output per group, a convolution's outputs are ordered by group, then by member."""
+    weights = jnp.ones((5, 3, 3, inputs, 4))
+    x = jnp.ones((2, 8, 8, 4 * inputs))
+
+    def forward(p, x):
+        return jax.vmap(lambda w: conv(x, w, feature_group_count=4))(p["w"])
+
+    found = trace_kernels(forward, {"w": weights}, x)
+    assert not found.kernels and "cannot be told apart" in found.passed_over[0].reason
+    batched = jnp.ones((5, *x.shape))
+
+    def apart(p, x):
+        return jax.vmap(lambda w, x: conv(x, w, feature_group_count=4))(p["w"], x)
+
+    assert places(apart, {"w": weights}, batched) == {"w": (4, (0,), 4, "conv")}
+
+
+def test_a_convolution_in_an_operation_that_is_not_followed_is_passed_over(image, weight):
+    def forward(p, x):
+        def solve(b):
+            return jax.scipy.sparse.linalg.cg(lambda v: v + 0.01 * conv(v, p["v"]), b, maxiter=2)[0]
+
+        return solve(conv(x, p["w"]))
+
+    params = {**weight, "v": weight["w"]}
+    with pytest.warns(UserWarning, match="'v' is the weight of a conv operation but"):
+        assert names(forward, params, image) == ["w"]
+
+
+def test_a_string_is_no_tuple_of_operations(image, weight):
+    with pytest.raises(ValueError, match="ops is 'conv'; give a tuple"):
+        find_kernels(lambda p, x: conv(x, p["w"]), weight, image, ops="conv")

@@ -448,6 +448,12 @@ def test_bad_input_is_refused_before_the_first_update():
         (dict(implementation="gpu"), "implementation is 'gpu'; choose one of auto"),
         (dict(rule=0.3), "rule is 0.3; give a MergeRule"),
         (dict(rule=None), "rule is None; give a MergeRule"),
+        (dict(rule=MergeRule), "rule is the class MergeRule; give a rule"),
+        (dict(key=None), "key is None; give one PRNG key"),
+        (dict(key=0.5), "key is 0.5; give one PRNG key"),
+        (dict(key=RULE), "key is MergeRule"),
+        (dict(key=jax.random.split(KEY)), r"key is of shape \(2,\) and dtype key<fry>"),
+        (dict(key=jnp.zeros((3, 2), jnp.uint32)), r"key is of shape \(3, 2\) and dtype uint32"),
         (dict(kernels=KERNELS[0]), "kernels must be a sequence of Kernel, .* it is Kernel"),
         (dict(kernels=trace_kernels(forward, initial(), IMAGES)), r"trace_kernels\(...\).kernels"),
     ],
@@ -461,6 +467,21 @@ def test_what_a_rule_function_returns_is_checked():
     tx = in_model_merging(KERNELS, lambda count: 0.3, KEY)
     with pytest.raises(ValueError, match=r"rule is 0\.3; give a MergeRule"):
         tx.update(initial(), tx.init(initial()), initial())
+
+
+def test_a_schedule_of_thresholds_gives_numbers():
+    tx = in_model_merging(KERNELS, MergeRule(threshold=quantile), KEY)
+    with pytest.raises(ValueError, match=r"give quantile\(share\), where share may be a schedule"):
+        tx.update(initial(), tx.init(initial()), initial())
+
+
+def test_counts_stop_at_the_largest_number():
+    tx = in_model_merging(KERNELS, MergeRule(1.0, -1.0), KEY)
+    state = tx.init(initial())
+    most = jnp.full(2, np.iinfo(np.int32).max - 3, jnp.int32)
+    state = state._replace(stats=state.stats._replace(selected=most, merged=most))
+    _, state = tx.update(initial(), state, initial())
+    assert state.stats.selected.tolist() == state.stats.merged.tolist() == [2**31 - 1] * 2
 
 
 def test_a_missing_gradient_is_named():

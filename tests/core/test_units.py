@@ -387,3 +387,15 @@ def test_a_rule_of_arrays_is_refused():
     for rule in (MergeRule(jnp.array([0.1, 0.3])), MergeRule(threshold=jnp.full(8, 0.1))):
         with pytest.raises(ValueError, match=r"has shape \(\d,\); give a scalar, and jax.vmap"):
             merge_kernels({"w": jnp.ones((5, 8))}, 0, [weight], rule)
+
+
+def test_lists_are_as_good_as_tuples():
+    fields = {
+        "path": [jax.tree_util.DictKey("w")],
+        "shape": [2, 12],
+        "view": [2, 3, 4],
+        "batch_axes": [0],
+    }
+    kernel = Kernel(**fields, out_axis=1)
+    expected = Kernel(**{name: tuple(value) for name, value in fields.items()}, out_axis=1)
+    assert kernel == expected and hash(kernel) == hash(expected)
