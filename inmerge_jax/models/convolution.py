@@ -27,7 +27,7 @@ from inmerge_jax.models.winograd import Pads, winograd
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _NDHWC = lax.ConvDimensionNumbers((0, 4, 1, 2, 3), (4, 3, 0, 1, 2), (0, 4, 1, 2, 3))
 _SMALL_MAP = 8 * 8
-_ROWS_PER_PRODUCT = 1024
+_ROWS_PER_PRODUCT, _VALUES_AT_ONCE = 1024, 2**21
 _WINOGRAD_CHANNELS, _WINOGRAD_MAP, _WINOGRAD_TILES = 64, range(2 * 2, 128 * 128), 128
 
 
@@ -212,6 +212,8 @@ def _weight_gradient(
     spread = ((0, 0, 0), (above, below, strides[0] - 1), (0, 0, 0), (0, 0, 0))
     gradient = lax.pad(gradient, zero, spread)
     block = _block(height, batch * width)
+    if batch * height * width * (inputs + outputs) <= _VALUES_AT_ONCE:
+        block = height  # All of it stays in the cache, and XLA's products are slower in a loop.
 
     def add_block(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         x = lax.dynamic_slice_in_dim(lhs, start, block, axis=1)

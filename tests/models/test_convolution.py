@@ -22,7 +22,7 @@ SHAPES = {
     "small and strided SAME": (2, 8, 8, 5, 7, 3, 2, "SAME"),
     "projection": (2, 28, 28, 3, 4, 1, 2, [(0, 0), (0, 0)]),
     "large": (2, 9, 11, 5, 7, 3, 1, [(1, 1), (1, 1)]),
-    "several blocks of rows": (40, 14, 14, 4, 5, 3, 1, [(1, 1), (1, 1)]),
+    "several blocks of rows": (40, 56, 56, 8, 9, 3, 1, [(1, 1), (1, 1)]),
     "large SAME": (2, 9, 12, 5, 7, 3, 1, "SAME"),
     "large VALID": (2, 11, 12, 5, 7, 3, 1, "VALID"),
     "uneven padding": (2, 9, 11, 5, 7, 3, 1, [(0, 1), (2, 0)]),
