@@ -248,8 +248,8 @@ class _Use(NamedTuple):
 
 _SAME_AXES = frozenset(
     "convert_element_type copy copy_p rev sharding_constraint reshard "
-    "reduce_precision name neg abs sign tanh logistic round clamp square integer_pow sqrt rsqrt "
-    "mul add sub div max min add_any select_n stop_gradient pvary pcast".split()
+    "reduce_precision name neg abs sign tanh logistic round floor ceil clamp square integer_pow "
+    "sqrt rsqrt mul add sub div max min add_any select_n stop_gradient pvary pcast".split()
 )
 
 
@@ -306,9 +306,9 @@ class _Walk:
         for op in ("conv", "dense"):
             if any(_holds(jaxpr, op) for jaxpr in inner) and not _lost(origins, name).activation:
                 self.record(op, _lost(origins, name), [], 1)
-        if len(eqn.outvars) > 1:
+        if len(eqn.outvars) > 1 and name not in ("split", "unstack"):
             return [_lost(origins, name)] * len(eqn.outvars)
-        return [_follow(eqn, origins)]
+        return [_follow(eqn, variable, origins) for variable in eqn.outvars]
 
     def loop(self, eqn: Any, origins: list[_Origin | None]) -> _Origins:
         """Follows a scan or while loop until what it carries stays what it is."""
@@ -465,10 +465,9 @@ def _indexed(
     return replace(origin, axes=axes, indexed=(*origin.indexed, *indexed))
 
 
-def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
-    """The origin of an equation's one result, from those of its operands."""
-    name, params = eqn.primitive.name, eqn.params
-    out = _shape(eqn.outvars[0])
+def _follow(eqn: Any, result: Any, origins: list[_Origin | None]) -> _Origin:
+    """The origin of a result of an equation, from those of its operands."""
+    name, params, out = eqn.primitive.name, eqn.params, _shape(result)
     if name in _SAME_AXES:
         return _elementwise(eqn, origins, out)
     source, shape = origins[0], _shape(eqn.invars[0])
@@ -494,12 +493,15 @@ def _follow(eqn: Any, origins: list[_Origin | None]) -> _Origin:
             if shape[d] == out[to]:
                 spread[to] = axes[d]
         return replace(source, axes=tuple(spread))
-    if name in ("slice", "dynamic_slice"):
+    if name in ("slice", "dynamic_slice", "split"):
         # One index of an axis is a layer of a stack; a part of an axis is no unit.
         cut = [d for d in range(len(out)) if out[d] != shape[d]]
         if all(out[d] == 1 for d in cut):
             rest = tuple(((None, 1),) if d in cut else axes[d] for d in range(len(out)))
             return _indexed(source, rest, (atom for d in cut for atom in axes[d]), name)
+    if name == "unstack":
+        d = params["axis"]
+        return _indexed(source, axes[:d] + axes[d + 1 :], axes[d], name)
     if name == "gather":
         # `w[i]` with a traced index, or a look-up in a table.
         one = tuple(params["slice_sizes"]) == (1, *shape[1:]) and out == shape[1:]

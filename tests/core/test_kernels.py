@@ -770,3 +770,14 @@ def test_a_convolution_in_an_operation_that_is_not_followed_is_passed_over(image
 def test_a_string_is_no_tuple_of_operations(image, weight):
     with pytest.raises(ValueError, match="ops is 'conv'; give a tuple"):
         find_kernels(lambda p, x: conv(x, p["w"]), weight, image, ops="conv")
+
+
+@pytest.mark.parametrize("unstack", [jnp.unstack, lambda w: jnp.split(w, 3), list])
+def test_the_layers_of_a_stack_may_be_taken_apart_first(unstack):
+    def forward(p, x):
+        for w in unstack(p["w"]):
+            x = conv(x, w.reshape(w.shape[-4:]))
+        return x
+
+    params = {"w": jnp.ones((3, 3, 3, 4, 4))}
+    assert places(forward, params, jnp.ones((1, 8, 8, 4))) == {"w": (4, (0,), 1, "conv")}
