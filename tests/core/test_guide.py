@@ -1,6 +1,7 @@
-"""What docs/guide.md states: a test for each statement; its samples are run as they stand.
+"""What docs/guide.md states; its samples are run as they stand.
 
-With eight simulated devices, `python -m tests.core.test_guide` prints the page's table.
+With eight simulated devices, `python -m tests.core.test_guide` prints the table of collectives in
+docs/performance.md.
 """
 
 import collections
@@ -35,6 +36,12 @@ from inmerge_jax import (
 from tests.long import LONG
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide.md"
+COLLECTIVES = (
+    (PAGE.parent / "performance.md")
+    .read_text()
+    .partition("\n## Collectives of a sharded merge\n")[2]
+    .partition("\n## ")[0]
+)
 KEY = jax.random.key(5)
 RULE = MergeRule(probability=1.0, threshold=-1.0, alpha=0.5)
 SGD = optax.sgd(0.1)
@@ -320,11 +327,27 @@ def assert_trains_and_merges_second_alone(params):
     assert_close(params["second"], updated(merging())[0]["second"])
 
 
-def test_the_sample_of_frozen_layers():
-    names = {"labels": LABELS, "kernels": KERNELS, "rule": RULE, "key": KEY, "tx": SGD}
-    names = sample("trainable = ", **names)
-    assert [kernel.name for kernel in names["trainable"]] == ["second"]
-    assert_trains_and_merges_second_alone(updated(names["tx"])[0])
+def as_modules(tree):
+    """Nested, as Flax has them."""
+    return {"params": {"stem": {"kernel": tree["first"]}, "block": {"kernel": tree["second"]}}}
+
+
+def test_the_sample_of_frozen_layers_with_nested_parameters():
+    def nested_forward(params, x):
+        modules = params["params"]
+        return forward(
+            {"first": modules["stem"]["kernel"], "second": modules["block"]["kernel"]}, x
+        )
+
+    params, grads = as_modules(initial()), as_modules(GRADS)
+    kernels = find_kernels(nested_forward, params, X, ops=("dense",))
+    names = sample("def label", params=params, kernels=kernels, rule=RULE, key=KEY, tx=SGD)
+    trainable = names["trainable"]
+    assert [kernel.name for kernel in trainable] == ["params/block/kernel"]
+    after = updated(names["tx"], params, grads=grads)[0]["params"]
+    np.testing.assert_array_equal(after["stem"]["kernel"], initial()["first"])
+    plain = updated(SGD, params, grads=grads)[0]
+    assert_close(after["block"], merged(plain, kernels=trainable)["params"]["block"])
 
 
 AROUND = {
@@ -755,7 +778,23 @@ def test_casts_in_the_forward_pass_are_followed():
     assert find_kernels(cast, initial(), X, ops=("dense",)) == KERNELS
 
 
-# ---- Sharded parameters
+# ---- Save and restore
+
+
+def test_the_sample_restores_parameters_and_draws(tmp_path):
+    tx = merging(optax.sgd(0.1, momentum=0.9))
+    params, state = updated(tx, steps=2)
+    names = {"params": params, "opt_state": state, "tx": tx, "path": tmp_path / "checkpoint"}
+    found = sample("from flax import serialization", **names)
+    expected, restored = (
+        optax.apply_updates(params, tx.update(GRADS, state, params)[0])
+        for params, state in [(params, state), (found["params"], found["opt_state"])]
+    )
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert counts(found["opt_state"]) == 2
+
+
+# ---- Sharded parameters; the table is in docs/performance.md
 
 
 SHAPE = (3, 3, 16, 32)
@@ -798,7 +837,7 @@ def collectives(sharded, axes, partner, implementation):
 def table():
     """The rows of the page's table."""
     (text,) = re.findall(
-        r"<!-- begin collectives -->\n(.*?)<!-- end collectives -->", PAGE.read_text(), re.DOTALL
+        r"<!-- begin collectives -->\n(.*?)<!-- end collectives -->", COLLECTIVES, re.DOTALL
     )
     lines = [line.strip("| ").split(" | ") for line in text.strip().splitlines()]
     assert tuple(lines[0]) == HEADER
@@ -824,7 +863,7 @@ CASES = [
     ids="-".join,
 )
 def test_collectives_are_those_of_the_page(case):
-    (version,) = re.findall(r"jax (\d+\.\d+\.\d+)\)", PAGE.read_text())
+    (version,) = re.findall(r"jax (\d+\.\d+\.\d+)\)", COLLECTIVES)
     if jax.__version__ != version:
         pytest.skip(f"counted with jax {version}")
     (row,) = (row for row in table() if all(map(applies, row, case)))
