@@ -25,6 +25,8 @@ RULES = {
     "harsh": "--partner random --threshold -1 --arms finetune inmerge",
     "paper": "--partner nearest --threshold 0.3 --arms inmerge",
 }
+_LABELS = {"harsh": "threshold -1", "paper": "paper"}
+"""What the table calls a rule."""
 MODES = ("off", "all")
 TRAINING = (
     "--model resnet18 --width 0.125 --epochs 8 --merging-epochs 5 --seeds 0 1 2 --devices 1 "
@@ -90,7 +92,7 @@ def markdown(stored: dict[str, Any]) -> str:
     """The stored rows as a table, and where they were measured."""
     lines = []
     for row in stored["rows"]:
-        arm = f"inmerge, {row['rule']}" if row["arm"] == "inmerge" else row["arm"]
+        arm = f"inmerge, {_LABELS[row['rule']]}" if row["arm"] == "inmerge" else row["arm"]
         merged = f"{row['merged']:,.0f}" if "merged" in row else ""
         cells = (f"{row[mode]['auc']:.3f}, {row[mode]['acc']:.3f}" for mode in MODES)
         lines.append((DATA[row["data"]], arm, merged, *cells))

@@ -326,7 +326,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def markdown(stored: dict[str, Any]) -> str:
     """The rows as a Markdown table, and where they come from."""
-    columns = ("command", "aimed at", "killed after", "in", "resumed from", "the same")
+    columns = ("command", "target phase", "killed after", "in", "resumed from", "identical")
     lines = []
     for row in stored["rows"]:
         doing = row["doing"] + (f" (`{row['innermost']}`)" if row["innermost"] else "")

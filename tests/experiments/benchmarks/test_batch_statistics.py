@@ -47,6 +47,6 @@ def test_each_run_is_trained_once_and_means_are_stored(trained, tmp_path, capsys
     ]
     assert rows[2]["off"] == {"auc": 0.4375, "acc": 0.5625} and rows[2]["merged"] == 10
     assert rows[2]["all"] == {"auc": 0.6875, "acc": 0.8125} and "merged" not in rows[0]
-    assert "| BreastMNIST | inmerge, harsh | 10 | 0.438, 0.562 | 0.688, 0.812 |" in (
+    assert "| BreastMNIST | inmerge, threshold -1 | 10 | 0.438, 0.562 | 0.688, 0.812 |" in (
         capsys.readouterr().out
     )
