@@ -1,11 +1,14 @@
 """Each case of docs/interruptions.md has its tests, which exist."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "interruptions.md").read_text()
 TESTS = {
     "SIGKILL or a crash": (
         "tests/training/test_resume.py::test_killed_mid_epoch_and_resumed_is_bit_identical",
@@ -113,8 +116,7 @@ TESTS = {
 
 def events():
     """The first cells of the page's table."""
-    text = (ROOT / "docs" / "interruptions.md").read_text()
-    text = text.partition("## Cases")[2].partition("## Kills")[0]
+    text = PAGE.partition("## Cases")[2].partition("## Kills")[0]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [re.match(r"\| (.*?) \| .* \|$", row)[1] for row in rows]
 
@@ -128,3 +130,26 @@ def test_every_case_of_the_page_has_a_test_and_every_test_a_case():
 def test_the_test_of_a_case_exists(place):
     file, _, name = place.partition("::")
     assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ((), "train --data breastmnist --output runs/long\n"),
+        (("config.json",), "train --data breastmnist --output runs/long --resume\n"),
+        (("config.json", "table.md"), ""),
+    ],
+)
+def test_the_restart_script_starts_or_resumes_a_run(tmp_path, files, expected):
+    (script,) = re.findall(r"(?:^    .*\n)+", PAGE[PAGE.index("    run=runs/long") :], re.M)[:1]
+    command = tmp_path / "inmerge"
+    command.write_text('#!/bin/sh\necho "$@"\n')
+    command.chmod(0o755)
+    for name in files:
+        (tmp_path / "runs/long").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/long" / name).touch()
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "-eu"], input=script, cwd=tmp_path, env=env, text=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, expected)
