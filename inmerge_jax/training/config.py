@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tyro.conf import arg
+
 from inmerge_jax.data import DataConfig, PhantomConfig
 from inmerge_jax.data.medmnist import MEDMNIST_DIR
 from inmerge_jax.merging import MergeRule
@@ -11,15 +13,6 @@ from inmerge_jax.models.units import UnitKind
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.environment import COMPILATION_CACHE
 from inmerge_jax.training.presets import PresetName
-
-try:
-    from tyro.conf import OmitArgPrefixes, arg
-except ModuleNotFoundError:  # Only the command line needs it.
-    OmitArgPrefixes = None
-
-    def arg(**shown: Any) -> None:
-        """Stands in for tyro's annotation of a command-line option."""
-
 
 Arm = Literal["backbone", "finetune", "inmerge"]
 ARMS: tuple[Arm, ...] = ("backbone", "finetune", "inmerge")

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from experiments.benchmarks.accelerator import page
 from experiments.benchmarks.accelerator.command import main
@@ -20,21 +24,56 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 
 ROOT = Path(__file__).parents[4]
-OPTIONAL = ("tyro", "grain", "tensorflow_datasets", "medmnist")
+OPTIONAL = ("filelock", "grain", "tensorflow_datasets", "medmnist")
 # Importing what the command may not need fails.
-BLOCKED = f"""
+BLOCKED = """
 import runpy, sys
-for name in {OPTIONAL}:
+for name in {blocked}:
     sys.modules[name] = None
 runpy.run_module("experiments.accelerator", run_name="__main__", alter_sys=True)
 """
+
+
+def required(names):
+    """Distributions and, in turn, those that they require, without extras."""
+    found, waiting = set(), list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return found
+
+
+def test_the_command_starts_with_the_documented_packages():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    listed = re.search(r"^- `(jax [^`]*)`", page, re.MULTILINE)[1].split()
+    # Of PyTorch, SciPy asks whether sys.modules has it.
+    documented = required([*listed, "torch"])
+    blocked = {
+        module
+        for module, packages in metadata.packages_distributions().items()
+        if documented.isdisjoint(map(canonicalize_name, packages))
+        and not module.startswith(("_", "inmerge_jax"))
+    }
+    assert "grain" in blocked
+    started = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(blocked=blocked), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 0, started.stderr
 
 
 def start(folder, *words, minutes=5):
     command = ["--tiny", "--grid", "phantom", "--minutes", str(minutes), "--output", str(folder)]
     command += ["--cache", os.environ["JAX_COMPILATION_CACHE_DIR"]]
     return subprocess.Popen(
-        [sys.executable, "-c", BLOCKED, *command, *words],
+        [sys.executable, "-c", BLOCKED.format(blocked=OPTIONAL), *command, *words],
         cwd=ROOT,
         # Most of the time would go into compilers: PyTorch's does nothing, XLA's does not optimize.
         env={
