@@ -61,7 +61,17 @@ class SharedNumbers(NamedTuple):
 
 
 def kind_of(treatment: Treatment) -> tuple[str, bool] | None:
-    """Partner and whether the threshold is a quantile; None without merging."""
+    """Partner and whether the threshold is a quantile; None without merging.
+
+    Raises:
+      ValueError: the treatment is more than fine-tuning or merging.
+    """
+    evaluation = treatment.average is not None or treatment.statistics != "running"
+    if treatment.kind not in ("none", "merge", "released") or evaluation:
+        raise ValueError(
+            f"{treatment}: the accelerator command only fine-tunes and merges; train this one with "
+            "python -m experiments.study"
+        )
     if treatment.kind == "none":
         return None
     return treatment.partner, treatment.quantile is not None

@@ -118,6 +118,15 @@ def test_every_rule_is_a_branch_of_one_program(treatment):
         assert int(stats.merged.sum()) == merged
 
 
+@pytest.mark.parametrize(
+    "treatment",
+    [Treatment("noise"), Treatment("variant"), Treatment("merge", average=0.9)],
+)
+def test_what_only_the_study_trains_is_refused(treatment):
+    with pytest.raises(ValueError, match="only fine-tunes and merges"):
+        shared_numbers(treatment, (), 1)
+
+
 def test_every_grid_has_paired_arms_and_trials_of_their_own():
     for name, grid in GRIDS.items():
         trials = list(grid.trials())
