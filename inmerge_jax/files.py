@@ -1,16 +1,18 @@
 """Atomic writes of files, and verified reads, locally and in buckets."""
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,48 @@ def sync_all(folder: Path) -> None:
             sync(path)
 
 
+def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError:
+    """The error for a file that cannot be written, with reason and remedy.
+
+    Args:
+      path: path of the file.
+      error: the error of the operating system.
+      begun: whether there is a run to resume.
+    """
+    reason = error.strerror or str(error)
+    before = "; earlier files are intact, and `resume` continues the run" if begun else ""
+    return UsageError(
+        f"cannot write {path}: {reason}; make room or give rights there, or choose another "
+        f"folder{before}"
+    )
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, *, begun: bool = True) -> Iterator[None]:
+    """Turns the errors of writing to `path`, local or in a bucket, into `write_error`."""
+    try:
+        with bucket_errors():
+            yield
+    except OSError as error:
+        raise write_error(path, error, begun=begun) from error
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Checks that a file can be written, before the work for it begins; creates its folder.
+
+    Raises:
+      UsageError: it cannot be written, or it exists and `overwrite` is False.
+    """
+    with write_errors(path, begun=False):
+        if path.exists() and not overwrite:
+            raise UsageError(
+                f"{path} exists; choose another name, or give `overwrite` to replace it"
+            )
+        if not in_bucket(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
@@ -113,6 +157,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically, see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def json_round_trip(value: Any) -> Any:
+    """`value` as a JSON file gives it back, with which it compares equal.
+
+    Paths become strings; arrays and their numbers, lists and numbers.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, PurePath):
+            return str(value)
+        if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
+            return np.asarray(value).tolist()
+        raise TypeError(f"{value!r} of type {type(value).__name__} can't go into a JSON file")
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def json_sha256(value: Any) -> str:

@@ -59,7 +59,7 @@ def building(output: Path, images: Path) -> Job:
 def run_evidence(output: Path) -> dict[str, Any]:
     """Checkpoints' arrays, metrics, scores and results of a run; no times."""
     from inmerge_jax.training.checkpointing import checkpoint_epochs, read_arrays
-    from inmerge_jax.training.workdir import read_metrics
+    from inmerge_jax.training.metrics_file import read_metrics
 
     found = {"results": timeless(json.loads((output / "results.json").read_text()))}
     for folder in sorted(output.glob("seed*/*")):

@@ -27,7 +27,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_bytes, write_text
 from inmerge_jax.locking import lock
 from inmerge_jax.training.metrics import read_scores
-from inmerge_jax.training.workdir import read_metrics
+from inmerge_jax.training.metrics_file import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLE, ARRAYS, CHECKSUMS = "trials.csv", "trials.zip", "trials.sha256"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from inmerge_jax.buckets import in_bucket, path_registry
-from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.cli.errors import run_command
 from inmerge_jax.data import TFDS_DIR
 from inmerge_jax.errors import UsageError
 
@@ -158,22 +158,20 @@ def main(arguments: list[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
         registry=path_registry(),
     )
-    try:
-        _require_local(config)
-        if isinstance(config, Build):
-            run_build(config)
-        elif isinstance(config, Prepare):
-            run_prepare(config)
-        else:
-            from inmerge_jax.cli.input_speed import measure
+    output = config.data_dir if isinstance(config, Prepare) else config.output
+    return run_command(lambda: _run(config), output, stopped="stopped; the same command continues")
 
-            measure(**vars(config))
-    except UsageError as error:
-        return report(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
-    return DONE
+
+def _run(config: Build | Measure | Prepare) -> None:
+    _require_local(config)
+    if isinstance(config, Build):
+        run_build(config)
+    elif isinstance(config, Prepare):
+        run_prepare(config)
+    else:
+        from inmerge_jax.cli.input_speed import measure
+
+        measure(**vars(config))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from inmerge_jax.buckets import path_registry
-from inmerge_jax.cli.errors import DONE, report
-from inmerge_jax.errors import UsageError
+from inmerge_jax.cli.errors import run_command
 
 if TYPE_CHECKING:
     from inmerge_jax.training.load import FinishedStage
@@ -50,20 +49,17 @@ def export(config: ExportConfig) -> str:
         damaged; or the file cannot be written.
     """
     from inmerge_jax.models.torchvision import to_state_dict
-    from inmerge_jax.models.weight_files import check_target, write_state_dict
+    from inmerge_jax.models.weight_files import check_weight_file, write_state_dict
     from inmerge_jax.training.load import find_stage
 
-    check_target(config.to, overwrite=config.overwrite)
+    check_weight_file(config.to, overwrite=config.overwrite)
     stage = find_stage(config.run, config.arm, config.seed)
     name, stem = stage.config["model"]["name"], stage.config["model"]["stem"]
     state_dict = to_state_dict(name, stage.variables(), names=config.names)
-    try:
-        net = config.names == "medmnist" and config.to.suffix != ".safetensors"
-        write_state_dict(
-            config.to, state_dict, overwrite=config.overwrite, wrapped="net" if net else None
-        )
-    except OSError as error:
-        raise UsageError(f"cannot write {config.to}: {error.strerror or error}") from error
+    net = config.names == "medmnist" and config.to.suffix != ".safetensors"
+    write_state_dict(
+        config.to, state_dict, overwrite=config.overwrite, wrapped="net" if net else None
+    )
     return (
         f"{config.to}: {name} with the {stem} stem, {len(state_dict)} entries, "
         f"seed {stage.seed} {stage.arm} epoch {stage.result['best_epoch']}{_described(stage)}"
@@ -97,11 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
         registry=path_registry(),
     )
-    try:
-        print(export(config))
-    except UsageError as error:
-        return report(error)
-    return DONE
+    return run_command(
+        lambda: print(export(config)), config.to, stopped="stopped; nothing was written"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import sys
-import tempfile
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,17 +13,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from inmerge_jax.buckets import as_path, bucket_errors, in_bucket, local_copy, path_registry
-from inmerge_jax.cli.errors import DONE, report
+from inmerge_jax.buckets import as_path, local_copy, path_registry
+from inmerge_jax.cli.errors import run_command
 from inmerge_jax.data import Dataset, Split, load_dataset, reads
 from inmerge_jax.data.folder import open_files
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_text
+from inmerge_jax.files import check_target, write_errors, write_text
 from inmerge_jax.modality import EXAMPLES, SIZE_UNITS
 from inmerge_jax.training.config import Arm, DataOptions
 from inmerge_jax.training.environment import configure_malloc
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
-from inmerge_jax.training.workdir import write_error
 
 _OWN = "run"
 """Name of the run's own data set."""
@@ -70,7 +68,7 @@ def predict(config: PredictConfig) -> str:
       UsageError: the run, arm or seed is missing or not finished; the data set has other classes or
         another image size; an image cannot be read; or the file cannot be written.
     """
-    _check_target(config.to, overwrite=config.overwrite)
+    check_target(config.to, overwrite=config.overwrite)
     run = load_run(config.run, config.arm, config.seed)
     if run.task == "segmentation":
         raise UsageError(
@@ -91,10 +89,8 @@ def predict(config: PredictConfig) -> str:
         for image, row in zip(names, scores, strict=True):
             rows.writerow([split, image, *map(str, row), *_decided(run, thresholds, row)])
         count += len(images)
-    try:
+    with write_errors(config.to, begun=False):
         write_text(config.to, buffer.getvalue())
-    except OSError as error:
-        raise write_error(config.to, error, begun=False) from error
     stage = run.stage
     return "\n".join(
         [
@@ -147,20 +143,6 @@ def _chosen_images(
         place, size=shape.size, channels=shape.channels, resize=shape.resize, bits=shape.bits
     )
     return str(config.images), [("", files.names, files)]
-
-
-def _check_target(path: Path, *, overwrite: bool) -> None:
-    try:
-        with bucket_errors():
-            if path.exists() and not overwrite:
-                raise UsageError(
-                    f"{path} exists; choose another name, or give `overwrite` to replace it"
-                )
-        if not in_bucket(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise write_error(path, error, begun=False) from error
 
 
 def _chosen_data(given: DataOptions, run: LoadedRun) -> DataOptions:
@@ -285,14 +267,13 @@ def main(arguments: list[str] | None = None) -> int:
     from inmerge_jax.cli.train import OPTIONS
 
     configure_malloc()
-    try:
-        print(predict(parse_config(arguments)))
-    except UsageError as error:
-        return report(error, {**OPTIONS, "seed": "--seed"})
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return DONE
+    config = parse_config(arguments)
+    return run_command(
+        lambda: print(predict(config)),
+        config.to,
+        {**OPTIONS, "seed": "--seed"},
+        stopped="stopped; nothing was written",
+    )
 
 
 if __name__ == "__main__":

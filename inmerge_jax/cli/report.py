@@ -7,9 +7,8 @@ from pathlib import Path
 import tyro
 
 from inmerge_jax.buckets import path_registry
-from inmerge_jax.cli.errors import DONE, report
-from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_text
+from inmerge_jax.cli.errors import run_command
+from inmerge_jax.files import write_errors, write_text
 
 TABLE = "table.md"
 
@@ -29,7 +28,7 @@ def write_and_print(folder: Path) -> None:
     """Writes the report and the table of a finished run, and prints the table.
 
     Raises:
-      UsageError: the folder holds no finished run.
+      UsageError: the folder holds no finished run, or cannot be written.
     """
     from rich import print as rich_print
 
@@ -37,9 +36,11 @@ def write_and_print(folder: Path) -> None:
     from inmerge_jax.reporting.runs import read_run
     from inmerge_jax.reporting.tables import make_report, to_markdown, to_rich
 
-    page = write_report(folder)
-    made = make_report(read_run(folder))
-    write_text(folder / TABLE, to_markdown(made))
+    run = read_run(folder)
+    made = make_report(run)
+    page = write_report(run, made)
+    with write_errors(folder / TABLE, begun=False):
+        write_text(folder / TABLE, to_markdown(made))
     rich_print(to_rich(made))
     print(f"report: {page}")
 
@@ -47,11 +48,11 @@ def write_and_print(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
     config = tyro.cli(ReportConfig, prog="inmerge report", args=arguments, registry=path_registry())
-    try:
-        write_and_print(config.run)
-    except UsageError as error:
-        return report(error)
-    return DONE
+    return run_command(
+        lambda: write_and_print(config.run),
+        config.run,
+        stopped="stopped; the same command writes the report",
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
 """Trains a backbone, then fine-tunes it with and without in-model merging: `inmerge train`."""
 
-import errno
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inmerge_jax.cli.checks import RUN_MODULES, prepare_process, require_modules, require_writable
-from inmerge_jax.cli.errors import BAD_INPUT, DONE, FAILED, PEER_LOST, report, with_options
+from inmerge_jax.cli.errors import (
+    DONE,
+    FAILED,
+    PEER_LOST,
+    is_unwritable,
+    report,
+    report_unwritable,
+    with_options,
+)
 from inmerge_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,9 +29,6 @@ OPTIONS = {
     "download": "--no-download",
 }
 """Options of arguments whose option is not their name with dashes."""
-
-_NO_RIGHTS = (errno.EACCES, errno.EPERM)
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *_NO_RIGHTS)
 
 
 def only_report_missing(folder: Path, resume: bool) -> bool:
@@ -74,7 +78,7 @@ def _run(config: "TrainConfig") -> int:
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.run_spec import make_run_spec
     from inmerge_jax.training.train import NonFiniteLossError
-    from inmerge_jax.training.workdir import check_output, check_state, write_error
+    from inmerge_jax.training.workdir import check_output, check_state
 
     preemption = PreemptionHandler()
     try:
@@ -95,13 +99,9 @@ def _run(config: "TrainConfig") -> int:
     except UsageError as error:
         return report(error, OPTIONS)
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if not is_unwritable(error):
             return _unexpected(error)
-        if error.errno not in _NO_RIGHTS:
-            return report(write_error(error.filename or config.output, error))
-        # The file may be one that is read.
-        print(f"error: {error}; give rights to it, then start again", file=sys.stderr)
-        return BAD_INPUT
+        return report_unwritable(error, config.output, begun=True)
     except NonFiniteLossError as error:
         print(f"error: {with_options(str(error), OPTIONS)}", file=sys.stderr)
         return FAILED

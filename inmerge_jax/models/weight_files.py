@@ -15,7 +15,7 @@ from numpy._core import multiarray
 
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_bytes
+from inmerge_jax.files import check_target, write_bytes, write_errors
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
@@ -63,12 +63,11 @@ def write_state_dict(
         does with "net".
 
     Raises:
-      UsageError: the file exists and `overwrite` is False, its suffix is unknown, or a required
-        package is not installed.
-      OSError: the file cannot be written; an existing one is unchanged.
+      UsageError: the file exists and `overwrite` is False, its suffix is unknown, a required
+        package is not installed, or the file cannot be written; an existing one is unchanged.
     """
     path = as_path(path)
-    check_target(path, overwrite=overwrite)
+    check_weight_file(path, overwrite=overwrite)
     if path.suffix == ".safetensors":
         data = _package("safetensors.numpy", path).save(dict(state_dict), {"format": "pt"})
     else:
@@ -77,19 +76,19 @@ def write_state_dict(
         buffer = io.BytesIO()
         torch.save({wrapped: tensors} if wrapped else tensors, buffer)
         data = buffer.getvalue()
-    write_bytes(path, data)
+    with write_errors(path, begun=False):
+        write_bytes(path, data)
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Checks that `write_state_dict` would write to `path`.
+def check_weight_file(path: Path, *, overwrite: bool) -> None:
+    """Checks that `write_state_dict` can write to `path`; creates its folder.
 
     Raises:
-      UsageError: the suffix is unknown, or the file exists and `overwrite` is False.
+      UsageError: the suffix is unknown, or see `files.check_target`.
     """
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"{path}: name a file that ends in one of {', '.join(_SUFFIXES)}")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another name, or give `overwrite` to replace it")
+    check_target(path, overwrite=overwrite)
 
 
 def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:

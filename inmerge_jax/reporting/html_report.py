@@ -12,29 +12,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from inmerge_jax.files import write_text
+from inmerge_jax.files import write_errors, write_text
 from inmerge_jax.modality import SIZE_UNITS
 from inmerge_jax.reporting import plots, tables
-from inmerge_jax.reporting.runs import Run, number, read_run
+from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.training.metrics import METRICS
 
 
-def write_report(folder: Path | str) -> Path:
+def write_report(run: Run, report: tables.Report) -> Path:
     """Writes `report.html` into a finished run's folder.
 
     Returns:
       Path of the report, a file without external resources.
 
     Raises:
-      UsageError: the folder holds no finished run.
+      UsageError: the file cannot be written.
     """
-    run = read_run(folder)
     path = run.folder / "report.html"
-    write_text(path, render(run))
+    page = render(run, report)
+    with write_errors(path, begun=False):
+        write_text(path, page)
     return path
 
 
-def render(run: Run) -> str:
+def render(run: Run, report: tables.Report) -> str:
     """The report's HTML."""
     environment = Environment(
         loader=PackageLoader("inmerge_jax.reporting", "."),
@@ -49,7 +50,7 @@ def render(run: Run) -> str:
         svg=lambda plot: Markup(plot.svg),
         breakable=breakable,
         zip=zip,
-        report=tables.make_report(run),
+        report=report,
         facts=facts(run),
         warnings=warnings(run),
         modality=run.modality,

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import nan
-from pathlib import Path
 
 import numpy as np
 from rich.console import Group
@@ -25,7 +24,7 @@ from inmerge_jax.reporting.published import (
     published_reference,
 )
 from inmerge_jax.reporting.ranking import Ranking, rank_findings
-from inmerge_jax.reporting.runs import ARMS, Run, read_run
+from inmerge_jax.reporting.runs import ARMS, Run
 from inmerge_jax.reporting.summary import (
     LayerMerges,
     Summary,
@@ -320,8 +319,3 @@ def to_rich(report: Report) -> Group:
         parts += [drawn, Text()]
     parts += [Text(note) for note in report.notes]
     return Group(*parts, Text(), Text(report.headline, style="bold"))
-
-
-def markdown(folder: Path | str) -> str:
-    """The Markdown of a run folder; see `to_markdown`."""
-    return to_markdown(make_report(read_run(folder)))

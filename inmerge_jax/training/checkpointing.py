@@ -34,7 +34,6 @@ from inmerge_jax import buckets, files
 from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.train_step import Totals, TrainState
-from inmerge_jax.training.workdir import PROBE, write_error
 
 T = TypeVar("T")
 
@@ -43,6 +42,8 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 """Part of the name of a local checkpoint that is being written."""
 _EARLIER = "meta.json"
 """A file of checkpoints before Orbax's `CheckpointManager`; they can be exported, not resumed."""
+PROBE = ".probe-"
+"""Start of the name of a folder that only tests whether checkpoints can be written."""
 _SHOWN = 5
 
 
@@ -101,7 +102,7 @@ def save_checkpoint(
     except OSError as error:
         if not in_bucket(folder):
             _remove_incomplete(folder, path if checksums else None)
-        raise write_error(path, error) from error
+        raise files.write_error(path, error) from error
     return path
 
 

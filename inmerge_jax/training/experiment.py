@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from inmerge_jax.data import Dataset, eval_batches, steps_per_epoch
-from inmerge_jax.files import remove, write_arrays, write_json
+from inmerge_jax.files import remove, write_arrays, write_errors, write_json
 from inmerge_jax.merging.rule import Quantile
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.modality import EXAMPLES
@@ -49,7 +49,7 @@ from inmerge_jax.training.train_step import (
     make_train_step,
     new_state,
 )
-from inmerge_jax.training.workdir import environment_changes, open_workdir, write_error
+from inmerge_jax.training.workdir import environment_changes, open_workdir
 
 _SAMPLES_PER_CLASS = 4
 _MOVED = "the environment changed since the run started; results may not be bitwise reproducible"
@@ -363,10 +363,8 @@ def _slices(dataset: Dataset, examples: np.ndarray) -> np.ndarray:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    try:
+    with write_errors(path):
         write_arrays(path, arrays)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def _headline(spec: RunSpec) -> str:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from inmerge_jax.files import read_arrays, write_arrays
+from inmerge_jax.files import read_arrays, write_arrays, write_errors
 from inmerge_jax.training.metrics import json_number
-from inmerge_jax.training.workdir import write_error
 
 _H, _R = 3**0.5 / 8, 0.5**0.5
 _VALUES = (
@@ -176,10 +175,8 @@ def write_masks(path: Path, masks: np.ndarray, images: ImageMetrics) -> Path:
     Raises:
       UsageError: the file cannot be written.
     """
-    try:
+    with write_errors(path):
         write_arrays(path, {"masks": masks, **images._asdict()})
-    except OSError as error:
-        raise write_error(path, error) from error
     return path
 
 

@@ -14,9 +14,8 @@ from sklearn.metrics import roc_auc_score
 
 from inmerge_jax.data.dataset import TASKS, Dataset
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import write_text
+from inmerge_jax.files import write_errors, write_text
 from inmerge_jax.training.recipes import Recipe
-from inmerge_jax.training.workdir import write_error
 
 METRICS = MappingProxyType({"auc": "AUC", "acc": "ACC", "dice": "Dice", "hd95": "HD95"})
 """Names of metrics in files, and in text."""
@@ -177,10 +176,8 @@ def write_scores(
     figures = f"[AUC]{metrics.auc:.3f}_[ACC]{metrics.acc:.3f}"
     path = folder / f"{flag}{pixels}_{split}_{figures}@{run}.csv"
     lines = (",".join([str(index), *map(str, row)]) for index, row in enumerate(scores))
-    try:
+    with write_errors(path):
         write_text(path, "\n".join(lines) + "\n")
-    except OSError as error:
-        raise write_error(path, error) from error
     return path
 
 

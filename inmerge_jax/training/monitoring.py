@@ -11,8 +11,8 @@ import jax
 
 from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_errors
 from inmerge_jax.training.metrics import METRICS
-from inmerge_jax.training.workdir import write_error
 
 _WARM_UP = 2
 """Dispatches of an epoch before a trace; the first may compile."""
@@ -111,7 +111,7 @@ class StageMonitor:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._names = names
-        try:
+        with write_errors(self._board):
             self._board.mkdir(parents=True, exist_ok=True)
             for old in self._board.glob("events.out.tfevents.*"):
                 old.unlink()
@@ -119,8 +119,6 @@ class StageMonitor:
             # A TensorBoard that is open drops what it has read of the deleted files.
             restart = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=0, session_log=restart))
-        except OSError as error:
-            raise write_error(self._board, error) from error
         ago = sum(line["seconds"] for line in history)
         self._write(0, _similarities(layers), ago)
         for line in history:
@@ -177,11 +175,9 @@ class StageMonitor:
             if value is not None
         ]
         event = Event(wall_time=time.time() - ago, step=step, summary=Summary(value=values))
-        try:
+        with write_errors(self._board):
             self._events.write_event(event)
             self._events.flush()
-        except OSError as error:
-            raise write_error(self._board, error) from error
 
 
 def _similarities(layers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from inmerge_jax.files import (
     read_arrays,
     read_json_with_checksum,
     write_arrays,
+    write_errors,
     write_json,
     write_json_with_checksum,
 )
@@ -56,6 +57,7 @@ from inmerge_jax.training.metrics import (
     json_number,
     write_scores,
 )
+from inmerge_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.multihost import run_on_primary
 from inmerge_jax.training.parallel import (
@@ -75,7 +77,6 @@ from inmerge_jax.training.train_step import (
     with_averages_of,
     zero_totals,
 )
-from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics, write_error
 
 TESTED = "tested.npz"
 """In a stage's folder: averaged weights and re-estimated statistics of its best checkpoint."""
@@ -548,10 +549,8 @@ def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
 
 
 def _write_tested(path: Path, variables: dict[str, Any]) -> None:
-    try:
+    with write_errors(path):
         write_arrays(path, flatten_dict(variables, sep="."))
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def read_tested(folder: Path) -> dict[str, np.ndarray]:

@@ -1,25 +1,20 @@
-"""The folder of one run: who may open it, its configuration, and its metrics."""
+"""The folder of one run: who may open it, and its configuration."""
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inmerge_jax import locking
-from inmerge_jax.buckets import as_path, bucket_errors, in_bucket
+from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import json_sha256, remove, write_bytes, write_json
+from inmerge_jax.files import json_round_trip, remove, write_errors, write_json
 from inmerge_jax.locking import LOCK
+from inmerge_jax.training.checkpointing import PROBE, check_folder
 from inmerge_jax.training.environment import diff_environments, environment
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
-
-PROBE = ".probe-"
-"""Start of the name of a folder that only tests whether checkpoints can be written."""
 
 _DATA_PATHS = ("data.data_dir", "data.file")
 """Locations of images, which may change. Their content is identified by data.content_sha256, or by
@@ -49,7 +44,7 @@ def prepare_workdir(
         finished run and `overwrite` is False; it holds an unfinished run and neither option is
         given; there is nothing to resume; or the config differs (the message lists the fields).
     """
-    folder, config = as_path(folder), _plain(config)
+    folder, config = as_path(folder), json_round_trip(config)
     state = check_workdir(folder, config, resume=resume, overwrite=overwrite)
     if resume:
         _note_resumed(folder)
@@ -79,7 +74,7 @@ def check_workdir(
     """
     state = check_state(folder, resume=resume, overwrite=overwrite)
     if resume:
-        _check_same(folder, _plain(config))
+        _check_same(folder, json_round_trip(config))
     return state
 
 
@@ -122,8 +117,8 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, s
     Lists are compared as a whole. The value of a missing field is "absent". The locations of the
     images are not compared.
     """
-    before = {_RENAMED.get(name, name): value for name, value in _fields(_plain(old))}
-    after = dict(_fields(_plain(new)))
+    before = {_RENAMED.get(name, name): value for name, value in _fields(json_round_trip(old))}
+    after = dict(_fields(json_round_trip(new)))
     unread = list(_DATA_PATHS)
     if all(found.get("data.name", "").startswith(_FOLDER) for found in (before, after)):
         unread.append("data.name")
@@ -132,95 +127,6 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, s
         (name, before.get(name, "absent"), after.get(name, "absent"))
         for name in names
         if before.get(name, "absent") != after.get(name, "absent") and name not in unread
-    )
-
-
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Appends `record` to a file as one line of JSON; creates the file and its folder.
-
-    Nothing can be appended to an object in a bucket, so that one is replaced.
-
-    Raises:
-      UsageError: the line cannot be written, for example on a full disk; the file is unchanged.
-    """
-    line = json.dumps(_plain(record)).encode() + b"\n"
-    try:
-        if in_bucket(path):
-            write_bytes(path, (path.read_bytes() if path.exists() else b"") + line)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                if (written := file.write(line)) != len(line):
-                    # A nearly full disk accepts a part without an error; the rest then raises one.
-                    file.write(line[written:])
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order; [] if there is none. Skips a partial last line.
-
-    Raises:
-      UsageError: a line other than the last is not a JSON object.
-    """
-    return [record for _, record in _complete_lines(path)]
-
-
-def truncate_metrics(path: Path, epoch: int, sha256: str | None = None) -> None:
-    """Removes every record after `epoch`, and a partial last line.
-
-    The remaining lines are kept byte for byte. The file is replaced atomically, or left untouched
-    if nothing is removed.
-
-    Args:
-      path: the metrics file.
-      epoch: last epoch to keep.
-      sha256: `json_sha256` of the records to keep, as they were written; None if unknown.
-
-    Raises:
-      UsageError: a line other than the last is not a JSON object with a number "epoch"; or the
-        remaining records are not one for each epoch from 1 to `epoch`, or have another hash. The
-        best epoch and the learning rate would be wrong.
-    """
-    kept = [(line, found) for line, found in _complete_lines(path) if _epoch(path, found) <= epoch]
-    epochs = [record["epoch"] for _, record in kept]
-    if epochs != list(range(1, epoch + 1)):
-        raise UsageError(
-            f"{path} has the epochs {epochs}, but the run has finished {epoch}; "
-            f"{_retrain_remedy(path)}"
-        )
-    if sha256 is not None and json_sha256([record for _, record in kept]) != sha256:
-        raise UsageError(
-            f"{path} was changed after its {epoch} epochs were trained; they determine the best "
-            f"epoch and the learning rate: {_retrain_remedy(path)}"
-        )
-    data = b"".join(line for line, _ in kept)
-    if path.exists() and path.read_bytes() != data:
-        try:
-            write_bytes(path, data)
-        except OSError as error:
-            raise write_error(path, error) from error
-
-
-def write_error(path: Path, error: OSError, *, begun: bool = True) -> UsageError:
-    """The error for a file that cannot be written, with reason and remedy.
-
-    Args:
-      path: path of the file.
-      error: the error of the operating system.
-      begun: whether there is a run to resume.
-    """
-    reason = error.strerror or str(error)
-    before = "; earlier files are intact, and `resume` continues the run" if begun else ""
-    return UsageError(
-        f"cannot write {path}: {reason}; make room or give rights there, or choose another "
-        f"folder{before}"
     )
 
 
@@ -244,11 +150,9 @@ def _state(folder: Path) -> str:
 
 
 def _start(folder: Path, config: dict[str, Any]) -> Path:
-    try:
+    with write_errors(folder, begun=False):
         write_json(folder / ENVIRONMENT, environment())
         write_json(folder / CONFIG, config)
-    except OSError as error:
-        raise write_error(folder, error, begun=False) from error
     return folder
 
 
@@ -273,10 +177,8 @@ def _check_same(folder: Path, config: dict[str, Any]) -> None:
 def _note_resumed(folder: Path) -> None:
     noted = _read_object(folder / ENVIRONMENT)
     noted["resumed"] = [*noted.get("resumed", []), environment()]
-    try:
+    with write_errors(folder):
         write_json(folder / ENVIRONMENT, noted)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -297,49 +199,6 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _fields(inner, f"{name}.{key}" if name else key)
     else:
         yield name, json.dumps(value)
-
-
-def _plain(value: Any) -> Any:
-    """`value` after a round trip through JSON, so that a config compares equal to its file."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, PurePath):
-            return str(value)
-        if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
-            return np.asarray(value).tolist()
-        raise TypeError(f"{value!r} of type {type(value).__name__} can't go into a JSON file")
-
-    return json.loads(json.dumps(value, default=convert))
-
-
-def _complete_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            found.append((line + b"\n", record))
-        elif number < len(lines):
-            raise UsageError(f"{path}, line {number} is damaged; {_retrain_remedy(path)}")
-    return found
-
-
-def _epoch(path: Path, record: dict[str, Any]) -> int:
-    if not isinstance(record.get("epoch"), int):
-        raise UsageError(f"{path} holds a line without its epoch; {_retrain_remedy(path)}")
-    return record["epoch"]
-
-
-def _retrain_remedy(path: Path) -> str:
-    return (
-        f"restore the file, or delete the folder {path.parent} and give `resume` to retrain that "
-        "stage"
-    )
 
 
 @contextlib.contextmanager
@@ -366,13 +225,8 @@ def check_output(folder: Path) -> None:
     Raises:
       UsageError: the folder cannot be written or read, or holds something else than a run.
     """
-    from inmerge_jax.training.checkpointing import check_folder
-
-    try:
-        with bucket_errors():
-            _state(folder)
-    except OSError as error:
-        raise write_error(folder, error, begun=False) from error
+    with write_errors(folder, begun=False):
+        _state(folder)
     check_folder(folder)
 
 
@@ -380,8 +234,6 @@ def check_output(folder: Path) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """`locking.lock`, with a UsageError if the folder cannot be written."""
     with contextlib.ExitStack() as held:
-        try:
+        with write_errors(folder, begun=(folder / CONFIG).exists()):
             held.enter_context(locking.lock(folder))
-        except OSError as error:
-            raise write_error(folder, error, begun=(folder / CONFIG).exists()) from error
         yield

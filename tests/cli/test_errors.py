@@ -1,7 +1,21 @@
+import errno
+import os
+
 import pytest
 
+from inmerge_jax.buckets import as_path
+from inmerge_jax.cli import data, export, predict
+from inmerge_jax.cli import report as report_command
 from inmerge_jax.cli.errors import BAD_INPUT, report, with_options
 from inmerge_jax.cli.train import OPTIONS
+
+COMMANDS = [
+    (report_command, "write_and_print", "run"),
+    (predict, "predict", "run --to out.csv"),
+    (export, "export", "run --to out.pth"),
+    (data, "run_build", "build --images images --output out"),
+    (data, "run_prepare", "prepare tfds:mnist"),
+]
 
 
 @pytest.mark.parametrize(
@@ -20,3 +34,42 @@ def test_arguments_in_messages_are_shown_as_options(message, shown):
 def test_bad_input_goes_to_stderr_and_has_status_2(capsys):
     assert report(ValueError("`seeds`: give one")) == BAD_INPUT == 2
     assert capsys.readouterr() == ("", "error: --seeds: give one\n")
+
+
+@pytest.mark.parametrize(("module", "name", "words"), COMMANDS)
+def test_every_command_says_what_the_system_refuses(module, name, words, monkeypatch, capsys):
+    raised: list[BaseException] = [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "place/file"),
+        OSError(errno.EROFS, os.strerror(errno.EROFS), "place/file"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "place/file"),
+        KeyboardInterrupt(),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+    ]
+
+    def fail(*_):
+        raise raised.pop(0)
+
+    monkeypatch.setattr(module, name, fail)
+    for said in ("cannot write place/file: No space left", "cannot write place/file: Read-only"):
+        assert module.main(words.split()) == 2
+        message = capsys.readouterr().err
+        assert said in message and "make room or give rights" in message
+    assert module.main(words.split()) == 2
+    assert "'place/file'; give rights to it" in capsys.readouterr().err
+    assert module.main(words.split()) == 130
+    assert capsys.readouterr().err.startswith("stopped; ")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        module.main(words.split())
+
+
+@pytest.mark.parametrize("module", [predict, export])
+def test_a_bucket_that_refuses_the_file_is_named(module, monkeypatch, capsys):
+    retry = pytest.importorskip("gcsfs.retry")
+
+    def refuse(self):
+        raise retry.HttpError({"code": 403, "message": "Forbidden"})
+
+    monkeypatch.setattr(type(as_path("gs://bucket/out.pth")), "exists", refuse)
+    assert module.main(["run", "--to", "gs://bucket/out.pth"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot write gs://bucket/out.pth: HttpError: Forbidden" in said

@@ -6,12 +6,27 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from inmerge_jax.reporting.html_report import write_report
+from inmerge_jax.reporting.runs import read_run
+from inmerge_jax.reporting.tables import make_report, to_markdown
+
 ARMS = ("backbone", "finetune", "inmerge")
 CLASSES = ("normal", "nodule", "effusion", "cardiomegaly")
 LAYERS = tuple(f"Block_{block}/Conv_{conv}/kernel" for block in range(4) for conv in range(2))
 MERGING = LAYERS[4:]
 EPOCHS = {"backbone": 8, "finetune": 4, "inmerge": 4}
 SKILL = {"backbone": 1.0, "finetune": 1.1, "inmerge": 1.35}
+
+
+def markdown(folder: Path) -> str:
+    """The tables and notes of a run."""
+    return to_markdown(make_report(read_run(folder)))
+
+
+def write_page(folder: Path) -> Path:
+    """Writes the HTML report of a run, and returns its path."""
+    run = read_run(folder)
+    return write_report(run, make_report(run))
 
 
 def write_run(

@@ -13,10 +13,9 @@ from PIL import Image
 
 from inmerge_jax.data.chestxray14.labels import FINDINGS
 from inmerge_jax.errors import UsageError
-from inmerge_jax.reporting.html_report import write_report
 from inmerge_jax.reporting.published import CHESTXRAY14
 from tests.long import long_unless
-from tests.reporting.folder import edit, write_run
+from tests.reporting.folder import edit, write_page, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROBE = """<script>
@@ -71,7 +70,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    path = write_report(folder)
+    path = write_page(folder)
     assert path == folder / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -130,7 +129,7 @@ def test_sample_images_are_the_stored_pixels(folder, page):
 def test_names_from_the_run_are_escaped(tmp_path):
     evil = "<script>alert(1)</script> & co"
     folder = write_run(tmp_path / "run", seeds=(0,), title=evil, classes=(evil, "b"))
-    page = write_report(folder).read_text(encoding="utf-8")
+    page = write_page(folder).read_text(encoding="utf-8")
     assert "<script" not in page
     assert evil in Reader(page).text
 
@@ -140,7 +139,7 @@ def test_missing_pieces_are_named(tmp_path):
     for path in [*folder.rglob("metrics.jsonl"), *folder.glob("*.npz")]:
         path.unlink()
     (folder / "environment.json").unlink()
-    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
     for expected in (
         "Arm inmerge was not run.",
         "Arm finetune was not run.",
@@ -161,7 +160,7 @@ def test_damaged_arrays_are_named_with_the_remedy(tmp_path, name, damage):
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data[:200] if damage == "cut short" else data)
     with pytest.raises(UsageError, match=rf"{name} is damaged .*results\.json.*--resume"):
-        write_report(folder)
+        write_page(folder)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "similarity.json"])
@@ -170,7 +169,7 @@ def test_damaged_lines_are_named(tmp_path, name):
     path = folder / "seed0" / "inmerge" / name
     path.write_bytes(path.read_bytes()[:50] + b"\xff")
     with pytest.raises(UsageError, match=re.escape(str(path))):
-        write_report(folder)
+        write_page(folder)
 
 
 @pytest.mark.long
@@ -185,7 +184,7 @@ def test_undefined_metrics_are_visible(tmp_path):
     for path in folder.rglob("metrics.jsonl"):
         lines = [json.loads(line) | {"val_auc": None} for line in path.read_text().splitlines()]
         path.write_text("\n".join(map(json.dumps, lines)))
-    page = write_report(folder).read_text(encoding="utf-8")
+    page = write_page(folder).read_text(encoding="utf-8")
     reader = Reader(page)
     assert "inmerge: the test AUC is undefined for seed 0." in reader.text
     assert "undefined in every epoch" in reader.text
@@ -194,7 +193,7 @@ def test_undefined_metrics_are_visible(tmp_path):
 
 def test_a_run_that_merged_nothing_says_so_at_the_top(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0,), merging=False)
-    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
     assert text.index("NOTHING WAS MERGED") < text.index("Sample images")
     assert "nothing was merged" in text[text.index("Block_3/Conv_1") :]
 
@@ -203,7 +202,7 @@ def test_a_run_that_merged_nothing_says_so_at_the_top(tmp_path):
 def test_warnings_of_the_run_are_shown(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0, 1))
     edit(folder, lambda r: r["arms"]["inmerge"][1]["warnings"].append("no merges by epoch 1"))
-    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
     assert "inmerge, seed 1: no merges by epoch 1" in text
 
 
@@ -212,19 +211,19 @@ def test_a_class_with_one_label_has_a_panel_without_curve(tmp_path):
     folder = write_run(tmp_path / "run", seeds=(0,))
     labels = np.load(folder / "labels.npz")["test"]
     np.savez(folder / "labels.npz", test=np.where(labels == 3, 0, labels))
-    text = Reader(write_report(folder).read_text(encoding="utf-8")).text
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
     assert "No curve: 0 of 160 test images have this label." in text
 
 
 @pytest.mark.long
 def test_the_same_folder_gives_the_same_bytes(folder, page):
-    assert write_report(folder).read_text(encoding="utf-8") == page
+    assert write_page(folder).read_text(encoding="utf-8") == page
 
 
 @pytest.mark.long
 def test_only_the_report_is_written(folder, page):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    write_report(folder)
+    write_page(folder)
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {folder / "report.html"}
 
@@ -238,7 +237,7 @@ def test_tables_fit_the_screen(tmp_path, width):
     task = "multi-label, binary-class"
     folder = write_run(tmp_path / "run", classes=FINDINGS, task=task, **data)
     edit(folder, lambda results: results["dataset"].update(title="chestxray14 (split chexnet)"))
-    content = write_report(folder).read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
+    content = write_page(folder).read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
     # In a frame, because the window of a headless browser is at least 500 px wide.
     frame = f'<iframe style="border: 0" width="{width}" height="900" srcdoc="{{}}"></iframe>'
     page = tmp_path / "probed.html"

@@ -7,13 +7,12 @@ from sklearn.metrics import roc_auc_score
 
 from inmerge_jax.data.chestxray14.labels import FINDINGS, read_text
 from inmerge_jax.data.dataset import names_sha256
-from inmerge_jax.reporting.html_report import write_report
 from inmerge_jax.reporting.published import CHESTXRAY14
 from inmerge_jax.reporting.ranking import bootstrap_auroc, rank_findings
 from inmerge_jax.reporting.runs import read_run
-from inmerge_jax.reporting.tables import make_report, markdown
+from inmerge_jax.reporting.tables import make_report
 from tests.paths import SHARED, needs
-from tests.reporting.folder import edit, write_run
+from tests.reporting.folder import edit, markdown, write_page, write_run
 
 TASK = "multi-label, binary-class"
 FULL = {"train": 640, "val": 40, "test": 160}
@@ -98,7 +97,7 @@ def test_one_line_says_what_is_comparable(tmp_path, split, full, digest, line):
     if digest != PUBLISHED:
         assert "(test images of chexnet)" in others.columns[1]
         assert sum(int(count) for count in table.rows[-1][1:4]) >= 15
-    page = write_report(run.folder).read_text()
+    page = write_page(run.folder).read_text()
     assert page.count(table.title) == page.count(others.title) == 2
     assert "Pleural_<wbr>Thickening" in page
 

@@ -10,8 +10,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.summary import auc_influence, spread, summarize
-from inmerge_jax.reporting.tables import markdown
-from tests.reporting.folder import edit, write_run
+from tests.reporting.folder import edit, markdown, write_run
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from scipy import stats
 from inmerge_jax.reporting.formatting import signed
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.summary import summarize
-from inmerge_jax.reporting.tables import make_report, markdown, markdown_rows, to_rich
-from tests.reporting.folder import edit, write_run
+from inmerge_jax.reporting.tables import make_report, markdown_rows, to_rich
+from tests.reporting.folder import edit, markdown, write_run
 
 
 def row(text, name):

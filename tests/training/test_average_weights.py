@@ -13,6 +13,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.training.checkpointing import restore_checkpoint
 from inmerge_jax.training.load import FinishedStage
 from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
@@ -25,7 +26,6 @@ from inmerge_jax.training.train_step import (
     normalise,
     with_averages_of,
 )
-from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 from tests.training.test_train import run
 

@@ -36,13 +36,9 @@ from inmerge_jax.training.checkpointing import (
 )
 from inmerge_jax.training.environment import enable_compilation_cache
 from inmerge_jax.training.init import file_sha256
+from inmerge_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from inmerge_jax.training.preemption import TrainingInterrupted
-from inmerge_jax.training.workdir import (
-    append_metrics,
-    prepare_workdir,
-    read_metrics,
-    truncate_metrics,
-)
+from inmerge_jax.training.workdir import prepare_workdir
 from tests.emulator import cloud_storage
 from tests.training import tiny
 from tests.training.test_train import evidence, run

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.training import workdir
-from inmerge_jax.training.workdir import append_metrics, read_metrics, truncate_metrics
+from inmerge_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
 
 def records(count):
@@ -90,7 +89,7 @@ def test_full_disk_leaves_metrics_as_they_were(metrics, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(workdir.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match=f"{metrics}: No space left on device.*make room"):
         append_metrics(metrics, {"epoch": 5})
     assert metrics.read_bytes() == before

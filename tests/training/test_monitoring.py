@@ -8,10 +8,10 @@ import pytest
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import monitoring
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.workdir import read_metrics
 from tests.long import LONG
 from tests.training import tiny
 from tests.training.test_train import check_resumption, evidence, run

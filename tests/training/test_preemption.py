@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from inmerge_jax.training.checkpointing import checkpoint_epochs
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train_step import make_merging_eval_step
-from inmerge_jax.training.workdir import read_metrics
 from tests.long import LONG, long_unless
 from tests.training import tiny
 from tests.training.test_train import evidence, run

@@ -15,11 +15,11 @@ from inmerge_jax.data import train_batch
 from inmerge_jax.errors import UsageError
 from inmerge_jax.models.torchvision import from_state_dict, read_state_dict
 from inmerge_jax.training.metrics import read_scores
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.train import TESTED, batch_seed, read_tested
 from inmerge_jax.training.train_step import make_batch_stats_step, normalise
-from inmerge_jax.training.workdir import read_metrics
 from tests.training import tiny
 from tests.training.test_train import check_resumption, restore, run
 

@@ -20,10 +20,10 @@ from inmerge_jax.cli.train import main
 from inmerge_jax.data import images as decoding
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import run_experiment
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.run_spec import make_run_spec
 from inmerge_jax.training.second_stage import begin_second_stage
-from inmerge_jax.training.workdir import read_metrics
 from tests.data.test_folder import make_folders
 from tests.training import tiny
 

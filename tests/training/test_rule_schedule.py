@@ -14,10 +14,10 @@ from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import make_context
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.rule_schedule import RuleSchedule
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.workdir import read_metrics
 from tests.training.test_train import check_resumption, run
 
 TINY = (

@@ -29,6 +29,7 @@ from inmerge_jax.training.mask_metrics import (
     mask_metrics,
     read_masks,
 )
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.recipes import RECIPES, fit_recipe
 from inmerge_jax.training.run_spec import make_run_spec
@@ -42,7 +43,6 @@ from inmerge_jax.training.train_step import (
     new_state,
     zero_totals,
 )
-from inmerge_jax.training.workdir import read_metrics
 from tests.training.test_train import check_resumption
 
 

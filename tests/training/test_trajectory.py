@@ -25,6 +25,7 @@ from inmerge_jax.models.densenet import DenseNet
 from inmerge_jax.models.torchvision import from_state_dict, to_state_dict
 from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import restore_checkpoint
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.parallel import DATA_AXIS, unreplicate
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
@@ -38,7 +39,6 @@ from inmerge_jax.training.train_step import (
     new_state,
     normalise,
 )
-from inmerge_jax.training.workdir import read_metrics
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")

@@ -11,7 +11,8 @@ import pytest
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import workdir
 from inmerge_jax.training.environment import environment
-from inmerge_jax.training.workdir import append_metrics, diff_configs, prepare_workdir
+from inmerge_jax.training.metrics_file import append_metrics
+from inmerge_jax.training.workdir import diff_configs, prepare_workdir
 
 CONFIG = {
     "model": {"name": "resnet18", "width": 1.0},

@@ -14,8 +14,9 @@ from experiments.study import archive, runner, stages
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.experiment import initial_variables, step_options
+from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.preemption import TrainingInterrupted
-from inmerge_jax.training.workdir import lock, read_metrics
+from inmerge_jax.training.workdir import lock
 from tests.paths import SHARED, needs
 
 START = Backbone("phantom", "vgg11", 0, 2, 0.1)
