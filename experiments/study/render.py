@@ -14,9 +14,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's colours."""
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all but the first `left` columns are aligned to the right."""
-    return markdown_rows(columns, rows, "l" * left + "r" * (len(columns) - left)) + "\n"
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all but the first column are aligned to the right."""
+    return markdown_rows(columns, rows, "l" + "r" * (len(columns) - 1)) + "\n"
 
 
 def difference(row: Mapping[str, Any] | None, digits: int = 3) -> str:

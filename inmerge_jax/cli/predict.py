@@ -17,6 +17,7 @@ from inmerge_jax.buckets import as_path, local_copy, path_registry
 from inmerge_jax.cli.errors import run_command
 from inmerge_jax.data import Dataset, Split, load_dataset, reads
 from inmerge_jax.data.folder import open_files
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import check_target, write_errors, write_text
 from inmerge_jax.modality import EXAMPLES, SIZE_UNITS
@@ -26,7 +27,6 @@ from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 
 _OWN = "run"
 """Name of the run's own data set."""
-_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _chosen_images(
                 "the network was trained on may be in any of them"
             )
         parts = []
-        for name in _SPLITS if config.split == "all" else (config.split,):
+        for name in SPLITS if config.split == "all" else (config.split,):
             split: Split = getattr(dataset, name)
             names = range(len(split)) if split.names is None else split.names
             parts.append((name, names, split.images))

@@ -82,8 +82,7 @@ def train_batch(
       UsageError: `batch_size` exceeds the split or is no multiple of `hosts`.
     """
     _check(split, batch_size, step, host, hosts)
-    index = _batch_index(len(split), seed, batch_size, step)
-    return _take(split, _host_slice(index, host, hosts))
+    return _train_rows(split, seed, batch_size, host, hosts, step)
 
 
 def train_batches(

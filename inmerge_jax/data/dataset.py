@@ -5,32 +5,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
 
 import numpy as np
 
+from inmerge_jax.data.images import RowImages
 from inmerge_jax.modality import SIZE_UNITS, Modality
 
 TASKS = (
     *("multi-class", "binary-class", "ordinal-regression", "segmentation"),
     "multi-label, binary-class",
 )
-
-
-class Images(Protocol):
-    """Array interface of a split's images: a NumPy array, or an object that reads files."""
-
-    dtype: np.dtype
-    ndim: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(n, height, width, channels)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any) -> np.ndarray: ...
-
 
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
 _MODALITY: Mapping[tuple[np.dtype, int], Modality] = MappingProxyType(
@@ -54,7 +38,7 @@ class Split:
       names: n names of the images; None if they have none.
     """
 
-    images: np.ndarray | Images
+    images: np.ndarray | RowImages
     labels: np.ndarray
     patients: np.ndarray | None = None
     names: Sequence[str] | None = None

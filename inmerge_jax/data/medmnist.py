@@ -16,13 +16,13 @@ import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
 from inmerge_jax.data.images import Resize, RowImages, kept_in_memory, resized
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import DAMAGED_ARCHIVE
 
 MEDMNIST_DIR = Path("~/.medmnist")
 _ADDRESS = "https://zenodo.org/records/10519652/files"
 SIZES, SIZES_3D = (28, 64, 128, 224), (28, 64)
-SPLITS = ("train", "val", "test")
 _OTHERS = ("phantom", "phantom_masks", "phantom3d", "breast_cancer", "chestxray14")
 
 

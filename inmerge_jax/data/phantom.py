@@ -14,12 +14,12 @@ from inmerge_jax.data.anatomy import (
     render,
 )
 from inmerge_jax.data.dataset import Dataset, Split
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 
 NO_FINDING = "no finding"
 SMALLEST = 16
 EASIEST, HARDEST = 0.25, 4.0
-_SPLITS = ("train", "val", "test")
 # Pixels rendered at once: few enough for the intermediate arrays to stay in the cache.
 _CHUNK_PIXELS = 200_000
 PREVALENCE = 0.3
@@ -92,7 +92,7 @@ def make_phantom(
             multi_label,
             masks,
             difficulty,
-            (seed, _SPLITS.index(split)),
+            (seed, SPLITS.index(split)),
         )
         for split, count in counts.items()
     }

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inmerge_jax.reporting.formatting import plain
-from inmerge_jax.reporting.runs import ARMS, Run, number
+from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.reporting.summary import class_columns
+from inmerge_jax.training.config import ARMS
 from inmerge_jax.training.metrics import METRICS
 
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.

@@ -14,10 +14,9 @@ from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_arrays
 from inmerge_jax.modality import EXAMPLES, Modality
+from inmerge_jax.training.config import ARMS
 from inmerge_jax.training.mask_metrics import read_masks
 from inmerge_jax.training.metrics import metric_names, read_scores
-
-ARMS = ("backbone", "finetune", "inmerge")
 
 
 @dataclass(frozen=True)

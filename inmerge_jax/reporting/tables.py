@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from inmerge_jax.merging import MergeRule
 from inmerge_jax.reporting.formatting import (
     MINUS,
     counts,
@@ -24,22 +25,17 @@ from inmerge_jax.reporting.published import (
     published_reference,
 )
 from inmerge_jax.reporting.ranking import Ranking, rank_findings
-from inmerge_jax.reporting.runs import ARMS, Run
+from inmerge_jax.reporting.runs import Run
 from inmerge_jax.reporting.summary import (
     LayerMerges,
     Summary,
     pairs_above,
     summarize,
 )
+from inmerge_jax.training.config import ARMS, DEFAULT_SKIP
 from inmerge_jax.training.metrics import METRICS
 
-RELEASED_RULE = {
-    "probability": 0.3,
-    "threshold": 0.3,
-    "alpha": 0.8,
-    "partner": "random",
-    "skip": 10,
-}
+RELEASED_RULE = {**vars(MergeRule()), "skip": DEFAULT_SKIP}
 """The merge rule of the released code, the reference of every run's rule."""
 
 

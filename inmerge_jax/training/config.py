@@ -219,8 +219,8 @@ class RuleConfig:
         Literal["random", "nearest"] | None,
         arg(metavar="{random,nearest}", help_behavior_hint="(default: random)"),
     ] = None
-    probability: float = 0.3
-    alpha: float = 0.8
+    probability: float = MergeRule.probability
+    alpha: float = MergeRule.alpha
     skip: Annotated[
         int | None,
         arg(metavar="INT", help_behavior_hint="(default: 10; units but kernels: half the layers)"),

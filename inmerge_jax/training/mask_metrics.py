@@ -3,13 +3,12 @@
 import itertools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from inmerge_jax.files import read_arrays, write_arrays, write_errors
-from inmerge_jax.training.metrics import json_number
 
 _H, _R = 3**0.5 / 8, 0.5**0.5
 _VALUES = (
@@ -65,15 +64,6 @@ class MaskMetrics(NamedTuple):
     hd95_per_class: tuple[float, ...]
     undefined: int
     absent: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The metrics as a JSON-serializable dict, with None for NaN."""
-        return {
-            name: [json_number(one) for one in value]
-            if isinstance(value, tuple)
-            else json_number(value)
-            for name, value in self._asdict().items()
-        }
 
 
 def dice_scores(true: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:

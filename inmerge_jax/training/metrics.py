@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from inmerge_jax.data.dataset import TASKS, Dataset
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_errors, write_text
 from inmerge_jax.training.recipes import Recipe
@@ -42,10 +43,6 @@ class Metrics(NamedTuple):
     acc: float
     auc_per_class: tuple[float, ...]
     undefined: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The metrics as a JSON-serializable dict."""
-        return {**self._asdict(), "auc_per_class": list(self.auc_per_class)}
 
 
 def compute_metrics(labels: Any, scores: Any, task: str) -> Metrics:
@@ -98,10 +95,14 @@ def selection_notice(recipe: Recipe, dataset: Dataset) -> str:
     )
 
 
-def json_metrics(metrics: Metrics) -> dict[str, Any]:
-    """`Metrics` as a JSON-serializable dict, with None for NaN."""
-    per_class = [json_number(auc) for auc in metrics.auc_per_class]
-    return {**metrics.to_dict(), "auc": json_number(metrics.auc), "auc_per_class": per_class}
+def json_metrics(metrics: Any) -> dict[str, Any]:
+    """`Metrics` or `MaskMetrics` as a JSON-serializable dict, with None for NaN."""
+    return {
+        name: [json_number(one) for one in value]
+        if isinstance(value, tuple)
+        else json_number(value)
+        for name, value in metrics._asdict().items()
+    }
 
 
 def json_number(value: float) -> float | None:
@@ -138,9 +139,6 @@ def _share(right: np.ndarray) -> float:
     return float(np.mean(right))
 
 
-_SPLITS = ("train", "val", "test")
-
-
 def write_scores(
     folder: Path, flag: str, size: int, split: str, scores: Any, metrics: Metrics, run: str
 ) -> Path:
@@ -166,8 +164,8 @@ def write_scores(
     scores = scores[:, None] if scores.ndim == 1 else scores
     if scores.ndim != 2:
         raise ValueError(f"scores of shape {scores.shape}; needed: (n,) or (n, columns)")
-    if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if not flag or set(flag) & set("_@/"):
         raise ValueError(f"the data set's name must be non-empty, without '_', '@', '/': {flag!r}")
     if not run or set(run) & set("@./"):

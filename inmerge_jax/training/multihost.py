@@ -25,9 +25,6 @@ from inmerge_jax.training.workdir import diff_configs
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PEER_FAILURE = 3
-"""Exit status of a process that lost another process of its run."""
-
 START_SECONDS = 300
 """Longest time that a process waits for process 0, and then for the others."""
 

@@ -451,7 +451,7 @@ def _write_predictions(
     if dataset.segmentation:
         found = image_metrics(images.labels, scores, dataset.num_classes)
         path = stage.folder / "masks" / f"{split}.npz"
-        return mask_metrics(found).to_json(), run_on_primary(write_masks, path, scores, found)
+        return json_metrics(mask_metrics(found)), run_on_primary(write_masks, path, scores, found)
     metrics = compute_metrics(images.labels, scores, dataset.task)
     path = run_on_primary(
         write_scores,

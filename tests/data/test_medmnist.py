@@ -19,11 +19,11 @@ from inmerge_jax.data import DataConfig, load_dataset, load_medmnist
 from inmerge_jax.data.medmnist import (
     SIZES,
     SIZES_3D,
-    SPLITS,
     is_3d,
     medmnist_info,
     medmnist_names,
 )
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training.config import ModelConfig, RecipeConfig, TrainConfig
 from inmerge_jax.training.run_spec import make_run_spec

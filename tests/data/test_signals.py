@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from inmerge_jax.data import DataConfig, load_dataset, load_signals
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from tests.data.edits import change
 from tests.paths import SHARED, needs
 
 ECG = SHARED / "data" / "ecg" / "ecg5000_train.csv.gz"
-SPLITS = ("train", "val", "test")
 
 
 def make_rows(count=30, length=5, seed=0):

@@ -5,10 +5,10 @@ import pytest
 from sklearn.datasets import load_breast_cancer as from_sklearn
 
 from inmerge_jax.data import DataConfig, load_breast_cancer, load_dataset, load_table, reads
+from inmerge_jax.data.splitting import SPLITS
 from inmerge_jax.errors import UsageError
 from tests.data.edits import change
 
-SPLITS = ("train", "val", "test")
 HEADER = ["age", "label", "bmi"]
 
 

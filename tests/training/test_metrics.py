@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medmnist.evaluator import getACC, getAUC
 
-from inmerge_jax.training.metrics import TASKS, compute_metrics, selection_notice
+from inmerge_jax.training.metrics import TASKS, compute_metrics, json_metrics, selection_notice
 from inmerge_jax.training.recipes import RECIPES
 
 LABELLED = [task for task in TASKS if task != "segmentation"]
@@ -92,13 +92,14 @@ def test_one_row_has_an_accuracy_and_no_auc(task):
     labels, scores = example(task, 9)
     found = compute_metrics(labels[:1], scores[:1], task)
     assert math.isnan(found.auc) and found.undefined == len(found.auc_per_class)
+    assert json_metrics(found)["auc"] is None and json_metrics(found)["auc_per_class"][0] is None
     assert 0 <= found.acc <= 1
 
 
 def test_dict_is_json_ready():
     labels, scores = example("multi-class", 1)
     found = compute_metrics(labels, scores, "multi-class")
-    assert found.to_dict() == {
+    assert json_metrics(found) == {
         "auc": found.auc,
         "acc": found.acc,
         "auc_per_class": list(found.auc_per_class),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.reliability import jobs
+from inmerge_jax.cli.errors import PEER_LOST
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
@@ -192,7 +193,7 @@ def test_the_rehearsal_of_the_page_runs_word_for_word(tmp_path):
 @pytest.mark.long
 def test_a_run_that_loses_process_1_resumes_to_the_bits_of_one_process(tmp_path, evidence):
     statuses, said = interrupt(tmp_path / "two", 1, signal.SIGKILL)
-    assert statuses == [multihost.PEER_FAILURE, -signal.SIGKILL], said
+    assert statuses == [PEER_LOST, -signal.SIGKILL], said
     assert "process 0 lost another process" in said[0] and "--resume" in said[0]
     assert_resumes(tmp_path / "two", evidence)
 
@@ -202,7 +203,7 @@ def test_a_run_that_loses_process_0_resumes_to_the_bits_of_one_process(tmp_path,
     # Process 0 holds the meeting point: where it is gone, JAX itself may end the others first.
     statuses, said = interrupt(tmp_path / "two", 0, signal.SIGKILL)
     assert statuses[0] == -signal.SIGKILL and statuses[1] in (
-        multihost.PEER_FAILURE,
+        PEER_LOST,
         -signal.SIGABRT,
     ), said
     assert "process 1 lost another process" in said[1] or "coordination" in said[1], said

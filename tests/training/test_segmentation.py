@@ -29,6 +29,7 @@ from inmerge_jax.training.mask_metrics import (
     mask_metrics,
     read_masks,
 )
+from inmerge_jax.training.metrics import json_metrics
 from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.recipes import RECIPES, fit_recipe
@@ -132,7 +133,7 @@ def test_absent_classes_are_left_out_and_missed_ones_get_the_diagonal():
     assert metrics.dice_per_class[:2] == (0.5, pytest.approx(2 * 6 / 14))
     assert metrics.dice == pytest.approx((0.5 + 6 / 7) / 2) and metrics.hd95 == pytest.approx(3)
     assert (metrics.undefined, metrics.absent) == (1, 9 - 3)
-    assert metrics.to_json()["dice_per_class"][2] is None
+    assert json_metrics(metrics)["dice_per_class"][2] is None
 
 
 SMALL = (
@@ -178,7 +179,7 @@ def test_a_run_on_masks_leaves_dice_hd95_and_masks(trained):
         true = spec.dataset.test.labels
         assert stored["masks"].shape == true.shape and stored["masks"].dtype == np.uint8
         metrics = mask_metrics(image_metrics(true, stored["masks"], 3))
-        assert result["test"] == metrics.to_json()
+        assert result["test"] == json_metrics(metrics)
         np.testing.assert_array_equal(stored["dice"], dice_scores(true, stored["masks"], 3))
     assert spec.recipe.select == "val_dice"
     assert json.loads((folder / "config.json").read_text())["recipe"]["select"] == "val_dice"
