@@ -205,16 +205,13 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def read_json_with_checksum(
-    path: Path, remedy: str, *, key: str = CHECKSUM, required: bool = False
-) -> dict[str, Any]:
+def read_json_with_checksum(path: Path, remedy: str, *, key: str = CHECKSUM) -> dict[str, Any]:
     """Reads an object that `write_json_with_checksum` wrote, and verifies it.
 
     Args:
       path: the file.
       remedy: what the error message advises.
       key: entry that holds the checksum.
-      required: whether a file without a checksum, as earlier versions wrote it, is an error.
 
     Returns:
       The object without its checksum.
@@ -224,8 +221,6 @@ def read_json_with_checksum(
       OSError: it cannot be read.
     """
     value = read_json_object(path, remedy)
-    if key not in value and not required:
-        return value
     if value.pop(key, None) != json_sha256(value):
         raise UsageError(f"{path} is damaged: its content is not what was written; {remedy}")
     return value

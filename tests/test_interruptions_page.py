@@ -64,9 +64,6 @@ TESTS = {
     "the second stage of a seed had started from other backbone weights": (
         "tests/training/test_resume.py::test_a_second_stage_of_another_backbone_is_trained_again",
     ),
-    "checkpoint of an earlier layout": (
-        "tests/training/test_checkpointing.py::test_a_checkpoint_of_the_earlier_layout_is_read_for_exports_alone",
-    ),
     "`--output` with a backslash or balanced brackets": (
         "tests/training/test_checkpointing.py::test_a_folder_whose_name_orbax_cannot_read_is_refused_or_works",
     ),

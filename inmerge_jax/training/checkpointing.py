@@ -40,8 +40,6 @@ T = TypeVar("T")
 MANIFEST, MID_EPOCH = "manifest.json", "mid_epoch"
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Part of the name of a local checkpoint that is being written."""
-_EARLIER = "meta.json"
-"""A file of checkpoints before Orbax's `CheckpointManager`; they can be exported, not resumed."""
 PROBE = ".probe-"
 """Start of the name of a folder that only tests whether checkpoints can be written."""
 _SHOWN = 5
@@ -137,9 +135,6 @@ def restore_checkpoint(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by their dotted path in the tree; see `restore_checkpoint`."""
-    if (path / _EARLIER).exists():
-        with _storage_errors():
-            return ocp.PyTreeCheckpointer().restore(buckets.absolute(path / "tree"))
     return _read(path, _verified(path)["arrays"])
 
 
@@ -328,11 +323,6 @@ def _verified(path: Path) -> dict[str, Any]:
     """Verifies the files of a checkpoint; returns the description of its arrays, and its meta."""
     if not path.is_dir():
         raise DamagedCheckpointError(f"there is no checkpoint at {path}; choose another one")
-    if (path / _EARLIER).exists():
-        raise UsageError(
-            f"the checkpoint {path} has the layout of commit cc2e5c7 and before: finish the run "
-            "with that version, or start a new one; reports and exports read it as it is"
-        )
     if complete := (path / MANIFEST).exists():
         _verify(path)
     about = _restore(path, meta=ocp.args.JsonRestore())["meta"]
@@ -376,9 +366,7 @@ def _hashes(path: Path) -> dict[str, list[Any]]:
 def _verify(path: Path) -> None:
     """Raises DamagedCheckpointError unless all files are those of the manifest."""
     try:
-        manifest = files.read_json_with_checksum(
-            path / MANIFEST, "it cannot be verified", required=True
-        )
+        manifest = files.read_json_with_checksum(path / MANIFEST, "it cannot be verified")
     except UsageError as error:
         raise _damaged(path, str(error)) from error
     found = _hashes(path)

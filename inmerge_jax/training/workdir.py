@@ -104,21 +104,13 @@ def check_state(folder: Path, *, resume: bool = False, overwrite: bool = False) 
     return state
 
 
-_RENAMED = {
-    "accumulate": "grad_accum_steps",
-    "recipe.positive_weights": "recipe.pos_weight",
-}
-"""Fields of config.json under the names that earlier versions wrote, and today's names."""
-
-
 def diff_configs(old: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
     """Fields in which two configs differ: dotted name, old value, new value, as JSON.
 
     Lists are compared as a whole. The value of a missing field is "absent". The locations of the
     images are not compared.
     """
-    before = {_RENAMED.get(name, name): value for name, value in _fields(json_round_trip(old))}
-    after = dict(_fields(json_round_trip(new)))
+    before, after = (dict(_fields(json_round_trip(one))) for one in (old, new))
     unread = list(_DATA_PATHS)
     if all(found.get("data.name", "").startswith(_FOLDER) for found in (before, after)):
         unread.append("data.name")

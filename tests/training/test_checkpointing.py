@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from inmerge_jax import files
@@ -395,17 +394,6 @@ def test_arrays_are_read_by_name_without_a_template(tmp_path):
     arrays = read_arrays(save_checkpoint(tmp_path, 1, state, META))
     assert len(arrays) == len(jax.tree.leaves(state))
     assert_same(arrays["params.Conv_0.kernel"], state.params["Conv_0"]["kernel"])
-
-
-def test_a_checkpoint_of_the_earlier_layout_is_read_for_exports_alone(tmp_path):
-    path, arrays = tmp_path / "3", {"params.w": np.arange(3.0), "step": np.array(7)}
-    ocp.PyTreeCheckpointer().save(path / "tree", arrays)
-    for name in ("meta.json", "manifest.json"):
-        (path / name).write_text("{}")
-    assert_same(read_arrays(path), arrays)
-    for read in (read_meta, lambda path: restore_checkpoint(path, arrays)):
-        with pytest.raises(UsageError, match=f"{path} has the layout .* finish the run with that"):
-            newest(tmp_path, read)
 
 
 def test_a_checkpoint_outlasts_a_loss_of_power_before_it_is_complete(tmp_path, monkeypatch):

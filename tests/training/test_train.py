@@ -236,21 +236,25 @@ def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_p
     assert "resumes from epoch 1" in text
 
 
-def test_a_damaged_result_is_named_and_one_of_an_earlier_version_read(tmp_path):
+def test_a_damaged_result_is_named(tmp_path):
     path = tmp_path / "result.json"
     assert read_result(tmp_path) is None
     result, _ = run(tmp_path, epochs=1)
     whole = path.read_text()
     digits = f'"auc": {result["test"]["auc"]}'
-    for broken in (whole.replace(digits, '"auc": 0.999'), whole[:100], "[]", ""):
+    for broken in (
+        whole.replace(digits, '"auc": 0.999'),
+        json.dumps(result),
+        whole[:100],
+        "[]",
+        "",
+    ):
         path.write_text(broken)
         with pytest.raises(UsageError, match=r"result\.json (was changed|is damaged).*delete it"):
             read_result(tmp_path)
     path.unlink()  # The remedy.
     again, _ = run(tmp_path, epochs=1)
     assert again["test"] == result["test"] and read_result(tmp_path) == again
-    path.write_text(json.dumps(result))
-    assert read_result(tmp_path) == result
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):

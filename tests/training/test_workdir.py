@@ -182,16 +182,6 @@ def test_a_folder_of_images_may_move_but_is_no_other_data_set(tmp_path):
         assert str(raised.value).splitlines()[1:-1] == [line]
 
 
-def test_a_configuration_under_the_names_of_earlier_versions_resumes(tmp_path):
-    earlier = {"accumulate": 2, "recipe": {"name": "medmnist", "positive_weights": 3.0}}
-    today = {"grad_accum_steps": 2, "recipe": {"name": "medmnist", "pos_weight": 3.0}}
-    prepare_workdir(tmp_path, earlier)
-    prepare_workdir(tmp_path, today, resume=True)
-    with pytest.raises(UsageError, match=r"recipe\.pos_weight: 3\.0 there, 4\.0 now"):
-        changed = {"grad_accum_steps": 2, "recipe": {"name": "medmnist", "pos_weight": 4.0}}
-        prepare_workdir(tmp_path, changed, resume=True)
-
-
 def test_resume_with_a_damaged_configuration(run):
     (run / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"config\.json is damaged"):

@@ -1,7 +1,6 @@
 """A build's manifest.json: the content of the folder, with hashes that detect changes.
 
-The manifest has a checksum of its content, and the hashes of TFDS's two JSON files. Manifests
-of format 1, written by earlier versions, have neither.
+The manifest has a checksum of its content, and the hashes of TFDS's two JSON files.
 """
 
 import hashlib
@@ -10,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_json_object, read_json_with_checksum, write_json_with_checksum
+from inmerge_jax.files import read_json_with_checksum, write_json_with_checksum
 
 MANIFEST, INDEX = "manifest.json", "index.npz"
-FORMAT, _UNSEALED = 2, 1
+FORMAT = 2
 _SEAL = "seal"
 # The lists of shards and features, without which no record can be read or decoded.
 METADATA = ("dataset_info.json", "features.json")
-_KEYS = {
-    *("split", "size", "counts", "full_counts", "selection_sha256", "files_sha256"),
-    *("patients", "positives", "records", "shards", "index_sha256", "content_sha256"),
-}
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -40,21 +35,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       UsageError: the manifest was changed, or has an unknown format.
     """
     path, remedy = folder / MANIFEST, f"delete {folder} and build the data set again"
-    version = read_json_object(path, remedy).get("format")
-    manifest = read_json_with_checksum(path, remedy, key=_SEAL, required=version == FORMAT)
-    if version not in (FORMAT, _UNSEALED):
+    manifest = read_json_with_checksum(path, remedy, key=_SEAL)
+    if manifest["format"] != FORMAT:
         raise UsageError(
-            f"{path} is of another version of this program, its format is {version}; delete "
-            f"{folder} and build the data set again"
+            f"{path} is of another version of this program, its format is {manifest['format']}; "
+            f"delete {folder} and build the data set again"
         )
-    if missing := sorted(_KEYS - manifest.keys()):
-        raise _damaged(path, f"{missing[0]} is missing", folder)
     return manifest
 
 
 def check_metadata(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raises UsageError if one of TFDS's JSON files is not what the build wrote."""
-    for name, digest in manifest.get("metadata_sha256", {}).items():
+    for name, digest in manifest["metadata_sha256"].items():
         path = folder / manifest["records"] / name
         if not path.is_file():
             raise UsageError(f"{path} is missing; delete {folder} and build the data set again")
