@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -152,6 +153,25 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file, plain or gzipped.
+
+    Raises:
+      UsageError: the file is missing, damaged or not text.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file {path}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text: {error}; save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
 def write_json(path: Path, value: Any) -> None:

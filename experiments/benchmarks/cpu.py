@@ -37,9 +37,9 @@ from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
 from inmerge_jax.merging.backends import Implementation
 from inmerge_jax.models import create_model
-from inmerge_jax.models.units import default_units
+from inmerge_jax.models.units import default_units, find_units
 from inmerge_jax.training.environment import configure_malloc, environment
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.init import init_variables
 
 Section = Literal["merge", "backends", "overhead", "families", "pytorch", "conversion", "cache"]
 
@@ -269,7 +269,7 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
     print(f"backends: {case}, {rounds} rounds", flush=True)
     model = create_model(case.model, CLASSES, stem=case.stem, width=case.width)
     shape = (case.size, case.size, 3)
-    kernels = deep_kernels(conv_kernels(model, shape), skip=10)
+    kernels = deep_kernels(find_units(model, shape, ("kernels",)), skip=10)
     leaves = dict(jax.tree_util.tree_leaves_with_path(init_variables(model, shape, 0)[0]))
     weights = [np.asarray(leaves[kernel.path]) for kernel in kernels]
     rules = {

@@ -8,7 +8,8 @@ import numpy as np
 from inmerge_jax import deep_kernels
 from inmerge_jax.data import make_phantom, train_batches
 from inmerge_jax.models import create_model
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.models.units import find_units
+from inmerge_jax.training.init import init_variables
 from inmerge_jax.training.parallel import (
     DATA_AXIS,
     broadcast_to_devices,
@@ -42,7 +43,7 @@ def train_vgg19(*, updates: int, width: float = 1.0, batch: int = 64) -> tuple[l
     model = create_model("vgg19_bn", data.num_classes, width=width, axis_name=DATA_AXIS)
     shape = (28, 28, len(recipe.mean))
     params, batch_stats = init_variables(model, shape, seed=0)
-    deep = deep_kernels(conv_kernels(model, shape), skip=10)
+    deep = deep_kernels(find_units(model, shape, ("kernels",)), skip=10)
     optimizer = make_optimizer(recipe)
     step = make_train_step(model, optimizer, recipe, multi_label=False, devices=devices)
     state = replicate(new_state(params, batch_stats, optimizer, RATE), devices)

@@ -20,8 +20,9 @@ from inmerge_jax import MergeRule
 from inmerge_jax.data import make_phantom, train_batches
 from inmerge_jax.data.anatomy import FINDINGS
 from inmerge_jax.models import create_model
+from inmerge_jax.models.units import find_units
 from inmerge_jax.training.environment import configure_malloc
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.training.init import init_variables
 from inmerge_jax.training.parallel import (
     DATA_AXIS,
     broadcast_to_devices,
@@ -66,7 +67,7 @@ def program(name: str, merging: bool, width: float) -> Program:
         name, len(FINDINGS) + 1, stem="small", width=width, dtype=jnp.float32, axis_name=DATA_AXIS
     )
     weights, recipe = init_variables(model, SHAPE, 0), RECIPES["medmnist"]
-    deep = selection(Treatment("merge"), conv_kernels(model, SHAPE)) if merging else ()
+    deep = selection(Treatment("merge"), find_units(model, SHAPE, ("kernels",))) if merging else ()
     optimizer = make_optimizer(recipe)
     options = {"kernels": deep, "rule": ALWAYS} if deep else {}
     devices = (jax.local_devices()[0],)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inmerge_jax.data.chestxray14.labels import read_text
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_text
 
 _GROUPS = ("group", "patient", "patientid", "subject", "subjectid")
 """Names of the column of groups, see `_plain`."""

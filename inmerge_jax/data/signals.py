@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from inmerge_jax.data.arrays import dataset_from_arrays
-from inmerge_jax.data.chestxray14.labels import read_text
 from inmerge_jax.data.dataset import Dataset, plain
 from inmerge_jax.data.splitting import split_named
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_arrays
+from inmerge_jax.files import read_arrays, read_text
 
 _ARRAYS = ("x", "y", "groups", "split")
 _FORM = (

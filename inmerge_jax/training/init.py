@@ -1,5 +1,6 @@
 """Initialization of a network: its convolution kernels and its first weights."""
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,22 @@ import jax.numpy as jnp
 
 from inmerge_jax.buckets import local_copy
 from inmerge_jax.errors import UsageError
-from inmerge_jax.merging import Kernel, find_kernels
+from inmerge_jax.merging import Kernel
 from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
+from inmerge_jax.models.units import find_units
 from inmerge_jax.training.config import ModelConfig
 
 
 def conv_kernels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Kernel, ...]:
-    """All convolution kernels of a network in execution order, from an abstract trace.
-
-    Args:
-      model: the network, called with images and `train`.
-      shape: shape of one example, such as (h, w, c).
-    """
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = _shapes(model, image)
-
-    def forward(params: Any, batch_stats: Any, x: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-
-    return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
+    """All convolution kernels that can merge; see `find_units`."""
+    return find_units(model, shape, ("kernels",))
 
 
 def has_batch_stats(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a network has batch normalisation; arguments as in `conv_kernels`."""
-    return "batch_stats" in _shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-
-
-def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Any:
-    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
+    """Whether a network has batch normalisation; arguments as in `find_units`."""
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    make = functools.partial(model.init, train=False)
+    return "batch_stats" in jax.eval_shape(make, jax.random.key(0), image)
 
 
 def init_variables(model: nn.Module, shape: tuple[int, ...], seed: int) -> tuple[Any, Any]:

@@ -12,6 +12,10 @@ from typing import Literal
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import Kernel, deep_kernels
 from inmerge_jax.merging.units import group_weights
+from inmerge_jax.models import family
+from inmerge_jax.models.densenet import DenseNet
+from inmerge_jax.models.resnet import ResNet
+from inmerge_jax.models.vgg import VGG
 
 PresetName = Literal["paper", "released", "released_intent"]
 
@@ -89,22 +93,22 @@ def select_units(
         the released code is not for this network, or its intent is unknown.
     """
     skip = len(group_weights(kernels)) // 2 if skip is None else skip
-    family = model.rstrip("0123456789") if not model.startswith("vgg") else "vgg"
+    network = family(model)
     if preset.selection != "forward" and (
-        family not in ("vgg", "resnet", "densenet") or any(k.op == "dense" for k in kernels)
+        network not in (VGG, ResNet, DenseNet) or any(k.op == "dense" for k in kernels)
     ):
         raise UsageError(
             f"`preset` {'released' if preset.selection == 'released' else 'released_intent'}: the "
             f"released code merges convolution kernels of VGGs, ResNets and DenseNets, not the "
             f"units of {model}; choose paper, or no preset"
         )
-    if preset.selection == "released" and family == "resnet":
+    if preset.selection == "released" and network is ResNet:
         return (), (
             f"the released code merges nothing in {model}, whatever its options: it looks for "
             "convolutions one level deeper than a ResNet nests them. The arm inmerge is plain "
             "fine-tuning here. The preset released_intent merges the layers that were meant."
         )
-    if preset.selection == "released" and family == "densenet":
+    if preset.selection == "released" and network is DenseNet:
         if skip == 0:
             return tuple(kernels[:1]), ""
         return (), (
@@ -112,13 +116,13 @@ def select_units(
             "DenseNet's first convolution, which any skip above 0 leaves out. The arm inmerge is "
             "plain fine-tuning here."
         )
-    if preset.selection == "intent" and family == "densenet":
+    if preset.selection == "intent" and network is DenseNet:
         raise UsageError(
             f"`preset` released_intent: the layers that the released code meant to merge in "
             f"{model} are unknown; choose released or paper"
         )
     unit = "layers of units" if any(kernel.op == "dense" for kernel in kernels) else "convolutions"
-    if preset.selection == "intent" and family == "resnet":
+    if preset.selection == "intent" and network is ResNet:
         kernels = [kernel for kernel in kernels if "conv2" in kernel.name.split("/")]
         unit = "residual blocks"
     count = len({kernel.label for kernel in kernels})

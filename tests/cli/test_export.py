@@ -9,7 +9,8 @@ from jax import export
 
 from inmerge_jax import MergeRule, deep_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.models.units import find_units
+from inmerge_jax.training.init import init_variables
 from inmerge_jax.training.parallel import DATA_AXIS, broadcast_to_devices, replicate, shard_batch
 from inmerge_jax.training.train_step import make_optimizer, make_train_step, new_state, zero_totals
 from tests.training import tiny
@@ -31,7 +32,7 @@ def network(name):
 def test_the_exported_training_step_is_the_step(name, partner):
     devices = tuple(jax.local_devices()[:1])
     model, params, batch_stats = network(name)
-    kernels = deep_kernels(conv_kernels(model, SHAPE), skip=4)
+    kernels = deep_kernels(find_units(model, SHAPE, ("kernels",)), skip=4)
     optimizer = make_optimizer(tiny.RECIPE)
     step = make_train_step(
         model,

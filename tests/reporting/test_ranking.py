@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from inmerge_jax.data.chestxray14.labels import FINDINGS, read_text
+from inmerge_jax.data.chestxray14.labels import FINDINGS
 from inmerge_jax.data.dataset import names_sha256
+from inmerge_jax.files import read_text
 from inmerge_jax.reporting.published import CHESTXRAY14
 from inmerge_jax.reporting.ranking import bootstrap_auroc, rank_findings
 from inmerge_jax.reporting.runs import read_run

@@ -23,7 +23,8 @@ from inmerge_jax import (
 from inmerge_jax.data import make_phantom
 from inmerge_jax.merging import draw_pairs
 from inmerge_jax.models import create_model
-from inmerge_jax.training.init import conv_kernels, init_variables
+from inmerge_jax.models.units import find_units
+from inmerge_jax.training.init import init_variables
 from inmerge_jax.training.parallel import (
     DATA_AXIS,
     broadcast_to_devices,
@@ -345,7 +346,7 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
     name, width = (TINY_MODEL, 0.125) if tiny else (MODEL, 1.0)
     model = create_model(name, classes, width=width, axis_name=DATA_AXIS)
     shape = (size, size, 3)
-    kernels = conv_kernels(model, shape)
+    kernels = find_units(model, shape, ("kernels",))
     kernels = kernels[min(10, len(kernels) // 2) :]
     optimizer = make_optimizer(recipe)
     with jax.default_device(devices[0]), jax.default_matmul_precision(precision):

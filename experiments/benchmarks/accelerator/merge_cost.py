@@ -22,7 +22,7 @@ from experiments.benchmarks.accelerator.timing import (
 )
 from inmerge_jax import Kernel, MergeRule, merge_kernels
 from inmerge_jax.models import create_model
-from inmerge_jax.training.init import conv_kernels
+from inmerge_jax.models.units import find_units
 
 PART = "merge"
 THRESHOLDS = (0.3, -1.0)
@@ -77,7 +77,7 @@ def deep_layers(network: Network, tiny: bool) -> tuple[Kernel, ...]:
     """The layers that merge, from an abstract trace; the first two of them if `tiny`."""
     width = 0.125 if tiny and network.stem == "small" else 1.0
     model = create_model(network.model, 14, stem=network.stem, width=width)
-    kernels = conv_kernels(model, (network.size, network.size, 3))[network.skip :]
+    kernels = find_units(model, (network.size, network.size, 3), ("kernels",))[network.skip :]
     return tuple(
         # Named by their paths, so that a flat dict holds them.
         Kernel((jax.tree_util.DictKey(kernel.name),), kernel.shape, kernel.out_axis)

@@ -166,7 +166,7 @@ def _lower(case: Case) -> tuple[Any, int, int]:
 
     from inmerge_jax import MergeRule, deep_kernels
     from inmerge_jax.models import create_model
-    from inmerge_jax.training.init import conv_kernels
+    from inmerge_jax.models.units import find_units
     from inmerge_jax.training.parallel import DATA_AXIS
     from inmerge_jax.training.recipes import RECIPES
     from inmerge_jax.training.train_step import (
@@ -185,7 +185,7 @@ def _lower(case: Case) -> tuple[Any, int, int]:
     )
     params, rest = variables["params"], variables.get("batch_stats", {})
 
-    deep = deep_kernels(conv_kernels(model, image.shape[1:]), skip=10)
+    deep = deep_kernels(find_units(model, image.shape[1:], ("kernels",)), skip=10)
     merging = case.step != "plain"
     recipe = RECIPES["released" if case.model.startswith("vgg") else "medmnist"]
     optimizer = make_optimizer(recipe)

@@ -20,8 +20,8 @@ from inmerge_jax import MergeRule, deep_kernels, merge_kernels
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.models import create_model
+from inmerge_jax.models.units import find_units
 from inmerge_jax.reporting.tables import markdown_rows
-from inmerge_jax.training.init import conv_kernels
 
 RESULTS = Path(__file__).parents[2] / "results"
 OUTPUT = RESULTS / "tpu_forms.json"
@@ -35,7 +35,7 @@ def count(model: str, stem: Any, size: int, partner: Any, form: Any, device: Any
     network = create_model(model, CLASSES, stem=stem)
     kernels = [
         dataclasses.replace(kernel, path=(jax.tree_util.DictKey(kernel.name),))
-        for kernel in deep_kernels(conv_kernels(network, (size, size, 3)), skip=10)
+        for kernel in deep_kernels(find_units(network, (size, size, 3), ("kernels",)), skip=10)
     ]
     sharding = jax.sharding.SingleDeviceSharding(device)
     params = {

@@ -1,9 +1,7 @@
 """NIH's label file: findings and patient of each image."""
 
 import csv
-import gzip
 import io
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_text
 
 FINDINGS = (
     "Atelectasis",
@@ -137,25 +136,6 @@ def _parse(path: Path, line: int, row: dict[str, str | None]) -> tuple[str, tupl
             f"{where}: the patient of {name} is {patient!r}, no number of 64 bits; correct it, or "
             "fetch the file again"
         ) from error
-
-
-def read_text(path: Path) -> str:
-    """Reads a text file, plain or gzipped.
-
-    Raises:
-      UsageError: the file is missing, damaged or not text.
-    """
-    try:
-        data = Path(path).read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        return data.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no file {path}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: {error}; save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
 def refuse_duplicates(path: Path, names: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from inmerge_jax.data.chestxray14.labels import FINDINGS, Labels, read_text, refuse_duplicates, some
+from inmerge_jax.data.chestxray14.labels import FINDINGS, Labels, refuse_duplicates, some
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import read_text
 
 SplitName = Literal["chexnet", "nih_official", "patient_hash"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
