@@ -4,12 +4,14 @@ It runs `inmerge train` with fixed options.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from inmerge_jax.cli.errors import report
+from inmerge_jax.errors import UsageError
 
 OUTPUT = Path("runs/quickstart")
 # Sized for two CPU cores. At the paper's threshold of 0.3, such a small network merges only its 1x1
@@ -29,8 +31,12 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     """The option for an existing run in `output`: None, --resume or --overwrite.
 
     An interrupted quickstart with the same configuration is resumed; any other run is replaced.
+
+    Raises:
+      UsageError: its config.json is damaged.
     """
     from inmerge_jax.cli.options import parse_config
+    from inmerge_jax.files import read_json_object
     from inmerge_jax.training.parallel import choose_devices
     from inmerge_jax.training.resolve import config_dict, resolve_recipe
     from inmerge_jax.training.workdir import diff_configs
@@ -43,7 +49,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
     config = parse_config(options)
     devices = len(choose_devices(config.devices))
     new = config_dict(config, resolve_recipe(config.recipe), devices)
-    old = json.loads(stored.read_bytes())
+    old = read_json_object(stored, f"delete {output}, and start again")
     return "--overwrite" if diff_configs(old, new) else "--resume"
 
 
@@ -65,7 +71,10 @@ def run(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, which has no options; returns the exit status."""
     argparse.ArgumentParser("inmerge quickstart", description=__doc__).parse_args(arguments)
-    return run()
+    try:
+        return run()
+    except UsageError as error:
+        return report(error)
 
 
 if __name__ == "__main__":

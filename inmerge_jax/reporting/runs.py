@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import read_arrays
+from inmerge_jax.files import read_arrays, read_json_object
 from inmerge_jax.modality import EXAMPLES, Modality
 from inmerge_jax.training.config import ARMS
 from inmerge_jax.training.mask_metrics import read_masks
@@ -226,9 +226,9 @@ def read_run(folder: Path | str) -> Run:
             "`inmerge train --resume` and the same options, or name another folder"
         )
     results = _read_json(path)
-    if not isinstance(results, Mapping) or not {"dataset", "arms"} <= results.keys():
+    if not {"dataset", "arms"} <= results.keys():
         raise UsageError(f"{path} is not a run's results: it lacks 'dataset' or 'arms'")
-    return Run(folder, dict(results))
+    return Run(folder, results)
 
 
 def number(value: Any) -> float:
@@ -236,11 +236,8 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); was it edited by hand?") from error
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path, "restore the original file")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

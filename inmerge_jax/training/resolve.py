@@ -44,6 +44,12 @@ _ADDED_LATER = {
 """Fields by section that config.json does not hold at their default, because the runs of earlier
 versions do not have them and are to be resumed."""
 
+_LOWEST = {
+    **{"probability": 0, "threshold": -1, "quantile": 0, "alpha": 0},
+    **{"probability_end": 0, "threshold_end": -1, "quantile_end": 0},
+}
+"""Options of the rule that are numbers between this and 1."""
+
 
 def apply_preset(config: TrainConfig) -> TrainConfig:
     """Fills in the defaults of the preset and the data set; idempotent.
@@ -121,7 +127,7 @@ def resolve_rule(config: RuleConfig) -> MergeRule:
     Raises:
       UsageError: a number is out of range, or both a threshold and a quantile are given.
     """
-    for name, low in (("probability", 0), ("threshold", -1), ("alpha", 0), ("quantile", 0)):
+    for name, low in _LOWEST.items():
         value = getattr(config, name)
         _require(value is None or low <= value <= 1, name, value, f"choose a number in [{low}, 1]")
     _require(config.skip is None or config.skip >= 0, "skip", config.skip, "choose 0 or more")
@@ -149,20 +155,10 @@ def schedule_rule(
       steps: updates per epoch.
 
     Raises:
-      UsageError: a number is out of range, or an option has no effect.
+      UsageError: an epoch is out of range, or an option has no effect.
     """
     ends = {"probability": config.probability_end, "threshold": config.threshold_end}
     ends = {name: value for name, value in ends.items() if value is not None}
-    for name, value in ends.items():
-        low = -1 if name == "threshold" else 0
-        _require(low <= value <= 1, f"{name}_end", value, f"choose a number in [{low}, 1]")
-    if config.quantile_end is not None:
-        _require(
-            0 <= config.quantile_end <= 1,
-            "quantile_end",
-            config.quantile_end,
-            "choose a number in [0, 1]",
-        )
     if config.threshold_end is not None and config.quantile is not None:
         raise UsageError(
             f"`threshold_end` {config.threshold_end}: the rule has a quantile; give `quantile_end`"
@@ -251,8 +247,6 @@ def check_run(config: TrainConfig) -> None:
         config.grad_accum_steps,
         "choose 1 or more",
     )
-    if config.resume and config.overwrite:
-        raise UsageError("`resume` and `overwrite` exclude each other: give one of them")
 
 
 def check_steps_per_execution(steps: int, platform: str) -> None:

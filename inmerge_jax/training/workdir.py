@@ -9,7 +9,7 @@ from typing import Any
 from inmerge_jax import locking
 from inmerge_jax.buckets import as_path
 from inmerge_jax.errors import UsageError
-from inmerge_jax.files import json_round_trip, remove, write_errors, write_json
+from inmerge_jax.files import json_round_trip, read_json_object, remove, write_errors, write_json
 from inmerge_jax.locking import LOCK
 from inmerge_jax.training.checkpointing import PROBE, check_folder
 from inmerge_jax.training.environment import diff_environments, environment
@@ -174,15 +174,7 @@ def _note_resumed(folder: Path) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UsageError(
-            f"{path} is damaged: {error}; give `overwrite` to start again, or choose another folder"
-        ) from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not the file of a run: it holds no JSON object")
-    return value
+    return read_json_object(path, "give `overwrite` to start again, or choose another folder")
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -88,3 +88,13 @@ def test_an_interrupted_run_of_other_options_is_replaced(first, output):
 
 def test_an_empty_folder_needs_no_option(tmp_path):
     assert quickstart.continuation(tmp_path, SMALL) is None
+
+
+def test_a_damaged_run_is_named_with_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quickstart.OUTPUT.mkdir(parents=True)
+    (quickstart.OUTPUT / "config.json").write_text("{")
+    assert quickstart.main([]) == 2
+    said = capsys.readouterr().err
+    assert f"{quickstart.OUTPUT / 'config.json'} is damaged" in said
+    assert f"delete {quickstart.OUTPUT}, and start again" in said

@@ -190,5 +190,5 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 def test_damaged_results_are_refused_by_name(tmp_path):
     (tmp_path / "results.json").write_text('{"dataset": ')
-    with pytest.raises(UsageError, match=r"results\.json is not valid JSON"):
+    with pytest.raises(UsageError, match=r"results\.json is damaged .*restore the original"):
         read_run(tmp_path)

@@ -187,7 +187,7 @@ def test_resume_with_a_damaged_configuration(run):
     with pytest.raises(UsageError, match=r"config\.json is damaged"):
         prepare_workdir(run, CONFIG, resume=True)
     (run / "config.json").write_text("[]")
-    with pytest.raises(UsageError, match=r"config\.json is not the file of a run"):
+    with pytest.raises(UsageError, match=r"config\.json is damaged"):
         prepare_workdir(run, CONFIG, resume=True)
 
 
