@@ -64,11 +64,15 @@ def require_writable(folder: Path) -> None:
 
 
 def prepare_process() -> None:
-    """Lets this process print every character, and gives it a home folder if it has none.
+    """Configures this process: allocator, output encoding, home folder.
 
+    The allocator comes first, see `configure_malloc`.
     Characters that the encoding of stdout or stderr lacks are escaped. In a container, a user
     without HOME and without an entry in the password database gets a temporary home folder.
     """
+    from inmerge_jax.training.environment import configure_malloc
+
+    configure_malloc()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Not in a notebook.
             stream.reconfigure(errors="backslashreplace")

@@ -22,7 +22,6 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import check_target, write_errors, write_text
 from inmerge_jax.modality import EXAMPLES, SIZE_UNITS
 from inmerge_jax.training.config import Arm, DataOptions
-from inmerge_jax.training.environment import configure_malloc
 from inmerge_jax.training.load import LoadedRun, Threshold, load_run
 
 _OWN = "run"
@@ -266,7 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status, see `errors`."""
     from inmerge_jax.cli.train import OPTIONS
 
-    configure_malloc()
     config = parse_config(arguments)
     return run_command(
         lambda: print(predict(config)),

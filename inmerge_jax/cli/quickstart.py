@@ -56,9 +56,7 @@ def continuation(output: Path, options: Sequence[str]) -> str | None:
 def run(output: Path = OUTPUT, options: Sequence[str] = OPTIONS) -> int:
     """Runs the quickstart and returns `inmerge train`'s exit status."""
     from inmerge_jax.cli.train import main as train
-    from inmerge_jax.training.environment import configure_malloc
 
-    configure_malloc()
     started = time.monotonic()
     again = continuation(output, options)
     arguments = [*options, "--output", str(output), *([again] if again else [])]

@@ -59,9 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: "TrainConfig") -> int:
-    from inmerge_jax.training.environment import configure_malloc, enable_compilation_cache
+    from inmerge_jax.training.environment import enable_compilation_cache
 
-    configure_malloc()  # Before all that starts JAX's backend.
     if config.compilation_cache_dir is not None:
         enable_compilation_cache(config.compilation_cache_dir)
 

@@ -173,8 +173,9 @@ def configure_malloc() -> bool:
     the system, and the next step faults in every page again. With these settings the process keeps
     its peak size, and a step is a quarter to a third shorter.
 
-    Call it before anything that starts JAX's backend, such as `jax.devices()`: threads that exist
-    already keep their own arenas, which do shrink.
+    Call it before the imports of packages that start threads, such as pandas, and before anything
+    that starts JAX's backend, such as `jax.devices()`. An arena that another thread has by then may
+    be given to JAX's threads, and it does shrink.
 
     Returns:
       Whether the settings were applied. With an accelerator's plugin, without glibc, or if

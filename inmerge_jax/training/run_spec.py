@@ -16,7 +16,7 @@ from inmerge_jax.models.unet import UNet
 from inmerge_jax.models.units import find_units
 from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import TrainConfig
-from inmerge_jax.training.environment import available_cores, configure_malloc
+from inmerge_jax.training.environment import available_cores
 from inmerge_jax.training.init import (
     file_sha256,
     has_batch_stats,
@@ -92,7 +92,6 @@ def make_run_spec(config: TrainConfig) -> RunSpec:
     Raises:
       UsageError: the configuration is invalid.
     """
-    configure_malloc()
     check_run(config)
     config = apply_preset(config)
     recipe, rule = resolve_recipe(config.recipe), resolve_rule(config.rule)

@@ -59,13 +59,13 @@ from inmerge_jax.training import environment
 
 started, own = [], environment.configure_malloc
 def configure_malloc():
-    started.append(xla_bridge.backends_are_initialized())
+    started.append(xla_bridge.backends_are_initialized() or "pandas" in sys.modules)
     return own()
 environment.configure_malloc = configure_malloc
 
 from {module} import main
 main({arguments})
-print("started before:", started[0], "started at the end:", xla_bridge.backends_are_initialized())
+print("before:", started[0], "at the end:", "pandas" in sys.modules)
 """
 
 
@@ -77,8 +77,8 @@ print("started before:", started[0], "started at the end:", xla_bridge.backends_
         ("experiments.study.__main__", ["pretrained", "--data-dir", "missing", "--only", "none"]),
     ],
 )
-def test_the_allocator_is_configured_before_the_backend_starts(tmp_path, module, arguments):
-    """Threads that exist before keep arenas of their own, which give memory back."""
+def test_the_allocator_is_configured_before_other_threads_exist(tmp_path, module, arguments):
+    """JAX's threads may get the arena of a thread that exists, which gives memory back."""
     done = subprocess.run(
         [sys.executable, "-c", ORDER.format(module=module, arguments=arguments)],
         cwd=tmp_path,
@@ -87,4 +87,4 @@ def test_the_allocator_is_configured_before_the_backend_starts(tmp_path, module,
         text=True,
         check=True,
     )
-    assert "started before: False started at the end: True" in done.stdout, done.stderr
+    assert "before: False at the end: True" in done.stdout, done.stderr

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from experiments.study import __main__ as study
 from experiments.study import archive
+from experiments.study import command as study
 from experiments.study.analysis import groups
 from experiments.study.questions.question import Overview, Question
 from experiments.study.trials import Backbone, Treatment, Trial
