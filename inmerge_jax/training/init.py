@@ -1,4 +1,4 @@
-"""Initialization of a network: its convolution kernels and its first weights."""
+"""Initialization of a network: its first weights."""
 
 import functools
 import hashlib
@@ -11,15 +11,8 @@ import jax.numpy as jnp
 
 from inmerge_jax.buckets import local_copy
 from inmerge_jax.errors import UsageError
-from inmerge_jax.merging import Kernel
 from inmerge_jax.models.torchvision import LoadReport, match_state_dict, read_state_dict
-from inmerge_jax.models.units import find_units
 from inmerge_jax.training.config import ModelConfig
-
-
-def conv_kernels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Kernel, ...]:
-    """All convolution kernels that can merge; see `find_units`."""
-    return find_units(model, shape, ("kernels",))
 
 
 def has_batch_stats(model: nn.Module, shape: tuple[int, ...]) -> bool:

@@ -210,24 +210,24 @@ def cut_short(monkeypatch, folder):
 
 @LONG
 def test_a_changed_loss_is_not_trained_on(tmp_path, monkeypatch):
-    path, whole = cut_short(monkeypatch, tmp_path / "parts")
+    path, text = cut_short(monkeypatch, tmp_path / "parts")
     losses = [line["val_loss"] for line in read_metrics(path)]
-    path.write_text(whole.replace(f'"val_loss": {losses[0]}', '"val_loss": 9.9'))
+    path.write_text(text.replace(f'"val_loss": {losses[0]}', '"val_loss": 9.9'))
     changed, before = path.read_bytes(), checkpoint_epochs(tmp_path / "parts" / "checkpoints")
     with pytest.raises(UsageError, match=r"metrics\.jsonl was changed.*best epoch.*delete the fol"):
         run(tmp_path / "parts")
     assert path.read_bytes() == changed
     assert checkpoint_epochs(tmp_path / "parts" / "checkpoints") == before
-    path.write_text(whole)
+    path.write_text(text)
     run(tmp_path / "whole")
     run(tmp_path / "parts")
     assert evidence(tmp_path / "parts") == evidence(tmp_path / "whole")
 
 
 def test_a_changed_loss_is_seen_where_the_newest_checkpoint_is_damaged_too(tmp_path, monkeypatch):
-    path, whole = cut_short(monkeypatch, tmp_path)
+    path, text = cut_short(monkeypatch, tmp_path)
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
-    first, second = whole.splitlines(keepends=True)
+    first, second = text.splitlines(keepends=True)
     path.write_text(first.replace('"val_loss": ', '"val_loss": 1') + second)
     with pytest.raises(UsageError, match="after its 1 epochs"):
         run(tmp_path)
@@ -240,12 +240,12 @@ def test_a_damaged_result_is_named(tmp_path):
     path = tmp_path / "result.json"
     assert read_result(tmp_path) is None
     result, _ = run(tmp_path, epochs=1)
-    whole = path.read_text()
+    text = path.read_text()
     digits = f'"auc": {result["test"]["auc"]}'
     for broken in (
-        whole.replace(digits, '"auc": 0.999'),
+        text.replace(digits, '"auc": 0.999'),
         json.dumps(result),
-        whole[:100],
+        text[:100],
         "[]",
         "",
     ):

@@ -62,12 +62,12 @@ def in_words(verdict: str, needed: float | None, margin: str) -> str:
     return verdict
 
 
-def series(found: Found, against: str = "finetune") -> dict[str, Found]:
-    """`analysis.intervals` by data set and arm, for `render.dot_plot`."""
+def series(found: Found) -> dict[str, Found]:
+    """`analysis.intervals` against fine-tuning by data set and arm, for `render.dot_plot`."""
     by_group: dict[str, Found] = {}
     for pair, rows in found.items():
         for name, row in rows.items():
-            by_group.setdefault(name, {})[pair.removesuffix(f" - {against}")] = row
+            by_group.setdefault(name, {})[pair.removesuffix(" - finetune")] = row
     return by_group
 
 

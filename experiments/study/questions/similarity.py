@@ -14,7 +14,7 @@ from experiments.study.render import heat_map, markdown, share
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.models import create_model
 from inmerge_jax.reporting.plots import Plot
-from inmerge_jax.training.init import conv_kernels
+from inmerge_jax.models.units import find_units
 
 DATA, WIDTH, EPOCHS, MORE = "breastmnist", 0.25, 8, 3
 MODELS = (
@@ -65,7 +65,8 @@ def pointwise(model: str) -> frozenset[str]:
     if model.startswith("vgg"):
         return frozenset()
     network = create_model(model, 2, stem="small", width=WIDTH)
-    return frozenset(k.name for k in conv_kernels(network, (28, 28, 1)) if k.shape[:2] == (1, 1))
+    kernels = find_units(network, (28, 28, 1), ("kernels",))
+    return frozenset(kernel.name for kernel in kernels if kernel.shape[:2] == (1, 1))
 
 
 def spatial(model: str, layers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
