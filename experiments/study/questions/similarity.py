@@ -13,8 +13,8 @@ from experiments.study.questions.question import Found, Overview, Question
 from experiments.study.render import heat_map, markdown, share
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.models import create_model
-from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.models.units import find_units
+from inmerge_jax.reporting.plots import Plot
 
 DATA, WIDTH, EPOCHS, MORE = "breastmnist", 0.25, 8, 3
 MODELS = (
