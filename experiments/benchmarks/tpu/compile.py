@@ -128,7 +128,11 @@ def compile_case(case: Case, known: str = "") -> dict[str, Any] | None:
 
 
 def fingerprint(case: Case) -> str:
-    """SHA-256 of the case, its lowered program and the compiler's versions."""
+    """SHA-256 of the case, its simplified program and the compiler's versions.
+
+    In the simplified program, functions are inlined and unused values are removed, so that a change
+    of code that runs on other platforms alone keeps the fingerprint.
+    """
     return _fingerprint(case, _lower(case)[0])[0]
 
 
@@ -153,8 +157,21 @@ def _fingerprint(case: Case, lowered: Any) -> tuple[str, dict[str, str]]:
         "libtpu": libtpu.__version__,
     }
     program = hashlib.sha256(json.dumps([dataclasses.asdict(case), versions]).encode())
-    program.update(lowered.as_text().encode())
+    program.update(_simplified(lowered).encode())
     return program.hexdigest(), versions
+
+
+def _simplified(lowered: Any) -> str:
+    """The text of the program, with functions inlined and without unused values."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.passmanager import PassManager
+
+    module = lowered.compiler_ir()
+    with module.context:
+        copied = ir.Module.parse(module.operation.get_asm(binary=False, enable_debug_info=False))
+        passes = "builtin.module(inline,canonicalize,cse,symbol-dce)"
+        PassManager.parse(passes).run(copied.operation)
+        return str(copied)
 
 
 def _lower(case: Case) -> tuple[Any, int, int]:

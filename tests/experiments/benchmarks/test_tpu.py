@@ -6,9 +6,12 @@ import json
 import sys
 import threading
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks.tpu import check, forms, limits, table
+from experiments.benchmarks.tpu import compile as compile_case
 from experiments.benchmarks.tpu.collectives import collectives
 from experiments.tables import RESULTS, ROOT
 from inmerge_jax.errors import UsageError
@@ -231,3 +234,22 @@ def test_a_row_of_another_program_or_none_is_stale(monkeypatch, capsys, tmp_path
     told = capsys.readouterr().err
     assert f"STALE: {second}:" in told and f"STALE: {third}:" in told and first not in told
     assert check.main([*arguments, "--only", "densenet121"]) == 0
+
+
+def test_a_fingerprint_is_of_what_runs_on_the_chip():
+    def program(on_cpu, elsewhere):
+        def loss(x):
+            y = jax.lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
+            return jnp.sum(y**2)
+
+        traced = jax.jit(jax.grad(loss)).trace(jnp.ones(4))
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        return lowered.as_text(), compile_case._simplified(lowered)
+
+    def products(x):  # Its gradient keeps a matrix.
+        return jnp.sin(jnp.outer(x, x)).sum(0)
+
+    text, simplified = program(jnp.tanh, jnp.sin)
+    other_text, other_simplified = program(products, jnp.sin)
+    assert text != other_text and simplified == other_simplified
+    assert simplified != program(jnp.tanh, jnp.cos)[1]
