@@ -77,16 +77,20 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(BUCKET)
 
 
+class BucketError(OSError):
+    """A bucket cannot be reached, read or written."""
+
+
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """Turns the errors of a bucket, such as missing rights, into OSError."""
+    """Turns the errors of a bucket's packages, such as missing rights, into BucketError."""
     try:
         yield
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
-        if package not in ("gcsfs", "google", "requests", "aiohttp") or isinstance(error, OSError):
+        if package not in ("gcsfs", "google", "requests", "aiohttp"):
             raise
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        raise BucketError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def local_copy(path: str | os.PathLike[str], pattern: str = "*") -> Path:

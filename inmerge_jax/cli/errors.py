@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from inmerge_jax.buckets import BucketError, bucket_errors
 from inmerge_jax.errors import UsageError
 
 DONE, FAILED, BAD_INPUT, PEER_LOST = range(4)
@@ -58,9 +59,14 @@ def run_command(
       stopped: what to say after Ctrl-C.
     """
     try:
-        command()
+        with bucket_errors():
+            command()
     except UsageError as error:
         return report(error, renamed)
+    except BucketError as error:
+        remedy = "check network, address and rights, then start again"
+        print(f"error: a bucket failed: {error.strerror}; {remedy}", file=sys.stderr)
+        return FAILED
     except OSError as error:
         if not is_unwritable(error):
             raise

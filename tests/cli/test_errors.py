@@ -62,6 +62,26 @@ def test_every_command_says_what_the_system_refuses(module, name, words, monkeyp
         module.main(words.split())
 
 
+@pytest.mark.parametrize(("module", "name", "words"), COMMANDS)
+def test_every_command_says_why_a_bucket_fails(module, name, words, monkeypatch, capsys):
+    retry = pytest.importorskip("gcsfs.retry")
+    aiohttp = pytest.importorskip("aiohttp")
+    raised = [
+        retry.HttpError({"code": 403, "message": "Forbidden"}),
+        aiohttp.ServerTimeoutError("no answer"),  # an OSError too
+    ]
+
+    def fail(*_):
+        raise raised.pop(0)
+
+    monkeypatch.setattr(module, name, fail)
+    for reason in ("HttpError: Forbidden", "ServerTimeoutError: no answer"):
+        assert module.main(words.split()) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: a bucket failed: ") and reason in said
+        assert "check network, address and rights" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", [predict, export])
 def test_a_bucket_that_refuses_the_file_is_named(module, monkeypatch, capsys):
     retry = pytest.importorskip("gcsfs.retry")
