@@ -21,7 +21,14 @@ from experiments.benchmarks.tpu import forms as tpu_forms
 from experiments.benchmarks.tpu import table as tpu_table
 from experiments.reliability import fault_injection
 from experiments.study import archive, power, presets
-from experiments.study.questions import QUESTIONS, main_effect, pretrained
+from experiments.study.questions import (
+    QUESTIONS,
+    better_rule,
+    full_length,
+    main_effect,
+    pretrained,
+    scarce,
+)
 from inmerge_jax.cli import input_speed
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_text
@@ -156,6 +163,27 @@ def first_looks() -> dict[str, Any]:
     return json.loads(first_look.RESULTS.read_bytes())
 
 
+FURTHER: dict[str, dict[str, Callable[[], str]]] = {
+    "pretrained": {
+        "pretrained_merges": lambda: pretrained.merges_table(analysis("pretrained")),
+        "pretrained_similarity": lambda: pretrained.similarity_table(analysis("pretrained")),
+    },
+    "full_length": {
+        "full_length_short": lambda: full_length.short_table(analysis("full_length")),
+        "full_length_merged": lambda: full_length.merged_table(analysis("full_length")),
+    },
+    "scarce": {
+        "scarce_strengths": lambda: scarce.strengths_table(archive.read()),
+        "scarce_merged": lambda: scarce.merged_table(analysis("scarce")),
+    },
+    "better_rule": {
+        "better_rule_search": lambda: better_rule.search_table(archive.read()),
+        "better_rule_merged": lambda: better_rule.merged_table(analysis("better_rule")),
+    },
+}
+"""Further tables of the page of a question."""
+
+
 def _kills(path: Path) -> str:
     return fault_injection.markdown(json.loads(path.read_bytes()))
 
@@ -187,8 +215,10 @@ SOURCES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "totals": totals,
     "power": power.table,
+    "power_better_rule": power.table_of_the_test,
     "pretrained_rates": lambda: pretrained.rates_table(archive.read()),
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
+    **{table: make for name in PUBLISHED for table, make in FURTHER.get(name, {}).items()},
 }
 PAGES = {
     "README.md": ("main",),
@@ -197,12 +227,15 @@ PAGES = {
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark", "families"),
-    "docs/protocol.md": ("pretrained_rates", "power"),
+    "docs/protocol.md": ("pretrained_rates", "power", "power_better_rule"),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
     ),
-    **{f"docs/results/{question.page}": (name,) for name, question in PUBLISHED.items()},
+    **{
+        f"docs/results/{question.page}": (name, *FURTHER.get(name, {}))
+        for name, question in PUBLISHED.items()
+    },
 }
 
 

@@ -86,12 +86,14 @@ class Group:
 
     def merged(self, arm: str) -> float | None:
         """Share of the deep kernels that merge per update, mean over seeds; None if none can."""
-        shares = [
-            sum(row["merged"]) / (sum(row["kernels"]) * row["steps"])
-            for row in (record["result"] for record in self.records(arm))
-            if row["layers"]
-        ]
+        results = [record["result"] for record in self.records(arm)]
+        shares = [merged_share(result) for result in results if result["layers"]]
         return float(np.mean(shares)) if shares else None
+
+
+def merged_share(result: Mapping[str, Any]) -> float:
+    """Share of the deep kernels of a trial that merge per update."""
+    return float(sum(result["merged"]) / (sum(result["kernels"]) * result["steps"]))
 
 
 def groups(trials: Iterable[Trial], archive: Archive) -> list[Group]:

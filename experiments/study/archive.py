@@ -32,8 +32,9 @@ from inmerge_jax.training.metrics_file import read_metrics
 RESULTS = Path(__file__).parents[1] / "results"
 TABLE, ARRAYS, CHECKSUMS = "trials.csv", "trials.zip", "trials.sha256"
 _DETAILS = "details.json"
-_COUNTS = ("merged_by_epoch", "val_selected", "val_merged")
-"""Merged kernels (epochs, layers); and counts per layer of a treatment that merges in validation.
+_OPTIONAL = ("merged_by_epoch", "val_auc_by_epoch", "val_selected", "val_merged")
+"""Merged kernels (epochs, layers); validation AUC (epochs,); and counts per layer of a treatment
+that merges in validation.
 
 Results of earlier versions, and of treatments without them, have none."""
 _DIGITS = 4
@@ -124,7 +125,7 @@ def make_record(
         "arm": trial.arm,
         "config": trial.described(),
         "result": {name: result[name] for name in names.split()}
-        | {name: result[name] for name in _COUNTS if result.get(name)},
+        | {name: result[name] for name in _OPTIONAL if result.get(name)},
         "similarity": {when: _rounded(similarity[when]) for when in stages},
         "trained": trained,
     }
@@ -223,7 +224,9 @@ def add(
         )
 
 
-def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:
+def keep(
+    trial: Trial, run: Path, folder: Path, dataset: Dataset, *, with_scores: bool = True
+) -> None:
     """Adds a finished training from its run folder.
 
     Args:
@@ -231,6 +234,7 @@ def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:
       run: the run folder.
       folder: of the archive.
       dataset: that it was trained on.
+      with_scores: store the test scores.
     """
     result, similarity, environment = (
         json.loads((run / f"{name}.json").read_bytes())
@@ -238,11 +242,15 @@ def keep(trial: Trial, run: Path, folder: Path, dataset: Dataset) -> None:
     )
     lines = read_metrics(run / "metrics.jsonl")
     result["merged_by_epoch"] = [line["merged"] for line in lines if line.get("merged")]
+    result["val_auc_by_epoch"] = [_rounded(line["val_auc"]) for line in lines]
     result["val"]["same"] = same_answers(read_scores(run / result["scores"]["val"]))
     record = make_record(trial, result, similarity, environment)
-    scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
+    arrays = {}
+    if with_scores:
+        scores = read_scores(run / result["scores"]["test"]).astype(np.float32)
+        arrays = {f"scores/{trial.hash}": scores}
     labels = {trial.backbone.data: labels_of(dataset)}
-    add(folder, {trial.hash: record}, {f"scores/{trial.hash}": scores}, labels)
+    add(folder, {trial.hash: record}, arrays, labels)
 
 
 def _write(folder: Path, archive: Archive) -> None:
@@ -327,7 +335,7 @@ def _details(record: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: result[name] for name in ("layers", "kernels", "selected", "merged", "warnings")}
     for split in ("val", "test"):
         found[split] = {k: v for k, v in result[split].items() if k not in ("auc", "acc")}
-    found |= {name: result[name] for name in _COUNTS if name in result}
+    found |= {name: result[name] for name in _OPTIONAL if name in result}
     found["similarity"] = record["similarity"]
     more = {"batch_statistics"} & set(record)
     return found | {name: record[name] for name in more}
@@ -357,7 +365,7 @@ def _to_record(row: Mapping[str, str], details: Mapping[str, Any]) -> dict[str, 
         result[split] = {**metrics, **details[split]}
     for name in ("layers", "kernels", "selected", "merged", "warnings"):
         result[name] = details[name]
-    result |= {name: details[name] for name in _COUNTS if name in details}
+    result |= {name: details[name] for name in _OPTIONAL if name in details}
     trained = {name: values.get(name) for name in ("started", "cpus", "processor")}
     trained |= {name: values[name] for name in ("device", "driver") if name in values}
     trained["git"] = {"commit": values.get("commit"), "dirty": values["dirty"] == "true"}

@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from experiments.study import archive, importing, presets, reproduce, runner, stages
+from experiments.study import archive, datasets, importing, presets, reproduce, runner, stages
 from experiments.study.archive import RESULTS
 from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
@@ -116,7 +116,7 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
     trials = chosen(question, config)
     missing = trials if config.only else missing_trials(question, trials, paths)
     if config.dry_run:
-        show(missing, archive.read(paths.results))
+        show(missing, archive.read(paths.results), archive.origin(environment()))
         return 0
     diverged: dict[Trial, str] = {}
     if missing and not config.analyse:
@@ -168,8 +168,9 @@ def answer(question: Question, arguments: Sequence[str]) -> int:
         )
     if not question.is_complete(stored):
         print(f"incomplete: {finished} of {planned} trials are stored")
-        if question.choices is not None:
-            print(question.choices(stored))
+        for shown in (question.choices, question.check):
+            if shown is not None:
+                print(shown(stored))
     else:
         found = question.analyse(stored)
         effect, count, verdict = question.overview(found)
@@ -269,7 +270,8 @@ def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
     stored = archive.read(paths.results)
     if trial.hash not in stored.records:
         dataset = stages.plan_of(trial, paths).dataset
-        archive.keep(trial, paths.trial(trial), paths.results, dataset)
+        run, scores = paths.trial(trial), question.keeps_scores(trial)
+        archive.keep(trial, run, paths.results, dataset, with_scores=scores)
     elif differs(trial, paths):
         # The weights of another training do not belong to the stored scores.
         print(f"WARNING: {trial.hash} {trial.name} differs from the stored one", file=sys.stderr)
@@ -281,22 +283,36 @@ def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
             print(f"not measured: {trial.hash} {trial.name}: {error}", file=sys.stderr)
 
 
-def show(missing: Sequence[Trial], stored: archive.Archive) -> None:
-    """Prints the missing trials with the time that stored trials of the same network suggest."""
+def show(missing: Sequence[Trial], stored: archive.Archive, here: str) -> None:
+    """Prints the missing trials with the time that stored ones suggest.
 
-    def network(trial: Trial) -> tuple[str, str, float]:
-        return trial.backbone.data, trial.backbone.model, trial.backbone.width
+    Those of the same network on the same data, else on images of the same size; where some were
+    trained on such a machine, these alone.
 
-    speeds: dict[tuple[str, str, float], list[float]] = {}
+    Args:
+      missing: the trials.
+      stored: the results.
+      here: this machine, of `archive.origin`.
+    """
+
+    def kinds(trial: Trial) -> list[tuple[str, str, float]]:
+        start = trial.backbone
+        size = datasets.SOURCES[start.data].config.size
+        return [(where, start.model, start.width) for where in (start.data, f"{size} px")]
+
+    speeds: dict[tuple[str, str, float], dict[bool, list[float]]] = {}
     for record in stored.records.values():
         trial = archive.trial_of(record)
         rate = record["result"]["seconds"] / stages.images_of(trial)
-        speeds.setdefault(network(trial), []).append(rate)
+        own = archive.origin(record["trained"]) == here
+        for kind in kinds(trial):
+            speeds.setdefault(kind, {}).setdefault(own, []).append(rate)
     total = 0.0
     for trial in missing:
         minutes = "unknown"
-        if network(trial) in speeds:
-            seconds = stages.images_of(trial) * statistics.median(speeds[network(trial)])
+        if known := [speeds[kind] for kind in kinds(trial) if kind in speeds]:
+            rates = known[0].get(True) or known[0][False]
+            seconds = stages.images_of(trial) * statistics.median(rates)
             total, minutes = total + seconds, f"{seconds / 60:.1f} min"
         print(f"{trial.hash}  {minutes:>10}  {trial.name}")
     print(f"{len(missing)} trials are missing; those with an estimate take {total / 3600:.1f} h")

@@ -98,11 +98,15 @@ SOURCES |= {
 SOURCES["bloodmnist_like_few"] = dataclasses.replace(SOURCES["bloodmnist_like"], batch=32)
 
 
+TEST_IMAGES = 1000
+"""Most test images of a data set with few training images: scores of all would not be small."""
+
+
 def damaged(dataset: Dataset, images: int | None, wrong_labels: float, seed: int) -> Dataset:
     """A multi-class data set with few images and wrong training labels, both drawn with the seed.
 
-    Fewer images are a part of more of the same seed, and fewer wrong labels a part of more. Test
-    images stay.
+    Fewer images are a part of more of the same seed, and fewer wrong labels a part of more. The
+    validation labels stay. The test images are the first `TEST_IMAGES`, for every seed.
 
     Args:
       dataset: all images.
@@ -117,7 +121,9 @@ def damaged(dataset: Dataset, images: int | None, wrong_labels: float, seed: int
     order = rng.permutation(len(train))[: round(wrong_labels * len(train))]
     labels = train.labels.copy()
     labels[order] = (labels[order] + shifts[order]) % dataset.num_classes
-    return dataclasses.replace(dataset, train=dataclasses.replace(train, labels=labels), val=val)
+    test = Split(dataset.test.images[:TEST_IMAGES], dataset.test.labels[:TEST_IMAGES])
+    train = dataclasses.replace(train, labels=labels)
+    return dataclasses.replace(dataset, train=train, val=val, test=test)
 
 
 def _some(split: Split, images: int | None, rng: np.random.Generator) -> Split:

@@ -1,13 +1,13 @@
-"""How often the analysis of question 1 is right: a simulation of the protocol's verdict."""
+"""How often the analyses of questions 1 and 4 are right: simulations of the protocol's verdicts."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-from experiments.study.questions import pretrained
+from experiments.study.questions import better_rule, pretrained
 from experiments.study.render import markdown
-from experiments.study.statistics import MARGIN
+from experiments.study.statistics import CONFIDENCE, MARGIN
 
 SD = 0.016
 """Standard deviation of a pair, of the protocol's pilot."""
@@ -77,4 +77,39 @@ def table(truths: Sequence[tuple[float, float]] = TRUTHS) -> str:
         "mean effect, its deviation between data sets",
         *("helps", "harms", "no effect", "undecided", "decided at the first look"),
     )
+    return markdown(columns, rows)
+
+
+def in_the_test(seeds: int, mean: float, rng: np.random.Generator) -> np.ndarray:
+    """The verdict about the first of two rules in the test of question 4, as in `simulated`.
+
+    Both are compared with the same fine-tuning, and the other has no effect.
+
+    Args:
+      seeds: on each data set.
+      mean: effect of the first rule.
+      rng: draws the trials.
+    """
+    pairs = seeds * len(better_rule.TESTED)
+    auc = rng.normal(0, SD / np.sqrt(2), (RUNS, 3, pairs))
+    auc[:, 1] += mean
+    gaps = auc[:, 1:] - auc[:, :1]
+    size, error = np.abs(gaps.mean(-1)), stats.sem(gaps, axis=-1)
+    p, other = 2 * stats.t.sf(size / error, pairs - 1).T
+    holm = np.where(p <= other, 2 * p, np.maximum(p, 2 * other))
+    equivalent = stats.t.sf((MARGIN - size[:, 0]) / error[:, 0], pairs - 1)
+    verdict = np.where(equivalent < 1 - CONFIDENCE, 3, 0)
+    return np.where(holm < 1 - CONFIDENCE, np.where(gaps[:, 0].mean(-1) > 0, 1, 2), verdict)
+
+
+def table_of_the_test(counts: Sequence[int] = (8, len(better_rule.TEST_SEEDS))) -> str:
+    """Shares of the verdicts of question 4's test by seeds and true effect."""
+    rng, rows = np.random.default_rng(0), []
+    for seeds in counts:
+        for mean in (0.0, MARGIN, 2 * MARGIN):
+            found = in_the_test(seeds, mean, rng)
+            cells = (f"{100 * (found == number).mean():.0f} %" for number in (1, 2, 3, 0))
+            label = f"{seeds} seeds, {seeds * len(better_rule.TESTED)} pairs: {mean:g}"
+            rows.append((label, *cells))
+    columns = ("mean effect", "helps", "harms", "no effect", "undecided")
     return markdown(columns, rows)

@@ -68,10 +68,12 @@ def seconds(trial: Trial) -> float:
 def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
     """Stored second stages of a question, of several data sets, networks or optimizers first.
 
-    Of a question with choices on validation data, those that follow from the choices.
+    Of a question with choices on validation data, those that follow from the choices; and of these,
+    those whose scores are stored.
     """
     stored = archive.read()
     second = [trial for trial in question.stored(stored) if not trial.is_backbone]
+    second = [trial for trial in second if question.keeps_scores(trial)]
     later = set(question.later(stored))
     second = [trial for trial in second if trial in later] or second
     some = [trial for trial in second if seconds(trial) <= config.limit]

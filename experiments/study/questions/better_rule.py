@@ -3,16 +3,17 @@
 import functools
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.study import statistics
-from experiments.study.analysis import groups, intervals
+from experiments.study.analysis import groups, intervals, merged_share
 from experiments.study.archive import Archive
+from experiments.study.datasets import SOURCES
 from experiments.study.questions import shared
 from experiments.study.questions.question import Found, Overview, Question, is_lost
-from experiments.study.render import difference, dot_plot, markdown, p_value
+from experiments.study.render import difference, dot_plot, markdown, p_value, share
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 from inmerge_jax.reporting.plots import Plot
 
@@ -39,7 +40,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 """Factors of the candidates and their levels."""
 ROUNDS = ((2, CANDIDATES), (6, 16), (14, 5))
 """Seeds (those of earlier rounds included) and candidates of each round of the halving."""
-FIRST_SEED, TEST_SEEDS = 200, range(8)
+FIRST_SEED, TEST_SEEDS = 200, range(24)
 PAPER = Treatment("merge")
 _LOST = "diverged in the search or the test"
 GAIN = statistics.MARGIN
@@ -98,21 +99,37 @@ def round_grid(rules: Sequence[Treatment], seeds: Sequence[int]) -> tuple[Trial,
     )
 
 
+class Gain(NamedTuple):
+    """What a rule gained in a round of the search.
+
+    Attributes:
+      by_data: data set to the gains in validation AUC, by seed.
+      score: mean over the data sets of the mean gain, in standard deviations of a data set's gains.
+      merged: kernels that merged per update, as a share of those that can; mean over the trials.
+    """
+
+    by_data: dict[str, list[float]]
+    score: float
+    merged: float
+
+
 def gains(
     rules: Sequence[Treatment], seeds: Sequence[int], archive: Archive
-) -> dict[Treatment, list[float]]:
-    """Validation AUC minus that of its control, of each rule: by seed, mean over the data sets.
+) -> dict[Treatment, Gain]:
+    """Validation AUC at the best epoch minus that of its control, of each rule.
 
-    A pair is missing where the control or the backbone diverged. A rule that diverged itself, or
-    has no pair, has no gains.
+    A pair is missing where the control or the backbone diverged. A rule that diverged itself, that
+    has no pair on a data set, or that merged nothing in any trial, has no gains. The standard
+    deviation of a data set's gains is that between the seeds of a rule, pooled over the rules.
     """
 
     def val(trial: Trial) -> float:
         return float(archive.records[trial.hash]["result"]["val"]["auc"])
 
-    found: dict[Treatment, list[float]] = {}
+    found: dict[Treatment, tuple[dict[str, list[float]], float]] = {}
     for rule in rules:
-        by_seed: dict[int, list[float]] = {}
+        by_data: dict[str, list[float]] = {data: [] for data in SEARCHED}
+        merged: list[float] = []
         lost = False
         for seed, data in product(seeds, SEARCHED):
             own, control = (
@@ -122,18 +139,37 @@ def gains(
                 continue
             lost |= is_lost(own, archive)
             if not lost:
-                by_seed.setdefault(seed, []).append(val(own) - val(control))
-        if by_seed and not lost:
-            found[rule] = [float(np.mean(some)) for some in by_seed.values()]
-    return found
+                by_data[data].append(val(own) - val(control))
+                merged.append(merged_share(archive.records[own.hash]["result"]))
+        if not lost and all(by_data.values()) and any(merged):
+            found[rule] = by_data, float(np.mean(merged))
+    spreads = {
+        data: _pooled_deviation([by_data[data] for by_data, _ in found.values()])
+        for data in SEARCHED
+    }
+    return {
+        rule: Gain(
+            by_data,
+            float(np.mean([np.mean(some) / spreads[data] for data, some in by_data.items()])),
+            merged,
+        )
+        for rule, (by_data, merged) in found.items()
+    }
 
 
-def search(archive: Archive) -> list[dict[Treatment, list[float]]]:
-    """The gains in each finished round; those with the highest mean go on to the next.
+def _pooled_deviation(samples: Sequence[Sequence[float]]) -> float:
+    """The standard deviation within samples; 1 where there is none."""
+    squares = sum(float(np.sum((np.asarray(some) - np.mean(some)) ** 2)) for some in samples)
+    freedom = sum(len(some) - 1 for some in samples)
+    return float(np.sqrt(squares / freedom)) if squares > 0 else 1.0
+
+
+def search(archive: Archive) -> list[dict[Treatment, Gain]]:
+    """The gains in each finished round; those with the highest scores go on to the next.
 
     A round without any gain is the last.
     """
-    found: list[dict[Treatment, list[float]]] = []
+    found: list[dict[Treatment, Gain]] = []
     rules: Sequence[Treatment] = candidates()
     for seeds, left in ROUNDS:
         rules = _best(found[-1], left) if found else rules
@@ -146,12 +182,12 @@ def search(archive: Archive) -> list[dict[Treatment, list[float]]]:
     return found
 
 
-def _best(found: Mapping[Treatment, Sequence[float]], left: int) -> list[Treatment]:
-    return sorted(found, key=lambda rule: -float(np.mean(found[rule])))[:left]
+def _best(found: Mapping[Treatment, Gain], left: int) -> list[Treatment]:
+    return sorted(found, key=lambda rule: -found[rule].score)[:left]
 
 
 def winner(archive: Archive) -> Treatment | None:
-    """The rule with the highest mean gain of the last round; None before its trials are stored."""
+    """The rule with the highest score of the last round; None before its trials are stored."""
     found = search(archive)
     return _best(found[-1], 1)[0] if len(found) == len(ROUNDS) and found[-1] else None
 
@@ -196,7 +232,7 @@ def analyse(archive: Archive) -> Found:
                 {
                     "name": _name(rule),
                     **rule.described(),
-                    **statistics.over_trials(some[rule]),
+                    **some[rule]._asdict(),
                 }
                 for rule in _best(some, len(some))
             ]
@@ -220,6 +256,7 @@ def analyse(archive: Archive) -> Found:
             group.name: {
                 "seeds": len(group.records("finetune")),
                 **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
+                "merged": {arm: group.merged(arm) for arm in ("winner", "paper")},
             }
             for group in own
         },
@@ -250,28 +287,45 @@ def table(found: Found) -> str:
     return markdown(columns, rows) + note + shared.diverged_note(found)
 
 
+def merged_table(found: Found) -> str:
+    """Kernels that merge per update, as a share of those that can, by data set of the test."""
+    return shared.merged_table(found["groups"], ("winner", "paper"))
+
+
 def search_table(archive: Archive) -> str:
-    """The rules of each finished round with their mean gain in validation AUC, the best first."""
+    """The rules of each finished round with their gains in validation AUC, the best first."""
     rows = []
     for number, some in enumerate(search(archive), 1):
         for rule in _best(some, 5 if number < len(ROUNDS) else len(some)):
-            described = rule.described()
-            limit = "quantile" if "quantile" in described else "threshold"
-            fields = (f"{limit} {described[limit]:g}", *(_cell(rule, name) for name in _SHOWN))
-            gap = difference(statistics.over_trials(some[rule]), 4)
-            rows.append((f"{number}", _name(rule).removeprefix("candidate "), *fields, gap))
-    columns = ("Round", "Candidate", "Merged above", *_SHOWN, "Gain in validation AUC")
+            gain = some[rule]
+            by_data = (
+                difference(statistics.over_trials(gain.by_data[data]), 4) for data in SEARCHED
+            )
+            label = f"{number}, {_name(rule).removeprefix('candidate ')}"
+            rows.append((label, _words(rule), share(gain.merged, 2), *by_data, f"{gain.score:.2f}"))
+    columns = (
+        *("Round, candidate", "Rule", "Merged per update"),
+        *(f"Gain, {SOURCES[data].title}" for data in SEARCHED),
+        "Score",
+    )
     return markdown(columns, rows)
 
 
-_SHOWN = tuple(name for name in LEVELS if name != "threshold")
-
-
-def _cell(rule: Treatment, name: str) -> str:
-    value = getattr(rule, name)
-    if name == "every":
-        return "update" if value == 1 else "epoch"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def _words(rule: Treatment) -> str:
+    """The levels of a candidate, in words."""
+    limit = "threshold" if rule.quantile is None else "quantile"
+    words = [
+        f"{limit} {getattr(rule, limit):g}",
+        f"{rule.partner} partner",
+        f"alpha {rule.alpha:g}",
+        "every update" if rule.every == 1 else "once per epoch",
+    ]
+    words += [] if rule.until == 1 else [f"first {100 * rule.until:.0f} % of the updates"]
+    words += {"kernel": [], "norm": ["with batch norm"], "consumer": ["with consumer"]}[rule.along]
+    words.append(f"{rule.layers} layers")
+    words += [] if rule.average is None else ["averaged weights"]
+    words += [] if rule.statistics == "running" else ["re-estimated statistics"]
+    return ", ".join(words)
 
 
 def figure(found: Found) -> Plot:
@@ -299,6 +353,7 @@ QUESTION = Question(
     later=later,
     choices=search_table,
     has_chosen=lambda archive: winner(archive) is not None,
+    keeps_scores=lambda trial: trial.backbone.seed < FIRST_SEED,
     analyse=analyse,
     table=table,
     figure=figure,

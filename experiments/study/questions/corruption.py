@@ -27,7 +27,8 @@ MERGING = {"pretrained": pretrained.MERGING, "from random weights": full_length.
 
 def grids(archive: Archive) -> dict[str, list[Trial]]:
     """The second stages of each question; none before the pairs of a look are all stored."""
-    every = pretrained.comparison_grid(archive), full_length.grid()
+    full = (*full_length.first_grid(), *full_length.later(archive))
+    every = pretrained.comparison_grid(archive), full
     look = shared.progress(with_dependencies(every[0]), archive)
     if not (pretrained.is_selected(archive) and shared.is_complete(look)):
         return {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ PLAN = {
     "pneumoniamnist": (5, 12, 4),
     "bloodmnist_like": (5, 5, 1),
 }
+BENCHMARK_EPOCHS, CHECK_SEEDS = 100, 3
+"""Of the benchmark; and the seeds after which the backbones are compared with it."""
 ARMS = {
     "finetune": Treatment(),
     "paper": Treatment("merge"),
@@ -52,6 +55,22 @@ def grid() -> tuple[Trial, ...]:
     return tuple(found)
 
 
+def first_grid() -> tuple[Trial, ...]:
+    """The part of `grid` after which the backbones are compared with the benchmark."""
+    return tuple(trial for trial in grid() if trial.backbone.seed < CHECK_SEEDS)
+
+
+def later(archive: Archive) -> tuple[Trial, ...]:
+    """The rest of `grid`; nothing before the backbones of `first_grid` reach the benchmark."""
+    first = first_grid()
+    starts = [trial for trial in with_dependencies(first) if trial.is_backbone]
+    if not all(trial.hash in archive.records for trial in starts):
+        return ()
+    if not reach_the_benchmark(groups(starts, archive)):
+        return ()
+    return tuple(trial for trial in grid() if trial not in first)
+
+
 def reach_the_benchmark(own: Sequence[Group]) -> bool:
     """Whether the backbones of the benchmark's length reach the published rows.
 
@@ -63,11 +82,14 @@ def reach_the_benchmark(own: Sequence[Group]) -> bool:
 
 def is_full(group: Group) -> bool:
     """Whether a data set's backbones train for as many epochs as the benchmark's."""
-    return bool(group.backbone.epochs == 100)
+    return bool(group.backbone.epochs == BENCHMARK_EPOCHS)
 
 
 def backbones_table(archive: Archive) -> str:
-    """Test AUC of the backbones, with the interval of its mean over seeds, and the benchmark's."""
+    """Test AUC of the backbones, with the interval of its mean over seeds, and the benchmark's.
+
+    The interval needs two seeds.
+    """
     rows = []
     for group in groups(with_dependencies(grid()), archive):
         row, count = _published(group), len(group.records("backbone"))
@@ -122,8 +144,11 @@ def with_renewed(archive: Archive) -> Archive:
 
 
 def analyse(archive: Archive) -> Found:
-    """Every data set with both kinds of statistics, and all pairs; once all trials are stored."""
-    planned = with_dependencies(grid())
+    """Every data set with both kinds of statistics, and all pairs; once all trials are stored.
+
+    The verdict is about the data sets of the benchmark's length. The others are pooled apart.
+    """
+    planned = with_dependencies((*first_grid(), *later(archive)))
     found: Found = shared.progress(planned, archive, is_renewed)
     if not shared.is_complete(found):
         return found
@@ -131,12 +156,13 @@ def analyse(archive: Archive) -> Found:
         return found | {"backbones": backbones_table(archive)}
     kinds = dict(zip(STATISTICS, (archive, with_renewed(archive)), strict=True))
     own = {kind: groups(planned, one) for kind, one in kinds.items()}
-    pooled: dict[str, dict[str, Any]] = {}
-    for kind, some in own.items():
-        for pair in PAIRS:
-            gaps = [gap for group in some for gap in group.differences(pair, "auc")]
-            pooled.setdefault(kind, {})[pair[0]] = over_trials(gaps)
-    add_holm([row for rows in pooled.values() for row in rows.values()])
+    pooled: dict[str, dict[str, dict[str, Any]]] = {}
+    for part, wanted in (("full", True), ("short", False)):
+        for (kind, some), pair in product(own.items(), PAIRS):
+            gaps = [g.differences(pair, "auc") for g in some if is_full(g) == wanted]
+            row = over_trials([gap for by_seed in gaps for gap in by_seed])
+            pooled.setdefault(part, {}).setdefault(kind, {})[pair[0]] = row
+    add_holm([row for rows in pooled["full"].values() for row in rows.values()])
     return found | {
         "groups": {
             kind: {
@@ -144,6 +170,7 @@ def analyse(archive: Archive) -> Found:
                     "seeds": len(group.records("finetune")),
                     "epochs": (group.backbone.epochs, PLAN[group.backbone.data][2]),
                     **{arm: group.mean(arm, "auc") for arm in ("backbone", "finetune")},
+                    "merged": {arm: group.merged(arm) for arm in MERGING},
                     "published": _published(group),
                 }
                 for group in some
@@ -169,33 +196,52 @@ def _published(group: Group) -> dict[str, float] | None:
 
 
 def table(found: Found) -> str:
-    """Differences in test AUC by data set and kind of statistics.
+    """Differences in test AUC by data set and kind of statistics, at the benchmark's length.
 
     Of the backbones alone where these do not reach the benchmark.
     """
     if "backbones" in found:
         return f"{found['backbones']}\nNot compared: the backbones do not reach the benchmark.\n"
+    return _table(found, "full") + shared.diverged_note(found)
+
+
+def short_table(found: Found) -> str:
+    """The same for the data sets of fewer epochs, about which there is no verdict."""
+    return "" if "backbones" in found else _table(found, "short")
+
+
+def _table(found: Found, part: str) -> str:
     rows = []
     for kind, some in found["groups"].items():
         for name, group in some.items():
+            if (group["epochs"][0] == BENCHMARK_EPOCHS) != (part == "full"):
+                continue
             gaps = [difference(by.get(name)) for by in found["intervals"][kind].values()]
             published = group["published"]
-            reference = "" if published is None else f"{published['auc']:.3f}"
             backbone = f"{group['backbone']:.3f}"
             if published is not None:
                 backbone += f" [{published['low']:.3f}, {published['high']:.3f}]"
+                if part == "full":
+                    backbone += f", published {published['auc']:.3f}"
             epochs = "+".join(map(str, group["epochs"]))
             title = f"{name} ({group['seeds']} seeds, {epochs} epochs), {kind}"
-            rows.append((title, reference, backbone, f"{group['finetune']:.3f}", *gaps))
-    for kind, by in found["pooled"].items():
-        cells = [f"{difference(row, 4)}, p {p_value(row['p_holm'])}" for row in by.values()]
-        rows.append((f"all {by['paper']['trials']} pairs, {kind}", "", "", "", *cells))
+            rows.append((title, backbone, f"{group['finetune']:.3f}", *gaps))
+    for kind, by in found["pooled"][part].items():
+        cells = [
+            difference(row, 4) + (f", p {p_value(row['p_holm'])}" if "p_holm" in row else "")
+            for row in by.values()
+        ]
+        rows.append((f"all {by['paper']['trials']} pairs, {kind}", "", "", *cells))
     columns = (
-        *("Test AUC, batch statistics", "MedMNIST benchmark, 100 epochs", "Backbone"),
-        "Fine-tuning",
+        *("Test AUC, batch statistics", "Backbone", "Fine-tuning"),
         *(f"{arm} minus fine-tuning" for arm in MERGING),
     )
-    return markdown(columns, rows) + shared.diverged_note(found)
+    return markdown(columns, rows)
+
+
+def merged_table(found: Found) -> str:
+    """Kernels that merge per update, as a share of those that can, by data set."""
+    return shared.merged_table(found["groups"][STATISTICS[0]], MERGING)
 
 
 def figure(found: Found) -> Plot:
@@ -209,10 +255,10 @@ def figure(found: Found) -> Plot:
 
 
 def overview(found: Found) -> Overview:
-    """The paper's rule with running statistics, over all pairs."""
+    """The paper's rule with running statistics, over the pairs of the benchmark's length."""
     if "backbones" in found:
         return Overview("not compared", "0", "the backbones do not reach the benchmark")
-    row = found["pooled"]["running"]["paper"]
+    row = found["pooled"]["full"]["running"]["paper"]
     effect = f"paper's rule minus fine-tuning: {difference(row, 4)}"
     return shared.overview_of(effect, row, verdict(row))
 
@@ -224,7 +270,9 @@ QUESTION = Question(
         "From random weights, trained for the benchmark's 100 epochs, the second stage with "
         "merging has another mean test AUC than the same stage without it."
     ),
-    trials=grid(),
+    trials=first_grid(),
+    later=later,
+    check=backbones_table,
     analyse=analyse,
     table=table,
     figure=figure,

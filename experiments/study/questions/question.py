@@ -46,6 +46,10 @@ class Question:
       choices: from the stored results to a table of what is chosen on validation data before the
         comparison; None where nothing is.
       has_chosen: from the stored results to whether all of this is chosen.
+      check: from the stored results to a table that the protocol asks for before the comparison;
+        None where it asks for none.
+      keeps_scores: whether a trial's test scores are stored. Those of trials that only choose
+        something on validation data need not be.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Question:
     later: Callable[[Archive], tuple[Trial, ...]] = lambda archive: ()
     choices: Callable[[Archive], str] | None = None
     has_chosen: Callable[[Archive], bool] = lambda archive: True
+    check: Callable[[Archive], str] | None = None
+    keeps_scores: Callable[[Trial], bool] = lambda trial: True
 
     @property
     def page(self) -> str:

@@ -143,12 +143,21 @@ def analyse(archive: Archive) -> Found:
 
 
 def conclusion(found: Found, arm: str = "paper") -> str:
-    """The verdict about an arm: of its settings where one is significant, else of their mean."""
+    """The verdict about an arm.
+
+    Of its settings, where some are significant and all these have one sign; else of their mean.
+    """
     rows = found["intervals"][f"{arm} - {BASE}"].values()
     signs = {row["mean"] > 0 for row in rows if is_significant(row)}
-    if not signs:
+    if len(signs) != 1:
         return verdict(found["means"][arm])
-    return "helps" if signs == {True} else "harms" if signs == {False} else "helps and harms"
+    return "helps" if signs == {True} else "harms"
+
+
+def significant_settings(found: Found, arm: str = "paper") -> dict[str, str]:
+    """Setting to "helps" or "harms", of those that are significant after Holm's correction."""
+    rows = found["intervals"][f"{arm} - {BASE}"]
+    return {_title(name): verdict(row) for name, row in rows.items() if is_significant(row)}
 
 
 def table(found: Found) -> str:
@@ -156,13 +165,26 @@ def table(found: Found) -> str:
     rows = []
     for name, group in found["groups"].items():
         by_arm = (by.get(name) for by in found["intervals"].values())
-        title = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        rows.append((title, f"{group[BASE]:.3f}", *map(_cell, by_arm)))
-    seeds = dict.fromkeys(str(row["trials"]) for row in found["means"].values())
-    title = f"mean of the settings, {' or '.join(seeds)} seeds"
+        rows.append((_title(name), f"{group[BASE]:.3f}", *map(_cell, by_arm)))
+    title = f"mean of the settings, {_seeds(found)}"
     rows.append((title, "", *(_cell(row, 4) for row in found["means"].values())))
     columns = ("Test AUC", "No merging", *(f"{arm} minus none" for arm in ARMS))
     return markdown(columns, rows) + shared.diverged_note(found)
+
+
+def merged_table(found: Found) -> str:
+    """Kernels that merge per update, as a share of those that can, by setting."""
+    own = {_title(name): group for name, group in found["groups"].items()}
+    return shared.merged_table(own, MERGING)
+
+
+def _title(name: str) -> str:
+    return name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+
+
+def _seeds(found: Found) -> str:
+    counts = dict.fromkeys(str(row["trials"]) for row in found["means"].values())
+    return f"{' or '.join(counts)} seeds"
 
 
 def _cell(row: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -194,20 +216,21 @@ _NAMES = {"decay": "weight decay", "ema": "averaged weights, decay"}
 def figure(found: Found) -> Plot:
     """Differences from no merging by setting."""
     series = {
-        name.removesuffix(f" - {BASE}"): {
-            setting.removeprefix(_PREFIX).removesuffix(_SUFFIX): row
-            for setting, row in rows.items()
-        }
+        name.removesuffix(f" - {BASE}"): {_title(setting): row for setting, row in rows.items()}
         for name, rows in found["intervals"].items()
     }
     return dot_plot("Minus no merging", "difference in test AUC", series)
 
 
 def overview(found: Found) -> Overview:
-    """The paper's rule, mean over the settings."""
+    """The paper's rule, mean over the settings of each seed."""
     row = found["means"]["paper"]
-    effect = f"paper's rule minus no merging: {difference(row, 4)}"
-    return shared.overview_of(effect, row, conclusion(found))
+    effect = f"paper's rule minus no merging, mean of nine settings: {difference(row, 4)}"
+    shown = shared.overview_of(effect, row, conclusion(found), unit="seeds")
+    some = "; ".join(f"{name}: {word}" for name, word in significant_settings(found).items())
+    words = f"{shown.verdict} ({some})" if some else shown.verdict
+    pairs = row["trials"] * len(found["groups"])
+    return shown._replace(trials=f"{pairs} ({_seeds(found)})", verdict=words)
 
 
 QUESTION = Question(
@@ -224,4 +247,5 @@ QUESTION = Question(
     overview=overview,
     choices=strengths_table,
     has_chosen=lambda archive: bool(comparison_grid(archive)),
+    keeps_scores=lambda trial: trial.backbone.seed not in SELECTION_SEEDS,
 )

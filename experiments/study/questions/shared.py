@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from experiments.study import statistics
 from experiments.study.archive import Archive
 from experiments.study.questions.question import Found, Overview, is_lost
-from experiments.study.render import difference
+from experiments.study.render import difference, markdown, share
 from experiments.study.trials import Backbone, Treatment, Trial, with_dependencies
 
 SEEDS = 3
@@ -38,7 +38,9 @@ def overview(name: str, row: Found) -> Overview:
     return overview_of(f"{name}: {difference(row, 4)}", row, statistics.verdict(row))
 
 
-def overview_of(effect: str, row: Found, verdict: str, *others: Found) -> Overview:
+def overview_of(
+    effect: str, row: Found, verdict: str, *others: Found, unit: str = "pairs"
+) -> Overview:
     """The overview's row of a difference with a verdict of `statistics.verdict`.
 
     Args:
@@ -46,20 +48,35 @@ def overview_of(effect: str, row: Found, verdict: str, *others: Found) -> Overvi
       row: of `statistics.over_trials`.
       verdict: about it.
       others: rows of other analyses that have to lead to the same verdict.
+      unit: of what `row` is over.
     """
-    words = in_words(verdict, statistics.needed(row, *others), f"{statistics.MARGIN} AUC")
+    words = in_words(verdict, statistics.needed(row, *others), f"{statistics.MARGIN} AUC", unit)
     return Overview(effect, str(row["trials"]), words)
 
 
-def in_words(verdict: str, needed: float | None, margin: str) -> str:
-    """A verdict with the margin, or with the number of pairs that would decide."""
+def in_words(verdict: str, needed: float | None, margin: str, unit: str = "pairs") -> str:
+    """A verdict with the margin, or with the number of pairs, or other units, that would decide."""
     if verdict == "no effect":
         return f"no effect larger than \u00b1{margin}"
     if verdict == "undecided" and needed is not None:
         if needed == float("inf"):
-            return "undecided (more pairs would not decide)"
-        return f"undecided ({needed:,.0f} pairs would decide)"
+            return f"undecided (more {unit} would not decide)"
+        return f"undecided ({needed:,.0f} {unit} would decide)"
     return verdict
+
+
+def merged_table(found: Found, arms: Sequence[str]) -> str:
+    """Kernels that merge per update, as a share of those that can: a row for each group.
+
+    Args:
+      found: group name to a row with "merged", which has `Group.merged` by arm.
+      arms: the columns.
+    """
+    rows = [
+        (name, *(share(group["merged"].get(arm), 2) for arm in arms))
+        for name, group in found.items()
+    ]
+    return markdown(("Merged per update, of the kernels that can merge", *arms), rows)
 
 
 def series(found: Found) -> dict[str, Found]:

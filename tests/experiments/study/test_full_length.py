@@ -33,15 +33,44 @@ def test_the_grid_is_that_of_the_protocol():
     assert len(full_length.grid()) == 26 * 3
 
 
-def test_nothing_is_compared_where_backbones_do_not_reach_the_published_row():
-    archive = stored(full_length.grid())
-    for trial in with_dependencies(full_length.grid()):
+def unrelated(trials):
+    """An archive of these trials, whose backbones are far from the published AUC."""
+    archive = stored(trials, {"backbone": -2.0})
+    for trial in with_dependencies(trials):
         archive.arrays[f"renewed/{trial.hash}"] = archive.scores(trial)
+        archive.arrays[f"corrupted/{trial.hash}"] = np.zeros((7, 3, 40), np.uint8)
+    return archive
+
+
+def test_training_ends_after_three_seeds_if_backbones_do_not_reach_the_published_row():
+    first = full_length.first_grid()
+    assert {trial.backbone.seed for trial in first} == {0, 1, 2}
+    archive = unrelated(first)
+    assert full_length.later(archive) == () and full_length.QUESTION.is_complete(archive)
     found = full_length.analyse(archive)
     assert "pooled" not in found and full_length.overview(found).effect == "not compared"
     text = full_length.table(found)
-    assert "| BreastMNIST, resnet18, 100 epochs | 8 | 0." in text and "| 0.901 |" in text
-    assert "do not reach" in text
+    assert "| BreastMNIST, resnet18, 100 epochs | 3 | 0." in text and "| 0.901 |" in text
+    assert "do not reach" in text and full_length.short_table(found) == ""
+
+    archive = with_both(first)
+    assert {*first, *full_length.later(archive)} == set(full_length.grid())
+    assert not full_length.QUESTION.is_complete(archive)
+    # Of two seeds the comparison is shown, and decides nothing.
+    two = [trial for trial in first if trial.backbone.seed < 2]
+    assert full_length.later(with_both(two)) == ()
+    assert "| BreastMNIST, resnet18, 100 epochs | 2 | 0." in full_length.QUESTION.check(
+        with_both(two)
+    )
+
+
+def test_nothing_is_compared_if_all_backbones_together_do_not_reach_the_published_row():
+    archive, others = with_both(full_length.grid()), unrelated(full_length.grid())
+    for trial in with_dependencies(full_length.grid()):
+        if trial.backbone.seed >= full_length.CHECK_SEEDS:
+            archive.records[trial.hash] = others.records[trial.hash]
+    found = full_length.analyse(archive)
+    assert found["planned"] == found["stored"] == 26 * 4 and "pooled" not in found
 
 
 def test_nothing_is_looked_at_before_all_trials_are_measured():
@@ -60,13 +89,20 @@ def test_nothing_is_looked_at_before_all_trials_are_measured():
 
 def test_the_answer():
     found = full_length.analyse(with_both(full_length.grid(), gain=1.0))
-    running, renewed = (found["pooled"][kind]["paper"] for kind in full_length.STATISTICS)
-    assert running["trials"] == renewed["trials"] == 26
+    full, short = found["pooled"]["full"], found["pooled"]["short"]
+    running, renewed = (full[kind]["paper"] for kind in full_length.STATISTICS)
+    assert running["trials"] == renewed["trials"] == 16
+    assert short["running"]["paper"]["trials"] == 10 and "p_holm" not in short["running"]["paper"]
     assert running["mean"] == 0 and renewed["mean"] > 0 and renewed["p_holm"] < 0.05
     assert full_length.overview(found).verdict.startswith("no effect")
     text = full_length.table(found)
-    assert "BreastMNIST, resnet18 (8 seeds, 100+30 epochs), running | 0.901 |" in text
-    assert "all 26 pairs, re-estimated" in text
+    assert "BreastMNIST, resnet18 (8 seeds, 100+30 epochs), running | " in text
+    assert "published 0.901 |" in text and "12+4 epochs" not in text
+    assert "all 16 pairs, re-estimated" in text
+    text = full_length.short_table(found)
+    assert "(5 seeds, 12+4 epochs), running |" in text and "100+30 epochs" not in text
+    assert "all 10 pairs, running" in text and ", p " not in text and "published" not in text
+    assert full_length.merged_table(found).count("%") == 4 * 2
     full_length.figure(found)
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments.study import archive
+from experiments.study import archive, stages
 from experiments.study import command as study
 from experiments.study.analysis import groups
 from experiments.study.questions.question import Overview, Question
@@ -264,7 +264,34 @@ def test_missing_trials_are_listed_with_the_time_of_the_same_network(capsys):
     stored = archive.read()
     known = archive.trial_of(next(iter(stored.records.values())))
     other = Trial(dataclasses.replace(known.backbone, seed=99))
-    study.show([other, TRIALS[0].first()], stored)
+    study.show([other, TRIALS[0].first()], stored, "nowhere")
     lines = capsys.readouterr().out.splitlines()
     assert other.hash in lines[0] and lines[0].split()[2] == "min"
     assert "unknown" in lines[1] and lines[2].startswith("2 trials are missing")
+
+
+def test_an_estimate_is_of_such_a_machine_else_of_images_of_the_same_size(capsys):
+    record = next(iter(archive.read().records.values()))
+    known = archive.trial_of(record)
+    start = dataclasses.replace(known.backbone, data="breastmnist", seed=99)
+
+    def stored(data, processor, seconds):
+        trial = Trial(dataclasses.replace(start, data=data))
+        own = stages.images_of(trial)
+        return {
+            "config": trial.described(),
+            "result": {"seconds": seconds * own},
+            "trained": record["trained"] | {"processor": processor, "cpus": 1},
+        }
+
+    def minutes(*records):
+        rows = {str(index): row for index, row in enumerate(records)}
+        study.show([Trial(start)], archive.Archive(rows), "this one with 1 cores")
+        return float(capsys.readouterr().out.split()[1])
+
+    images = stages.images_of(Trial(start))
+    slow, other = stored("breastmnist", "another", 0.6), stored("retinamnist", "this one", 0.06)
+    fast = stored("breastmnist", "this one", 0.3)
+    assert minutes(slow, fast, other) == pytest.approx(0.3 * images / 60, abs=0.06)
+    assert minutes(slow, other) == pytest.approx(0.6 * images / 60, abs=0.06)
+    assert minutes(other) == pytest.approx(0.06 * images / 60, abs=0.06)

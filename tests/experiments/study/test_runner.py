@@ -255,6 +255,13 @@ def test_a_stored_trial_has_the_scores_that_its_run_wrote(trained, tmp_path):
     assert (scores.argmax(1) == labels).mean() == results["finetune"]["test"]["acc"]
     assert stored.records[TRIALS[1].hash]["result"]["test"] == results["finetune"]["test"]
     assert str(tmp_path) not in (tmp_path / archive.TABLE).read_text()
+    by_epoch = stored.records[TRIALS[1].hash]["result"]["val_auc_by_epoch"]
+    assert len(by_epoch) == TRIALS[1].epochs
+    assert max(by_epoch) == pytest.approx(results["finetune"]["val"]["auc"], abs=1e-4)
+    none = tmp_path / "none"
+    archive.keep(TRIALS[1], paths.trial(TRIALS[1]), none, dataset, with_scores=False)
+    assert archive.read(none).arrays == {}
+    assert archive.read(none).records == stored.records
 
 
 @pytest.mark.long

@@ -81,7 +81,11 @@ def test_the_answer(three_seeds):
     text = scarce.table(found)
     assert "| 2,000 images, 40 % wrong labels |" in text
     assert "mean of the settings, 3 seeds" in text and "p 1.00" in text
-    assert scarce.overview(found).verdict.startswith("undecided")
+    shown = scarce.overview(found)
+    assert shown.verdict.startswith("undecided") and "seeds would decide" in shown.verdict
+    assert shown.trials == "27 (3 seeds)"
+    assert "| 250 images | 0.00 % |" not in scarce.merged_table(found)
+    assert scarce.merged_table(found).count("%") == 9 * 2 + 6  # Six settings name wrong labels.
     scarce.figure(found)
 
 
@@ -91,10 +95,20 @@ def test_a_significant_setting_decides():
     for settings, words in (
         ([other], "no effect"),
         ([row, other], "helps"),
-        ([row, other | {"p_holm": 0.01}], "helps and harms"),
+        ([row, other | {"p_holm": 0.01}], "no effect"),
     ):
-        found = {"intervals": {"paper - none": dict(enumerate(settings))}, "means": means}
+        by_name = {f"setting {number}": one for number, one in enumerate(settings)}
+        found = {"intervals": {"paper - none": by_name}, "means": means}
         assert scarce.conclusion(found) == words
+    # Where settings contradict each other, they are listed next to the verdict of the mean.
+    both = {"setting 0": "helps", "setting 1": "harms"}
+    assert scarce.significant_settings(found) == both
+
+
+def test_scores_of_trials_that_choose_a_strength_are_not_stored():
+    keeps = scarce.QUESTION.keeps_scores
+    assert not any(map(keeps, scarce.selection_grid()))
+    assert all(map(keeps, scarce.comparison_grid(choice())))
 
 
 def test_no_trial_is_of_two_questions():
