@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from experiments.study import archive
-from experiments.study.questions import pretrained
+from experiments.study.questions import full_length, pretrained
 from experiments.study.trials import Backbone, Treatment, Trial
 
 ARMS: Mapping[str, Treatment] = {
@@ -30,6 +30,7 @@ class Grid:
       epochs: of the backbone; 100 in the MedMNIST benchmark.
       more: epochs of each second stage.
       arms: the second stages.
+      renewed: also predict the test images with re-estimated batch statistics.
     """
 
     data: tuple[str, ...]
@@ -40,6 +41,7 @@ class Grid:
     more: int = 30
     arms: Mapping[str, Treatment] = field(default_factory=lambda: ARMS)
     first_seed: int = 0
+    renewed: bool = False
 
     def units(self, together: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Data set and seeds that are trained at once; all data sets before further seeds."""
@@ -125,6 +127,13 @@ GRIDS: Mapping[str, Grid] = {
     ),
     "pretrained": PretrainedGrid(
         tuple(pretrained.RECIPES), seeds=pretrained.LOOKS[0], arms=pretrained.ARMS
+    ),
+    # The pairs of the verdict of docs/protocol.md, section 2.
+    "full_length": Grid(
+        full_length.FULL,
+        seeds=full_length.PLAN[full_length.FULL[0]][0],
+        arms=full_length.ARMS,
+        renewed=True,
     ),
     "phantom": Grid(
         ("phantom",),

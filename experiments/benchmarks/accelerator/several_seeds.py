@@ -26,7 +26,7 @@ from experiments.study.trials import Treatment, Trial
 from inmerge_jax import Kernel, MergeRule, MergeStats, kernel_similarity
 from inmerge_jax.data import steps_per_epoch, train_batches
 from inmerge_jax.merging import Quantile
-from inmerge_jax.training.evaluation import evaluate_merging
+from inmerge_jax.training.evaluation import evaluate_merging, with_batch_stats_of
 from inmerge_jax.training.experiment import initial_variables, make_context, step_options
 from inmerge_jax.training.metrics import compute_metrics, json_metrics, json_number
 from inmerge_jax.training.parallel import broadcast_to_devices, replicate, shard_batch, unreplicate
@@ -126,6 +126,7 @@ class Program:
       step: of `make_train_step`.
       together: seeds that it trains at once.
       paths: of the data.
+      renewed: see `Grid`.
     """
 
     plan: RunSpec
@@ -135,6 +136,7 @@ class Program:
     step: Callable[..., Any]
     together: int
     paths: Paths
+    renewed: bool
 
     @property
     def updates(self) -> int:
@@ -160,7 +162,7 @@ def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
         hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
-    return Program(plan, setup, deep, kinds, step, together, paths)
+    return Program(plan, setup, deep, kinds, step, together, paths, grid.renewed)
 
 
 def choose_together(
@@ -208,14 +210,15 @@ def _timed_updates(program: Program) -> Callable[[int], float]:
 class Trained(NamedTuple):
     """One finished trial: `train.train_stage`'s result and similarities, test scores, weights.
 
-    And the classes of `study.corrupted_predictions`, where the study asks for them.
+    And further predictions that the study asks for, named as in `Archive.arrays`: "corrupted",
+    "renewed".
     """
 
     result: dict[str, Any]
     similarity: dict[str, Any]
     scores: np.ndarray
     weights: tuple[Any, Any]
-    corrupted: np.ndarray | None
+    further: dict[str, np.ndarray]
 
 
 def train_together(
@@ -323,6 +326,7 @@ def finish(
         **found,
         "layers": [kernel.name for kernel in deep],
         "kernels": [kernel.count for kernel in deep],
+        "val_auc_by_epoch": [line["val_auc"] for line in history],
         "merged_by_epoch": [line["merged"].tolist() for line in history] if merges else [],
         **counts,
         "warnings": [],
@@ -331,12 +335,23 @@ def finish(
         [layer.to_dict() for layer in kernel_similarity(params, plan.kernels)]
         for params in (start[0], weights[0])
     )
-    corrupted = None
+    further = {}
     if corrupted_predictions.is_wanted(trial):
         predict = predictor(setup, state)
-        corrupted = corrupted_predictions.predicted(trial, program.paths, predict)
+        further["corrupted"] = corrupted_predictions.predicted(trial, program.paths, predict)
+    if program.renewed:
+        renewed = with_batch_stats_of(
+            data.train,
+            setup.batch_stats_step,
+            state,
+            seed=batch_seed(trial.backbone.seed, int(not trial.is_backbone)),
+            batch_size=plan.recipe.batch_size,
+            batches=plan.recipe.batch_stats_batches,
+            devices=plan.devices,
+        )
+        further["renewed"] = setup.evaluate(renewed, data.test)[0].astype(np.float32)
     similarity = {"before": before, "after": after}
-    return Trained(result, similarity, scores["test"], weights, corrupted)
+    return Trained(result, similarity, scores["test"], weights, further)
 
 
 def stack(trees: Sequence[Any]) -> Any:

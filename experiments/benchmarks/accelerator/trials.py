@@ -6,6 +6,7 @@ A trial is what the study trains. Several seeds may train at once; see `several_
 import functools
 import time
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,13 @@ def import_records(
         )
         for data in {known[one].backbone.data for one in new}
     }
-    scores = {f"scores/{one}": arrays[f"scores-{one}"].astype(np.float32) for one in new}
-    corrupted = {one: arrays[name] for one in new if (name := f"corrupted-{one}") in arrays}
-    scores |= {f"corrupted/{one}": classes for one, classes in corrupted.items()}
-    archive.add(results, new, scores, labels)
+    kinds = ("scores", "renewed", "corrupted")
+    found = {
+        f"{kind}/{one}": arrays[name]
+        for kind, one in product(kinds, new)
+        if (name := f"{kind}-{one}") in arrays
+    }
+    archive.add(results, new, found, labels)
     return len(new)
 
 
@@ -202,8 +206,8 @@ def train_unit(
             }
             records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
             arrays[f"scores-{trial.hash}"] = one.scores.astype(np.float32)
-            if one.corrupted is not None:
-                arrays[f"corrupted-{trial.hash}"] = one.corrupted
+            for name, predictions in one.further.items():
+                arrays[f"{name}-{trial.hash}"] = predictions
         auc = np.mean([one.result["test"]["auc"] for one in trained])
         say(f"  {trials[0].arm}: mean test AUC {auc:.3f}; {time.monotonic() - before:.0f} s so far")
     labels = archive.labels_of(chosen.plan.dataset)

@@ -34,6 +34,7 @@ PLAN = {
 }
 BENCHMARK_EPOCHS, CHECK_SEEDS = 100, 3
 """Of the benchmark; and the seeds after which the backbones are compared with it."""
+FULL = tuple(data for data, (_, epochs, _) in PLAN.items() if epochs == BENCHMARK_EPOCHS)
 ARMS = {
     "finetune": Treatment(),
     "paper": Treatment("merge"),

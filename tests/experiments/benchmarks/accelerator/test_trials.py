@@ -1,5 +1,7 @@
 """A trial of part 4 is the training that the study's runner does."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from experiments.benchmarks.accelerator.several_seeds import (
 )
 from experiments.study import archive, corrupted_predictions, runner
 from experiments.study.corrupted_predictions import are_stored
-from experiments.study.questions import pretrained
+from experiments.study.questions import full_length, pretrained
 from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
 from experiments.study.trials import Treatment, with_dependencies
@@ -67,12 +69,36 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
         scores = weights_of(trial, paths)(images)
         np.testing.assert_allclose(found.scores, scores, atol=1e-4)
         if trial.is_backbone:
-            assert found.corrupted is None
+            assert found.further == {}
         else:
             classes = corrupted_predictions.predicted(trial, paths, weights_of(trial, paths))
-            assert classes.shape == found.corrupted.shape == (7, 3, len(images))
-            assert (classes == found.corrupted).mean() > 0.99
+            assert classes.shape == found.further["corrupted"].shape == (7, 3, len(images))
+            assert (classes == found.further["corrupted"]).mean() > 0.99
     assert sum(alone["inmerge"].result["merged"]) > 0
+
+
+@pytest.mark.long
+def test_scores_with_renewed_statistics_are_those_that_the_study_measures(paths, tmp_path):
+    grid = dataclasses.replace(GRID, model="resnet18", width=0.05, epochs=1, renewed=True)
+    program = make_program(grid, "phantom", 2, paths)
+    chosen = [grid.backbone("phantom", seed) for seed in (0, 1)]
+    starts = [initial_variables(program.plan, seed) for seed in (0, 1)]
+    one = train_together(program, chosen, starts)[1]
+    places = dataclasses.replace(paths, results=tmp_path)
+    runner.run_trials(chosen[1:], places)
+    full_length.measure(chosen[1], places)
+    measured = archive.read(tmp_path).arrays[f"renewed/{chosen[1].hash}"]
+    np.testing.assert_allclose(one.further["renewed"], measured, atol=1e-4)
+    assert not np.allclose(one.further["renewed"], one.scores, atol=1e-4)
+
+
+def test_the_grid_of_full_length_has_trials_of_the_study():
+    planned = {t.hash for t in with_dependencies(full_length.grid()) if is_full(t)}
+    assert {trial.hash for trial in GRIDS["full_length"].trials()} == planned
+
+
+def is_full(trial):
+    return trial.backbone.data in ("breastmnist", "retinamnist")
 
 
 @pytest.mark.long
@@ -176,8 +202,8 @@ def test_records_are_what_the_study_reads(paths, alone, tmp_path):
         trial = known[arm]
         records[trial.hash] = archive.make_record(trial, one.result, one.similarity, around)
         arrays[f"scores-{trial.hash}"] = one.scores
-        if one.corrupted is not None:
-            arrays[f"corrupted-{trial.hash}"] = one.corrupted
+        for name, predictions in one.further.items():
+            arrays[f"{name}-{trial.hash}"] = predictions
     assert trials.import_records(records, arrays, "c" * 40, tmp_path) == 3
     assert trials.import_records(records, arrays, "d" * 40, tmp_path) == 0
     found = archive.read(tmp_path)
