@@ -125,7 +125,7 @@ def make_record(
         "arm": trial.arm,
         "config": trial.described(),
         "result": {name: result[name] for name in names.split()}
-        | {name: result[name] for name in _OPTIONAL if result.get(name)},
+        | {name: _rounded(result[name]) for name in _OPTIONAL if result.get(name)},
         "similarity": {when: _rounded(similarity[when]) for when in stages},
         "trained": trained,
     }
@@ -242,7 +242,7 @@ def keep(
     )
     lines = read_metrics(run / "metrics.jsonl")
     result["merged_by_epoch"] = [line["merged"] for line in lines if line.get("merged")]
-    result["val_auc_by_epoch"] = [_rounded(line["val_auc"]) for line in lines]
+    result["val_auc_by_epoch"] = [line["val_auc"] for line in lines]
     result["val"]["same"] = same_answers(read_scores(run / result["scores"]["val"]))
     record = make_record(trial, result, similarity, environment)
     arrays = {}

@@ -70,7 +70,7 @@ def dot_plot(
                 axes.plot([row["mean"]], [y], "o", color=colour, mfc=face, ms=5, label=mark)
         axes.axvline(zero, color=GUIDE, lw=1, ls=":")
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(unit)
         axes.figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

@@ -74,8 +74,9 @@ def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
     stored = archive.read()
     second = [trial for trial in question.stored(stored) if not trial.is_backbone]
     second = [trial for trial in second if question.keeps_scores(trial)]
-    later = set(question.later(stored))
-    second = [trial for trial in second if trial in later] or second
+    if question.choices is not None:
+        later = set(question.later(stored))
+        second = [trial for trial in second if trial in later] or second
     some = [trial for trial in second if seconds(trial) <= config.limit]
     some = some or sorted(second, key=seconds)[:1]
     number = _NUMBERS.get(question.name, zlib.crc32(question.name.encode()))

@@ -30,7 +30,6 @@ class Grid:
       epochs: of the backbone; 100 in the MedMNIST benchmark.
       more: epochs of each second stage.
       arms: the second stages.
-      renewed: also predict the test images with re-estimated batch statistics.
     """
 
     data: tuple[str, ...]
@@ -41,7 +40,6 @@ class Grid:
     more: int = 30
     arms: Mapping[str, Treatment] = field(default_factory=lambda: ARMS)
     first_seed: int = 0
-    renewed: bool = False
 
     def units(self, together: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Data set and seeds that are trained at once; all data sets before further seeds."""
@@ -130,10 +128,9 @@ GRIDS: Mapping[str, Grid] = {
     ),
     # The pairs of the verdict of docs/protocol.md, section 2.
     "full_length": Grid(
-        full_length.FULL,
-        seeds=full_length.PLAN[full_length.FULL[0]][0],
+        full_length.full_sets(),
+        seeds=full_length.PLAN[full_length.full_sets()[0]][0],
         arms=full_length.ARMS,
-        renewed=True,
     ),
     "phantom": Grid(
         ("phantom",),

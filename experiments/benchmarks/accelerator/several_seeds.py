@@ -20,6 +20,7 @@ from jax import lax
 from experiments.benchmarks.accelerator.grids import Grid
 from experiments.benchmarks.accelerator.merge_cost import compile_together
 from experiments.study import archive, corrupted_predictions
+from experiments.study.questions import full_length
 from experiments.study.stages import Paths, plan_of, predictor
 from experiments.study.treatments import Numbers, make_treatment, numbers, selection
 from experiments.study.trials import Treatment, Trial
@@ -126,7 +127,6 @@ class Program:
       step: of `make_train_step`.
       together: seeds that it trains at once.
       paths: of the data.
-      renewed: see `Grid`.
     """
 
     plan: RunSpec
@@ -136,7 +136,6 @@ class Program:
     step: Callable[..., Any]
     together: int
     paths: Paths
-    renewed: bool
 
     @property
     def updates(self) -> int:
@@ -162,7 +161,7 @@ def make_program(grid: Grid, data: str, together: int, paths: Paths) -> Program:
         hyperparams=shared_numbers(Treatment(), kinds, 1),
         networks=together,
     )
-    return Program(plan, setup, deep, kinds, step, together, paths, grid.renewed)
+    return Program(plan, setup, deep, kinds, step, together, paths)
 
 
 def choose_together(
@@ -339,7 +338,7 @@ def finish(
     if corrupted_predictions.is_wanted(trial):
         predict = predictor(setup, state)
         further["corrupted"] = corrupted_predictions.predicted(trial, program.paths, predict)
-    if program.renewed:
+    if full_length.wants_renewed(trial):
         renewed = with_batch_stats_of(
             data.train,
             setup.batch_stats_step,

@@ -161,10 +161,10 @@ def import_records(
         )
         for data in {known[one].backbone.data for one in new}
     }
-    kinds = ("scores", "renewed", "corrupted")
-    found = {
+    found = {f"scores/{one}": arrays[f"scores-{one}"] for one in new}
+    found |= {
         f"{kind}/{one}": arrays[name]
-        for kind, one in product(kinds, new)
+        for kind, one in product(("renewed", "corrupted"), new)
         if (name := f"{kind}-{one}") in arrays
     }
     archive.add(results, new, found, labels)

@@ -13,7 +13,7 @@ from experiments.study import corrupted_predictions
 from experiments.study.analysis import Group, groups, intervals
 from experiments.study.archive import Archive
 from experiments.study.questions import shared
-from experiments.study.questions.question import Found, Overview, Question
+from experiments.study.questions.question import Found, Overview, Question, is_lost
 from experiments.study.render import difference, dot_plot, markdown, p_value
 from experiments.study.stages import Paths, best_state
 from experiments.study.statistics import CONFIDENCE, add_holm, over_trials, verdict
@@ -34,7 +34,6 @@ PLAN = {
 }
 BENCHMARK_EPOCHS, CHECK_SEEDS = 100, 3
 """Of the benchmark; and the seeds after which the backbones are compared with it."""
-FULL = tuple(data for data, (_, epochs, _) in PLAN.items() if epochs == BENCHMARK_EPOCHS)
 ARMS = {
     "finetune": Treatment(),
     "paper": Treatment("merge"),
@@ -56,6 +55,11 @@ def grid() -> tuple[Trial, ...]:
     return tuple(found)
 
 
+def full_sets() -> tuple[str, ...]:
+    """The data sets whose backbones train for as many epochs as the benchmark's."""
+    return tuple(data for data, (_, epochs, _) in PLAN.items() if epochs == BENCHMARK_EPOCHS)
+
+
 def first_grid() -> tuple[Trial, ...]:
     """The part of `grid` after which the backbones are compared with the benchmark."""
     return tuple(trial for trial in grid() if trial.backbone.seed < CHECK_SEEDS)
@@ -63,13 +67,16 @@ def first_grid() -> tuple[Trial, ...]:
 
 def later(archive: Archive) -> tuple[Trial, ...]:
     """The rest of `grid`; nothing before the backbones of `first_grid` reach the benchmark."""
-    first = first_grid()
-    starts = [trial for trial in with_dependencies(first) if trial.is_backbone]
-    if not all(trial.hash in archive.records for trial in starts):
+    starts = [
+        trial
+        for trial in with_dependencies(first_grid())
+        if trial.is_backbone and trial.backbone.data in full_sets()
+    ]
+    if not all(one.hash in archive.records or is_lost(one, archive) for one in starts):
         return ()
     if not reach_the_benchmark(groups(starts, archive)):
         return ()
-    return tuple(trial for trial in grid() if trial not in first)
+    return tuple(trial for trial in grid() if trial.backbone.seed >= CHECK_SEEDS)
 
 
 def reach_the_benchmark(own: Sequence[Group]) -> bool:
@@ -77,22 +84,22 @@ def reach_the_benchmark(own: Sequence[Group]) -> bool:
 
     Otherwise the protocol asks for the reason, and the second stages are not compared.
     """
-    rows = [_published(group) for group in own if is_full(group)]
+    found = {group.backbone.data: _published(group) for group in own}
+    rows = [found.get(data) for data in full_sets()]
     return all(row is not None and row["high"] >= row["auc"] for row in rows)
 
 
-def is_full(group: Group) -> bool:
-    """Whether a data set's backbones train for as many epochs as the benchmark's."""
-    return bool(group.backbone.epochs == BENCHMARK_EPOCHS)
-
-
-def backbones_table(archive: Archive) -> str:
+def backbones_table(archive: Archive, trials: Sequence[Trial] | None = None) -> str:
     """Test AUC of the backbones, with the interval of its mean over seeds, and the benchmark's.
 
     The interval needs two seeds.
+
+    Args:
+      archive: the stored results.
+      trials: of which the stored ones count; default: all.
     """
     rows = []
-    for group in groups(with_dependencies(grid()), archive):
+    for group in groups(with_dependencies(grid() if trials is None else trials), archive):
         row, count = _published(group), len(group.records("backbone"))
         cells = ("", "") if row is None else (_interval(group, row), f"{row['auc']:.3f}")
         rows.append((f"{group.name}, {group.backbone.epochs} epochs", f"{count}", *cells))
@@ -118,6 +125,11 @@ def measure(trial: Trial, paths: Paths) -> None:
     store.add(paths.results, {}, {f"renewed/{trial.hash}": scores.astype(np.float32)})
     if corrupted_predictions.is_wanted(trial):
         corrupted_predictions.measure(trial, paths)
+
+
+def wants_renewed(trial: Trial) -> bool:
+    """Whether the protocol asks for test scores with re-estimated batch statistics."""
+    return trial.hash in {one.hash for one in with_dependencies(grid())}
 
 
 def measured(trial: Trial, archive: Archive) -> bool:
@@ -154,13 +166,17 @@ def analyse(archive: Archive) -> Found:
     if not shared.is_complete(found):
         return found
     if not reach_the_benchmark(groups(planned, archive)):
-        return found | {"backbones": backbones_table(archive)}
+        return found | {"backbones": backbones_table(archive, planned)}
     kinds = dict(zip(STATISTICS, (archive, with_renewed(archive)), strict=True))
     own = {kind: groups(planned, one) for kind, one in kinds.items()}
     pooled: dict[str, dict[str, dict[str, Any]]] = {}
     for part, wanted in (("full", True), ("short", False)):
         for (kind, some), pair in product(own.items(), PAIRS):
-            gaps = [g.differences(pair, "auc") for g in some if is_full(g) == wanted]
+            gaps = [
+                g.differences(pair, "auc")
+                for g in some
+                if (g.backbone.data in full_sets()) == wanted
+            ]
             row = over_trials([gap for by_seed in gaps for gap in by_seed])
             pooled.setdefault(part, {}).setdefault(kind, {})[pair[0]] = row
     add_holm([row for rows in pooled["full"].values() for row in rows.values()])
@@ -203,31 +219,31 @@ def table(found: Found) -> str:
     """
     if "backbones" in found:
         return f"{found['backbones']}\nNot compared: the backbones do not reach the benchmark.\n"
-    return _table(found, "full") + shared.diverged_note(found)
+    return _table(found, full=True) + shared.diverged_note(found)
 
 
 def short_table(found: Found) -> str:
     """The same for the data sets of fewer epochs, about which there is no verdict."""
-    return "" if "backbones" in found else _table(found, "short")
+    return "" if "backbones" in found else _table(found, full=False)
 
 
-def _table(found: Found, part: str) -> str:
+def _table(found: Found, *, full: bool) -> str:
     rows = []
     for kind, some in found["groups"].items():
         for name, group in some.items():
-            if (group["epochs"][0] == BENCHMARK_EPOCHS) != (part == "full"):
+            if (group["epochs"][0] == BENCHMARK_EPOCHS) != full:
                 continue
             gaps = [difference(by.get(name)) for by in found["intervals"][kind].values()]
             published = group["published"]
             backbone = f"{group['backbone']:.3f}"
             if published is not None:
                 backbone += f" [{published['low']:.3f}, {published['high']:.3f}]"
-                if part == "full":
+                if full:
                     backbone += f", published {published['auc']:.3f}"
             epochs = "+".join(map(str, group["epochs"]))
             title = f"{name} ({group['seeds']} seeds, {epochs} epochs), {kind}"
             rows.append((title, backbone, f"{group['finetune']:.3f}", *gaps))
-    for kind, by in found["pooled"][part].items():
+    for kind, by in found["pooled"]["full" if full else "short"].items():
         cells = [
             difference(row, 4) + (f", p {p_value(row['p_holm'])}" if "p_holm" in row else "")
             for row in by.values()
@@ -242,6 +258,8 @@ def _table(found: Found, part: str) -> str:
 
 def merged_table(found: Found) -> str:
     """Kernels that merge per update, as a share of those that can, by data set."""
+    if "backbones" in found:
+        return ""
     return shared.merged_table(found["groups"][STATISTICS[0]], MERGING)
 
 
@@ -249,7 +267,7 @@ def figure(found: Found) -> Plot:
     """Differences from fine-tuning by data set and kind of statistics."""
     series = {
         f"{pair.removesuffix(' - finetune')}, {kind}": rows
-        for kind, by in found["intervals"].items()
+        for kind, by in found.get("intervals", {}).items()
         for pair, rows in by.items()
     }
     return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)

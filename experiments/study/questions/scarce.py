@@ -166,7 +166,8 @@ def table(found: Found) -> str:
     for name, group in found["groups"].items():
         by_arm = (by.get(name) for by in found["intervals"].values())
         rows.append((_title(name), f"{group[BASE]:.3f}", *map(_cell, by_arm)))
-    title = f"mean of the settings, {_seeds(found)}"
+    seeds = dict.fromkeys(str(row["trials"]) for row in found["means"].values())
+    title = f"mean of the settings, {' or '.join(seeds)} seeds"
     rows.append((title, "", *(_cell(row, 4) for row in found["means"].values())))
     columns = ("Test AUC", "No merging", *(f"{arm} minus none" for arm in ARMS))
     return markdown(columns, rows) + shared.diverged_note(found)
@@ -180,11 +181,6 @@ def merged_table(found: Found) -> str:
 
 def _title(name: str) -> str:
     return name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-
-
-def _seeds(found: Found) -> str:
-    counts = dict.fromkeys(str(row["trials"]) for row in found["means"].values())
-    return f"{' or '.join(counts)} seeds"
 
 
 def _cell(row: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -230,7 +226,7 @@ def overview(found: Found) -> Overview:
     some = "; ".join(f"{name}: {word}" for name, word in significant_settings(found).items())
     words = f"{shown.verdict} ({some})" if some else shown.verdict
     pairs = row["trials"] * len(found["groups"])
-    return shown._replace(trials=f"{pairs} ({_seeds(found)})", verdict=words)
+    return shown._replace(trials=str(pairs), verdict=words)
 
 
 QUESTION = Question(

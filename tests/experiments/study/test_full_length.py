@@ -1,5 +1,7 @@
 """The benchmark's length: the grid, both kinds of batch statistics, what is looked at when."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,8 @@ def test_training_ends_after_three_seeds_if_backbones_do_not_reach_the_published
     text = full_length.table(found)
     assert "| BreastMNIST, resnet18, 100 epochs | 3 | 0." in text and "| 0.901 |" in text
     assert "do not reach" in text and full_length.short_table(found) == ""
+    assert full_length.merged_table(found) == ""
+    full_length.figure(found)
 
     archive = with_both(first)
     assert {*first, *full_length.later(archive)} == set(full_length.grid())
@@ -62,6 +66,24 @@ def test_training_ends_after_three_seeds_if_backbones_do_not_reach_the_published
     assert "| BreastMNIST, resnet18, 100 epochs | 2 | 0." in full_length.QUESTION.check(
         with_both(two)
     )
+
+
+def test_backbones_that_diverged_do_not_end_the_training():
+    first = full_length.first_grid()
+    archive = with_both(first)
+    lost = next(t.first() for t in first if t.backbone.data == "breastmnist")
+    short = next(t.first() for t in first if t.backbone.data == "pneumoniamnist")
+    for start in (lost, short):
+        gone = {t.hash for t in with_dependencies(first) if t.first() == start}
+        records = {one: row for one, row in archive.records.items() if one not in gone}
+        diverged = {**archive.diverged, start.hash: "epoch 1"}
+        archive = dataclasses.replace(archive, records=records, diverged=diverged)
+        assert len(full_length.later(archive)) == 26 * 3 - len(first)
+    # Neither do backbones of fewer epochs, which have no published row to reach.
+    archive = with_both([t for t in first if t.backbone.data in full_length.full_sets()])
+    assert len(full_length.later(archive)) == 26 * 3 - len(first)
+    # Without any backbone of a data set, it does not reach the row.
+    assert not full_length.reach_the_benchmark([])
 
 
 def test_nothing_is_compared_if_all_backbones_together_do_not_reach_the_published_row():

@@ -78,8 +78,11 @@ def test_a_trial_is_what_the_runner_trains(paths, alone):
 
 
 @pytest.mark.long
-def test_scores_with_renewed_statistics_are_those_that_the_study_measures(paths, tmp_path):
-    grid = dataclasses.replace(GRID, model="resnet18", width=0.05, epochs=1, renewed=True)
+def test_scores_with_renewed_statistics_are_those_that_the_study_measures(
+    paths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(full_length, "wants_renewed", lambda trial: True)
+    grid = dataclasses.replace(GRID, model="resnet18", width=0.05, epochs=1)
     program = make_program(grid, "phantom", 2, paths)
     chosen = [grid.backbone("phantom", seed) for seed in (0, 1)]
     starts = [initial_variables(program.plan, seed) for seed in (0, 1)]
@@ -93,12 +96,13 @@ def test_scores_with_renewed_statistics_are_those_that_the_study_measures(paths,
 
 
 def test_the_grid_of_full_length_has_trials_of_the_study():
-    planned = {t.hash for t in with_dependencies(full_length.grid()) if is_full(t)}
-    assert {trial.hash for trial in GRIDS["full_length"].trials()} == planned
-
-
-def is_full(trial):
-    return trial.backbone.data in ("breastmnist", "retinamnist")
+    planned = with_dependencies(full_length.grid())
+    full = {t.hash for t in planned if t.backbone.data in ("breastmnist", "retinamnist")}
+    assert {trial.hash for trial in GRIDS["full_length"].trials()} == full
+    # Other grids train them too, and then store what the question needs of them.
+    shared = [trial for trial in GRIDS["small"].trials() if trial.hash in full]
+    assert len(shared) == len(full) and all(map(full_length.wants_renewed, shared))
+    assert not full_length.wants_renewed(GRID.backbone("phantom", 0))
 
 
 @pytest.mark.long
