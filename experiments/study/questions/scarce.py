@@ -243,5 +243,7 @@ QUESTION = Question(
     overview=overview,
     choices=strengths_table,
     has_chosen=lambda archive: bool(comparison_grid(archive)),
-    keeps_scores=lambda trial: trial.backbone.seed not in SELECTION_SEEDS,
+    keeps_scores=lambda trial: (
+        trial.backbone.data != DATA or trial.backbone.seed not in SELECTION_SEEDS
+    ),
 )
