@@ -214,7 +214,9 @@ SOURCES: dict[str, Callable[[], str]] = {
     "main": lambda: main_effect.short_table(analysis("main_effect")),
     "overview": overview,
     "totals": totals,
-    "power": power.table,
+    "power": lambda: power.table({"": power.PLANNED}),
+    "power_spread": lambda: power.spread_table(archive.read()),
+    "power_current": lambda: power.table(power.designs(archive.read())),
     "power_better_rule": power.table_of_the_test,
     "pretrained_rates": lambda: pretrained.rates_table(archive.read()),
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
@@ -227,7 +229,10 @@ PAGES = {
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
     accelerator.PAGE: ("accelerator", "benchmark", "families"),
-    "docs/protocol.md": ("pretrained_rates", "power", "power_better_rule"),
+    "docs/protocol.md": (
+        *("pretrained_rates", "power", "power_better_rule"),
+        *("power_spread", "power_current"),
+    ),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),

@@ -1,10 +1,13 @@
 """How often the analyses of questions 1 and 4 are right: simulations of the protocol's verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from experiments.study import datasets
+from experiments.study.archive import Archive
 from experiments.study.questions import better_rule, pretrained
 from experiments.study.render import markdown
 from experiments.study.statistics import CONFIDENCE, MARGIN
@@ -14,68 +17,147 @@ SD = 0.016
 TRUTHS = ((0.0, 0.0), (0.0, 0.003), (0.0, 0.005), (0.005, 0.0), (0.005, 0.005))
 """Mean effect of the paper's rule, and standard deviation of its effects between data sets."""
 RUNS = 4000
-_SETS, _ARMS = len(pretrained.RECIPES), len(pretrained.MERGING)
+SPREAD_SEEDS = range(10)
+"""Seeds from which the spread of the pairs was estimated before the first look."""
+_SETS, _OTHERS = len(pretrained.RECIPES), len(pretrained.MERGING) - 1
 _VERDICTS = ("undecided", "helps", "harms", "no effect")
 
 
-def simulated(mean: float, between: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """The verdict about the first of three arms at each look, as numbers of `_VERDICTS`.
+class Design(NamedTuple):
+    """When the primary outcome is looked at, and how.
+
+    Attributes:
+      spread: standard deviation of a pair, by data set.
+      looks: seeds of each data set at each look.
+      others: the most seeds of the other two merging arms.
+      level: of each test.
+    """
+
+    spread: Sequence[float]
+    looks: Sequence[int]
+    others: int
+    level: float
+
+
+PLANNED = Design((SD,) * _SETS, (16, 32), 32, 0.025)
+"""The protocol's first design."""
+
+
+def spread(archive: Archive) -> dict[str, float]:
+    """Root mean square of the paper's rule minus fine-tuning in test AUC, by data set.
+
+    It does not depend on the signs of the differences. It is their standard deviation if the mean
+    effect is 0, and above it otherwise.
+    """
+    found = {}
+    for data, rate in pretrained.chosen(pretrained.selection(archive)).items():
+        gaps = []
+        for seed in SPREAD_SEEDS:
+            start = pretrained.backbone(data, rate, seed)
+            paper, plain = (
+                archive.records[pretrained.second_stage(start, arm).hash]["result"]["test"]["auc"]
+                for arm in pretrained.LATER_ARMS[::-1]
+            )
+            gaps.append(paper - plain)
+        found[data] = float(np.sqrt(np.mean(np.square(gaps))))
+    return found
+
+
+def spread_table(archive: Archive) -> str:
+    """`spread` as Markdown."""
+    rows = [(datasets.SOURCES[data].title, f"{sd:.4f}") for data, sd in spread(archive).items()]
+    return markdown(("Data set", "Root mean square difference in test AUC"), rows)
+
+
+def designs(archive: Archive) -> dict[str, Design]:
+    """The first design and that of today, both with the spread of the stored pairs."""
+    sds = tuple(spread(archive).values())
+    looks = pretrained.LOOKS
+    return {
+        "two looks: ": PLANNED._replace(spread=sds),
+        "four looks: ": Design(sds, looks, looks[0], pretrained.LEVEL),
+    }
+
+
+def simulated(
+    design: Design, mean: float, between: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """The verdict about the paper's rule at each look, as numbers of `_VERDICTS`.
 
     All arms are compared with the same fine-tuning, and the other two have no effect. t tests stand
     in for sign flips.
 
     Args:
-      mean: effect of the first arm.
+      design: of the looks.
+      mean: effect of the paper's rule.
       between: its standard deviation between data sets.
       rng: draws the trials.
     """
-    shape = (RUNS, 1 + _ARMS, _SETS, pretrained.LOOKS[-1])
-    auc = rng.normal(0, SD / np.sqrt(2), shape)
+    shape = (RUNS, 2 + _OTHERS, _SETS, design.looks[-1])
+    auc = rng.normal(0, np.asarray(design.spread)[:, None] / np.sqrt(2), shape)
     auc[:, 1] += rng.normal(mean, between, (RUNS, _SETS, 1))
     pairs = auc[:, 1:] - auc[:, :1]
-    return [_verdicts(pairs[..., :seeds]) for seeds in pretrained.LOOKS]
+    found = []
+    for seeds in design.looks:
+        others = pairs[:, 1:, :, : min(seeds, design.others)]
+        found.append(_verdicts(pairs[:, :1, :, :seeds], others, design.level))
+    return found
 
 
-def _verdicts(pairs: np.ndarray) -> np.ndarray:
+def _verdicts(paper: np.ndarray, others: np.ndarray, level: float) -> np.ndarray:
     """Where both analyses agree, (runs,); pairs are (runs, arms, data sets, seeds)."""
+    means = np.concatenate([paper.mean((2, 3)), others.mean((2, 3))], axis=1)
+    found = []
+    for own, rest in zip(_errors(paper), _errors(others), strict=True):
+        error, degrees = np.concatenate([own[0], rest[0]], axis=1), [own[1]] + [rest[1]] * _OTHERS
+        p = 2 * stats.t.sf(np.abs(means) / error, degrees)
+        # Of Holm's steps, for the first arm: its own factor, and none of a smaller p.
+        order = np.sort(p, axis=1)
+        steps = np.maximum.accumulate(order * np.arange(1 + _OTHERS, 0, -1), axis=1)
+        holm = np.take_along_axis(steps, (p[:, :1] > order).sum(1, keepdims=True), axis=1)[:, 0]
+        equivalent = stats.t.sf((MARGIN - np.abs(means[:, 0])) / error[:, 0], degrees[0])
+        verdict = np.where(equivalent < level, 3, 0)
+        found.append(np.where(holm < level, np.where(means[:, 0] > 0, 1, 2), verdict))
+    return np.where(found[0] == found[1], found[0], 0)
+
+
+def _errors(pairs: np.ndarray) -> tuple[tuple[np.ndarray, float], tuple[np.ndarray, float]]:
+    """Standard errors (runs, arms) and degrees of freedom: over pairs, and of the mixed model."""
     count, seeds = pairs[0, 0].size, pairs.shape[-1]
-    mean = pairs.mean((2, 3))
-    total = ((pairs - mean[..., None, None]) ** 2).sum((2, 3))
+    mean = pairs.mean((2, 3), keepdims=True)
+    total = ((pairs - mean) ** 2).sum((2, 3))
     inside = ((pairs - pairs.mean(-1, keepdims=True)) ** 2).sum((2, 3))
     # Restricted maximum likelihood of a balanced design: the variance between data sets is 0 where
     # the mean squares say so.
     of_sets = (total - inside) / (_SETS - 1)
     of_pairs = inside / (_SETS * (seeds - 1))
-    error = np.sqrt(np.where(of_sets > of_pairs, of_sets, total / (count - 1)) / count)
-    both = (
-        (np.sqrt(total / (count - 1) / count), stats.t(count - 1)),
-        (error, stats.norm()),
-    )
-    found = []
-    for one, distribution in both:
-        p = 2 * distribution.sf(np.abs(mean) / one)
-        # Of Holm's steps, for the first arm: its own factor, and none of a smaller p.
-        order = np.sort(p, axis=1)
-        steps = np.maximum.accumulate(order * np.arange(_ARMS, 0, -1), axis=1)
-        holm = np.take_along_axis(steps, (p[:, :1] > order).sum(1, keepdims=True), axis=1)[:, 0]
-        equivalent = distribution.sf((MARGIN - np.abs(mean[:, 0])) / one[:, 0])
-        verdict = np.where(equivalent < pretrained.LEVEL, 3, 0)
-        found.append(np.where(holm < pretrained.LEVEL, np.where(mean[:, 0] > 0, 1, 2), verdict))
-    return np.where(found[0] == found[1], found[0], 0)
+    over_pairs = total / (count - 1)
+    mixed = np.where(of_sets > of_pairs, of_sets, over_pairs)
+    return (np.sqrt(over_pairs / count), count - 1), (np.sqrt(mixed / count), np.inf)
 
 
-def table(truths: Sequence[tuple[float, float]] = TRUTHS) -> str:
-    """Shares of the verdicts by truth, after both looks, and of decisions at the first look."""
-    rng, rows = np.random.default_rng(0), []
-    for mean, between in truths:
-        first, second = simulated(mean, between, rng)
-        last = np.where(first > 0, first, second)
-        shares = [(last == number).mean() for number in (1, 2, 3, 0)]
-        cells = (f"{100 * share:.0f} %" for share in (*shares, (first > 0).mean()))
-        rows.append((f"{mean:g}, {between:g}", *cells))
+def table(compared: Mapping[str, Design], truths: Sequence[tuple[float, float]] = TRUTHS) -> str:
+    """Shares of the verdicts by design and truth, after all looks, and mean number of pairs.
+
+    Args:
+      compared: start of a row's label to its design.
+      truths: as `TRUTHS`.
+    """
+    rows = []
+    for label, design in compared.items():
+        rng = np.random.default_rng(0)
+        for mean, between in truths:
+            last, seeds = np.zeros(RUNS, int), np.zeros(RUNS)
+            looks = simulated(design, mean, between, rng)
+            for end, verdicts in zip(design.looks, looks, strict=True):
+                seeds = np.where(last == 0, end, seeds)
+                last = np.where(last == 0, verdicts, last)
+            cells = (f"{100 * (last == number).mean():.0f} %" for number in (1, 2, 3, 0))
+            name = f"{label}{mean:g}, {between:g}"
+            rows.append((name, *cells, f"{_SETS * seeds.mean():.0f}"))
     columns = (
         "mean effect, its deviation between data sets",
-        *("helps", "harms", "no effect", "undecided", "decided at the first look"),
+        *("helps", "harms", "no effect", "undecided", "mean number of pairs"),
     )
     return markdown(columns, rows)
 

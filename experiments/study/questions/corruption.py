@@ -114,8 +114,7 @@ def table(found: Found) -> str:
                 rows.append((label, f"{group['finetune'][outcome]:.3f}", *cells))
             pooled = {arm: by[outcome] for arm, by in by_arm.items()}
             cells = (_cell(pooled[a]) if a in pooled else "" for a in pretrained.MERGING)
-            count = next(iter(pooled.values()))["trials"]
-            rows.append((f"{title}: all {count} pairs, {study}", "", *cells))
+            rows.append((f"{title}: all pairs, {study}", "", *cells))
     columns = ("", "Fine-tuning", *(f"{arm} minus fine-tuning" for arm in pretrained.MERGING))
     missing = [study for study in MERGING if study not in found["pooled"]]
     note = "".join(
@@ -127,7 +126,7 @@ def table(found: Found) -> str:
 
 def _cell(row: Mapping[str, Any]) -> str:
     p, equivalent = (p_value(row[name]) for name in ("p_holm", "p_equivalent"))
-    return f"{difference(row, 4)}, p {p}, of equivalence {equivalent}"
+    return f"{difference(row, 4)}, {row['trials']} pairs, p {p}, of equivalence {equivalent}"
 
 
 def conclusion(row: Mapping[str, Any]) -> str:

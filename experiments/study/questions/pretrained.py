@@ -1,7 +1,7 @@
 """Does merging help in the paper's setting, from pretrained weights? See docs/protocol.md, 1."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,10 +45,10 @@ REPLACED = (
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates of the backbone that `selection` compares."""
 SELECTION_SEEDS = (100, 101, 102)
-LOOKS = (16, 32)
-"""Seeds at the first look, and at the second, which follows if the first is undecided."""
-LEVEL = 0.025
-"""Of every test at each look: half of 5 %."""
+LOOKS = (16, 32, 48, 64)
+"""Seeds at each look; the next one follows if the answer is still undecided."""
+LEVEL = 0.05 / len(LOOKS)
+"""Of every test at each look."""
 ACCEPTED = 0.6
 """Validation AUC that a backbone needs."""
 ARMS = {
@@ -57,6 +57,8 @@ ARMS = {
     "released": Treatment("released", partner="random"),
     "quantile": Treatment("merge", quantile=0.5),
 }
+LATER_ARMS = ("finetune", "paper")
+"""Arms of the seeds after the first look: those of the primary outcome."""
 MERGING = tuple(ARMS)[1:]
 PAIRS = tuple((arm, "finetune") for arm in MERGING)
 
@@ -99,14 +101,16 @@ def replaced_grid() -> tuple[Trial, ...]:
 def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first.
 
-    Those of the data sets whose learning rate is chosen. Those of the second look follow if the
-    first is undecided.
+    Those of the data sets whose learning rate is chosen. Those of the next look follow if the
+    answer is undecided.
     """
-    rates = chosen(selection(archive))
-    for seeds in LOOKS:
-        grid = [
+    rates, grid = chosen(selection(archive)), list[Trial]()
+    for first, end in pairwise((0, *LOOKS)):
+        grid += [
             second_stage(backbone(data, rate, seed), arm)
-            for seed, (data, rate), arm in product(range(seeds), rates.items(), ARMS)
+            for seed, (data, rate), arm in product(
+                range(first, end), rates.items(), LATER_ARMS if first else ARMS
+            )
         ]
         planned = with_dependencies(grid)
         if not (is_selected(archive) and shared.is_complete(shared.progress(planned, archive))):
@@ -256,9 +260,9 @@ def table(found: Found) -> str:
         values = (f"{group[arm]:.3f}" for arm in ("backbone", "finetune"))
         rows.append((f"{name} ({group['seeds']} seeds)", *values, *gaps))
     every = [found["pooled"][arm] for arm in MERGING]
-    counts = dict.fromkeys(str(row["auc"]["trials"]) for row in every)
     for title, cells in (
-        (f"all {' or '.join(counts)} pairs", [difference(row["auc"], 4) for row in every]),
+        ("number of pairs", [str(row["auc"]["trials"]) for row in every]),
+        ("mean of all pairs", [difference(row["auc"], 4) for row in every]),
         ("mixed model", [difference(row["mixed"], 4) for row in every]),
         ("its deviation between data sets", [_deviation(row["mixed"]) for row in every]),
         ("p after Holm: pairs, mixed model", [_both(row, "p_holm") for row in every]),
@@ -323,12 +327,13 @@ def _percentages(by_layer: Mapping[str, Sequence[float]], layer: str) -> str:
 
 
 def similarity_table(found: Found) -> str:
-    """Pairs of kernels with a similarity above 0.3 by layer, before training and after each arm."""
+    """Pairs of kernels with a similarity above 0.3: before training and by arm, for each layer."""
+    layers = found["similarity"]
     rows = [
-        (layer, *(share(one, 2) for one in similarity.values()))
-        for layer, similarity in found["similarity"].items()
+        (when, *(share(layer[when], 2) for layer in layers.values()))
+        for when in next(iter(layers.values()))
     ]
-    return markdown(("Pairs above 0.3", *next(iter(found["similarity"].values()))), rows)
+    return markdown(("Pairs above 0.3", *layers), rows)
 
 
 def figure(found: Found) -> Plot:

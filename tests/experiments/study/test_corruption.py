@@ -92,8 +92,11 @@ def test_a_rule_that_errs_more_harms(small):
     assert rows["paper"]["error"]["mean"] == pytest.approx(np.mean(gaps))
 
     text = corruption.table(found)
-    assert "balanced error, corrupted: all 12 pairs, pretrained" in text
-    assert "calibration error (ECE): all 6 pairs, from random weights" in text
+    assert "balanced error, corrupted: all pairs, pretrained" in text and "], 12 pairs, p " in text
+    assert (
+        "calibration error (ECE): all pairs, from random weights" in text
+        and "], 6 pairs, p " in text
+    )
     shown = corruption.overview(found)
     assert "balanced error, corrupted: harms" in shown.verdict
     assert "(ECE): no effect larger than ±0.01" in shown.verdict

@@ -1,25 +1,29 @@
 """The simulation of the protocol's verdict."""
 
 import numpy as np
+import pytest
 
-from experiments.study import power, statistics
+from experiments.study import archive, power, statistics
 from experiments.study.questions import pretrained
+from tests.experiments.study import test_pretrained
 
 
-def test_a_simulated_verdict_is_that_of_the_analysis(monkeypatch):
+@pytest.mark.parametrize("others", [16, 8])
+def test_a_simulated_verdict_is_that_of_the_analysis(monkeypatch, others):
     monkeypatch.setattr(statistics, "_FLIPS", 4000)
     rng, same = np.random.default_rng(1), 0
     pairs = rng.normal(0, 0.012, (40, 3, 5, 16))
     pairs[:, 0] += rng.normal(0.004, 0.003, (40, 5, 1))
-    found = power._verdicts(pairs)
+    paper, more = pairs[:, :1], pairs[:, 1:, :, :others]
+    found = power._verdicts(paper, more, pretrained.LEVEL)
     assert len(set(found.tolist())) > 1
-    for run, verdict in zip(pairs, found, strict=True):
+    for one, rest, verdict in zip(paper, more, found, strict=True):
         rows = [
             {
                 "auc": statistics.over_trials(arm.ravel()),
                 "mixed": statistics.mixed_model({str(n): some for n, some in enumerate(arm)}),
             }
-            for arm in run
+            for arm in (*one, *rest)
         ]
         for kind in ("auc", "mixed"):
             statistics.add_holm([row[kind] for row in rows], pretrained.LEVEL)
@@ -43,7 +47,32 @@ def test_a_simulated_verdict_of_question_4_is_that_of_the_analysis(monkeypatch):
 
 
 def test_shares_of_verdicts_add_up():
-    lines = power.table([(0.0, 0.0), (0.02, 0.0)]).splitlines()
+    lines = power.table({"": power.PLANNED}, [(0.0, 0.0), (0.02, 0.0)]).splitlines()
     shares = [[float(x) for x in line.replace("%", "").split("|")[2:-1]] for line in lines[2:]]
     assert all(abs(sum(row[:4]) - 100) < 2 for row in shares)
     assert shares[0][2] > 80 and shares[1][0] == 100
+
+
+def test_more_looks_decide_more_with_the_spread_of_the_pairs(monkeypatch):
+    monkeypatch.setattr(power, "RUNS", 500)
+    two, four = power.designs(archive.read()).values()
+    assert four.looks == (16, 32, 48, 64) and four.others == 16 and four.level == 0.0125
+    undecided = []
+    for design in (two, four):
+        looks = power.simulated(design, 0.0, 0.0, np.random.default_rng(0))
+        undecided.append((np.stack(looks) == 0).all(0).mean())
+    assert undecided[1] < undecided[0] - 0.1
+
+
+def test_the_spread_does_not_depend_on_the_sign_of_an_effect():
+    trials = pretrained.selection_grid()
+    stored = test_pretrained.stored(trials, val=test_pretrained.BEST)
+    grid = pretrained.comparison_grid(stored)
+    found = []
+    for sign in (1, -1):
+        archived = test_pretrained.stored((*trials, *grid), val=test_pretrained.BEST)
+        for trial in grid:
+            if trial.arm == "paper":
+                archived.records[trial.hash]["result"]["test"]["auc"] += sign * 0.01
+        found.append(power.spread(archived))
+    assert found[0] == pytest.approx(found[1]) == dict.fromkeys(pretrained.RECIPES, 0.01)

@@ -206,12 +206,19 @@ def test_a_second_look_follows_if_the_first_is_undecided(few):
     undecided = scattered((*selected, *first))
     both = pretrained.comparison_grid(undecided)
     assert {t.backbone.seed for t in both} == set(range(2 * SEEDS)) and set(first) < set(both)
+    # The primary outcome needs two arms; these have their backbones.
+    later = set(both) - set(first)
+    assert {t.arm for t in later} == {"finetune", "paper"}
+    assert {t.backbone.seed for t in later} == set(range(SEEDS, 2 * SEEDS))
     found = pretrained.analyse(undecided)
-    assert found["planned"] == 2 * found["stored"] and "pooled" not in found
-    # There is no third look.
+    assert found["planned"] - found["stored"] == 3 * SEEDS * len(DATA) and "pooled" not in found
+    # There are no more looks.
     last = scattered((*selected, *both))
     assert set(pretrained.comparison_grid(last)) == set(both)
-    assert pretrained.analyse(last)["pooled"]["paper"]["auc"]["trials"] == 2 * SEEDS * len(DATA)
+    pooled = pretrained.analyse(last)["pooled"]
+    assert pooled["paper"]["auc"]["trials"] == 2 * SEEDS * len(DATA)
+    assert pooled["released"]["auc"]["trials"] == SEEDS * len(DATA)
+    assert "| number of pairs |  |  | 24 | 12 | 12 |" in pretrained.table(pretrained.analyse(last))
 
 
 def test_the_answer(few):
@@ -233,9 +240,11 @@ def test_the_answer(few):
         }
     assert found["similarity"][LAYERS[0]]["backbone"] == pytest.approx(0.02)
     text = pretrained.table(found)
-    assert "all 12 pairs" in text and "mixed model" in text
+    assert "mean of all pairs" in text and "mixed model" in text
     assert "| 20 40 |" in pretrained.merges_table(found)
-    assert "2.00 %" in pretrained.similarity_table(found)
+    similar = pretrained.similarity_table(found)
+    assert "| before training | 2.00 % | 2.00 % |" in similar
+    assert "| paper | 1.00 % | 1.00 % |" in similar
     assert pretrained.overview(found).verdict == "helps"
     pretrained.figure(found)
 
