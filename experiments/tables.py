@@ -36,18 +36,29 @@ from inmerge_jax.reporting.tables import markdown_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+PAGES_OF_RESULTS = ROOT / "docs" / "results"
 PUBLISHED = {
     name: question
     for name, question in QUESTIONS.items()
-    if (ROOT / "docs" / "results" / question.page).exists()
+    if (PAGES_OF_RESULTS / question.page).exists()
 }
 """Questions that have a page; the trials of the others are still under way."""
 
 
 @functools.cache
 def analysis(name: str) -> dict[str, Any]:
-    """Every published number of one question of the study, computed from the stored trials."""
-    return QUESTIONS[name].analyse(archive.read())
+    """Every published number of one question of the study, computed from the stored trials.
+
+    Raises:
+      UsageError: trials of the question are missing, so that its page cannot be written.
+    """
+    question, stored = QUESTIONS[name], archive.read()
+    if not question.is_complete(stored):
+        raise UsageError(
+            f"docs/results/{question.page}: {len(question.left(stored))} trials of {name} are not "
+            "stored; remove the page, or train and import them"
+        )
+    return question.analyse(stored)
 
 
 def question_table(name: str) -> str:
@@ -164,24 +175,25 @@ def first_looks() -> dict[str, Any]:
 
 
 FURTHER: dict[str, dict[str, Callable[[], str]]] = {
-    "pretrained": {
+    "pretrained-layers.md": {
         "pretrained_merges": lambda: pretrained.merges_table(analysis("pretrained")),
         "pretrained_similarity": lambda: pretrained.similarity_table(analysis("pretrained")),
     },
-    "full_length": {
+    "full-length.md": {
         "full_length_short": lambda: full_length.short_table(analysis("full_length")),
         "full_length_merged": lambda: full_length.merged_table(analysis("full_length")),
     },
-    "scarce": {
+    "scarce.md": {
         "scarce_strengths": lambda: scarce.strengths_table(archive.read()),
         "scarce_merged": lambda: scarce.merged_table(analysis("scarce")),
     },
-    "better_rule": {
+    "better-rule.md": {
         "better_rule_search": lambda: better_rule.search_table(archive.read()),
         "better_rule_merged": lambda: better_rule.merged_table(analysis("better_rule")),
     },
 }
-"""Further tables of the page of a question."""
+"""Tables of pages of results besides those of `question_table`; their pages may not exist yet."""
+FURTHER = {page: made for page, made in FURTHER.items() if (PAGES_OF_RESULTS / page).exists()}
 
 
 def _kills(path: Path) -> str:
@@ -216,11 +228,13 @@ SOURCES: dict[str, Callable[[], str]] = {
     "totals": totals,
     "power": lambda: power.table({"": power.PLANNED}),
     "power_spread": lambda: power.spread_table(archive.read()),
-    "power_current": lambda: power.table(power.designs(archive.read())),
+    "power_current": lambda: power.table(
+        power.designs(archive.read()), [(0.0, 0.0), (0.0, 0.003), (0.005, 0.0)]
+    ),
     "power_better_rule": power.table_of_the_test,
     "pretrained_rates": lambda: pretrained.rates_table(archive.read()),
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
-    **{table: make for name in PUBLISHED for table, make in FURTHER.get(name, {}).items()},
+    **{table: make for made in FURTHER.values() for table, make in made.items()},
 }
 PAGES = {
     "README.md": ("main",),
@@ -237,8 +251,9 @@ PAGES = {
     "docs/results/beyond-convolutions.md": (
         *("first_look_answers", "first_look_machine", "first_look_similarity"),
     ),
+    **{f"docs/results/{page}": tuple(made) for page, made in FURTHER.items()},
     **{
-        f"docs/results/{question.page}": (name, *FURTHER.get(name, {}))
+        f"docs/results/{question.page}": (name, *FURTHER.get(question.page, {}))
         for name, question in PUBLISHED.items()
     },
 }

@@ -99,7 +99,7 @@ def _analyse_group(group: Group, arms: Sequence[str]) -> dict[str, Any]:
         outcome: float(np.mean([by[outcome][0] for by in values["finetune"].values()]))
         for outcome in OUTCOMES
     }
-    return {"seeds": len(values["finetune"]), "finetune": means, "differences": differences}
+    return {"finetune": means, "differences": differences}
 
 
 def table(found: Found) -> str:
@@ -110,8 +110,7 @@ def table(found: Found) -> str:
             for name, group in found["groups"][study].items():
                 gaps = {arm: difference(by[outcome]) for arm, by in group["differences"].items()}
                 cells = (gaps.get(arm, "") for arm in pretrained.MERGING)
-                label = f"{title}: {name} ({group['seeds']} seeds)"
-                rows.append((label, f"{group['finetune'][outcome]:.3f}", *cells))
+                rows.append((f"{title}: {name}", f"{group['finetune'][outcome]:.3f}", *cells))
             pooled = {arm: by[outcome] for arm, by in by_arm.items()}
             cells = (_cell(pooled[a]) if a in pooled else "" for a in pretrained.MERGING)
             rows.append((f"{title}: all pairs, {study}", "", *cells))

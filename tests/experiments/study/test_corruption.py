@@ -166,3 +166,21 @@ def test_calibration_is_that_of_all_test_images(small):
             total += abs(right[mine].mean() - confidence[mine].mean()) * mine.sum() / IMAGES
         eces.append(total)
     assert group["finetune"]["ece"] == pytest.approx(np.mean(eces), rel=1e-5)
+
+
+def test_pairs_of_a_later_look_count(small, monkeypatch):
+    archive = everything()
+    monkeypatch.setattr(pretrained, "LOOKS", (SEEDS, SEEDS + 1))
+    for trial in comparison():
+        if trial.arm == "paper":
+            auc = archive.records[trial.hash]["result"]["test"]
+            auc["auc"] += 0.05 * (-1) ** trial.backbone.seed
+    assert corruption.grids(archive) == {}  # The first look is undecided.
+    later = [t for t in pretrained.comparison_grid(archive) if t.backbone.seed == SEEDS]
+    assert {t.arm for t in later} == set(pretrained.LATER_ARMS)
+    archive = both(archive, stored(later, val=BEST))
+    for trial in later:
+        archive.arrays[f"corrupted/{trial.hash}"] = np.zeros((7, 3, SOME), np.uint8)
+    rows = corruption.analyse(archive)["pooled"]["pretrained"]
+    pairs = {arm: row["error"]["trials"] for arm, row in rows.items()}
+    assert pairs == {"paper": 2 * SEEDS + 2, "released": 2 * SEEDS, "quantile": 2 * SEEDS}

@@ -51,7 +51,7 @@ BEST = {1e-4: 0.5, 1e-3: 0.95}
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(pretrained, "LOOKS", (SEEDS, 2 * SEEDS))
+    monkeypatch.setattr(pretrained, "LOOKS", (SEEDS, 2 * SEEDS, 3 * SEEDS))
     monkeypatch.setattr(pretrained, "RECIPES", {data: pretrained.RECIPES[data] for data in DATA})
 
 
@@ -197,7 +197,7 @@ def scattered(trials):
     return archive
 
 
-def test_a_second_look_follows_if_the_first_is_undecided(few):
+def test_a_look_follows_if_the_last_one_is_undecided(few):
     first = comparison()
     assert {t.backbone.seed for t in first} == set(range(SEEDS))
     selected = pretrained.selection_grid()
@@ -212,13 +212,19 @@ def test_a_second_look_follows_if_the_first_is_undecided(few):
     assert {t.backbone.seed for t in later} == set(range(SEEDS, 2 * SEEDS))
     found = pretrained.analyse(undecided)
     assert found["planned"] - found["stored"] == 3 * SEEDS * len(DATA) and "pooled" not in found
+    third = pretrained.comparison_grid(scattered((*selected, *both)))
+    assert {t.backbone.seed for t in set(third) - set(both)} == set(range(2 * SEEDS, 3 * SEEDS))
     # There are no more looks.
-    last = scattered((*selected, *both))
-    assert set(pretrained.comparison_grid(last)) == set(both)
+    last = scattered((*selected, *third))
+    assert set(pretrained.comparison_grid(last)) == set(third)
     pooled = pretrained.analyse(last)["pooled"]
-    assert pooled["paper"]["auc"]["trials"] == 2 * SEEDS * len(DATA)
+    assert pooled["paper"]["auc"]["trials"] == 3 * SEEDS * len(DATA)
     assert pooled["released"]["auc"]["trials"] == SEEDS * len(DATA)
-    assert "| number of pairs |  |  | 24 | 12 | 12 |" in pretrained.table(pretrained.analyse(last))
+    assert "| number of pairs |  |  | 36 | 12 | 12 |" in pretrained.table(pretrained.analyse(last))
+    # After a look that decides, further trials do not count.
+    decided = stored((*selected, *third), val=BEST)
+    assert pretrained.comparison_grid(decided) == first
+    assert pretrained.analyse(decided)["pooled"]["paper"]["auc"]["trials"] == SEEDS * len(DATA)
 
 
 def test_the_answer(few):
