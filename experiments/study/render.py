@@ -47,6 +47,7 @@ def dot_plot(
     series: Mapping[str, Mapping[str, Mapping[str, Any]]],
     *,
     zero: float = 0.0,
+    margin: float | None = None,
 ) -> Plot:
     """Means with intervals: a row per label, a colour per series; hollow where nothing changed.
 
@@ -55,6 +56,7 @@ def dot_plot(
       unit: of the horizontal axis.
       series: name to label to a row with "mean", and "low" and "high" if known.
       zero: where the reference line is.
+      margin: largest difference that counts as no effect, shaded; None for none.
     """
     labels = list(dict.fromkeys(label for rows in series.values() for label in rows))
 
@@ -69,9 +71,12 @@ def dot_plot(
                 mark = name if number == 0 else None
                 axes.plot([row["mean"]], [y], "o", color=colour, mfc=face, ms=5, label=mark)
         axes.axvline(zero, color=GUIDE, lw=1, ls=":")
+        if margin is not None:
+            axes.axvspan(zero - margin, zero + margin, color=GUIDE, alpha=0.15, lw=0)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(unit)
         axes.figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         if len(series) > 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import statistics
+from experiments.study import datasets, statistics
 from experiments.study.analysis import Group, drawn_counts, groups
 from experiments.study.archive import Archive
 from experiments.study.corrupted_predictions import is_wanted, measure, measured
@@ -50,7 +50,10 @@ def analyse(archive: Archive) -> Found:
         backbones = groups(with_dependencies(trials), archive)
         if study != "pretrained" and not full_length.reach_the_benchmark(backbones):
             continue
-        own = {g.name: _analyse_group(g, MERGING[study]) for g in groups(trials, archive)}
+        own = {
+            f"{datasets.SOURCES[g.backbone.data].title}, {study}": _analyse_group(g, MERGING[study])
+            for g in groups(trials, archive)
+        }
         pooled: dict[str, dict[str, Any]] = {}
         for arm, outcome in product(MERGING[study], OUTCOMES):
             rows = [g["differences"][arm][outcome] for g in own.values() if arm in g["differences"]]
@@ -141,7 +144,8 @@ def figure(found: Found) -> Plot:
         for name, group in own.items():
             for arm, row in group["differences"].items():
                 series.setdefault(arm, {})[name] = row["error"]
-    return dot_plot("Robustness to corruption", "balanced error, minus fine-tuning's", series)
+    unit = "balanced error, minus fine-tuning's"
+    return dot_plot("Robustness to corruption", unit, series, margin=MARGIN)
 
 
 def overview(found: Found) -> Overview:

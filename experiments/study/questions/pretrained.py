@@ -1,6 +1,7 @@
 """Does merging help in the paper's setting, from pretrained weights? See docs/protocol.md, 1."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
 
@@ -172,7 +173,11 @@ def analyse(archive: Archive) -> Found:
     found |= shared.progress(planned, archive)
     if not (is_selected(archive) and shared.is_complete(found)):
         return found
-    own = groups(planned, archive)
+    # Network and optimizer are the same everywhere.
+    own = [
+        replace(group, name=datasets.SOURCES[group.backbone.data].title)
+        for group in groups(planned, archive)
+    ]
     return found | {
         "groups": {
             group.name: {
@@ -317,7 +322,11 @@ def merges_table(found: Found) -> str:
         for arm, by_layer in by_arm.items()
         if by_layer
     ]
-    return markdown(("Merged of the selected, % by epoch", *layers), rows)
+    return markdown(("Merged of the selected, % by epoch", *map(_short, layers)), rows)
+
+
+def _short(layer: str) -> str:
+    return layer.removesuffix("/kernel")
 
 
 def _percentages(by_layer: Mapping[str, Sequence[float]], layer: str) -> str:
@@ -334,13 +343,17 @@ def similarity_table(found: Found) -> str:
         (when, *(share(layer[when], 2) for layer in layers.values()))
         for when in next(iter(layers.values()))
     ]
-    return markdown(("Pairs above 0.3", *layers), rows)
+    return markdown(("Pairs above 0.3", *map(_short, layers)), rows)
 
 
 def figure(found: Found) -> Plot:
-    """Differences from fine-tuning by data set."""
-    series = dict(zip(MERGING, found["intervals"].values(), strict=True))
-    return dot_plot("Merging minus fine-tuning", "difference in test AUC", series)
+    """Differences from fine-tuning by data set, and over all pairs."""
+    series = {
+        arm: {**rows, "mean of all pairs": found["pooled"][arm]["auc"]}
+        for arm, rows in zip(MERGING, found["intervals"].values(), strict=True)
+    }
+    unit, margin = "difference in test AUC", statistics.MARGIN
+    return dot_plot("Merging minus fine-tuning", unit, series, margin=margin)
 
 
 def overview(found: Found) -> Overview:
