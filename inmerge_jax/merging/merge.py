@@ -59,8 +59,8 @@ def merge_kernels(
     - All units of a layer are mixed simultaneously: reads are from the weights as given.
     - Arithmetic is float32; the result has the dtype of the weight.
     - Units that are not mixed, and all other leaves, are returned bit for bit.
-    - A zero unit has similarity 0 with every other. A unit with a NaN or an infinity is never
-      mixed, nor is it a partner. A problem with one unit is left alone.
+    - A zero unit has similarity 0 with every other. A unit with a NaN or an infinity in any of its
+      weights is never mixed, nor is it a partner. A problem with one unit is left alone.
     - The function is pure and works inside `jit`, `vmap`, `pmap`, `shard_map` and `scan`. In data
       parallelism, give every replica the same key: they merge alike without communication.
     - It is differentiable in the weights and alpha. Which units merge, and the counts, are
@@ -197,6 +197,11 @@ def merge_layer(
         # Which units merge is a decision: no gradient goes through it.
         compared = [row for row, k in zip(rows, members, strict=True) if k.compared]
         vectors = unit_vectors(jax.lax.stop_gradient(compared))
+        for row, kernel in zip(rows, members, strict=True):
+            if not kernel.compared:
+                # A unit with a NaN or an infinity has no similarity.
+                finite = jnp.all(jnp.isfinite(row), tuple(range(1, row.ndim)))
+                vectors = [jnp.where(_beside(finite, v), v, jnp.nan) for v in vectors]
         if partner is None:
             partner, similarity = nearest(cosines(vectors))
         else:

@@ -103,6 +103,26 @@ def test_a_nan_stays_in_its_own_kernel(form, shape, partner):
     np.testing.assert_array_equal(np.flatnonzero(broken), [1, 2])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_nan_that_is_not_compared_stays_in_its_own_unit(bad, partner, implementation):
+    members = [
+        Kernel((jax.tree_util.DictKey(name),), shape, len(shape) - 1, group="fc", compared=compared)
+        for name, shape, compared in (("w", (5, 6), True), ("b", (6,), False))
+    ]
+    params = {"w": example((5, 6), "float32"), "b": jnp.arange(6.0).at[2].set(bad)}
+    rule = MergeRule(1.0, -1.0, 0.5, partner)
+    for seed in range(10):
+        out, stats = merge_kernels(params, seed, members, rule, implementation=implementation)
+        broken = ~np.isfinite(out["b"])
+        np.testing.assert_array_equal(np.flatnonzero(broken), [2])
+        np.testing.assert_array_equal(out["w"][:, 2], params["w"][:, 2])
+        assert 0 < stats.merged[0] < 6 and np.isfinite(stats.similarity[0])
+        if partner == "nearest":
+            assert stats.merged[0] == 5
+
+
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 @pytest.mark.parametrize("form", [merge_layer, cpu.merge], ids=["reference", "cpu"])
 @pytest.mark.parametrize("small", [1e-12, 1e-21, 1e-30])

@@ -9,6 +9,7 @@ ResNet-18 at 28 px, batch 128, and 12.6, 5.6 and 3.7 times for a VGG19 at 224 px
 saves 2.7, 2.4 and 3.8 % of the first one's training step, and 2.2, 2.0 and 3.4 % of the second's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,10 +53,14 @@ def merge(
     # Which units merge is a decision: no gradient goes through it.
     number = next(n for n, kernel in enumerate(members) if kernel.compared)
     compared = lax.stop_gradient(matrices[number])
+    others = matrices[:number] + matrices[number + 1 :]
+    finite = [jnp.all(jnp.isfinite(m), tuple(range(m.ndim - 1))) for m in others]
+    # A column with a NaN or an infinity in another weight has no similarity.
+    usable = functools.reduce(jnp.logical_and, finite) if finite else None
     if partner is None:
-        partner, similarity = nearest_partner(compared, selected)
+        partner, similarity = nearest_partner(compared, selected, usable)
     else:
-        similarity = pair_similarity(compared, partner, selected)
+        similarity = pair_similarity(compared, partner, selected, usable)
     threshold = effective_threshold(rule.threshold, similarity)
     merged = (similarity > threshold) & (similarity > NOT_COMPARED)
     total = jnp.sum(jnp.where(merged, similarity, 0))
@@ -82,9 +87,13 @@ def scales(weight: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -120, 120))
 
 
-def inverse_norm(square: jax.Array) -> jax.Array:
-    """1 / norm from squared norms, and 0 for zero kernels, so that their similarity is 0."""
-    return jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+def inverse_norm(square: jax.Array, usable: jax.Array | None = None) -> jax.Array:
+    """1 / norm from squared norms, and 0 for zero kernels, so that their similarity is 0.
+
+    NaN for kernels that are not `usable`, bool (kernels,).
+    """
+    inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return inverse if usable is None else jnp.where(usable, inverse, jnp.nan)
 
 
 def mix(kernel: jax.Array, other: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -114,17 +123,23 @@ def most_similar(
     return nearest, jnp.minimum(jnp.max(similarity, axis=1), 1)
 
 
-def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) -> jax.Array:
+def pair_similarity(
+    weight: jax.Array,
+    partner: jax.Array,
+    selected: jax.Array,
+    usable: jax.Array | None = None,
+) -> jax.Array:
     """Cosine similarity of each selected kernel with its partner.
 
     Args:
       weight: any floating dtype; its last axis indexes kernels.
       partner: int32 (kernels,), each kernel's partner.
       selected: bool (kernels,), the kernels whose similarity is needed.
+      usable: bool (kernels,), the kernels that can merge; None for all.
 
     Returns:
       float32 (kernels,): at most 1; 0 where either kernel is zero; `NOT_COMPARED` where either
-      holds a NaN or an infinity, and for kernels that aren't selected.
+      holds a NaN or an infinity or is not usable, and for kernels that aren't selected.
     """
     flat, matrix = weight.reshape(-1), weight.reshape(-1, weight.shape[-1])
     rows, count = matrix.shape
@@ -157,7 +172,7 @@ def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) 
         if rest:
             tail = add(jnp.int32(rows - rest), rest, zeros(rest))
             square, product = square + jnp.sum(tail[0], 0), product + jnp.sum(tail[1], 0)
-        inverse = inverse_norm(square)
+        inverse = inverse_norm(square, usable)
         similarity = jnp.minimum(product * inverse[kernels] * (inverse * scale)[others], 1)
         similarity = jnp.where(jnp.isnan(similarity), NOT_COMPARED, similarity)
         return found.at[place].set(similarity, mode="drop")
@@ -165,23 +180,27 @@ def pair_similarity(weight: jax.Array, partner: jax.Array, selected: jax.Array) 
     return _for_selected(selected, group, jnp.full(count, NOT_COMPARED, jnp.float32))
 
 
-def nearest_partner(weight: jax.Array, selected: jax.Array) -> tuple[jax.Array, jax.Array]:
+def nearest_partner(
+    weight: jax.Array, selected: jax.Array, usable: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Each selected kernel's most similar other kernel, and their cosine similarity.
 
     Args:
       weight: any floating dtype; its last axis indexes kernels.
       selected: bool (kernels,), the kernels whose partner is needed.
+      usable: bool (kernels,), the kernels that can merge; None for all.
 
     Returns:
-      int32 (kernels,) and float32 (kernels,). A kernel that holds a NaN or an infinity is nobody's
-      partner and has similarity `NOT_COMPARED` itself, and so have kernels that aren't selected.
+      int32 (kernels,) and float32 (kernels,). A kernel that holds a NaN or an infinity or is not
+      usable is nobody's partner and has similarity `NOT_COMPARED` itself, and so have kernels that
+      aren't selected.
     """
     blocks = _blocks(weight)
     taps, height, count = blocks.shape
     flat, everyone = weight.reshape(-1), jnp.arange(count, dtype=jnp.int32)
     scale = scales(weight)
     inverse = inverse_norm(
-        jnp.sum(jnp.square(blocks.astype(jnp.float32) * scale[None, None]), (0, 1))
+        jnp.sum(jnp.square(blocks.astype(jnp.float32) * scale[None, None]), (0, 1)), usable
     )
 
     def group(place: Any, kernels: jax.Array, found: tuple[jax.Array, ...]) -> Any:
