@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import first_look, trainer_runs
+from experiments import first_look
 from experiments.benchmarks import batch_statistics
 from experiments.benchmarks.accelerator import page as accelerator
 from experiments.benchmarks.timing import measured_on
@@ -201,7 +201,6 @@ def _kills(path: Path) -> str:
 
 
 SOURCES: dict[str, Callable[[], str]] = {
-    "trainer_runs": lambda: trainer_runs.markdown(RESULTS / "chestxray14"),
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
@@ -238,7 +237,7 @@ SOURCES: dict[str, Callable[[], str]] = {
 }
 PAGES = {
     "README.md": ("main",),
-    "docs/trainer.md": ("trainer_runs", "recompute_batch_stats"),
+    "docs/trainer.md": ("recompute_batch_stats",),
     "docs/interruptions.md": ("kills", "kills_bucket"),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),

@@ -13,7 +13,8 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from inmerge_jax.reporting.summary import class_columns
+from inmerge_jax.reporting.resampling import bootstrap_auroc
+from inmerge_jax.reporting.summary import class_columns, right_answers
 
 METRICS = ("auc", "acc")
 CONFIDENCE, POWER = 0.95, 0.8
@@ -56,35 +57,12 @@ def metric_of_counts(
     if name == "acc":
         right = right_answers(labels, scores, task)
         return counts @ right / counts.sum(1)
-    by_image = np.ascontiguousarray(counts.T)
-    columns = [_auc(y, s, by_image) for _, y, s in class_columns(labels, scores, task)]
-    aucs = np.array(columns)
+    aucs = np.array(
+        [bootstrap_auroc(y, s, counts) for _, y, s in class_columns(labels, scores, task)]
+    )
     known = np.isfinite(aucs)
     total = np.where(known, aucs, 0).sum(0)
     return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
-
-
-def right_answers(labels: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
-    """Share of right answers for each image, (n,)."""
-    if labels.ndim == 2:
-        return ((scores > 0.5) == (labels == 1)).mean(axis=1)
-    if task == "binary-class":
-        return ((scores[:, -1] > 0.5) == (labels == 1)).astype(float)
-    return (scores.argmax(axis=1) == labels).astype(float)
-
-
-def _auc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mann-Whitney's statistic with weights (n, resamples); ties count half."""
-    order = np.argsort(scores[positive], kind="stable")
-    ascending = scores[positive][order]
-    ones, zeros = counts[positive][order], counts[~positive]
-    below = np.cumsum(ones, axis=0, dtype=counts.dtype)
-    below = np.concatenate([np.zeros_like(counts[:1]), below])
-    start, end = (np.searchsorted(ascending, scores[~positive], side) for side in ("left", "right"))
-    total = ones.sum(0)
-    wins = (zeros * (2 * total - below[start] - below[end])).sum(0) / 2
-    pairs = total * zeros.sum(0)
-    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
 
 
 def bootstrap(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> Interval:

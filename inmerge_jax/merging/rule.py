@@ -26,7 +26,8 @@ def quantile(share: float | jax.Array) -> Quantile:
     How similar units are depends on the layer, the network and the optimizer, so a fixed threshold
     can merge everything in one network and nothing in another. With `quantile(share)`, a layer with
     `m` selected units merges the `floor((1 - share) * m)` most similar of them (ties may lower
-    this). The fraction of units that merge is about `probability * (1 - share)`.
+    this). The fraction of units that merge is about `probability * (1 - share)`, and less in small
+    layers: with a share of 0.9, a layer with fewer than ten selected units merges none.
 
     Examples:
       >>> rule = MergeRule(probability=0.3, threshold=quantile(0.9), partner="nearest")

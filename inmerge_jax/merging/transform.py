@@ -92,7 +92,7 @@ def in_model_merging(
 
     Updates of units that are not merged are returned bit for bit. Merged ones are exact to the
     rounding of the difference. With float32 updates none differs from an explicit merge; with
-    parameters and updates in bfloat16, 5 to 17 % of the entries of a merged layer differ. Call
+    parameters and updates in bfloat16, 10 to 17 % of the entries of a merged layer differ. Call
     `merge_kernels` at the start of the step if that matters.
 
     The last merge comes after the last forward pass, so the running averages of batch normalisation

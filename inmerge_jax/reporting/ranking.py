@@ -12,7 +12,7 @@ from inmerge_jax.reporting.published import (
     PublishedFindings,
     comparable_findings,
 )
-from inmerge_jax.reporting.resampling import draw_counts
+from inmerge_jax.reporting.resampling import bootstrap_auroc, draw_counts
 from inmerge_jax.reporting.runs import Run, number
 from inmerge_jax.reporting.summary import CONFIDENCE
 
@@ -104,28 +104,6 @@ def _comparability(run: Run, comparable: tuple[PublishedFindings, ...]) -> str:
     elif rows := [row for row in CHESTXRAY14 if row.same_as == split]:
         reason = f"the {images} test images are not the {rows[0].images:,} of {split}"
     return f"NOT COMPARABLE with the published rows: {reason}."
-
-
-def bootstrap_auroc(positive: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """AUROC in resamples of the images; ties count half.
-
-    Args:
-      positive: bool (n,).
-      scores: float (n,).
-      counts: int (resamples, n), number of times that each image is in each resample.
-
-    Returns:
-      float64 (resamples,), NaN where a resample lacks positive or negative images.
-    """
-    order = np.argsort(scores, kind="stable")
-    ranked, counts = scores[order], counts[:, order].astype(np.float64)
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    ones = np.add.reduceat(counts * positive[order], starts, axis=1)
-    zeros = np.add.reduceat(counts * ~positive[order], starts, axis=1)
-    below = np.cumsum(zeros, axis=1) - zeros / 2
-    pairs = ones.sum(1) * zeros.sum(1)
-    wins = (ones * below).sum(1)
-    return np.where(pairs > 0, wins / np.where(pairs > 0, pairs, 1), np.nan)
 
 
 def _mean_aucs(run: Run, arm: str) -> tuple[float, ...]:

@@ -176,17 +176,21 @@ def class_columns(labels: np.ndarray, scores: np.ndarray, task: str) -> list[tup
     return [(k, labels == k, scores[:, k]) for k in range(scores.shape[1])]
 
 
+def right_answers(labels: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
+    """Share of right answers for each image, float64 (n,)."""
+    if labels.ndim == 2:
+        return ((scores > 0.5) == (labels == 1)).mean(axis=1)
+    if task == "binary-class":
+        return ((scores[:, -1] > 0.5) == (labels == 1)).astype(float)
+    return (scores.argmax(axis=1) == labels).astype(float)
+
+
 def _influence(labels: np.ndarray, scores: np.ndarray, task: str) -> dict[str, np.ndarray]:
     """Each test image's influence on the mean AUC and on ACC; NaN where it is undefined."""
     columns = class_columns(labels, scores, task)
     known = [(y, s) for _, y, s in columns if 0 < y.sum() < y.size]
     auc = np.mean([auc_influence(y, s)[1] for y, s in known], axis=0) if known else np.nan
-    if labels.ndim == 2:
-        right = ((scores > 0.5) == (labels == 1)).mean(axis=1)
-    elif task == "binary-class":
-        right = (scores[:, -1] > 0.5) == (labels == 1)
-    else:
-        right = scores.argmax(axis=1) == labels
+    right = right_answers(labels, scores, task)
     return {"auc": np.broadcast_to(auc, labels.shape[:1]), "acc": right - right.mean()}
 
 

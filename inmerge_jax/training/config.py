@@ -152,7 +152,7 @@ class RecipeConfig:
     learning_rate: Annotated[float | None, _optional("FLOAT")] = None
     merging_learning_rate: Annotated[
         float | None,
-        arg(metavar="FLOAT", help_behavior_hint="(default: the backbone's)"),
+        arg(metavar="FLOAT", help_behavior_hint="(default: at the backbone's best epoch)"),
     ] = None
     optimizer: Annotated[Literal["adam", "sgd"] | None, _optional("{adam,sgd}")] = None
     momentum: Annotated[float | None, _optional("FLOAT")] = None
@@ -179,8 +179,8 @@ class RecipeConfig:
 class RuleConfig:
     """In-model merging, K_i <- alpha K_i + (1 - alpha) K_j, before each step of the arm inmerge.
 
-    From the paper: threshold, partner nearest, probability, alpha, skip; preset names its readings.
-    Extensions: units but kernels, layers, quantile, the schedules (..._end), merge-every,
+    From the paper: threshold, partner nearest, probability, alpha, skip; preset selects a variant.
+    Extensions: other units than kernels, layers, quantile, the schedules (..._end), merge-every,
     merge-from-epoch.
 
     Attributes:
@@ -196,8 +196,8 @@ class RuleConfig:
       probability_end: The probability moves to this over the stage.
       threshold_end: The threshold moves to this over the stage.
       quantile_end: The quantile moves to this over the stage.
-      rule_schedule: How they move.
-      merge_every: Merge at every so many updates, or once per epoch.
+      rule_schedule: Shape of these schedules.
+      merge_every: Merge every INT updates, or once per epoch.
       merge_from_epoch: Instead of a second stage, inmerge trains like the backbone from its first
         weights, and merges from this epoch on.
     """
@@ -223,7 +223,10 @@ class RuleConfig:
     alpha: float = MergeRule.alpha
     skip: Annotated[
         int | None,
-        arg(metavar="INT", help_behavior_hint="(default: 10; units but kernels: half the layers)"),
+        arg(
+            metavar="INT",
+            help_behavior_hint="(default: 10; other units than kernels: half the layers)",
+        ),
     ] = None
     probability_end: Annotated[float | None, _optional("FLOAT")] = None
     threshold_end: Annotated[float | None, _optional("FLOAT")] = None
@@ -294,7 +297,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is written for people to watch; a run and its continuation may differ in it.
+    """Logging. These options may change when a run is resumed.
 
     Attributes:
       tensorboard: Write losses, metrics, merges and similarities for TensorBoard.

@@ -9,7 +9,8 @@ from inmerge_jax.data.chestxray14.labels import FINDINGS
 from inmerge_jax.data.dataset import names_sha256
 from inmerge_jax.files import read_text
 from inmerge_jax.reporting.published import CHESTXRAY14
-from inmerge_jax.reporting.ranking import bootstrap_auroc, rank_findings
+from inmerge_jax.reporting.ranking import rank_findings
+from inmerge_jax.reporting.resampling import bootstrap_auroc
 from inmerge_jax.reporting.runs import read_run
 from inmerge_jax.reporting.tables import make_report
 from tests.paths import SHARED, needs
