@@ -275,7 +275,7 @@ class DeviceConfig:
       workers: Processes that read image files; 0 for threads.
       grad_accum_steps: Microbatches per device and update, to save memory.
       steps_per_execution: Updates per dispatch, for small steps on GPU and TPU.
-      fused: On TPU v4 and newer one Pallas kernel merges a layer, unless this is off.
+      pallas: On TPU v4 and newer one Pallas kernel merges a layer, unless this is off.
       coordinator: Address of process 0; for several processes, not needed on a TPU pod.
       num_processes: Number of processes.
       process_id: Number of this process, from 0.
@@ -287,7 +287,7 @@ class DeviceConfig:
     ] = None
     grad_accum_steps: int = 1
     steps_per_execution: int = 1
-    fused: Annotated[
+    pallas: Annotated[
         bool, _negated("Merge without the Pallas kernel, which is for TPU v4 and newer.")
     ] = True
     coordinator: Annotated[str | None, _optional("HOST:PORT")] = None

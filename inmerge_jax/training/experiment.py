@@ -253,7 +253,7 @@ def _steps(
     plain = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.deep:
         return plain, plain, None
-    common |= {"kernels": spec.deep, "rule": spec.schedule, "fused": spec.config.fused}
+    common |= {"kernels": spec.deep, "rule": spec.schedule, "pallas": spec.config.pallas}
     merging = make_train_step(spec.model, context.optimizer, spec.recipe, **common, **per_call)
     if not spec.preset.merge_in_validation:
         return plain, merging, None

@@ -29,7 +29,7 @@ _NOT_COMPARED = (
 """Fields that may differ between a run and its continuation; config.json does not hold them."""
 
 _ADDED_LATER = {
-    "": ("grad_accum_steps", "fused"),
+    "": ("grad_accum_steps", "pallas"),
     "data": ("resize", "channels"),
     "model": ("remat",),
     "rule": (

@@ -173,7 +173,7 @@ def make_train_step(
     grad_accum_steps: int = 1,
     pos_weight: Any = None,
     networks: int = 1,
-    fused: bool = True,
+    pallas: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """Builds the training step: merge, forward, backward, all-reduce, update, totals.
 
@@ -201,7 +201,7 @@ def make_train_step(
       networks: above 1, the step trains that many networks at once, each on its own batches and
         with its own key: `state`, `totals` and `batch` have a network axis after the device axis,
         and `root` has one key per network.
-      fused: on TPU v4 and newer, merge each layer in one Pallas kernel, see `merge_kernels`.
+      pallas: on TPU v4 and newer, merge each layer in one Pallas kernel, see `merge_kernels`.
 
     Returns:
       step(state, totals, batch, root) -> (state, totals). All arguments have a leading device axis,
@@ -258,7 +258,7 @@ def make_train_step(
 
     if rule is not None:
         param_transform = functools.partial(
-            _merge, kernels, rule, _merge_implementation(fused, devices)
+            _merge, kernels, rule, _merge_implementation(pallas, devices)
         )
 
     def step(
@@ -325,9 +325,9 @@ def _merge(
     return merge_kernels(params, key, kernels, rule, implementation=implementation)
 
 
-def _merge_implementation(fused: bool, devices: tuple[jax.Device, ...]) -> Any:
+def _merge_implementation(pallas: bool, devices: tuple[jax.Device, ...]) -> Any:
     """The implementation of the merge for these devices, see `merge_kernels`."""
-    return "tpu" if fused and supports_pallas(devices[0]) else "auto"
+    return "tpu" if pallas and supports_pallas(devices[0]) else "auto"
 
 
 def make_eval_step(
@@ -387,7 +387,7 @@ def make_merging_eval_step(
     kernels: tuple[Kernel, ...],
     rule: MergeRule,
     pos_weight: Any = None,
-    fused: bool = True,
+    pallas: bool = True,
 ) -> Callable[..., tuple[TrainState, Totals, tuple[jax.Array, jax.Array]]]:
     """Builds the released code's validation step: one merge, then the evaluation of one image.
 
@@ -399,7 +399,7 @@ def make_merging_eval_step(
       as in `make_eval_step`. Every device gets the same batch of one image and the same key, and
       returns the same scores. `state` is donated.
     """
-    implementation = _merge_implementation(fused, devices)
+    implementation = _merge_implementation(pallas, devices)
 
     def step(state: TrainState, totals: Totals, batch: Any, root: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(root, state.step), VALIDATION)

@@ -54,7 +54,7 @@ def on_tpu(monkeypatch):
         yield
 
 
-def merge(weight, rule, key=3, is_fused=True):
+def merge(weight, rule, key=3, with_pallas=True):
     def run(weight, rule):
         params = {"w": weight}
         params, stats = merge_kernels(
@@ -62,7 +62,7 @@ def merge(weight, rule, key=3, is_fused=True):
             jax.random.key(key),
             [layer(weight.shape)],
             rule,
-            implementation="tpu" if is_fused else "auto",
+            implementation="tpu" if with_pallas else "auto",
         )
         return params["w"], stats
 
@@ -79,7 +79,7 @@ def merge(weight, rule, key=3, is_fused=True):
 def test_merges_as_the_other_forms_do(shape, dtype, partner, threshold, request):
     weight = case(shape, dtype)
     rule = MergeRule(0.6, THRESHOLDS[threshold], 0.8, partner)
-    expected, expected_stats = merge(weight, rule, is_fused=False)
+    expected, expected_stats = merge(weight, rule, with_pallas=False)
     request.getfixturevalue("on_tpu")
     merged, stats = merge(weight, rule)
     assert merged.dtype == weight.dtype
@@ -127,14 +127,14 @@ def test_the_nearest_of_equals_is_the_first(on_tpu):
 def test_gradients_are_those_of_the_other_forms(request):
     weight = case((1, 1, 48, 128))
 
-    def loss(weight, alpha, is_fused):
+    def loss(weight, alpha, with_pallas):
         rule = MergeRule(0.5, 0.05, alpha)
         merged, stats = merge_kernels(
             {"w": weight},
             jax.random.key(3),
             [layer(weight.shape)],
             rule,
-            implementation="tpu" if is_fused else "auto",
+            implementation="tpu" if with_pallas else "auto",
         )
         return jnp.sum(jnp.sin(merged["w"])) + jnp.sum(stats.similarity)
 
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_other_forms(request):
 def test_a_batch_of_weights_and_rules(request):
     weights = jnp.stack([case((1, 1, 48, 128)), case((1, 1, 48, 128)) * 2])
     rules = MergeRule(jnp.array([0.5, 0.9]), jnp.array([0.05, -1.0]), jnp.array([0.8, 0.5]))
-    run = jax.vmap(functools.partial(merge, is_fused=False))
+    run = jax.vmap(functools.partial(merge, with_pallas=False))
     expected, expected_stats = run(weights, rules)
     request.getfixturevalue("on_tpu")
     merged, stats = jax.vmap(merge)(weights, rules)
@@ -184,7 +184,7 @@ def test_in_64_bit_mode_the_form_by_xla_merges(threshold):
     with jax.enable_x64(True):
         assert not pallas.fits(weight, 3)
         plain, asked = (
-            program(lambda w, f=f: merge(w, rule, is_fused=f), weight) for f in (False, True)
+            program(lambda w, f=f: merge(w, rule, with_pallas=f), weight) for f in (False, True)
         )
     assert plain == asked
 

@@ -35,11 +35,11 @@ def test_which_devices_can(platform, kind, can):
     assert supports_pallas(SimpleNamespace(platform=platform, device_kind=kind)) == can
 
 
-@pytest.mark.parametrize(("options", "fused"), [([], True), (["--no-fused"], False)])
+@pytest.mark.parametrize(("options", "pallas"), [([], True), (["--no-pallas"], False)])
 @pytest.mark.parametrize(
     "preset", [[], ["--preset", "released", "--model", "vgg11", "--skip", "5"]]
 )
-def test_the_option_reaches_every_step_that_merges(options, fused, preset, monkeypatch):
+def test_the_option_reaches_every_step_that_merges(options, pallas, preset, monkeypatch):
     config = parse_config([*SMALL, *preset, *options])
     plan = make_run_spec(config)
     given = []
@@ -48,13 +48,13 @@ def test_the_option_reaches_every_step_that_merges(options, fused, preset, monke
     experiment._steps(plan, tiny.make_setup())
     merging = [rest for rest in given if "rule" in rest]
     assert len(merging) == 1 + bool(preset)
-    assert all(rest["fused"] == fused for rest in merging)
+    assert all(rest["pallas"] == pallas for rest in merging)
     values = config_dict(config, plan.recipe, devices=1)
-    assert values.get("fused", True) == fused and ("fused" in values) == (not fused)
+    assert values.get("pallas", True) == pallas and ("pallas" in values) == (not pallas)
 
 
-@pytest.mark.parametrize(("able", "fused"), [(True, True), (True, False), (False, True)])
-def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
+@pytest.mark.parametrize(("able", "pallas"), [(True, True), (True, False), (False, True)])
+def test_the_step_asks_for_it_where_the_devices_can(able, pallas, monkeypatch):
     asked = []
 
     def merge(*args, implementation):
@@ -74,7 +74,7 @@ def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
         devices=devices,
         kernels=tiny.kernels(),
         rule=tiny.ALWAYS,
-        fused=fused,
+        pallas=pallas,
     )
     split = tiny.make_dataset().train
     batch = {
@@ -86,4 +86,4 @@ def test_the_step_asks_for_it_where_the_devices_can(able, fused, monkeypatch):
     state = replicate(new_state(*tiny.init(), optimizer, 0.05), devices)
     totals = replicate(zero_totals(len(tiny.kernels())), devices)
     step.lower(state, totals, batch, broadcast_to_devices(jax.random.key(0), devices))
-    assert asked == ["tpu" if able and fused else "auto"]
+    assert asked == ["tpu" if able and pallas else "auto"]
