@@ -79,7 +79,7 @@ def predict(config: PredictConfig) -> str:
 
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
-    decisions = [f"{name} >= {_cut(found):.4g}" for name, found in thresholds.items()]
+    decisions = [f"{name} >= {_cut(found)}" for name, found in thresholds.items()]
     rows.writerow(["split", run.preprocessing.modality, *run.classes, *decisions, "predicted"])
     count, batch_size = 0, run.stage.config["recipe"]["batch_size"]
     examples = EXAMPLES[run.preprocessing.modality]
@@ -245,7 +245,7 @@ def _described(name: str, threshold: Threshold | None, examples: str) -> str:
             f"{name}: threshold 0.5, as the run's validation {examples} do not have both outcomes"
         )
     return (
-        f"{name}: threshold {threshold.value:.4g}, sensitivity {threshold.sensitivity:.1%} and "
+        f"{name}: threshold {threshold.value}, sensitivity {threshold.sensitivity:.1%} and "
         f"specificity {threshold.specificity:.1%} on the run's validation {examples}"
     )
 

@@ -77,7 +77,7 @@ def _run(config: "TrainConfig") -> int:
     from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
     from inmerge_jax.training.run_spec import make_run_spec
     from inmerge_jax.training.train import NonFiniteLossError
-    from inmerge_jax.training.workdir import check_output, check_state
+    from inmerge_jax.training.workdir import CONFIG, check_output, check_state
 
     preemption = PreemptionHandler()
     try:
@@ -108,7 +108,9 @@ def _run(config: "TrainConfig") -> int:
         print(f"{interrupted}; the same command with --resume continues", file=sys.stderr)
         return 128 + preemption.signal
     except KeyboardInterrupt:
-        print("stopped at once; the same command with --resume continues", file=sys.stderr)
+        begun = (config.output / CONFIG).exists()
+        how = "with --resume continues" if begun else "starts again; nothing was written"
+        print(f"stopped at once; the same command {how}", file=sys.stderr)
         return 130
     except Exception as error:
         return _unexpected(error)

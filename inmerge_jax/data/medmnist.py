@@ -113,7 +113,8 @@ def load_medmnist(
         classes=classes,
         source=f"{path.name}, MD5 {md5}",
         note=note,
-        fingerprint=_digest(path, "sha256") if unverified else "",
+        # Of a published size, the options and the MD5 determine the content.
+        fingerprint=_digest(path, "sha256") if unverified or resize is not None else "",
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],

@@ -108,7 +108,7 @@ def similarity_plots(run: Run) -> list[Plot]:
         return []
     caption = (
         "Cosine similarity of the kernel pairs of a layer. Thick lines: median; bands: 5% to 95% "
-        "quantile; thin lines: 99% quantile. Right of the dotted line: layers that may merge."
+        "quantile; thin lines: 99% quantile. Shaded: layers that may merge."
     )
     plots = [
         make_plot(partial(_bands, run=run, arm=arm), caption, f"Kernel similarity by depth: {arm}")
@@ -337,10 +337,12 @@ def _by_depth(
 
 
 def _depth_axis(axes: Axes, run: Run) -> None:
-    """A dotted line left of the first layer that may merge."""
-    rule = run.results.get("rule") or {}
-    if "skip" in rule:
-        axes.axvline(rule["skip"] + 0.5, color=GUIDE, lw=1, ls=":")
+    """Shades the layers that may merge."""
+    merging = next(iter(run.arm("inmerge").values()), {}).get("layers", ())
+    layers = next(iter(run.similarity.values()))["before"]
+    for place, layer in enumerate(layers, 1):
+        if layer["name"] in merging:
+            axes.axvspan(place - 0.5, place + 0.5, color=GUIDE, alpha=0.15, lw=0)
 
 
 def _roc(axes: Axes, name: str, columns: dict[tuple[int, str], tuple[Any, Any]]) -> None:

@@ -194,15 +194,20 @@ def check_folder(folder: Path) -> None:
     )
     if os.sep == "/" and "\\" in os.fspath(buckets.absolute(folder)):
         raise refused  # Tensorstore would write to a subfolder instead.
-    place, missing = folder / f"{PROBE}{uuid.uuid4().hex}", not folder.exists()
+    place = folder / f"{PROBE}{uuid.uuid4().hex}"
+    new = [
+        path for path in (folder, *folder.parents) if not in_bucket(folder) and not path.exists()
+    ]
     try:
         read_arrays(save_checkpoint(place, 0, {"probe": np.zeros(1)}, {}))
     except DamagedCheckpointError as error:
         raise refused from error
     finally:
         files.remove_tree(place)
-        if missing and not in_bucket(folder) and folder.exists():
-            folder.rmdir()
+        # Another run may have begun in one of them.
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 def restore_latest(

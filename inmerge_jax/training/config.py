@@ -256,8 +256,8 @@ class OutputConfig:
     output: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
     seeds: Annotated[tuple[int, ...], arg(metavar="INT ...")] = (0,)
     arms: Annotated[
-        tuple[Arm, ...], arg(metavar="ARM ...", help_behavior_hint="(default: all)")
-    ] = ARMS
+        tuple[Arm, ...] | None, arg(metavar="ARM ...", help_behavior_hint="(default: all)")
+    ] = None
     resume: Annotated[bool, _FLAG] = False
     overwrite: Annotated[bool, _FLAG] = False
     checksums: Annotated[

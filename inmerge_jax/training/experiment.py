@@ -109,7 +109,7 @@ def _run_experiment(
         run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
-    arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in config.arms}
+    arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in (config.arms or ())}
     batch_size = spec.recipe.batch_size
     images = batch_size * steps_per_epoch(len(spec.dataset.train), batch_size)
     epochs = spec.recipe.epochs + spec.second_epochs * (len(arms) - 1)

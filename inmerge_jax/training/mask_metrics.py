@@ -176,4 +176,8 @@ def read_masks(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UsageError: the file is damaged.
     """
-    return read_arrays(path, "delete it and result.json, and give `resume`, which writes it again")
+    remedy = (
+        "delete it, result.json and the run's results.json, and give `resume`, which writes it "
+        "again"
+    )
+    return read_arrays(path, remedy)

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from inmerge_jax.buckets import absolute, as_path
 from inmerge_jax.data import default_size, has_own_size
 from inmerge_jax.errors import UsageError
 from inmerge_jax.merging import MergeRule, quantile
@@ -70,9 +71,10 @@ def apply_preset(config: TrainConfig) -> TrainConfig:
     rule = dataclasses.replace(rule, units=rule.units or default_units(config.model.name))
     if rule.skip is None and rule.units == ("kernels",):
         rule = dataclasses.replace(rule, skip=DEFAULT_SKIP)
+    single_stage = config.rule.merge_from_epoch is not None
     arms = config.arms
-    if config.rule.merge_from_epoch is not None and arms == ARMS:
-        arms = ("backbone", "inmerge")
+    if arms is None:
+        arms = ("backbone", "inmerge") if single_stage else ARMS
     data = config.data
     if data.size is None and not has_own_size(data.name):
         data = dataclasses.replace(data, size=default_size(data.name))
@@ -199,10 +201,38 @@ def _check_single_stage(config: TrainConfig) -> None:
         value = getattr(config.recipe, option)
         if value is not None:
             raise UsageError(f"{name}: there is no second stage; leave out `{option}` {value}")
-    if config.arms != ARMS and ("finetune" in config.arms or "inmerge" not in config.arms):
+    if config.arms and ("finetune" in config.arms or "inmerge" not in config.arms):
         raise UsageError(
             f"{name}: the arms are the backbone, which is the control, and inmerge; leave out "
             f"`arms` {' '.join(config.arms)}"
+        )
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Checks that a run neither deletes what it reads, nor writes among the images it reads."""
+    output = absolute(config.output)
+    kind, _, place = config.data.name.partition(":")
+    source = absolute(as_path(place)) if place and kind != "tfds" else None
+    inputs = {
+        "init_from": config.model.init_from,
+        "data": source,
+        "data_dir": config.data.data_dir,
+        "file": config.data.file,
+    }
+    for name, path in inputs.items():
+        if (
+            config.overwrite
+            and path is not None
+            and output in (full := absolute(path), *full.parents)
+        ):
+            raise UsageError(
+                f"`{name}` {path} is in the folder `output` {config.output}, which `overwrite` "
+                "empties first; move it, or choose another folder"
+            )
+    if kind == "folder" and source in output.parents:
+        raise UsageError(
+            f"`output` {config.output} is in the folder of images {source}, where it would be read "
+            "as a class; choose another folder"
         )
 
 
@@ -210,8 +240,8 @@ def check_run(config: TrainConfig) -> None:
     """Checks the options that no other function checks.
 
     Raises:
-      UsageError: no seed, one that is negative, repeated or too large, no arm, a changed address
-        of a bucket, or options that exclude each other.
+      UsageError: no seed, one that is negative, repeated or too large, a changed address of a
+        bucket, options that exclude each other, or an input in a folder that is replaced.
     """
     seeds = " ".join(map(str, config.seeds))
     _require(bool(config.seeds), "seeds", seeds, "give at least one, such as 0 1 2")
@@ -219,13 +249,16 @@ def check_run(config: TrainConfig) -> None:
     # JAX's keys are of 32 bits: larger seeds would share their draws with smaller ones.
     _require(max(config.seeds) < 2**32, "seeds", seeds, "choose seeds below 2**32")
     _require(len(set(config.seeds)) == len(config.seeds), "seeds", seeds, "name each seed once")
-    _require(bool(config.arms), "arms", "", f"name at least one of {' '.join(ARMS)}")
+    _require(config.arms != (), "arms", "", f"name at least one of {' '.join(ARMS)}")
     if config.rule.merge_from_epoch is not None:
         _check_single_stage(config)
     if config.model.replace_head and config.model.init_from is None:
         raise UsageError("`replace_head` is for the head of a weight file: give `init_from` too")
     share = config.model.init_min_match
     _require(0 < share <= 1, "init_min_match", share, "choose a number in (0, 1]")
+    if config.model.init_from is None and share != type(config.model).init_min_match:
+        raise UsageError(f"`init_min_match` {share} is for a weight file: give `init_from` too")
+    _check_places(config)
     places = {
         "output": config.output,
         "compilation_cache_dir": config.compilation_cache_dir,
@@ -295,7 +328,7 @@ def config_dict(
         for name in names:
             if getattr(options, name) == getattr(type(options), name):
                 del (values[section] if section else values)[name]
-    values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in config.arms]
+    values["arms"] = [arm for arm in ARMS if arm == "backbone" or arm in (config.arms or ARMS)]
     values["devices"] = devices
     return json.loads(json.dumps(values, default=str))
 

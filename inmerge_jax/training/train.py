@@ -403,6 +403,13 @@ def train_stage(
         tested["batch_stats"] = unreplicate(state.batch_stats)
     if tested:
         run_on_primary(_write_tested, stage.folder / TESTED, tested)
+    counts = [np.sum([*line.get("merged", ()), *line.get("val_merged", ())]) for line in history]
+    if stage.deep and any(counts) and not any(counts[:best]):
+        warnings.append(
+            f"{stage.name}: epoch {best}, which is tested, comes before the first merge, so the "
+            "test metrics are those of training without merging"
+        )
+        progress.say(f"WARNING: {warnings[-1]}", style="bold yellow")
     result: dict[str, Any] = {"seed": stage.seed, "arm": stage.arm, "val": None, "test": None}
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
@@ -563,7 +570,10 @@ def read_tested(folder: Path) -> dict[str, np.ndarray]:
       UsageError: the file is damaged.
     """
     path = folder / TESTED
-    remedy = "delete it and result.json, and give `resume`, which evaluates the stage again"
+    remedy = (
+        "delete it, result.json and the run's results.json, and give `resume`, which evaluates the "
+        "stage again"
+    )
     return read_arrays(path, remedy) if path.exists() else {}
 
 
@@ -594,7 +604,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "result.json"
     remedy = (
-        "restore it, or delete it and give `resume`, which evaluates the stage's best checkpoint "
-        "again"
+        "restore it, or delete it and the run's results.json, and give `resume`, which evaluates "
+        "the stage's best checkpoint again"
     )
     return read_json_with_checksum(path, remedy) if path.exists() else None

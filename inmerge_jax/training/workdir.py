@@ -18,7 +18,7 @@ CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 
 _DATA_PATHS = ("data.data_dir", "data.file")
 """Locations of images, which may change. Their content is identified by data.content_sha256, or by
-MedMNIST's MD5."""
+MedMNIST's MD5 and the size."""
 _FOLDER = '"folder:'
 """Start of the field data.name, as JSON, where the rest of the name is such a location."""
 
@@ -149,8 +149,9 @@ def _start(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    # results.json first, config.json last: after an interruption, it is an unfinished run.
-    rank = {RESULTS: 0, ENVIRONMENT: 2, CONFIG: 3}
+    # results.json first: after an interruption, it is an unfinished run. environment.json last:
+    # with that alone, the folder counts as empty.
+    rank = {RESULTS: 0, CONFIG: 2, ENVIRONMENT: 3}
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]  # Which is held.
     for entry in sorted(entries, key=lambda entry: rank.get(entry.name, 1)):
         remove(entry)

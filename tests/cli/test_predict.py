@@ -113,8 +113,8 @@ def test_predict_writes_scores_and_decisions(run, tmp_path, capsys):
     thresholds = load_run(run).thresholds()
     assert list(thresholds) == ["mass", "effusion", "nodule"]
     for column, (name, found) in enumerate(thresholds.items()):
-        assert header[5 + column] == f"{name} >= {found.value:.4g}"
-        assert f"{name}: threshold {found.value:.4g}, sensitivity" in text
+        assert header[5 + column] == f"{name} >= {found.value}"
+        assert f"{name}: threshold {found.value}, sensitivity" in text
         decided = [int(row[5 + column]) for row in rows]
         assert decided == (scores[:, column] >= found.value).astype(int).tolist()
     for row in rows:

@@ -9,11 +9,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from inmerge_jax.data.chestxray14.labels import FINDINGS
 from inmerge_jax.errors import UsageError
+from inmerge_jax.reporting import plots
 from inmerge_jax.reporting.published import CHESTXRAY14
+from inmerge_jax.reporting.runs import read_run
 from tests.long import long_unless
 from tests.reporting.folder import edit, write_page, write_run
 
@@ -254,3 +257,10 @@ def test_tables_fit_the_screen(tmp_path, width):
         "wide": False,
         "inner": width,
     }
+
+
+def test_the_layers_that_merge_are_shaded(tmp_path):
+    axes = Figure().subplots()
+    plots._depth_axis(axes, read_run(write_run(tmp_path)))
+    assert [patch.get_x() for patch in axes.patches] == [4.5, 5.5, 6.5, 7.5]
+    assert all(patch.get_width() == 1 for patch in axes.patches)

@@ -431,6 +431,20 @@ def test_a_folder_whose_name_orbax_cannot_read_is_refused_or_works(tmp_path, nam
         assert_same(read_arrays(save_checkpoint(folder, 1, {"w": np.ones(3)}, {}))["w"], np.ones(3))
 
 
+def test_a_check_leaves_no_folders_but_those_that_another_run_has_begun(tmp_path, monkeypatch):
+    check_folder(tmp_path / "a" / "b" / "c")
+    assert os.listdir(tmp_path) == []
+    remove_tree = files.remove_tree
+
+    def another_starts(place):
+        remove_tree(place)
+        (tmp_path / "d" / "environment.json").touch()
+
+    monkeypatch.setattr(files, "remove_tree", another_starts)
+    check_folder(tmp_path / "d" / "e")
+    assert os.listdir(tmp_path) == ["d"] and os.listdir(tmp_path / "d") == ["environment.json"]
+
+
 @pytest.mark.parametrize("name", ["a b", "é ü 雪", "100%25", "it's", "#x", "~", "$HOME", "a:b"])
 def test_folders_of_other_names_work(tmp_path, name):
     folder = tmp_path / name

@@ -21,7 +21,7 @@ from inmerge_jax.training.config import (
     TrainConfig,
 )
 from inmerge_jax.training.recipes import RECIPES
-from inmerge_jax.training.resolve import config_dict, resolve_recipe, resolve_rule
+from inmerge_jax.training.resolve import check_run, config_dict, resolve_recipe, resolve_rule
 from inmerge_jax.training.run_spec import make_run_spec
 
 SMALL = ["--phantom.train", "40", "--phantom.val", "8", "--phantom.test", "8", "--size", "16"]
@@ -172,6 +172,7 @@ def test_unknown_options_and_values_end_with_status_2(arguments, capsys):
         (["--weight-decay", "-1"], r"--weight-decay -1"),
         (["--augment.rotate", "200"], r"--augment\.rotate 200.*\[0, 180\]"),
         (["--augment.crop", "16"], r"--augment\.crop 16: the images have 16 px"),
+        (["--init-min-match", "0.5"], r"--init-min-match 0\.5 .*give --init-from"),
         (["--pos-weight", "2"], r"--pos-weight 2.* is for multi-label data"),
         ("--phantom.multi-label --class-weights balanced".split(), r"--class-weights.*--pos-wei"),
         (["--data-dir", "d"], r"--data-dir d is not read for phantom.* --data"),
@@ -208,6 +209,22 @@ def test_an_output_folder_with_something_else_is_refused(tmp_path, capsys):
     )
     assert "holds files but no run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_neither_deletes_nor_changes_what_it_reads(tmp_path):
+    run = tmp_path / "run"
+    for config in (
+        TrainConfig(output=run, overwrite=True, model=ModelConfig(init_from=run / "w.safetensors")),
+        TrainConfig(output=run, overwrite=True, data=DataConfig(data_dir=run / "data")),
+        TrainConfig(output=run, overwrite=True, data=DataConfig(name=f"table:{run}/a.csv")),
+    ):
+        with pytest.raises(UsageError, match=rf"in the folder `output` {run}, which `overwrite`"):
+            check_run(config)
+        check_run(dataclasses.replace(config, overwrite=False))
+    scans = DataConfig(name=f"folder:{tmp_path}")
+    with pytest.raises(UsageError, match=rf"`output` {run} is in the folder of images {tmp_path}"):
+        check_run(TrainConfig(output=run, data=scans))
+    check_run(TrainConfig(output=tmp_path.parent / "run", data=scans))
 
 
 def test_channels_follow_the_recipes_normalisation():

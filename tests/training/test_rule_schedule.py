@@ -13,6 +13,7 @@ from inmerge_jax import MergeRule, quantile
 from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training import train
 from inmerge_jax.training.experiment import make_context
 from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
@@ -80,6 +81,14 @@ def test_a_single_stage_is_the_backbone_until_it_merges(tmp_path):
     assert lines[1]["train_loss"] != pytest.approx(backbone[1]["train_loss"], rel=1e-3)
 
 
+def test_a_tested_epoch_before_the_first_merge_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "best_epoch", lambda history, select: 1)
+    result, _ = late(tmp_path)
+    (warning,) = result["warnings"]
+    assert "epoch 1, which is tested, comes before the first merge" in warning
+    assert sum(result["merged"]) > 0
+
+
 @pytest.mark.long
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     check_resumption(tmp_path, monkeypatch, late, 5)
@@ -144,6 +153,7 @@ def test_the_configuration_holds_them_where_they_are_given():
         ("--merge-from-epoch 2 --merging-epochs 3", "leave out `merging_epochs` 3"),
         ("--merge-from-epoch 2 --arms finetune inmerge", "leave out `arms` finetune inmerge"),
         ("--merge-from-epoch 2 --arms backbone", "leave out `arms` backbone"),
+        ("--merge-from-epoch 2 --arms backbone finetune inmerge", "leave out `arms` backbone fin"),
         ("--merge-every 2 --preset released", "`preset` released merges before each validation"),
     ],
 )

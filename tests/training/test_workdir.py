@@ -222,6 +222,22 @@ def test_overwrite_cut_short_leaves_an_unfinished_run(run, monkeypatch):
         prepare_workdir(run, CONFIG)
 
 
+def test_overwrite_cut_short_at_the_last_file_leaves_an_empty_folder(run, monkeypatch):
+    remove, removed = workdir.remove, []
+
+    def die_at_the_last(path):
+        if len(list(run.iterdir())) == 1:
+            raise KeyboardInterrupt
+        remove(path)
+        removed.append(path.name)
+
+    monkeypatch.setattr(workdir, "remove", die_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_workdir(run, CONFIG, overwrite=True)
+    monkeypatch.undo()
+    assert removed and prepare_workdir(run, CONFIG) == run
+
+
 def test_differences_are_field_by_field():
     @dataclasses.dataclass
     class Inner:
