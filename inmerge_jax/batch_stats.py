@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _PROBE = 2.0**20
-"""An old value so large that an update's share of it is exact to float32's rounding."""
+"""An old value so large that what an update keeps of it is exact to float32's rounding; larger yet
+where a batch's own statistics are large."""
 _MANY = 2**20
 """A number of updates after which an average is not divided by its share, 1 - m ** updates."""
 
@@ -23,7 +24,8 @@ def recompute_batch_stats(
     batch counts alike, and the momentum of the layers has no effect.
 
     A layer updates its statistics to `m * old + (1 - m) * batch`. Updates from zero give
-    `(1 - m) * batch`, and one update from a large value gives `m`.
+    `(1 - m) * batch`, and one update from a large value gives `m`. Entries that `update` leaves as
+    they are, such as those of a frozen layer, are returned as given.
 
     Examples: Flax Linen
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -52,33 +54,36 @@ def recompute_batch_stats(
       the averages count as complete.
 
     Raises:
-      ValueError: No batches; or an entry that `update` leaves as it is or rounds to 16 bits, or
-        that is no running average.
+      ValueError: No batches; `update` leaves every entry as it is; or it rounds one to 16 bits, or
+        one is no running average.
     """
     # By number, since update may return another kind of container.
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(batch_stats)]
+    leaves = [jnp.array(x) for x in jax.tree.leaves(batch_stats)]
     structure = jax.tree.structure(batch_stats)
     if leaves and not any(map(_is_float, leaves)):
         raise ValueError("batch_stats holds integers alone, and no running average")
 
-    def filled(value: float) -> Any:
-        """The statistics with this number in place of each float."""
+    def filled(values: Iterable[float]) -> Any:
+        """The statistics with one of these numbers in place of each float."""
 
-        def fill(x: jax.Array) -> jax.Array:
+        def fill(x: jax.Array, value: float) -> jax.Array:
             if not _is_float(x):
-                return x
+                return jnp.array(x)  # `update` may donate it.
             # The momentum cannot be read from an update that is rounded to 16 bits.
             return jnp.full_like(x, value, jnp.promote_types(x.dtype, jnp.float32))
 
-        return jax.tree.unflatten(structure, map(fill, leaves))
+        return jax.tree.unflatten(structure, map(fill, leaves, values))
+
+    zeros = [0.0] * len(leaves)
 
     average, shares = None, None
     for number, batch in enumerate(batches, 1):
         if average is None and not all(map(_is_float, leaves)):
-            leaves = _complete(leaves, jax.tree.leaves(update(filled(0), batch)))
-        moved = update(filled(0), batch)
+            leaves = _complete(leaves, jax.tree.leaves(update(filled(zeros), batch)))
+        moved = update(filled(zeros), batch)
         if average is None:
-            shares = _shares_of_batch(moved, update(filled(_PROBE), batch))
+            probes = [_probe(x) for x in jax.tree.leaves(moved)]
+            shares = _shares_of_batch(moved, update(filled(probes), batch), probes)
             average = moved
         else:
             # Batches are read as they are used, so that no more than two are on the device.
@@ -87,7 +92,9 @@ def recompute_batch_stats(
         raise ValueError("batches is empty; give at least one batch of training images")
 
     def finish(mean: jax.Array, share: float, old: jax.Array) -> jax.Array:
-        return (mean / jnp.asarray(share, mean.dtype)).astype(old.dtype) if _is_float(old) else old
+        if not _is_float(old) or share == 0:
+            return old
+        return (mean / jnp.asarray(share, mean.dtype)).astype(old.dtype)
 
     given = jax.tree.unflatten(jax.tree.structure(average), leaves)
     return jax.tree.map(finish, average, shares, given)
@@ -120,13 +127,19 @@ def _add_to_mean(mean: Any, new: Any, number: Any) -> Any:
     return jax.tree.map(add, mean, new)
 
 
-def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
-    """`1 - m` of each entry, from two updates by the same batch."""
+def _probe(from_zero: jax.Array) -> float:
+    """An old value that is large beside the statistics of a batch."""
+    largest = float(jnp.max(jnp.abs(from_zero))) if _is_float(from_zero) and from_zero.size else 0.0
+    return max(_PROBE, 16 * largest)
 
-    def share(path: Any, low: jax.Array, high: jax.Array) -> float:
+
+def _shares_of_batch(from_zero: Any, from_probe: Any, probes: list[float]) -> Any:
+    """`1 - m` of each entry, from two updates by the same batch; 0 for one that stays as it is."""
+
+    def share(path: Any, low: jax.Array, high: jax.Array, probe: float) -> float:
         if not _is_float(low):
             return 1.0
-        kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / _PROBE
+        kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / probe
         name = jax.tree_util.keystr(path)
         if jnp.issubdtype(low.dtype, jnp.floating) and jnp.finfo(low.dtype).bits < 32:
             raise ValueError(
@@ -138,10 +151,15 @@ def _shares_of_batch(from_zero: Any, from_probe: Any) -> Any:
                 f"batch_stats holds {name}, which is no running average of batch statistics; give "
                 "the entries of batch normalisation alone"
             )
-        if kept.mean() > 1 - 1e-6:
-            raise ValueError(
-                f"update leaves {name} of batch_stats as it is; run the network in training mode"
-            )
-        return float(1 - kept.mean())
+        return 0.0 if kept.mean() > 1 - 1e-6 else float(1 - kept.mean())
 
-    return jax.tree_util.tree_map_with_path(share, from_zero, from_probe)
+    given = jax.tree.unflatten(jax.tree.structure(from_zero), probes)
+    found = jax.tree_util.tree_map_with_path(share, from_zero, from_probe, given)
+    floats = [
+        s for s, x in zip(*map(jax.tree.leaves, (found, from_zero)), strict=True) if _is_float(x)
+    ]
+    if floats and not any(floats):
+        raise ValueError(
+            "update leaves all entries of batch_stats as they are; run the network in training mode"
+        )
+    return found

@@ -114,10 +114,67 @@ def test_what_is_no_running_average_is_refused():
     stats = {"mean": jnp.zeros(2), "u": jnp.zeros(2)}
     with pytest.raises(ValueError, match=r"\['u'\], which is no running average"):
         recompute_batch_stats(update, stats, [jnp.ones(2)])
-    with pytest.raises(ValueError, match=r"\['mean'\].* as it is; run the network in training mod"):
+    with pytest.raises(
+        ValueError, match="leaves all .* as they are; run the network in training m"
+    ):
         recompute_batch_stats(lambda stats, x: stats, {"mean": jnp.zeros(2)}, [jnp.ones(2)])
     with pytest.raises(ValueError, match="batches is empty"):
         recompute_batch_stats(update, stats, [])
+
+
+def test_frozen_layers_keep_their_statistics():
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(x)
+            return nn.BatchNorm(use_running_average=False)(x)
+
+    network, images = Network(), jnp.stack([jnp.asarray(batch) for batch in BATCHES])
+    variables = network.init(jax.random.key(0), images[0])
+    variables["batch_stats"]["BatchNorm_0"]["mean"] += 0.5
+
+    def update(batch_stats, x):
+        # The frozen layer's own, since the statistics of the other one depend on them.
+        moved = {"BatchNorm_0": variables["batch_stats"]["BatchNorm_0"]}
+        moved = {**variables, "batch_stats": {**batch_stats, **moved}}
+        new = network.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
+        return {**new, "BatchNorm_0": batch_stats["BatchNorm_0"]}
+
+    found = recompute_batch_stats(update, variables["batch_stats"], images)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        found["BatchNorm_0"],
+        variables["batch_stats"]["BatchNorm_0"],
+    )
+    # The running variance is that of the batches, not 1.
+    assert np.abs(found["BatchNorm_1"]["mean"]).max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e12])
+def test_large_activations_have_their_own_statistics(scale):
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.99)
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=(64, 2)).astype(np.float32) * [15, scale] for _ in range(3)]
+    variables = layer.init(jax.random.key(0), batches[0])
+
+    def update(batch_stats, x):
+        moved = {**variables, "batch_stats": batch_stats}
+        return layer.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    found = recompute_batch_stats(update, variables["batch_stats"], batches)
+    expected = np.mean([batch.var(0) for batch in batches], 0)
+    np.testing.assert_allclose(found["var"], expected, rtol=1e-4)
+
+
+def test_a_donating_update_leaves_the_given_statistics():
+    def update(stats, x):
+        return {"mean": 0.9 * stats["mean"] + 0.1 * x, "count": stats["count"] + 1}
+
+    stats = {"mean": jnp.zeros(2), "count": jnp.zeros((), jnp.int32)}
+    donating = jax.jit(update, donate_argnums=0)
+    found = recompute_batch_stats(donating, stats, [jnp.ones(2), jnp.full(2, 3.0)])
+    np.testing.assert_allclose(found["mean"], 2.0, rtol=1e-6)
+    assert not stats["count"].is_deleted() and not stats["mean"].is_deleted()
 
 
 def test_its_example_runs():

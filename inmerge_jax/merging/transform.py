@@ -91,9 +91,10 @@ def in_model_merging(
     this equals merging before each forward pass.
 
     Updates of units that are not merged are returned bit for bit. Merged ones are exact to the
-    rounding of the difference. With float32 updates none differs from an explicit merge; with
-    parameters and updates in bfloat16, 10 to 17 % of the entries of a merged layer differ. Call
-    `merge_kernels` at the start of the step if that matters.
+    rounding of the difference: to one bit or two in float32, and for bfloat16 parameters with
+    float32 updates exactly. With parameters and updates in bfloat16, 10 to 17 % of the entries of a
+    merged layer differ from an explicit merge. If that matters, call `merge_kernels` at the start
+    of the step.
 
     The last merge comes after the last forward pass, so the running averages of batch normalisation
     lag behind. If many units merge in each step, recompute them before an evaluation, or call

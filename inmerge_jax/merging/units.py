@@ -355,6 +355,12 @@ def attention_heads(
       ValueError: A name that is not in `params`, or shapes that do not divide into heads.
     """
     _, shape = _leaf(params, out)
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"{out!r} has shape {shape}: give the weights of one layer, which have two or three "
+            "axes. For a stack of layers, make each Kernel yourself, with the stack's axis in "
+            "batch_axes"
+        )
     split = len(shape) == 3
     count = shape[0] if split else heads
     if count is None:

@@ -41,6 +41,23 @@ def test_one_kernel_has_no_pairs_and_zero_kernels_none_alike():
     assert (zero.mean, zero.maximum, zero.nearest) == (0, 0, 0)
 
 
+def test_quantiles_and_thresholds_of_any_kind():
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 4, 12)), jnp.float32)
+    kernels = [layer("w", weight.shape)]
+    (plain,) = kernel_similarity({"w": weight}, kernels, quantiles=(0.5,), thresholds=(0.25,))
+    (found,) = kernel_similarity(
+        {"w": weight}, kernels, quantiles=(q for q in [0.5]), thresholds=jnp.array([0.25])
+    )
+    assert found == plain and found.quantiles[0.5] == plain.quantiles[0.5]
+
+
+def test_a_unit_with_a_nan_leaves_no_number_but_the_fractions():
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((5, 6)), jnp.float32)
+    (found,) = kernel_similarity({"w": weight.at[0, 2].set(jnp.nan)}, [layer("w", (5, 6))])
+    assert np.isnan([found.mean, found.minimum, found.maximum, *found.quantiles.values()]).all()
+    assert not np.isnan(list(found.above.values())).any()
+
+
 def test_to_dict_is_ready_for_json():
     (found,) = kernel_similarity(
         {"w": jnp.eye(3)}, [layer("w", (3, 3))], quantiles=(0.5,), thresholds=(0.3,)
@@ -57,7 +74,7 @@ def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):
     params = {f"w{i}": jnp.ones((2, 2, count)) * i for i in range(8)}
     kernels = [layer(name, (2, 2, count)) for name in params]
     before, order = {id(a) for a in jax.live_arrays()}, []
-    begin, wait = similarity._statistics, jax.device_get
+    begin, wait = similarity._cosines, jax.device_get
 
     def begin_one(*arguments):
         order.append("begin")
@@ -69,7 +86,7 @@ def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):
         order.append("wait")
         return wait(numbers)
 
-    monkeypatch.setattr(similarity, "_statistics", begin_one)
+    monkeypatch.setattr(similarity, "_cosines", begin_one)
     monkeypatch.setattr(jax, "device_get", wait_for_it)
     assert len(kernel_similarity(params, kernels)) == 8
     assert order == ["begin", "wait"] * 8

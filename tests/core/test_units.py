@@ -335,6 +335,12 @@ def test_a_grouped_convolution_of_an_ensemble_by_hand():
         np.testing.assert_allclose(merged["w"][member], expected["w"], rtol=1e-6)
 
 
+def test_a_stack_of_attention_layers_is_refused():
+    params = {name: jnp.zeros((12, 16, 4, 4)) for name in ("q", "k", "v", "o")}
+    with pytest.raises(ValueError, match="'o' has shape .*12, 16, 4, 4.*For a stack of layers"):
+        attention_heads(params, "a", query="q", key="k", value="v", out="o")
+
+
 def test_a_weight_in_two_layers_is_refused():
     weight = Kernel(at("w"), (5, 8), 1)
     params = {"w": jnp.ones((5, 8))}
