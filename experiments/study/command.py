@@ -20,6 +20,7 @@ from experiments.study.questions import QUESTIONS, cost
 from experiments.study.questions.question import Question
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import remove_tree
 from inmerge_jax.training.environment import enable_compilation_cache, environment
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
 from inmerge_jax.training.train import read_result
@@ -266,7 +267,10 @@ def check_pairs(question: Question, missing: Sequence[Trial], paths: stages.Path
 
 
 def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
-    """Stores a finished trial, and what the question measures of its weights."""
+    """Stores a finished trial, and what the question measures of its weights.
+
+    The weights of a second stage are then deleted, unless the question keeps them.
+    """
     stored = archive.read(paths.results)
     if trial.hash not in stored.records:
         dataset = stages.plan_of(trial, paths).dataset
@@ -281,6 +285,9 @@ def keep(question: Question, trial: Trial, paths: stages.Paths) -> None:
             question.measure(trial, paths)
         except UsageError as error:
             print(f"not measured: {trial.hash} {trial.name}: {error}", file=sys.stderr)
+            return
+    if not question.keeps_weights and not trial.is_backbone:
+        remove_tree(paths.trial(trial) / "checkpoints")
 
 
 def show(missing: Sequence[Trial], stored: archive.Archive, here: str) -> None:

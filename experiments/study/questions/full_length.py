@@ -296,6 +296,7 @@ QUESTION = Question(
     table=table,
     figure=figure,
     overview=overview,
+    keeps_weights=False,
     measure=measure,
     measured=measured,
 )

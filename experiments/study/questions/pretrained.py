@@ -377,6 +377,7 @@ QUESTION = Question(
     table=table,
     figure=figure,
     overview=overview,
+    keeps_weights=False,
     choices=rates_table,
     has_chosen=is_selected,
     measure=corrupted_predictions.measure,

@@ -50,6 +50,8 @@ class Question:
         None where it asks for none.
       keeps_scores: whether a trial's test scores are stored. Those of trials that only choose
         something on validation data need not be.
+      keeps_weights: whether the weights of second stages stay in their run folders once these are
+        stored and measured. Those of large networks take hundreds of megabytes each.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Question:
     has_chosen: Callable[[Archive], bool] = lambda archive: True
     check: Callable[[Archive], str] | None = None
     keeps_scores: Callable[[Trial], bool] = lambda trial: True
+    keeps_weights: bool = True
 
     @property
     def page(self) -> str:

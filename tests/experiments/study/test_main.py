@@ -11,6 +11,7 @@ from experiments.study import command as study
 from experiments.study.analysis import groups
 from experiments.study.questions.question import Overview, Question
 from experiments.study.trials import Backbone, Treatment, Trial
+from inmerge_jax.errors import UsageError
 
 START = Backbone("phantom", "vgg11", 0, 1, 0.05)
 TRIALS = (
@@ -103,6 +104,30 @@ def test_trials_that_follow_from_stored_ones_are_trained_by_the_same_command(opt
     assert "seeds: 1" in capsys.readouterr().out
     assert run(options, "--dry-run") == 0
     assert "0 trials are missing" in capsys.readouterr().out
+
+
+def test_weights_of_second_stages_are_deleted_once_measured(tmp_path, monkeypatch, capsys):
+    paths = stages.Paths(tmp_path, tmp_path / "runs", tmp_path / "results", 1)
+    trials = [TRIALS[0].first(), *TRIALS]
+    stored = archive.Archive({trial.hash: {} for trial in trials})
+    monkeypatch.setattr(archive, "read", lambda folder: stored)
+    monkeypatch.setattr(study, "differs", lambda trial, paths: False)
+
+    def left(**changes):
+        question = dataclasses.replace(QUESTION, **changes)
+        for trial in trials:
+            (paths.trial(trial) / "checkpoints").mkdir(parents=True, exist_ok=True)
+            study.keep(question, trial, paths)
+        return [trial.arm for trial in trials if (paths.trial(trial) / "checkpoints").exists()]
+
+    def fail(trial, paths):
+        raise UsageError("no room")
+
+    assert left(keeps_weights=False) == ["backbone"]
+    assert left() == ["backbone", "finetune", "inmerge"]
+    unmeasured = {"measure": fail, "measured": lambda trial, stored: False}
+    assert left(keeps_weights=False, **unmeasured) == ["backbone", "finetune", "inmerge"]
+    assert "not measured" in capsys.readouterr().err
 
 
 def test_an_incomplete_answer_is_not_given(options, tmp_path, capsys):
