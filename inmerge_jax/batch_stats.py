@@ -128,7 +128,7 @@ def _add_to_mean(mean: Any, new: Any, number: Any) -> Any:
 
 
 def _probe(from_zero: jax.Array) -> float:
-    """An old value that is large beside the statistics of a batch."""
+    """An old value that is at least 16 times as large as the statistics of a batch."""
     largest = float(jnp.max(jnp.abs(from_zero))) if _is_float(from_zero) and from_zero.size else 0.0
     return max(_PROBE, 16 * largest)
 
