@@ -23,7 +23,7 @@ from inmerge_jax.errors import UsageError
 from inmerge_jax.files import remove_tree
 from inmerge_jax.training.environment import enable_compilation_cache, environment
 from inmerge_jax.training.preemption import PreemptionHandler, TrainingInterrupted
-from inmerge_jax.training.train import read_result
+from inmerge_jax.training.stage_results import read_result
 
 _WAIT_SECONDS = 20
 PROGRAM = "python -m experiments.study"

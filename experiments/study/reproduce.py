@@ -26,7 +26,7 @@ from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.training.metrics import read_scores
-from inmerge_jax.training.train import read_result
+from inmerge_jax.training.stage_results import read_result
 
 
 @dataclass(frozen=True)

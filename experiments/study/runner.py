@@ -26,7 +26,8 @@ from inmerge_jax.progress import Progress
 from inmerge_jax.training.checkpointing import DamagedCheckpointError
 from inmerge_jax.training.environment import diff_environments, environment
 from inmerge_jax.training.experiment import initial_variables, make_context, restore_best
-from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.stage_results import read_result
+from inmerge_jax.training.train import NonFiniteLossError, train_stage
 from inmerge_jax.training.workdir import lock
 
 

@@ -25,7 +25,8 @@ from inmerge_jax.training.config import ModelConfig, RecipeConfig, RuleConfig, T
 from inmerge_jax.training.experiment import initial_variables, make_context, step_options
 from inmerge_jax.training.parallel import replicate
 from inmerge_jax.training.run_spec import RunSpec, make_run_spec
-from inmerge_jax.training.train import StageConfig, TrainContext, read_result
+from inmerge_jax.training.stage_results import read_result
+from inmerge_jax.training.train import StageConfig, TrainContext
 from inmerge_jax.training.train_step import (
     TrainState,
     make_merging_eval_step,

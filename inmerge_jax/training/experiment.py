@@ -40,7 +40,8 @@ from inmerge_jax.training.resolve import (
 )
 from inmerge_jax.training.run_spec import RunSpec
 from inmerge_jax.training.second_stage import begin_second_stage, weights_sha256
-from inmerge_jax.training.train import StageConfig, TrainContext, read_result, train_stage
+from inmerge_jax.training.stage_results import read_result
+from inmerge_jax.training.train import StageConfig, TrainContext, train_stage
 from inmerge_jax.training.train_step import (
     make_batch_stats_step,
     make_eval_step,

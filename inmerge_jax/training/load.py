@@ -22,7 +22,7 @@ from inmerge_jax.modality import SPATIAL_AXES, Modality
 from inmerge_jax.models import create_model
 from inmerge_jax.training import checkpointing
 from inmerge_jax.training.metrics import read_scores
-from inmerge_jax.training.train import read_result, read_tested
+from inmerge_jax.training.stage_results import read_result, read_tested
 from inmerge_jax.training.train_step import normalise, predictions
 
 _RESTORE = "restore it, or train again"

@@ -14,18 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from inmerge_jax.data import Dataset, Split, steps_per_epoch, train_batches
-from inmerge_jax.files import (
-    json_sha256,
-    read_arrays,
-    read_json_with_checksum,
-    write_arrays,
-    write_errors,
-    write_json,
-    write_json_with_checksum,
-)
+from inmerge_jax.files import json_sha256, write_json, write_json_with_checksum
 from inmerge_jax.merging import Kernel, kernel_similarity
 from inmerge_jax.merging.similarity import THRESHOLDS
 from inmerge_jax.merging.units import group_weights
@@ -43,20 +34,7 @@ from inmerge_jax.training.evaluation import (
     evaluate_merging,
     with_batch_stats_of,
 )
-from inmerge_jax.training.mask_metrics import (
-    dice_scores,
-    image_metrics,
-    mask_metrics,
-    mean_over_classes,
-    write_masks,
-)
-from inmerge_jax.training.metrics import (
-    METRICS,
-    compute_metrics,
-    json_metrics,
-    json_number,
-    write_scores,
-)
+from inmerge_jax.training.metrics import METRICS, json_number
 from inmerge_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from inmerge_jax.training.monitoring import StageMonitor
 from inmerge_jax.training.multihost import run_on_primary
@@ -68,6 +46,7 @@ from inmerge_jax.training.parallel import (
 )
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.recipes import Recipe, best_epoch, next_learning_rate
+from inmerge_jax.training.stage_results import val_metrics, write_predictions, write_tested
 from inmerge_jax.training.train_step import (
     Totals,
     TrainState,
@@ -77,10 +56,6 @@ from inmerge_jax.training.train_step import (
     with_averages_of,
     zero_totals,
 )
-
-TESTED = "tested.npz"
-"""In a stage's folder: averaged weights and re-estimated statistics of its best checkpoint."""
-
 
 _CHECK_EVERY = 64
 """Dispatches between two checks of the loss within an epoch."""
@@ -343,7 +318,7 @@ def train_stage(
             raise keep(unreplicate(state) if copy is None else copy) from stopped
         del copy
         _require_finite("validation", val_loss, stage, epoch, rate, history)
-        val = _val_metrics(context.dataset, scores)
+        val = val_metrics(context.dataset, scores)
 
         # ---- metrics, one line per epoch
         line = {
@@ -402,7 +377,7 @@ def train_stage(
     if stage.recompute_batch_stats:
         tested["batch_stats"] = unreplicate(state.batch_stats)
     if tested:
-        run_on_primary(_write_tested, stage.folder / TESTED, tested)
+        run_on_primary(write_tested, stage.folder, tested)
     counts = [np.sum([*line.get("merged", ()), *line.get("val_merged", ())]) for line in history]
     if stage.deep and any(counts) and not any(counts[:best]):
         warnings.append(
@@ -414,8 +389,10 @@ def train_stage(
     files = {}
     for name, images in (("val", context.dataset.val), ("test", context.dataset.test)):
         scores, _ = context.evaluate(state, images)
-        result[name], path = _write_predictions(context.dataset, stage, name, images, scores)
-        files[name] = str(path.relative_to(stage.folder))
+        run = f"{stage.arm}-seed{stage.seed}"
+        result[name], files[name] = write_predictions(
+            stage.folder, context.dataset, name, images, scores, run
+        )
 
     # ---- result.json is written last: it marks the stage as finished
     after = _similarity(unreplicate(state.params), context)
@@ -440,37 +417,6 @@ def train_stage(
     run_on_primary(write_json_with_checksum, stage.folder / "result.json", result)
     progress.say(_summary(stage, result))
     return result
-
-
-def _val_metrics(dataset: Dataset, scores: np.ndarray) -> dict[str, float]:
-    """The metrics of an epoch by name; HD95, which takes longer, is that of the result alone."""
-    labels = dataset.val.labels
-    if dataset.segmentation:
-        return {"dice": mean_over_classes(dice_scores(labels, scores, dataset.num_classes))}
-    metrics = compute_metrics(labels, scores, dataset.task)
-    return {"auc": metrics.auc, "acc": metrics.acc}
-
-
-def _write_predictions(
-    dataset: Dataset, stage: StageConfig, split: str, images: Split, scores: np.ndarray
-) -> tuple[dict[str, Any], Path]:
-    """Writes scores or masks of a split; their metrics for result.json, and the file's path."""
-    if dataset.segmentation:
-        found = image_metrics(images.labels, scores, dataset.num_classes)
-        path = stage.folder / "masks" / f"{split}.npz"
-        return json_metrics(mask_metrics(found)), run_on_primary(write_masks, path, scores, found)
-    metrics = compute_metrics(images.labels, scores, dataset.task)
-    path = run_on_primary(
-        write_scores,
-        stage.folder / "scores",
-        dataset.name,
-        dataset.size,
-        split,
-        scores,
-        metrics,
-        f"{stage.arm}-seed{stage.seed}",
-    )
-    return json_metrics(metrics), path
 
 
 def _executions(
@@ -555,28 +501,6 @@ def _similarity(params: Any, context: TrainContext) -> list[dict[str, Any]]:
     return [layer.to_dict() for layer in layers]
 
 
-def _write_tested(path: Path, variables: dict[str, Any]) -> None:
-    with write_errors(path):
-        write_arrays(path, flatten_dict(variables, sep="."))
-
-
-def read_tested(folder: Path) -> dict[str, np.ndarray]:
-    """Variables that a finished stage was tested with where they are not those of its checkpoint.
-
-    By dotted path, such as "params.conv1.kernel". Averaged weights and re-estimated statistics are
-    there; {} without them.
-
-    Raises:
-      UsageError: the file is damaged.
-    """
-    path = folder / TESTED
-    remedy = (
-        "delete it, result.json and the run's results.json, and give `resume`, which evaluates the "
-        "stage again"
-    )
-    return read_arrays(path, remedy) if path.exists() else {}
-
-
 def _column_sums(history: list[dict[str, Any]], name: str) -> list[int]:
     return [sum(column) for column in zip(*(line.get(name, []) for line in history), strict=True)]
 
@@ -594,17 +518,3 @@ def _summary(stage: StageConfig, result: dict[str, Any]) -> str:
         f"{stage.name}: test {found} at epoch {result['best_epoch']} of {stage.epochs}, "
         f"{result['seconds']:.0f} s{merged}"
     )
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Reads result.json of a stage; None if the stage is not finished.
-
-    Raises:
-      UsageError: the file is damaged.
-    """
-    path = folder / "result.json"
-    remedy = (
-        "restore it, or delete it and the run's results.json, and give `resume`, which evaluates "
-        "the stage's best checkpoint again"
-    )
-    return read_json_with_checksum(path, remedy) if path.exists() else None

@@ -17,7 +17,7 @@ from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.recipes import RECIPES
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.train import read_tested
+from inmerge_jax.training.stage_results import read_tested
 from inmerge_jax.training.train_step import (
     Averages,
     averaged,

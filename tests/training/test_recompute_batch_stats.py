@@ -18,7 +18,8 @@ from inmerge_jax.training.metrics import read_scores
 from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.resolve import config_dict, resolve_recipe
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.train import TESTED, batch_seed, read_tested
+from inmerge_jax.training.stage_results import TESTED, read_tested
+from inmerge_jax.training.train import batch_seed
 from inmerge_jax.training.train_step import make_batch_stats_step, normalise
 from tests.training import tiny
 from tests.training.test_train import check_resumption, restore, run

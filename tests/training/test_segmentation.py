@@ -34,7 +34,8 @@ from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.parallel import DATA_AXIS
 from inmerge_jax.training.recipes import RECIPES, fit_recipe
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.train import read_result, train_stage
+from inmerge_jax.training.stage_results import read_result
+from inmerge_jax.training.train import train_stage
 from inmerge_jax.training.train_step import (
     example_losses,
     flip,

@@ -22,7 +22,8 @@ from inmerge_jax.training.checkpointing import (
 from inmerge_jax.training.metrics import compute_metrics, read_scores
 from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.preemption import TrainingInterrupted
-from inmerge_jax.training.train import NonFiniteLossError, read_result, train_stage
+from inmerge_jax.training.stage_results import read_result
+from inmerge_jax.training.train import NonFiniteLossError, train_stage
 from inmerge_jax.training.train_step import make_optimizer, new_state
 from tests.long import LONG
 from tests.training import tiny
