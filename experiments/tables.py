@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from experiments import first_look
 from experiments.benchmarks import batch_statistics
 from experiments.benchmarks.accelerator import page as accelerator
@@ -114,7 +117,7 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     columns = ("measured", "quantity", "value", "target", "met", "earlier")
     lines = []
     for name, section in stored.items():
-        for row in section["rows"] if name != "families" else ():
+        for row in section["rows"] if name not in ("arms", "families") else ():
             same = old.get((row["name"], row["quantity"]))
             before_it = ""
             if same is not None:
@@ -129,16 +132,47 @@ def benchmark_table(path: Path, earlier: Path) -> str:
     return f"{table}\n\n{' '.join(where)}\n"
 
 
-def families_table(path: Path) -> str:
-    """A row per network other than image CNNs: rate, cost of merging, compilation and memory."""
-    section = json.loads(path.read_bytes()).get("families")
-    if section is None:
-        return "*Not measured yet.*\n"
+def arms_table(path: Path) -> str:
+    """A row per network of the study: cost of each merging arm, compilation and memory."""
+    section = json.loads(path.read_bytes())["arms"]
+    lines = []
+    for name, rows in _by_case(section).items():
+        *ratios, plain, merging, memory, more = rows
+        compilation = f"{plain['value']:.0f}, {merging['value']:.0f}"
+        size = f"{memory['value']:.0f}, {more['value']:.3f}"
+        step = _time(ratios[0]["seconds"]["plain"]["median"])
+        lines.append((name, step, *map(_ratio, ratios), compilation, size))
+    arms = [row["quantity"].partition(" / ")[0] for row in ratios]
+    columns = ("network", "fine-tuning, per update", *(f"{arm} / fine-tuning" for arm in arms))
+    more_columns = (
+        f"compilation in s: fine-tuning, {arms[0]}",
+        f"memory: MB, {arms[0]} / fine-tuning",
+    )
+    where = measured_on([section["environment"]])
+    table = markdown_rows((*columns, *more_columns), lines, "l" + "r" * (len(lines[0]) - 1))
+    return f"{table}\n\nMeasured on {where}.\n"
+
+
+def _by_case(section: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in section["rows"]:
         found.setdefault(row["name"].removeprefix("step, "), []).append(row)
+    return found
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """The median ratio over rounds, with its 95 % interval of the binomial distribution."""
+    above, below = (times["all"] for times in row["seconds"].values())
+    found = stats.quantile_test(np.divide(above, below), p=0.5).confidence_interval(0.95)
+    return f"{row['value']:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def families_table(path: Path) -> str:
+    """A row per network other than image CNNs: rate, cost of merging, compilation and memory."""
+    section = json.loads(path.read_bytes())["families"]
     lines = []
-    for name, (cost, alone, rate, plain, merging, memory, more) in found.items():
+    for name, rows in _by_case(section).items():
+        cost, alone, rate, plain, merging, memory, more = rows
         step = _time(cost["seconds"]["plain"]["median"])
         ratio = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
         compilation = f"{plain['value']:.0f}, {merging['value']:.0f}"
@@ -204,6 +238,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "benchmark": lambda: benchmark_table(
         RESULTS / "benchmark.json", RESULTS / "benchmark_earlier.json"
     ),
+    "arms": lambda: arms_table(RESULTS / "benchmark.json"),
     "families": lambda: families_table(RESULTS / "benchmark.json"),
     "recompute_batch_stats": lambda: batch_statistics.markdown(
         json.loads(batch_statistics.RESULTS.read_bytes())
@@ -241,7 +276,7 @@ PAGES = {
     "docs/interruptions.md": ("kills", "kills_bucket"),
     "docs/chestxray14.md": ("chestxray14_input",),
     "docs/tpu.md": ("tpu_check", "tpu_forms"),
-    accelerator.PAGE: ("accelerator", "benchmark", "families"),
+    accelerator.PAGE: ("accelerator", "benchmark", "arms", "families"),
     "docs/protocol.md": (
         *("pretrained_rates", "power", "power_better_rule"),
         *("power_spread", "power_current"),

@@ -31,7 +31,7 @@ from experiments.benchmarks.step_cases import (
 from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns, to_table
 from experiments.benchmarks.trained_weights import train_vgg19
 from experiments.oracles.released_torch import merge_pass
-from inmerge_jax import MergeRule, deep_kernels, merge_kernels
+from inmerge_jax import MergeRule, deep_kernels, merge_kernels, quantile
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
 from inmerge_jax.merging import Kernel
@@ -41,7 +41,9 @@ from inmerge_jax.models.units import default_units, find_units
 from inmerge_jax.training.environment import configure_malloc, environment
 from inmerge_jax.training.init import init_variables
 
-Section = Literal["merge", "backends", "overhead", "families", "pytorch", "conversion", "cache"]
+Section = Literal[
+    "merge", "backends", "overhead", "arms", "families", "pytorch", "conversion", "cache"
+]
 
 UPDATES = 60
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
@@ -62,9 +64,10 @@ class BenchmarkConfig:
 
     merge: merge of VGG19's six deep layers, compared with a PyTorch version of the released code's
     loop. backends: merge of a network's deep layers, reference and CPU implementation, and the
-    share of a training step saved. overhead: training step with and without merging. families: the
-    same for networks other than image CNNs, with their compilation and memory. pytorch: training
-    step without merging, compared with PyTorch. conversion: VGG19's weights from and to
+    share of a training step saved. overhead: training step with and without merging. arms: training
+    steps of the study's arms, compared with fine-tuning, with their compilation and memory.
+    families: the same for networks other than image CNNs. pytorch: training step without merging,
+    compared with PyTorch. conversion: VGG19's weights from and to
     torchvision's format. cache: programs compiled by the second start of a training command.
     Contenders run interleaved in one process; a ratio is the median of the ratios by round.
 
@@ -90,6 +93,19 @@ OVERHEAD_CASES = (
     Rounds(Case("resnet18", "small", 28, 128), 20),
     Rounds(Case("vgg19", "imagenet", 224, 8), 10),
 )
+ARM_CASES = (
+    Rounds(Case("vgg16", "small", 64, 64), 16),
+    Rounds(Case("vgg16", "small", 28, 64), 16),
+    Rounds(Case("resnet18", "small", 28, 128), 16),
+    Rounds(Case("resnet18", "small", 28, 32, width=0.25), 40),
+)
+"""Networks, image sizes and batch sizes of docs/protocol.md, sections 1 to 4."""
+ARMS = {
+    "paper": MergeRule(threshold=-1.0, partner="nearest"),
+    "released": MergeRule(threshold=-1.0),
+    "quantile": MergeRule(threshold=quantile(0.5), partner="nearest"),
+}
+"""Arms of the study. With a threshold of -1 all selected kernels merge: the most expensive case."""
 FAMILY_CASES = (
     Rounds(Case("vit_tiny", "small", 28, 128), 6),
     Rounds(Case("mixer_tiny", "small", 28, 128), 10),
@@ -135,6 +151,7 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
         "merge": lambda: merge_rows(rounds=max(1, round(40 * factor))),
         "backends": lambda: [row for one in scaled(OVERHEAD_CASES) for row in backend_rows(*one)],
         "overhead": lambda: [overhead_row(*one) for one in scaled(OVERHEAD_CASES)],
+        "arms": lambda: [row for one in scaled(ARM_CASES) for row in arm_rows(*one)],
         "families": lambda: [row for one in scaled(FAMILY_CASES) for row in family_rows(*one)],
         "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
         "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
@@ -325,18 +342,40 @@ def family_rows(case: Case, rounds: int) -> list[Row]:
     name = f"step, {case}"
     note = f"units: {', '.join(default_units(case.model))}; random partner, threshold 0.3"
     rate = [case.batch / one for one in seconds[PLAIN]]
-    figures = {
-        "examples per second, plain": (statistics.median(rate), min(rate), max(rate)),
-        "seconds of compilation, plain": (programs[0].compile_seconds,) * 3,
-        "seconds of compilation, merging": (programs[1].compile_seconds,) * 3,
-        "planned memory in MB, plain": (programs[0].peak_bytes / 1e6,) * 3,
-        "planned memory, merging / plain": (programs[1].peak_bytes / programs[0].peak_bytes,) * 3,
-    }
     return [
         ratio_row(name, seconds, MERGING, PLAIN, None, note),
         ratio_row(name, seconds, MERGE, PLAIN, target, note),
-        *(Row(name, quantity, *values) for quantity, values in figures.items()),
+        Row(name, "examples per second, plain", statistics.median(rate), min(rate), max(rate)),
+        *_program_rows(name, PLAIN, programs[0], MERGING, programs[1]),
     ]
+
+
+def arm_rows(case: Case, rounds: int) -> list[Row]:
+    """Step of each merging arm of the study, compared with the step of fine-tuning.
+
+    Also compilation and memory, of fine-tuning and the paper's rule.
+    """
+    print(f"arms: {case}, {rounds} rounds", flush=True)
+    programs = dict(zip((PLAIN, *ARMS), jax_steps(case, (None, *ARMS.values())), strict=True))
+    seconds = take_turns({arm: blocking(one) for arm, one in programs.items()}, rounds=rounds)
+    name, first = f"step, {case}", next(iter(ARMS))
+    return [
+        *(ratio_row(name, seconds, arm, PLAIN, None, str(rule)) for arm, rule in ARMS.items()),
+        *_program_rows(name, PLAIN, programs[PLAIN], first, programs[first]),
+    ]
+
+
+def _program_rows(
+    name: str, plain: str, without: StepProgram, merging: str, program: StepProgram
+) -> list[Row]:
+    """Compilation and memory of two programs."""
+    figures = {
+        f"seconds of compilation, {plain}": without.compile_seconds,
+        f"seconds of compilation, {merging}": program.compile_seconds,
+        f"planned memory in MB, {plain}": without.peak_bytes / 1e6,
+        f"planned memory, {merging} / {plain}": program.peak_bytes / without.peak_bytes,
+    }
+    return [Row(name, quantity, *(value,) * 3) for quantity, value in figures.items()]
 
 
 def pytorch_rows(case: Case, rounds: int) -> list[Row]:

@@ -67,7 +67,8 @@ class Case:
     modality: Modality = "image"
 
     def __str__(self) -> str:
-        return f"{self.model} {self.size} {SIZE_UNITS[self.modality]}, batch {self.batch}"
+        width = "" if self.width == 1 else f" width {self.width:g}"
+        return f"{self.model}{width} {self.size} {SIZE_UNITS[self.modality]}, batch {self.batch}"
 
     @property
     def shape(self) -> tuple[int, ...]:

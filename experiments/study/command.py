@@ -16,7 +16,7 @@ import tyro
 
 from experiments.study import archive, datasets, importing, presets, reproduce, runner, stages
 from experiments.study.archive import RESULTS
-from experiments.study.questions import QUESTIONS, cost
+from experiments.study.questions import QUESTIONS
 from experiments.study.questions.question import Question
 from experiments.study.trials import Trial, with_dependencies
 from inmerge_jax.errors import UsageError
@@ -78,7 +78,7 @@ class StudyConfig:
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status, 2 on bad input."""
     commands = {"verify": verify, "reproduce": reproduce.main, "presets": presets.main}
-    commands |= {"cost": cost.main, "import": importing.main}
+    commands["import"] = importing.main
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2

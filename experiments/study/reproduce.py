@@ -54,7 +54,7 @@ class ReproduceConfig:
 
 
 # Of the stored draws: the places of the earlier questions, counted from 1.
-_EARLIER = ("main_effect", "ablation", "controls", "similarity", "adaptive", "robustness", "cost")
+_EARLIER = ("main_effect", "ablation", "controls", "similarity", "adaptive", "robustness")
 _NUMBERS = {name: number for number, name in enumerate(_EARLIER, 1)}
 
 

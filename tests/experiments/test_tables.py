@@ -3,9 +3,11 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from experiments import tables
+from experiments.benchmarks.timing import Row, ratio_row
 from experiments.study.statistics import MARGIN
 from experiments.tables import PUBLISHED
 from inmerge_jax.errors import UsageError
@@ -42,6 +44,20 @@ def test_a_number_typed_by_hand_is_noticed():
 def test_a_missing_place_is_an_error():
     with pytest.raises(UsageError, match="needs the lines <!-- begin main -->"):
         tables.render("# nothing")
+
+
+def test_the_cost_of_an_arm_has_an_interval_of_neighbouring_steps(tmp_path):
+    plain = np.linspace(1, 2, 12)
+    factors = [0.5, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8, 2, 9]
+    seconds = {"paper": (plain * factors).tolist(), "plain": plain.tolist()}
+    other = Row("step, vgg16", "", 3.0, 3.0, 3.0)
+    rows = [ratio_row("step, vgg16", seconds, "paper", "plain"), *(other,) * 4]
+    around = {"cpus": 2, "started": "2026-01-01", "git": {"commit": "a" * 40, "dirty": False}}
+    section = {"environment": around, "rows": [row.to_dict() for row in rows]}
+    path = tmp_path / "benchmark.json"
+    path.write_text(json.dumps({"arms": section}))
+    # The third and the tenth of twelve: 0.5 to the 12th times 1 + 12 + 66 is 0.019 below each.
+    assert "| vgg16 | 1.50 s | 1.400 [1.000, 1.800] | 3, 3 | 3, 3.000 |" in tables.arms_table(path)
 
 
 def leaves(value):

@@ -6,7 +6,6 @@ from experiments.study.questions import (
     better_rule,
     controls,
     corruption,
-    cost,
     full_length,
     main_effect,
     pretrained,
@@ -21,7 +20,7 @@ QUESTIONS: dict[str, Question] = {
     for module in (
         *(pretrained, full_length, scarce, better_rule, corruption),
         *(main_effect, ablation, controls),
-        *(similarity, adaptive, robustness, cost),
+        *(similarity, adaptive, robustness),
     )
 }
 """By name."""

@@ -207,6 +207,22 @@ def test_family_rows_have_cost_compilation_and_memory():
     assert rows[1]["met"] is None  # These steps are far shorter than 100 ms.
 
 
+@pytest.mark.long
+def test_arm_rows_compare_every_merging_arm_with_fine_tuning():
+    case = dataclasses.replace(TINY, width=0.0625)
+    rows = [row.to_dict() for row in cpu.arm_rows(case, rounds=8)]
+    ratios, programs = rows[:3], rows[3:]
+    assert [row["quantity"] for row in ratios] == [f"{arm} / plain" for arm in cpu.ARMS]
+    assert [row["quantity"] for row in programs] == [
+        "seconds of compilation, plain",
+        "seconds of compilation, paper",
+        "planned memory in MB, plain",
+        "planned memory, paper / plain",
+    ]
+    assert all(row["low"] <= row["value"] <= row["high"] and row["value"] > 0 for row in rows)
+    assert {row["name"] for row in rows} == {"step, vgg16 width 0.0625 8 px, batch 2"}
+
+
 def test_a_vision_transformer_has_a_counterpart_in_pytorch():
     network = create_network("vit_s_16", 3, stem="small", size=32, width=1 / 6)
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
