@@ -18,8 +18,6 @@ import torch
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks.conversion import conversion_rows
-from experiments.benchmarks.startup import cache_rows
 from experiments.benchmarks.step_cases import (
     CLASSES,
     Case,
@@ -41,9 +39,7 @@ from inmerge_jax.models.units import default_units, find_units
 from inmerge_jax.training.environment import configure_malloc, environment
 from inmerge_jax.training.init import init_variables
 
-Section = Literal[
-    "merge", "backends", "overhead", "arms", "families", "pytorch", "conversion", "cache"
-]
+Section = Literal["merge", "backends", "overhead", "arms", "families", "pytorch"]
 
 UPDATES = 60
 LOOP, OURS, NEAREST, KEPT = "PyTorch loop", "random", "nearest", "random, params kept"
@@ -51,11 +47,6 @@ REFERENCE: Implementation = "reference"
 CPU: Implementation = "cpu"
 PLAIN, MERGING, TORCH, TORCH_LAST = "plain", "merging", "PyTorch", "PyTorch channels_last"
 MERGE = "merge alone"
-
-TINY_RUN = (
-    "--data phantom --phantom.train 64 --phantom.val 32 --phantom.test 32 --model resnet18 "
-    "--width 0.125 --epochs 1 --merging-epochs 1 --batch-size 32 --overwrite"
-).split()
 
 
 @dataclass(frozen=True)
@@ -67,9 +58,8 @@ class BenchmarkConfig:
     share of a training step saved. overhead: training step with and without merging. arms: training
     steps of the study's arms, compared with fine-tuning, with their compilation and memory.
     families: the same for networks other than image CNNs. pytorch: training step without merging,
-    compared with PyTorch. conversion: VGG19's weights from and to
-    torchvision's format. cache: programs compiled by the second start of a training command.
-    Contenders run interleaved in one process; a ratio is the median of the ratios by round.
+    compared with PyTorch. Contenders run interleaved in one process; a ratio is the median of the
+    ratios by round.
 
     Attributes:
       only: Sections to measure. The output file keeps the rows of the other sections.
@@ -154,8 +144,6 @@ def standard_sections(factor: float) -> dict[str, Callable[[], list[Row]]]:
         "arms": lambda: [row for one in scaled(ARM_CASES) for row in arm_rows(*one)],
         "families": lambda: [row for one in scaled(FAMILY_CASES) for row in family_rows(*one)],
         "pytorch": lambda: [row for one in scaled(PYTORCH_CASES) for row in pytorch_rows(*one)],
-        "conversion": lambda: conversion_rows(rounds=max(1, round(5 * factor))),
-        "cache": lambda: cache_rows("experiments.train", TINY_RUN),
     }
 
 

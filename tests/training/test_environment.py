@@ -11,6 +11,23 @@ import pytest
 
 from inmerge_jax.training.environment import _git, diff_environments, environment, processor
 
+TRAINING = (
+    "--data phantom --phantom.train 64 --phantom.val 32 --phantom.test 32 --model vgg11 "
+    "--width 0.05 --skip 4 --epochs 1 --merging-epochs 1 --batch-size 32 --devices 1"
+)
+
+
+@pytest.mark.long
+def test_a_second_start_of_a_training_command_compiles_nothing(tmp_path):
+    command = [sys.executable, "-m", "inmerge_jax.cli.main", "train", *TRAINING.split()]
+    command += ["--compilation-cache-dir", str(tmp_path / "cache")]
+    programs = []
+    for run in ("first", "second"):
+        subprocess.run([*command, "--output", str(tmp_path / run)], check=True, cwd=tmp_path)
+        # Every program that is compiled is stored, see `enable_compilation_cache`.
+        programs.append({path.name for path in (tmp_path / "cache").glob("*-cache")})
+    assert programs[0] == programs[1] != set()
+
 
 def test_environment_describes_this_process():
     found = json.loads(json.dumps(environment()))

@@ -8,8 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from experiments.benchmarks import cpu, timing  # noqa: E402
-from experiments.benchmarks.conversion import conversion_rows  # noqa: E402
-from experiments.benchmarks.startup import cache_rows  # noqa: E402
 from experiments.benchmarks.step_cases import Case  # noqa: E402
 from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns  # noqa: E402
 from experiments.benchmarks.trained_weights import train_vgg19  # noqa: E402
@@ -18,7 +16,6 @@ from experiments.oracles.torch_networks import create_network  # noqa: E402
 from inmerge_jax.models import create_model  # noqa: E402
 
 TINY = Case("vgg16", "small", 8, 2)
-ONE_PROGRAM = "tests.experiments.one_program"
 
 
 # ---- the PyTorch readings
@@ -238,32 +235,6 @@ def test_what_the_cpu_form_saves_is_a_share_of_a_step():
         slow, fast, step = (times["median"] for times in share["seconds"].values())
         assert ratio["value"] == pytest.approx(slow / fast)
         assert share["value"] == pytest.approx((slow - fast) / step)
-
-
-@pytest.mark.long
-def test_conversion_is_timed_both_ways():
-    rows = [row.to_dict() for row in conversion_rows(rounds=2, name="resnet18")]
-    assert [row["quantity"] for row in rows] == [
-        "from_state_dict, seconds",
-        "to_state_dict, seconds",
-    ]
-    for row in rows:
-        (times,) = row["seconds"].values()
-        assert row["value"] == times["median"] and len(times["all"]) == 2
-        assert row["met"] == (row["value"] <= 5)
-
-
-@pytest.mark.long
-def test_a_second_start_compiles_nothing():
-    row, times = (row.to_dict() for row in cache_rows(ONE_PROGRAM, []))
-    assert (row["value"], row["met"]) == (0, True)
-    assert "0 compiled by the first" not in row["note"]
-    assert list(times["seconds"]) == ["first start", "second start"]
-
-
-def test_failed_start_is_an_error():
-    with pytest.raises(Exception, match="returned non-zero exit status 3"):
-        cache_rows(ONE_PROGRAM, ["--fail"])
 
 
 # ---- the command
