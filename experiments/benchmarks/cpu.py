@@ -87,7 +87,7 @@ ARM_CASES = (
     Rounds(Case("vgg16", "small", 64, 64), 16),
     Rounds(Case("vgg16", "small", 28, 64), 16),
     Rounds(Case("resnet18", "small", 28, 128), 16),
-    Rounds(Case("resnet18", "small", 28, 32, width=0.25), 40),
+    Rounds(Case("resnet18", "small", 28, 32, width=0.25), 100),
 )
 """Networks, image sizes and batch sizes of docs/protocol.md, sections 1 to 4."""
 ARMS = {
@@ -307,7 +307,7 @@ def backend_rows(case: Case, rounds: int) -> list[Row]:
 
 
 def overhead_row(case: Case, rounds: int) -> Row:
-    """Training step with merging (default rule, `skip=10`) compared with the step without."""
+    """Training step with merging by the default rule, compared with the step without."""
     print(f"overhead: {case}, {rounds} rounds", flush=True)
     plain, merging = map(blocking, jax_steps(case, (None, MergeRule())))
     seconds = take_turns({MERGING: merging, PLAIN: plain}, rounds=rounds)

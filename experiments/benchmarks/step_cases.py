@@ -104,7 +104,11 @@ class StepProgram:
 
 
 def network_and_units(case: Case) -> tuple[Any, tuple[Kernel, ...]]:
-    """The network of a case, and the units that merge by default."""
+    """The network of a case, and the units that merge.
+
+    As in the released code, all kernels but those of the first 10 convolutions; of other units, and
+    of networks with 10 convolutions or fewer, half of the layers, but no more than 10, are skipped.
+    """
     model = create_model(
         case.model,
         CLASSES,
@@ -116,7 +120,9 @@ def network_and_units(case: Case) -> tuple[Any, tuple[Kernel, ...]]:
     )
     units = find_units(model, case.shape, default_units(case.model))
     layers = len(group_weights(units))
-    return model, select_units(NO_PRESET, case.model, units, min(10, layers // 2))[0]
+    released = default_units(case.model) == ("kernels",) and layers > 10
+    skip = 10 if released else min(10, layers // 2)
+    return model, select_units(NO_PRESET, case.model, units, skip)[0]
 
 
 def jax_steps(case: Case, rules: Sequence[MergeRule | None]) -> list[StepProgram]:

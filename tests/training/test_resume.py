@@ -19,11 +19,13 @@ from inmerge_jax.cli.options import parse_config
 from inmerge_jax.cli.train import main
 from inmerge_jax.data import images as decoding
 from inmerge_jax.errors import UsageError
+from inmerge_jax.training.checkpointing import read_arrays
 from inmerge_jax.training.experiment import run_experiment
+from inmerge_jax.training.load import find_stage
 from inmerge_jax.training.metrics_file import read_metrics
 from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.run_spec import make_run_spec
-from inmerge_jax.training.second_stage import begin_second_stage
+from inmerge_jax.training.second_stage import begin_second_stage, weights_sha256
 from tests.data.test_folder import make_folders
 from tests.training import tiny
 
@@ -186,6 +188,18 @@ def test_a_run_leaves_everything_that_its_report_needs(reference):
     backbone = read_metrics(reference / "seed7" / "backbone" / "metrics.jsonl")
     (first,) = results["arms"]["backbone"]
     assert second[0]["learning_rate"] == backbone[first["best_epoch"] - 1]["learning_rate"]
+
+
+@pytest.mark.long
+def test_the_second_stage_starts_from_the_best_backbone_with_a_fresh_optimizer(reference):
+    backbone = find_stage(reference, "backbone", 7)
+    best, folder = backbone.variables(), reference / "seed7" / "inmerge"
+    start = json.loads((folder / "start.json").read_text())
+    assert start == {"sha256": weights_sha256(best["params"], best["batch_stats"])}
+    lines = read_metrics(folder / "metrics.jsonl")
+    arrays = read_arrays(folder / "checkpoints" / str(len(lines)))
+    counts = [int(values) for name, values in arrays.items() if name.endswith(".count")]
+    assert counts and set(counts) == {lines[-1]["step"]}
 
 
 @pytest.mark.long

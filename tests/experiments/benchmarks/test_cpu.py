@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from experiments.benchmarks import cpu, timing  # noqa: E402
-from experiments.benchmarks.step_cases import Case  # noqa: E402
+from experiments.benchmarks.step_cases import Case, network_and_units  # noqa: E402
 from experiments.benchmarks.timing import Row, Target, ratio_row, take_turns  # noqa: E402
 from experiments.benchmarks.trained_weights import train_vgg19  # noqa: E402
 from experiments.oracles import merging_numpy, released_torch  # noqa: E402
@@ -202,6 +202,13 @@ def test_family_rows_have_cost_compilation_and_memory():
     ]
     assert all(row["low"] <= row["value"] <= row["high"] and row["value"] > 0 for row in rows)
     assert rows[1]["met"] is None  # These steps are far shorter than 100 ms.
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("vgg11", 4), ("vgg16", 3), ("vgg19", 6), ("resnet18", 10)]
+)
+def test_the_layers_that_merge_are_those_of_the_released_code(name, kernels):
+    assert len(network_and_units(dataclasses.replace(TINY, model=name, width=0.05))[1]) == kernels
 
 
 @pytest.mark.long
