@@ -159,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         registry=path_registry(),
     )
     output = config.data_dir if isinstance(config, Prepare) else config.output
-    return run_command(lambda: _run(config), output, stopped="stopped; the same command continues")
+    stopped = "stopped" + ("" if isinstance(config, Measure) else "; the same command continues")
+    return run_command(lambda: _run(config), output, stopped=stopped)
 
 
 def _run(config: Build | Measure | Prepare) -> None:

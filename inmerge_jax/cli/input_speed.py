@@ -1,12 +1,12 @@
 """Measures input throughput: `inmerge data measure`."""
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,6 +23,9 @@ from inmerge_jax.data.chestxray14.records import load_chestxray14
 from inmerge_jax.data.workers import end_with_parent
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import write_json
+
+_FILES = 8
+"""Files that each process reduces between two looks at the clock."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +144,7 @@ def read_rate(split: Split, batch_size: int, workers: int, seconds: float) -> Ra
 
 
 def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> Rate:
-    """Reduces the files repeatedly for about `seconds`, after one warm-up round.
+    """Reduces the files in turn, again and again, for about `seconds` after a warm-up.
 
     Raises:
       UsageError: an image is damaged; a process was killed.
@@ -149,16 +152,19 @@ def reduce_rate(paths: list[Path], size: int, workers: int, seconds: float) -> R
     spawn = multiprocessing.get_context("spawn")
     expected = usual(paths)
     with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
+        turns = itertools.cycle(paths)
 
-        def once() -> Iterable[int]:
-            sizes, wanted = [size] * len(paths), [expected] * len(paths)
-            return pool.map(_reduced_bytes, paths, sizes, wanted)
+        def some() -> int:
+            """Reduces a few files, and returns their number."""
+            files = list(itertools.islice(turns, _FILES * workers))
+            sizes, wanted = [size] * len(files), [expected] * len(files)
+            return len(list(pool.map(_reduced_bytes, files, sizes, wanted)))
 
         try:
-            list(once())
+            some()
             started, count = time.perf_counter(), 0
             while not count or time.perf_counter() - started < seconds:
-                count += len(list(once()))
+                count += some()
             return Rate(workers, count, time.perf_counter() - started)
         except BrokenProcessPool as error:
             raise UsageError(

@@ -1,13 +1,22 @@
 """Data sets of float arrays: signals and tables."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from inmerge_jax.data.dataset import Dataset, Split
-from inmerge_jax.data.splitting import SPLITS, add_splits, check_classes, check_training_classes
+from inmerge_jax.data.splitting import (
+    SPLITS,
+    add_splits,
+    check_classes,
+    check_training_classes,
+    warn_of_incomplete_classes,
+)
+from inmerge_jax.errors import UsageError
+
+_LOST = 1e-3
+"""Rounding error at which a feature is refused, in standard deviations of the feature."""
 
 
 def dataset_from_arrays(
@@ -55,13 +64,8 @@ def dataset_from_arrays(
     for part in (examples, labels, chosen):
         digest.update(np.ascontiguousarray(part))
     origin = f"{source}, {len(labels):,} examples, SHA-256 {digest.hexdigest()}"
-    for number, text in _incomplete(classes, labels, chosen).items():
-        origin += f"; class {classes[number]}: {text}"
-        warnings.warn(
-            f"{source}: the class {classes[number]} has too few examples for every split: {text}. "
-            "Its AUC is undefined where it has none",
-            stacklevel=2,
-        )
+    for one, text in warn_of_incomplete_classes(classes, labels, chosen, source).items():
+        origin += f"; class {one}: {text}"
     patients = None if groups is None else np.unique(np.array(groups), return_inverse=True)[1]
     parts = {}
     for split in SPLITS:
@@ -84,13 +88,27 @@ def dataset_from_arrays(
     )
 
 
-def _incomplete(classes: Sequence[str], labels: np.ndarray, splits: np.ndarray) -> dict[int, str]:
-    """The number of examples in each split, of each class that lacks them in one."""
-    found = {}
-    for number in range(len(classes)):
-        counts = [int(np.sum(splits[labels == number] == split)) for split in SPLITS]
-        if 0 in counts:
-            found[number] = ", ".join(
-                f"{count} {split}" for count, split in zip(counts, SPLITS, strict=True)
-            )
-    return found
+def as_float32(values: np.ndarray, names: Sequence[str], source: str) -> np.ndarray:
+    """The values in float32, in which networks compute.
+
+    Args:
+      values: float64 (..., features), finite.
+      names: of the features, for errors.
+      source: origin of the values, for errors.
+
+    Raises:
+      UsageError: a feature, such as a time in seconds since 1970, loses digits that distinguish
+        its values.
+    """
+    rounded = values.astype(np.float32)
+    rows = tuple(range(values.ndim - 1))
+    error, low, high = np.abs(rounded - values).max(rows), values.min(rows), values.max(rows)
+    lost = (low < high) & (error > _LOST * values.std(rows))
+    if lost.any():
+        first = int(lost.argmax())
+        raise UsageError(
+            f"{source}: {names[first]} has values from {low[first]:.12g} to {high[first]:.12g}, "
+            "which float32 cannot tell apart well enough; subtract an offset, such as the first "
+            "of these"
+        )
+    return rounded

@@ -27,6 +27,7 @@ from inmerge_jax.data.splitting import (
     add_splits,
     check_classes,
     check_training_classes,
+    warn_of_incomplete_classes,
 )
 from inmerge_jax.errors import UsageError
 
@@ -90,7 +91,8 @@ def load_folder(
       bits: bits that 16-bit images use, as in `Dataset.bits`; None to find them.
 
     Warns:
-      UserWarning: images in memory are in two splits, under different names.
+      UserWarning: images in memory are in two splits, under different names; a class is not in all
+        splits.
 
     Raises:
       UsageError: an image cannot be read or has another mode, a class is empty, a label is missing,
@@ -106,15 +108,19 @@ def load_folder(
     keys = _portable(listing.names) if listing.groups is None else listing.groups
     splits = add_splits(listing.splits, listing.labels, keys, source)
     check_training_classes(listing.classes, listing.labels, splits, source)
-    if masks is not None and not (seen := listing.labels[splits == "train"].any(0)).all():
-        raise UsageError(
-            f"{source}: no training mask has {listing.classes[int(seen.argmin())]}; give one, or "
-            "assign the images to other splits"
-        )
+    if masks is not None:
+        train = masks[splits == "train"]
+        for number, name in enumerate(listing.classes):
+            if not (train == number).any():
+                raise UsageError(
+                    f"{source}: no training mask has {name} at `size` {decoder.size}; choose a "
+                    "larger size, give a mask with it, or assign the images to other splits"
+                )
     if masks is None:
         decoder = _make_decoder(listing, size, channels, resize, bits)
     rows = {name: np.flatnonzero(splits == name) for name in SPLITS}
     names = {name: tuple(listing.names[row] for row in rows[name].tolist()) for name in SPLITS}
+    warn_of_incomplete_classes(listing.classes, listing.labels, splits, source)
     images = kept_in_memory([FileImages(listing.root, names[name], decoder) for name in SPLITS])
     _warn_of_copies(str(listing.source), names, images)
     patients = None

@@ -57,6 +57,12 @@ def list_folders(root: Path) -> Listing:
     if any(SPLIT_NAMES.get(name.lower()) == "train" for name in folders):
         found = list(_in_splits(root, folders))
     else:
+        for name in folders:
+            if name.lower() in SPLIT_NAMES and _folders(folders[name]):
+                raise UsageError(
+                    f"{root} has folders in {name}, but no folder train: name the folder of the "
+                    "training images train, or move the folders of the classes up"
+                )
         found = [("train", name, path) for name, path in _in_classes(root, folders)]
     found.sort(key=lambda one: one[2].relative_to(root).as_posix())
     classes = sorted({name for _, name, _ in found}, key=natural)
@@ -72,7 +78,10 @@ def list_folders(root: Path) -> Listing:
 
 
 def _folders(root: Path) -> dict[str, Path]:
-    found = sorted(path for path in root.iterdir() if path.is_dir())
+    try:
+        found = sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        raise _unlistable(error) from error
     return {path.name: path for path in found if not path.name.startswith((".", *_THUMBNAILS))}
 
 
@@ -116,10 +125,15 @@ def list_files(folder: Path) -> Iterator[Path]:
     """All visible files in a folder and below.
 
     Raises:
-      UsageError: a link in a circle, a format that is not read, or a name that is no UTF-8.
+      UsageError: a link in a circle, a folder or a format that is not read, or a name that is no
+        UTF-8.
     """
+
+    def refuse(error: OSError) -> None:
+        raise _unlistable(error) from error
+
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(place)) in seen:
             raise UsageError(f"{place} is a link to a folder that is read too; remove the link")
         seen.add(real)
@@ -137,6 +151,12 @@ def list_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def _unlistable(error: OSError) -> UsageError:
+    return UsageError(
+        f"the folder {error.filename} cannot be read: {error.strerror}; allow it, or move it away"
+    )
+
+
 def list_csv(path: Path) -> Listing:
     """The images that a CSV names, see `folder.load_folder`.
 
@@ -150,8 +170,8 @@ def list_csv(path: Path) -> Listing:
             "columns path, label, mask or one per label, and if you like group and split"
         )
     groups = group_columns(path, columns)
-    rows.sort(key=lambda row: row["path"])
     _check_paths(path, rows)
+    rows.sort(key=lambda row: row["path"])
     masks = None
     if "mask" in columns:
         masks = _mask_paths(path, columns, rows)
@@ -212,6 +232,7 @@ def _check_paths(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         seen[name] = row[LINE]
         if not Path(name).is_file():
             raise UsageError(f"{path}, line {row[LINE]}: there is no image {name}")
+        row["path"] = os.path.normpath(row["path"])
 
 
 def _cell(path: Path, row: dict[str, Any], column: str) -> str:

@@ -62,11 +62,15 @@ def _read(image: Path, mask: Path) -> np.ndarray:
     try:
         with Image.open(image) as opened:
             expected = opened.size
-        with Image.open(mask, formats=("PNG",)) as opened:
-            mode, found = opened.mode, opened.size
+        with Image.open(mask, formats=("PNG", "JPEG")) as opened:
+            form, mode, found = opened.format, opened.mode, opened.size
             values = np.asarray(opened)
     except DAMAGED as error:
         raise unreadable(mask, error) from error
+    if form != "PNG":
+        raise UsageError(
+            f"{mask} is a {form} file, whose compression changes class indices; write masks as PNG"
+        )
     if mode not in _MODES:
         raise UsageError(
             f"{mask}: a PNG of mode {mode} is no mask; write class indices into one 8-bit channel"

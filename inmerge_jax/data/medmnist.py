@@ -81,9 +81,14 @@ def load_medmnist(
         path = Path(file).expanduser()
         remedy = "name another with `file`"
     md5 = _checked_md5(path, remedy)
+    known = {info[f"MD5{suffix}"]: pixels for pixels, suffix in suffixes.items()}
     if file is not None and resize is not None:
-        known = {info[f"MD5{suffix}"]: pixels for pixels, suffix in suffixes.items()}
         stored = known.get(md5, stored)
+    if known.get(md5, stored) != stored:
+        raise UsageError(
+            f"{path} is the file of {name} at {known[md5]} px, but `size` is {stored}: give `size` "
+            f"{known[md5]}, or `resize` too"
+        )
     expected = info[f"MD5{suffixes[stored]}"]
     note = "" if md5 == expected else f"unverified file {path.name}"
     if note and not allow_unverified:

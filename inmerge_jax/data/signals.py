@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inmerge_jax.data.arrays import dataset_from_arrays
+from inmerge_jax.data.arrays import as_float32, dataset_from_arrays
 from inmerge_jax.data.dataset import Dataset, plain
 from inmerge_jax.data.splitting import split_named
 from inmerge_jax.errors import UsageError
@@ -58,11 +58,12 @@ def load_signals(path: Path) -> Dataset:
             f"{found.values[wrong][0]}; fill it in, resample signals that were padded to one "
             "length, or remove the row"
         )
+    channels = [f"channel {number}" for number in range(found.values.shape[2])]
     classes, labels = np.unique(found.classes, return_inverse=True)
     return dataset_from_arrays(
         f"signals-{plain(path.name.split('.')[0])}",
         str(path),
-        found.values.astype(np.float32),
+        as_float32(found.values, channels, str(path)),
         labels.astype(np.int32),
         [str(one) for one in classes.tolist()],
         names=found.places,
@@ -97,13 +98,13 @@ def _from_csv(path: Path) -> _Signals:
 def _class(text: str, where: str) -> int:
     try:
         value = float(text)
-        if value == int(value):
+        if value == int(value) and abs(value) < 2**63:
             return int(value)
     except (ValueError, OverflowError):
         pass  # As of a number that is no integer.
     raise UsageError(
-        f"{where}: the class {text!r} is no integer; there is no header, and each row is a class, "
-        "then the values"
+        f"{where}: the class {text!r} is no integer of 64 bits; there is no header, and "
+        "each row is a class, then the values"
     )
 
 
@@ -115,7 +116,7 @@ def _from_npz(path: Path) -> _Signals:
         what = f"lacks {absent[0]}" if absent else f"has the unknown array {unknown[0]}"
         raise UsageError(f"{path} {what}; {_FORM}")
     x, y = arrays["x"], arrays["y"]
-    if x.dtype.kind not in "fiu" or x.ndim not in (2, 3):
+    if x.dtype.kind not in "fiu" or x.ndim not in (2, 3) or not x.size:
         raise UsageError(f"{path}: x is {x.dtype} {x.shape}; {_FORM}")
     for name, array in arrays.items():
         if name != "x" and array.shape != (len(x),):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -142,3 +143,31 @@ def check_training_classes(
             f"{source}: the class {classes[empty[0]]} has no training example; add one, or remove "
             "the class"
         )
+
+
+def warn_of_incomplete_classes(
+    classes: Sequence[str], labels: np.ndarray, splits: np.ndarray, source: str
+) -> dict[str, str]:
+    """Warns of classes that a split has no example of.
+
+    Args:
+      classes: names of the classes.
+      labels: int (n,) classes, or 0 and 1 (n, k).
+      splits: n names of `SPLITS`.
+      source: origin of the examples, for the warning.
+
+    Returns:
+      The number of examples in each split, in words, by the name of such a class.
+    """
+    found = {}
+    for number, name in enumerate(classes):
+        own = splits[labels == number if labels.ndim == 1 else labels[:, number] > 0]
+        counts = {split: int(np.sum(own == split)) for split in SPLITS}
+        if 0 in counts.values():
+            found[name] = ", ".join(f"{count} {split}" for split, count in counts.items())
+            warnings.warn(
+                f"{source}: the class {name} has too few examples for every split: {found[name]}. "
+                "Its AUC is undefined where it has none",
+                stacklevel=3,
+            )
+    return found

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from inmerge_jax.data.arrays import dataset_from_arrays
+from inmerge_jax.data.arrays import as_float32, dataset_from_arrays
 from inmerge_jax.data.csv_rows import LINE, group_columns, natural, read_rows
 from inmerge_jax.data.dataset import Dataset, plain
 from inmerge_jax.data.splitting import split_named
@@ -38,11 +38,12 @@ def load_table(path: Path) -> Dataset:
         raise UsageError(f"{path} has no column of numbers next to label; add the features")
     found = [_cell(path, row, "label") for row in rows]
     classes, labels = np.unique(np.array(found), return_inverse=True)
+    values = np.array([_numbers(path, row, features) for row in rows], np.float64)
     order = sorted(range(len(classes)), key=lambda one: natural(str(classes[one])))
     return dataset_from_arrays(
         f"table-{plain(path.name.split('.')[0])}",
         str(path),
-        np.array([_numbers(path, row, features) for row in rows], np.float32),
+        as_float32(values, features, str(path)),
         np.argsort(order)[labels].astype(np.int32),
         [str(classes[one]) for one in order],
         names=[f"line {row[LINE]}" for row in rows],

@@ -13,6 +13,7 @@ from inmerge_jax.data.records import Records
 from inmerge_jax.data.splitting import SPLITS, add_splits
 from inmerge_jax.errors import UsageError
 
+_UNLABELLED = -1
 _SPLIT_NAMES = {"train": "train", "validation": "val", "val": "val", "valid": "val", "test": "test"}
 
 
@@ -63,7 +64,8 @@ def load_tfds(
 
     The image and the label are those of the builder's `supervised_keys`, or the only features of
     their kind. Splits that are missing are taken from the training images, see
-    `splitting.add_splits`; splits other than train, validation and test are not read.
+    `splitting.add_splits`, and so are those without any label; splits other than train, validation
+    and test are not read.
 
     Args:
       name: name of the data set, with its configuration and version as in TFDS: "cifar10",
@@ -80,11 +82,15 @@ def load_tfds(
     image, label = _features(builder, name)
     feature, classes = builder.info.features[image], builder.info.features[label].names
     decoder = _decoder(feature.shape, name, size, channels, resize)
-    sources, labels, splits, keys = {}, [], [], []
+    sources, labels, splits, keys, unlabelled = {}, [], [], [], []
     for theirs, ours in _SPLIT_NAMES.items():
         if theirs in builder.info.splits:
-            sources[ours] = Records(Path(builder.data_dir), theirs, image)
-            found = _read_labels(sources[ours], label, len(classes), name)
+            records = Records(Path(builder.data_dir), theirs, image)
+            found = _read_labels(records, label, len(classes), name)
+            if ours != "train" and found and set(found) == {_UNLABELLED}:
+                unlabelled.append(theirs)
+                continue
+            sources[ours] = records
             labels += found
             splits += [ours] * len(found)
             keys += [f"{theirs}/{row}" for row in range(len(found))]
@@ -115,7 +121,8 @@ def load_tfds(
         classes=tuple(classes),
         **parts,
         source=f"TensorFlow Datasets, {builder.info.full_name}"
-        + (f", {' and '.join(carved)} from its split train" if carved else ""),
+        + (f", {' and '.join(carved)} from its split train" if carved else "")
+        + "".join(f", without labels in its split {split}" for split in unlabelled),
         fingerprint=_fingerprint(Path(builder.data_dir), all_labels, images),
     )
 
@@ -232,8 +239,14 @@ def _read_labels(source: Records, label: str, classes: int, name: str) -> list[i
             labels.append(int(records[row][label]))
         except RuntimeError as error:
             raise UsageError(f"{where} is damaged: {error}; prepare the data set again") from error
-        if not 0 <= labels[-1] < classes:
-            raise UsageError(f"{where} has no label ({labels[-1]}); its split cannot be used")
+    if set(labels) == {_UNLABELLED} and source.split != "train":
+        return labels
+    for row, one in enumerate(labels):
+        if not 0 <= one < classes:
+            raise UsageError(
+                f"tfds:{name}: record {row} of {source.split} has no label ({one}); use folder: "
+                "with a CSV of the labelled images"
+            )
     return labels
 
 

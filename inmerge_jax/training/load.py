@@ -79,6 +79,8 @@ def find_stage(run: Path | str, arm: str = "inmerge", seed: int | None = None) -
     if not path.is_file():
         raise UsageError(f"{run} holds no run: there is no {path.name} in it")
     config = read_json_object(path, _RESTORE)
+    if not config.keys() >= {"seeds", "arms", "model"}:
+        raise UsageError(f"{run} holds no run: its {path.name} has no seeds, arms or model")
     chosen = {"seed": config["seeds"][0] if seed is None else seed, "arm": arm}
     for name, value in chosen.items():
         there = config[f"{name}s"]

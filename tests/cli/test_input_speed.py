@@ -98,6 +98,12 @@ def test_what_is_measured_is_stored(folders, tmp_path, monkeypatch):
     assert stored["reducing"]["files"] == 60 and len(stored["reading"]) == 3
 
 
+def test_the_time_to_reduce_images_does_not_grow_with_their_number(folders, monkeypatch):
+    paths = sorted(find_images(folders[0]).values())
+    rate = input_speed.reduce_rate(paths, 32, 1, 1e-9)
+    assert rate.images == 8 < len(paths)
+
+
 def die(*_):
     os._exit(9)
 

@@ -185,6 +185,9 @@ def test_data_that_does_not_fit_the_run_is_refused(run, tmp_path, capsys):
     assert "--seed 7: the run in" in error("--seed", "7")
     assert "--arm finetune: the run in" in error("--arm", "finetune")
     assert "holds no run" in error_of([str(tmp_path), "--to", str(file)], capsys)
+    (tmp_path / "config.json").write_text('{"hidden_size": 768}')
+    said = error_of([str(tmp_path), "--to", str(file)], capsys)
+    assert "holds no run: its config.json has no seeds, arms or model" in said
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
     (unfinished / "results.json").unlink()

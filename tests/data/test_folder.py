@@ -1,6 +1,7 @@
 import csv
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +191,37 @@ def test_layouts_that_would_be_read_wrongly_are_refused(tmp_path):
     assert r"M\udcfcller.png': the name is no UTF-8" in refusal(root)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root, scandir = make_folders(tmp_path), os.scandir
+    save(root / "cat" / "patient" / "a.png", picture(2))
+
+    def denied(path):
+        if Path(path).name == "patient":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "cat/patient cannot be read: Permission denied" in refusal(root)
+
+
+def test_a_class_too_small_for_every_split_is_named(tmp_path):
+    root = make_folders(tmp_path)
+    save(root / "bird" / "a.png", picture(1000))
+    save(root / "bird" / "b.png", picture(1001))
+    with pytest.warns(UserWarning, match="the class bird has too few examples for every split: 1"):
+        load(root)
+
+
+def test_the_spelling_of_a_path_changes_no_split(tmp_path):
+    rows = patients()[:30]
+    for number, (name, *_) in enumerate(rows):
+        save(tmp_path / name, picture(number))
+    plain = load(make_csv(tmp_path, [row[:2] for row in rows], ("path", "label")))
+    other = [(f"./{name}", label) for name, label, *_ in rows]
+    dotted = load(make_csv(tmp_path, other, ("path", "label")))
+    assert plain.fingerprint == dotted.fingerprint and plain.test.names == dotted.test.names
+
+
 def test_copies_in_two_splits_are_named(tmp_path):
     root = make_folders(tmp_path)
     for path in sorted((root / "cat").iterdir()):
@@ -236,6 +268,11 @@ def test_folders_that_cannot_be_right(tmp_path):
     (tmp_path / "bird").rmdir()
     save(tmp_path / "dog" / "20.bmp", picture(1))
     assert "20.bmp: only PNG and JPEG are read" in refusal(tmp_path)
+    for name in ("test", "val"):
+        make_folders(tmp_path / "splits" / name)
+    assert "has folders in test, but no folder train" in refusal(tmp_path / "splits")
+    (tmp_path / "splits" / "test").rename(tmp_path / "splits" / "training_set")
+    assert "has folders in val, but no folder train" in refusal(tmp_path / "splits")
     make_folders(tmp_path / "one")
     (tmp_path / "one" / "cat").rename(tmp_path / "cat2")
     assert "there is only the class dog" in refusal(tmp_path / "one")

@@ -89,6 +89,25 @@ def test_masks_that_cannot_be_read_are_named(tmp_path, mask, message):
     assert re.search(message, refusal(write_set(tmp_path, mask=mask)))
 
 
+def test_a_class_that_vanishes_when_masks_are_resized_is_named(tmp_path):
+    def small(mask):
+        mask[mask == 2] = 1
+        mask[0, 0] = 2
+        return mask
+
+    path = write_set(tmp_path, mask=small)
+    assert load(path).classes[-1] == "class_2"
+    assert "no training mask has class_2 at `size` 4; choose a larger" in refusal(path, size=4)
+
+
+def test_a_mask_that_is_a_jpeg_is_refused_with_the_reason(tmp_path):
+    path = write_set(tmp_path)
+    mask = tmp_path / "masks" / "00.png"
+    with Image.open(mask) as opened:
+        opened.convert("L").save(mask, "JPEG")
+    assert "00.png is a JPEG file, whose compression changes class indices" in refusal(path)
+
+
 def test_a_missing_mask_and_a_second_kind_of_label_are_named(tmp_path):
     path = write_set(tmp_path)
     (tmp_path / "masks" / "03.png").unlink()

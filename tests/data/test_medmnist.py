@@ -182,6 +182,8 @@ def test_a_file_of_another_size_is_resized(tmp_path, verified):
         )
     assert data.note == "unverified file mine.npz, resized from 64 px, bicubic"
     verified(path, "breastmnist", 64)
+    with pytest.raises(UsageError, match=r"mine.npz is the file of breastmnist at 64 px, .*64, or"):
+        load_medmnist("breastmnist", size=28, file=path)
     data = load_medmnist("breastmnist", size=40, file=path, resize="bicubic")
     assert data.note == "resized from 64 px, bicubic" and data.train.images.shape[1] == 40
 

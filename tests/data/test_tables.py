@@ -82,6 +82,11 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
         (lambda rows: [*rows, [1, "ill"]], HEADER, "line 32: it has not the 3 cells"),
         (lambda rows: [], HEADER, "holds no rows"),
         (lambda rows: [[1, "ill", 2]] * 9, HEADER, "only the class ill"),
+        (
+            lambda rows: [[1_700_000_000 + n, *row[1:]] for n, row in enumerate(rows)],
+            HEADER,
+            "age has values from 1700000000 to 1700000029, .*subtract an offset",
+        ),
     ],
 )
 def test_a_bad_table_is_named_with_line_and_remedy(changed, header, message, tmp_path):

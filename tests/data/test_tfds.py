@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inmerge_jax.cli.data import main as data_main
-from inmerge_jax.data import DataConfig, load_dataset, train_batch
+from inmerge_jax.data import DataConfig, load_dataset, tfds, train_batch
 from inmerge_jax.data import images as decoding
 from inmerge_jax.data.images import resized
 from inmerge_jax.errors import UsageError
@@ -16,7 +16,7 @@ from tests.data.shapes.builder import Shapes, picture
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for config in ("grey", "colour"):
+    for config in ("grey", "colour", "unlabelled"):
         Shapes(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
     return folder
 
@@ -64,6 +64,18 @@ def test_colour_images_of_different_sizes_are_resized(prepared):
     expected = [resized(picture(n, 3, (20 + n % 3, 24)), 16, "bicubic") for n in order]
     np.testing.assert_array_equal(data.val.images, expected)
     assert load(prepared, "tfds:shapes/colour", size=16, channels=1).channels == 1
+
+
+def test_a_split_without_labels_counts_as_missing(prepared, monkeypatch):
+    data = load(prepared, "tfds:shapes/unlabelled")
+    assert "without labels in its split test" in data.source
+    assert [len(part) for part in (data.train, data.val, data.test)] == [28, 3, 9]
+    order = numbers(prepared, "unlabelled", "train")
+    seen = {image.tobytes() for part in (data.train, data.val, data.test) for image in part.images}
+    assert seen == {picture(number, 1, (20, 20)).tobytes() for number in order}
+    monkeypatch.setattr(tfds, "_UNLABELLED", None)
+    with pytest.raises(UsageError, match=r"record 0 of test has no label \(-1\); use folder:"):
+        load(prepared, "tfds:shapes/unlabelled")
 
 
 def test_large_sets_are_read_while_training(prepared, monkeypatch):

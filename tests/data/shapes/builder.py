@@ -22,13 +22,15 @@ def encoded(array: np.ndarray, kind: str) -> io.BytesIO:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Configurations: grey (square), colour (images of different sizes)."""
+    """Configurations: grey (square), colour (images of different sizes), unlabelled (its test)."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in ("grey", "colour")]
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name=name) for name in ("grey", "colour", "unlabelled")
+    ]
 
     def _info(self):
-        shape = (20, 20, 1) if self.builder_config.name == "grey" else (None, None, 3)
+        shape = (None, None, 3) if self.builder_config.name == "colour" else (20, 20, 1)
         features = tfds.features.FeaturesDict(
             {
                 "picture": tfds.features.Image(shape=shape, encoding_format="png"),
@@ -48,10 +50,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, numbers):
         for number in numbers:
-            grey = self.builder_config.name == "grey"
+            grey = self.builder_config.name != "colour"
+            kind = -1 if self.builder_config.name == "unlabelled" and number >= 40 else number % 3
             size = (20, 20) if grey else (20 + number % 3, 24)
             array = picture(number, 1 if grey else 3, size)
             yield (
                 number,
-                {"picture": encoded(array, "PNG"), "kind": number % 3, "number": number},
+                {"picture": encoded(array, "PNG"), "kind": kind, "number": number},
             )
