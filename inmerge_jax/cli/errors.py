@@ -34,7 +34,7 @@ def with_options(message: str, renamed: Mapping[str, str] = _NO_RENAMES) -> str:
         flag = renamed.get(name) or "--" + name.replace("_", "-")
         return f"{flag} {value}" if value else flag
 
-    return re.sub(r"`([a-z]\w*)(?:=(\w+))?`", option, message)
+    return re.sub(r"`((?:augment\.)?[a-z]\w*)(?:=(\w+))?`", option, message)
 
 
 def report(error: Exception, renamed: Mapping[str, str] = _NO_RENAMES) -> int:

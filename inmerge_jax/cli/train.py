@@ -105,16 +105,21 @@ def _run(config: "TrainConfig") -> int:
         print(f"error: {with_options(str(error), OPTIONS)}", file=sys.stderr)
         return FAILED
     except TrainingInterrupted as interrupted:
-        print(f"{interrupted}; the same command with --resume continues", file=sys.stderr)
+        print(f"{interrupted}; the same command {_resuming(config)}", file=sys.stderr)
         return 128 + preemption.signal
     except KeyboardInterrupt:
         begun = (config.output / CONFIG).exists()
-        how = "with --resume continues" if begun else "starts again; nothing was written"
+        how = _resuming(config) if begun else "starts again; nothing was written"
         print(f"stopped at once; the same command {how}", file=sys.stderr)
         return 130
     except Exception as error:
         return _unexpected(error)
     return DONE
+
+
+def _resuming(config: "TrainConfig") -> str:
+    instead = " in place of --overwrite" if config.overwrite else ""
+    return f"with --resume{instead} continues"
 
 
 def _unexpected(error: Exception) -> int:

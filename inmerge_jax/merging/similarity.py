@@ -46,11 +46,14 @@ class LayerSimilarity:
     nearest: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as a JSON-serialisable dict; numeric keys become text."""
-        return vars(self) | {
-            "quantiles": {str(q): v for q, v in self.quantiles.items()},
-            "above": {str(t): v for t, v in self.above.items()},
-        }
+        """The attributes as a dict for JSON: numeric keys become text, and NaN None."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {str(key): plain(one) for key, one in value.items()}
+            return None if isinstance(value, float) and math.isnan(value) else value
+
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def kernel_similarity(

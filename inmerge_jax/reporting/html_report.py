@@ -59,6 +59,9 @@ def render(run: Run, report: tables.Report) -> str:
         signals=plots.signal_plots(run),
         curves=plots.training_plots(run),
         merges=plots.merge_plots(run),
+        no_merges="The arm inmerge had no layer to merge in."
+        if any(not result["layers"] for result in run.arm("inmerge").values())
+        else "No merges to draw: the arm inmerge was not run or left no metrics.jsonl.",
         similarity=plots.similarity_plots(run),
         segmentation=run.segmentation,
         last=plots.outline_plots(run) if run.segmentation else plots.roc_plots(run),

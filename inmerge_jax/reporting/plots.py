@@ -26,6 +26,7 @@ COLOURS = {"backbone": "#000000", "finetune": "#0072B2", "inmerge": "#D55E00"}
 MARKS = {"backbone": "-", "finetune": "--", "inmerge": "-"}
 BEFORE, GUIDE = "#009E73", "#767676"
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # Names of classes may hold dollar signs.
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -253,7 +254,7 @@ def _merges(history: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def _merge_map(axes: Axes, mean: np.ndarray, names: Sequence[str]) -> None:
     if not mean.any():
-        _overlay(axes, "nothing was merged")
+        _overlay(axes, "nothing was merged in training")
     epochs, layers = mean.shape
     axes.grid(False)
     norm = SymLogNorm(linthresh=1, vmin=0, vmax=max(mean.max(), 1))
@@ -271,7 +272,7 @@ def _merge_map(axes: Axes, mean: np.ndarray, names: Sequence[str]) -> None:
     bar.set_label("kernels per epoch")
     bar.ax.yaxis.set_major_formatter(ScalarFormatter())
     bar.outline.set_visible(False)
-    _finish(axes, "Kernels merged per layer", "epoch of the merging stage", "", legend=False)
+    _finish(axes, "Kernels merged in training", "epoch of the merging stage", "", legend=False)
 
 
 def _merge_totals(axes: Axes, lines: dict[int, list[dict[str, Any]]]) -> None:
@@ -315,7 +316,7 @@ def _bands(axes: Axes, run: Run, arm: str) -> None:
         label = f"threshold {run.threshold}"
         axes.axhline(run.threshold, color="black", lw=1, ls=(0, (5, 3)), label=label)
     _depth_axis(axes, run)
-    _finish(axes, f"Before and after {arm}", "convolution, by depth", "cosine of kernel pairs")
+    _finish(axes, f"Before and after {arm}", "layer, by depth", "cosine of kernel pairs")
 
 
 def _by_depth(
@@ -333,7 +334,7 @@ def _by_depth(
         after = _mean_over_seeds(run, arm, "after", value)
         axes.plot(x, after, color=COLOURS[arm], lw=1.8, marker=".", label=arm)
     _depth_axis(axes, run)
-    _finish(axes, title, "convolution, by depth", unit)
+    _finish(axes, title, "layer, by depth", unit)
 
 
 def _depth_axis(axes: Axes, run: Run) -> None:

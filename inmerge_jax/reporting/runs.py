@@ -120,23 +120,29 @@ class Run:
 
     @cached_property
     def similarity(self) -> dict[tuple[int, str], dict[str, list[dict[str, Any]]]]:
-        """`similarity.json` by (seed, arm): "before" and "after" -> one entry per convolution.
+        """`similarity.json` by (seed, arm): "before" and "after" -> one entry per layer.
 
-        An entry's "quantiles" and "above" have floats as keys.
+        An entry's "quantiles" and "above" have floats as keys. Its numbers are NaN without pairs.
         """
         found = self._gather("similarity.json", _read_json)
         for layer in (x for stages in found.values() for layers in stages.values() for x in layers):
             for name in ("quantiles", "above"):
-                layer[name] = {float(key): value for key, value in layer[name].items()}
+                layer[name] = {float(key): number(value) for key, value in layer[name].items()}
+            for name in ("mean", "minimum", "maximum", "nearest"):
+                layer[name] = number(layer[name])
         return found
 
     @cached_property
     def test_labels(self) -> np.ndarray | None:
-        """Labels of the test split, (n,) or (n, classes), or masks; None where there are none."""
+        """Labels of the test split, (n,), or (n, labels) of several labels, or masks.
+
+        None where there are none.
+        """
         if self._labels is None:
             return None
         labels = self._labels["test"]
-        return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        column = labels.ndim == 2 and not self.dataset.get("task", "").startswith("multi-label")
+        return labels[:, 0] if column and labels.shape[1] == 1 else labels
 
     @cached_property
     def test_patients(self) -> np.ndarray | None:

@@ -237,6 +237,16 @@ def sampling_error(run: Run) -> SamplingError | None:
     return SamplingError(single, margin)
 
 
+def single_image_classes(run: Run) -> list[str]:
+    """Classes that one test image has, or all but one, so that their AUC has no standard error."""
+    if run.segmentation or run.test_labels is None or not run.test_scores:
+        return []
+    scores = next(iter(run.test_scores.values()))
+    columns = class_columns(run.test_labels, scores, run.dataset.get("task", ""))
+    names = run.dataset["classes"]
+    return [names[k] for k, y, _ in columns if 1 in (y.sum(), y.size - y.sum())]
+
+
 def _val_merged(run: Run) -> tuple[int, ...] | None:
     results = [result for _, result in sorted(run.arm("inmerge").items())]
     if not any(result.get("val_passes") for result in results):

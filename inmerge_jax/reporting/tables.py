@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 
 import numpy as np
 from rich.console import Group
@@ -30,6 +30,7 @@ from inmerge_jax.reporting.summary import (
     LayerMerges,
     Summary,
     pairs_above,
+    single_image_classes,
     summarize,
 )
 from inmerge_jax.training.config import ARMS, DEFAULT_SKIP
@@ -123,6 +124,10 @@ def summary_notes(run: Run, summary: Summary) -> list[str]:
                 f"1.96 paired standard errors over the {tested}{source}; the standard error of one "
                 f"arm's {METRICS[main]} is {plain(sampling.standard_error[main])}."
             )
+            if few := single_image_classes(run):
+                margin += (
+                    f" AUC has none, since one test image alone has or lacks {', '.join(few)}."
+                )
         notes.append(f"Margin: {margin}")
     if run.segmentation:
         notes.append(
@@ -244,9 +249,15 @@ def rule_table(run: Run) -> Table:
     if "quantile" in rule:
         rule["threshold"] = f"quantile {rule.pop('quantile')} of each layer"
     names = [name for name in dict.fromkeys((*RELEASED_RULE, *rule)) if name in rule]
+    if not isinstance(rule.get("units", ""), str):
+        rule["units"] = ", ".join(rule["units"])
     rows = tuple((n, str(rule[n]), str(RELEASED_RULE.get(n, "none"))) for n in names)
     columns = ("setting", "this run", "released code")
     return Table("Merge rule", columns, rows, ("rule",) * len(rows))
+
+
+def _percentage(value: float) -> str:
+    return "n/a" if isnan(value) else f"{value:.2%}"
 
 
 def layer_table(run: Run, summary: Summary) -> Table:
@@ -261,16 +272,18 @@ def layer_table(run: Run, summary: Summary) -> Table:
             sum(np.sum(getattr(layer, field)) for layer in layers)
             for field in ("kernels", "selected", "merged")
         )
-        means = (f"{selected / seeds:,.0f}", f"{merged / seeds:,.0f}")
+        # Rounded to integers, the rows would not add up to the total.
+        means = (f"{x / seeds:,.{int(x % seeds > 0)}f}" for x in (selected, merged))
         return name, f"{kernels:,}", *means, f"{merged / max(selected, 1):.2%}", *more
 
     rows = [
-        row(x.name.removesuffix("/kernel"), [x], *([f"{above[x.name]:.2%}"] if above else ()))
+        row(x.name.removesuffix("/kernel"), [x], *([_percentage(above[x.name])] if above else ()))
         for x in summary.layers
     ]
     rows.append(row("all layers", summary.layers, *([""] if above else ())))
     kinds = ("layer",) * len(summary.layers) + ("total",)
-    return Table("Kernels merged per layer, mean over seeds", tuple(columns), tuple(rows), kinds)
+    title = "Kernels merged per layer in training, mean over seeds"
+    return Table(title, tuple(columns), tuple(rows), kinds)
 
 
 def to_markdown(report: Report) -> str:

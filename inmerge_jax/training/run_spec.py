@@ -14,7 +14,6 @@ from inmerge_jax.models import check_options, create_model, model_names, segment
 from inmerge_jax.models.torchvision import LoadReport
 from inmerge_jax.models.unet import UNet
 from inmerge_jax.models.units import find_units
-from inmerge_jax.training.augment import AugmentConfig
 from inmerge_jax.training.config import TrainConfig
 from inmerge_jax.training.environment import available_cores
 from inmerge_jax.training.init import (
@@ -164,7 +163,8 @@ def _check_rule(config: TrainConfig, recipe: Recipe, rule: MergeRule, preset: Pr
             f"`average_weights` {recipe.average_weights}: with `preset` {config.preset}, "
             "validation merges the weights themselves; leave one of them out"
         )
-    if schedule is not rule or config.rule.merge_every == "epoch":
+    scheduled = schedule is not rule or config.rule.merge_from_epoch is not None
+    if scheduled or config.rule.merge_every == "epoch":
         raise UsageError(
             f"`preset` {config.preset} merges before each validation image too, for which there is "
             "no schedule; leave out `merge_every`, `merge_from_epoch` and the schedule's ends"
@@ -188,10 +188,11 @@ def _check_model(config: TrainConfig, dataset: Dataset) -> None:
             f"{'phantom_masks' if segments(name) else 'phantom'}"
         )
     numeric = kind in ("signal", "table")
+    changes = vars(config.recipe.augment).items()
     for option, given, unread in (
         ("flip", config.recipe.flip, numeric),
         ("channels", config.data.channels, numeric),
-        ("augment", not AugmentConfig(**vars(config.recipe.augment)).is_off, kind != "image"),
+        *((f"augment.{name}", value, kind != "image") for name, value in changes),
     ):
         if given and unread:
             raise UsageError(f"`{option}`: {dataset.name} has {kind}s; leave it out")

@@ -23,6 +23,7 @@ COMMANDS = [
     [
         ("`batch_size` 5: choose 6", "--batch-size 5: choose 6"),
         ("leave it out, or give `optimizer=sgd`", "leave it out, or give --optimizer sgd"),
+        ("`augment.crop`: leave it out", "--augment.crop: leave it out"),
         ("`difficulty` 9: give 1", "--phantom.difficulty 9: give 1"),
         ("a/`b c`/d and plain text", "a/`b c`/d and plain text"),
     ],

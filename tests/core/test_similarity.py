@@ -66,6 +66,8 @@ def test_to_dict_is_ready_for_json():
         "name": "w", "kernels": 3, "mean": 0.0, "minimum": 0.0, "maximum": 0.0,
         "quantiles": {"0.5": 0.0}, "above": {"0.3": 0.0}, "nearest": 0.0,
     }  # fmt: skip
+    (alone,) = kernel_similarity({"w": jnp.ones((3, 1))}, [layer("w", (3, 1))], quantiles=(0.5,))
+    assert alone.to_dict()["quantiles"] == {"0.5": None} and alone.to_dict()["mean"] is None
 
 
 def test_only_one_layers_matrix_is_held_at_a_time(monkeypatch):

@@ -137,6 +137,31 @@ def test_names_from_the_run_are_escaped(tmp_path):
     assert evil in Reader(page).text
 
 
+def test_dollar_signs_are_no_formulas(tmp_path):
+    classes = ("$10k (50%) to $20k", "$0-$9k")
+    folder = write_run(tmp_path / "run", seeds=(0,), classes=classes)
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
+    assert all(name in text[text.index("ROC curves") :] for name in classes)
+
+
+def test_an_arm_without_a_layer_to_merge_in_is_not_said_to_be_missing(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0,))
+
+    def clear(results):
+        fields = ("layers", "kernels", "selected", "merged")
+        results["arms"]["inmerge"][0].update({name: [] for name in fields})
+
+    edit(folder, clear)
+    for path in folder.rglob("inmerge/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            for name in ("kernels", "selected", "merged", "similarity"):
+                line.pop(name)
+        path.write_text("\n".join(map(json.dumps, lines)))
+    text = Reader(write_page(folder).read_text(encoding="utf-8")).text
+    assert "The arm inmerge had no layer to merge in." in text and "was not run" not in text
+
+
 def test_missing_pieces_are_named(tmp_path):
     folder = write_run(tmp_path / "run", arms=("backbone",))
     for path in [*folder.rglob("metrics.jsonl"), *folder.glob("*.npz")]:

@@ -9,7 +9,14 @@ from sklearn.metrics import roc_auc_score
 from inmerge_jax.errors import UsageError
 from inmerge_jax.reporting.published import published_reference
 from inmerge_jax.reporting.runs import read_run
-from inmerge_jax.reporting.summary import auc_influence, spread, summarize
+from inmerge_jax.reporting.summary import (
+    auc_influence,
+    class_columns,
+    right_answers,
+    single_image_classes,
+    spread,
+    summarize,
+)
 from tests.reporting.folder import edit, markdown, write_run
 
 
@@ -119,6 +126,28 @@ def test_margin_of_every_task(tmp_path, task):
     folder = write_run(tmp_path / "run", task=task, classes=("normal", "nodule"))
     found = summarize(read_run(folder)).sampling
     assert 0 < found.margin["inmerge", "finetune"]["auc"] < 0.2
+
+
+def test_one_label_is_no_pair_of_classes(tmp_path):
+    task = "multi-label, binary-class"
+    folder = write_run(tmp_path / "run", seeds=(0,), task=task, classes=("nodule",))
+    run = read_run(folder)
+    labels = np.load(folder / "labels.npz")["test"]
+    ((number, positive, _),) = class_columns(run.test_labels, run.test_scores[0, "inmerge"], task)
+    assert number == 0
+    np.testing.assert_array_equal(positive, labels[:, 0] == 1)
+    right = right_answers(run.test_labels, run.test_scores[0, "inmerge"], task).mean()
+    assert right == pytest.approx(run.arm("inmerge")[0]["test"]["acc"])
+
+
+def test_a_class_of_one_test_image_has_no_margin_and_the_note_says_why(tmp_path):
+    task = "multi-label, binary-class"
+    folder = write_run(tmp_path / "run", seeds=(0,), task=task)
+    labels = np.load(folder / "labels.npz")["test"]
+    labels[:, 2] = np.arange(len(labels)) == 5
+    np.savez(folder / "labels.npz", test=labels)
+    assert single_image_classes(read_run(folder)) == ["effusion"]
+    assert "since one test image alone has or lacks effusion." in markdown(folder)
 
 
 def test_a_class_without_a_positive_leaves_the_margin_to_the_others(tmp_path):

@@ -43,7 +43,10 @@ def test_markdown_prints_the_stored_numbers(folder):
             assert row(text, result["seed"])[column] == expected
     merged = [sum(layer) / 3 for layer in zip(*(r["merged"] for r in stored["inmerge"]))]  # noqa: B905
     for name, count in zip(stored["inmerge"][0]["layers"], merged, strict=True):
-        assert row(text, name.removesuffix("/kernel"))[3] == f"{count:,.0f}"
+        assert (
+            row(text, name.removesuffix("/kernel"))[3]
+            == f"{count:,.{0 if count == int(count) else 1}f}"
+        )
 
 
 def test_every_markdown_row_has_as_many_cells_as_its_header(folder):
@@ -152,6 +155,23 @@ def test_the_rule_is_compared_with_the_released_codes(folder):
     assert row(text, "skip")[1:] == ["4", "10"]
     edit(folder, lambda results: results["rule"].update(quantile=0.9))
     assert row(markdown(folder), "threshold")[1:] == ["quantile 0.9 of each layer", "0.3"]
+    edit(folder, lambda results: results["rule"].update(units=["heads", "neurons"]))
+    assert row(markdown(folder), "units")[1] == "heads, neurons"
+
+
+def test_means_of_layers_add_up_and_a_layer_without_pairs_has_none(tmp_path):
+    folder = write_run(tmp_path / "run", seeds=(0, 1))
+    for path in folder.rglob("similarity.json"):
+        stored = json.loads(path.read_text())
+        for layers in stored.values():
+            layers[4]["above"] = dict.fromkeys(layers[4]["above"])
+        path.write_text(json.dumps(stored))
+    edit(folder, lambda r: r["arms"]["inmerge"][0]["merged"].__setitem__(0, 3))
+    edit(folder, lambda r: r["arms"]["inmerge"][1]["merged"].__setitem__(0, 4))
+    (table,) = (t for t in make_report(read_run(folder)).tables if "layer" in t.kinds)
+    merged = [float(cells[3].replace(",", "")) for cells in table.rows]
+    assert table.rows[0][3] == "3.5" and sum(merged[:-1]) == pytest.approx(merged[-1], abs=0.3)
+    assert table.rows[0][-1] == "n/a" and table.rows[1][-1] == "21.00%"
 
 
 def test_pairs_above_are_counted_at_the_runs_own_threshold(tmp_path):

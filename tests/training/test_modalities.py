@@ -202,6 +202,10 @@ def test_a_network_for_another_modality_is_refused_with_both_names(signals, tmp_
         ),
         (["--data", "breast_cancer"], "resnet18 does not read tables.*breast-cancer has"),
         (["--data", "breast_cancer", "--model", "mlp", "--flip", "True"], "`flip`: .* tables"),
+        (
+            ["--data", "breast_cancer", "--model", "mlp", "--augment.crop", "2"],
+            "`augment.crop`: breast-cancer has tables; leave it out",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             make_run_spec(parse_config([*options, *COMMON, "--output", str(tmp_path / "x")]))

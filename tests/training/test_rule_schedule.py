@@ -155,6 +155,7 @@ def test_the_configuration_holds_them_where_they_are_given():
         ("--merge-from-epoch 2 --arms backbone", "leave out `arms` backbone"),
         ("--merge-from-epoch 2 --arms backbone finetune inmerge", "leave out `arms` backbone fin"),
         ("--merge-every 2 --preset released", "`preset` released merges before each validation"),
+        ("--merge-from-epoch 1 --preset released", "`preset` released merges before each valid"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
