@@ -112,12 +112,13 @@ def benchmark_table(path: Path, earlier: Path) -> str:
       earlier: what it stored on another machine, for the last column.
     """
     stored, before = (json.loads(one.read_bytes()) for one in (path, earlier))
+    stored = {name: part for name, part in stored.items() if name not in ("arms", "families")}
     old = {(row["name"], row["quantity"]): row for part in before.values() for row in part["rows"]}
     met = {True: "yes", False: "**no**", None: ""}
     columns = ("measured", "quantity", "value", "target", "met", "earlier")
     lines = []
-    for name, section in stored.items():
-        for row in section["rows"] if name not in ("arms", "families") else ():
+    for section in stored.values():
+        for row in section["rows"]:
             same = old.get((row["name"], row["quantity"]))
             before_it = ""
             if same is not None:
