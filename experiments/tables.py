@@ -101,7 +101,9 @@ def totals() -> str:
     """Number of trainings of the published questions, and their time."""
     records = published_records().values()
     hours = sum(record["result"]["seconds"] for record in records) / 3600
-    return f"{len(records)} trials, each counted once, took {hours:.1f} h on two CPU cores.\n"
+    return (
+        f"{len(records)} trials, each counted once, took {hours:.1f} h on one or two CPU cores.\n"
+    )
 
 
 def benchmark_table(path: Path, earlier: Path) -> str:
@@ -266,6 +268,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     "power_current": lambda: power.table(
         power.designs(archive.read()), [(0.0, 0.0), (0.0, 0.003), (0.005, 0.0)]
     ),
+    "power_further": lambda: power.further_table(archive.read()),
     "power_better_rule": power.table_of_the_test,
     "pretrained_rates": lambda: pretrained.rates_table(archive.read()),
     **{name: functools.partial(question_table, name) for name in PUBLISHED},
@@ -280,7 +283,7 @@ PAGES = {
     accelerator.PAGE: ("accelerator", "benchmark", "arms", "families"),
     "docs/protocol.md": (
         *("pretrained_rates", "power", "power_better_rule"),
-        *("power_spread", "power_current"),
+        *("power_spread", "power_current", "power_further"),
     ),
     "docs/results/index.md": ("overview", "totals", "presets"),
     "docs/results/beyond-convolutions.md": (

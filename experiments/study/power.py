@@ -1,16 +1,19 @@
 """How often the analyses of questions 1 and 4 are right: simulations of the protocol's verdicts."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from experiments.study import datasets
+from experiments.study.analysis import groups
 from experiments.study.archive import Archive
 from experiments.study.questions import better_rule, pretrained
 from experiments.study.render import markdown
 from experiments.study.statistics import CONFIDENCE, MARGIN
+from experiments.study.trials import with_dependencies
 
 SD = 0.016
 """Standard deviation of a pair, of the protocol's pilot."""
@@ -107,6 +110,38 @@ def simulated(
         others = pairs[:, 1:, :, : min(seeds, design.others)]
         found.append(_verdicts(pairs[:, :1, :, :seeds], others, design.level))
     return found
+
+
+def further(archive: Archive) -> list[np.ndarray]:
+    """The verdict at each look as numbers of `_VERDICTS`, given the pairs of the first look.
+
+    The effect on a data set is drawn around its observed mean with the standard error, and further
+    pairs around that effect with the observed spread.
+    """
+    first, arms = pretrained.LOOKS[0], pretrained.MERGING
+    rates = pretrained.chosen(pretrained.selection(archive))
+    grid = [
+        pretrained.second_stage(pretrained.backbone(data, rate, seed), arm)
+        for seed, (data, rate), arm in product(range(first), rates.items(), pretrained.ARMS)
+    ]
+    own = groups(with_dependencies(grid), archive)
+    stored = np.array([[g.differences((arm, "finetune"), "auc") for g in own] for arm in arms])
+    paper, rng = stored[0], np.random.default_rng(0)
+    mean, sd = paper.mean(-1, keepdims=True), paper.std(-1, ddof=1, keepdims=True)
+    truth = rng.normal(mean, sd / np.sqrt(first), (RUNS, _SETS, 1))
+    more = rng.normal(truth, sd, (RUNS, _SETS, pretrained.LOOKS[-1] - first))
+    pairs = np.concatenate([np.broadcast_to(paper, (RUNS, *paper.shape)), more], -1)[:, None]
+    others = np.broadcast_to(stored[1:], (RUNS, *stored[1:].shape))
+    return [_verdicts(pairs[..., :seeds], others, pretrained.LEVEL) for seeds in pretrained.LOOKS]
+
+
+def further_table(archive: Archive) -> str:
+    """`further` as Markdown: shares of the verdicts by look."""
+    rows = []
+    for seeds, verdicts in zip(pretrained.LOOKS, further(archive), strict=True):
+        cells = (f"{100 * (verdicts == number).mean():.1f} %" for number in (1, 2, 3, 0))
+        rows.append((f"{seeds} seeds, {_SETS * seeds} pairs", *cells))
+    return markdown(("look", "helps", "harms", "no effect", "undecided"), rows)
 
 
 def _verdicts(paper: np.ndarray, others: np.ndarray, level: float) -> np.ndarray:

@@ -258,7 +258,8 @@ def add_holm(
     Each row gets "p_holm"; one with some spread also "needed": the smallest number of pairs, more
     than there are, with which it would be decided at `level` with 80 % power, if the observed mean
     and spread were the true ones. By verdict, "significant" and "equivalent"; infinity where no
-    number would do.
+    number would do. A row of `mixed_model` also gets "needed_sets", the number of data sets with as
+    many pairs each that would decide.
     """
     if not rows:
         return
@@ -270,6 +271,18 @@ def add_holm(
             row["needed"] = {
                 name: max(row["trials"] + 1.0, _smallest(power)) for name, power in powers.items()
             }
+        if row.get("sets"):
+            each = row["trials"] / row["sets"]
+            spread = float(np.hypot(row["between"], row["within"] / np.sqrt(each)))
+            row["needed_sets"] = _needed_sets(row["mean"], spread, level, len(rows), margin)
+
+
+def _needed_sets(
+    mean: float, spread: float, level: float, comparisons: int, margin: float
+) -> float:
+    """Data sets with which a mean over them would be decided; `spread` is that of their means."""
+    powers = _wald_powers(mean, lambda n: spread / np.sqrt(n), level, comparisons, margin)
+    return min(map(_smallest, powers.values()))
 
 
 def needed(*rows: Mapping[str, Any]) -> float | None:
@@ -289,32 +302,38 @@ def _powers(
     """The power of both kinds of tests by the number of pairs; None where there is no spread."""
     if not (row.get("sd") or row.get("sets")):
         return None
-    size = abs(row["mean"])
+    if row.get("sets"):
+        between, within = row["between"] ** 2 / row["sets"], row["within"] ** 2
+        return _wald_powers(
+            row["mean"], lambda pairs: np.sqrt(between + within / pairs), level, comparisons, margin
+        )
+    size, sd = abs(row["mean"]), row["sd"]
     alpha = level / comparisons  # Of Holm's first step.
-    if row.get("sd"):
-        sd = row["sd"]
 
-        def significant(pairs: float) -> float:
-            if pairs < np.log2(2 / alpha):  # Sign flips cannot give so small a p.
-                return 0.0
-            critical = stats.t.isf(alpha / 2, pairs - 1)
-            shift = size * np.sqrt(pairs) / sd
-            return float(stats.norm.sf(critical - shift))
+    def significant(pairs: float) -> float:
+        if pairs < np.log2(2 / alpha):  # Sign flips cannot give so small a p.
+            return 0.0
+        critical = stats.t.isf(alpha / 2, pairs - 1)
+        shift = size * np.sqrt(pairs) / sd
+        return float(stats.norm.sf(critical - shift))
 
-        def equivalent(pairs: float) -> float:
-            return _equivalent(size, sd / np.sqrt(pairs), stats.t.isf(level, pairs - 1), margin)
+    def equivalent(pairs: float) -> float:
+        return _equivalent(size, sd / np.sqrt(pairs), stats.t.isf(level, pairs - 1), margin)
 
-    else:
+    return {"significant": significant, "equivalent": equivalent}
 
-        def error(pairs: float) -> float:
-            between, within = row["between"] ** 2, row["within"] ** 2
-            return float(np.sqrt(between / row["sets"] + within / pairs))
 
-        def significant(pairs: float) -> float:
-            return float(stats.norm.sf(stats.norm.isf(alpha / 2) - size / error(pairs)))
+def _wald_powers(
+    mean: float, error: Callable[[float], float], level: float, comparisons: int, margin: float
+) -> dict[str, Callable[[float], float]]:
+    """The power of Wald's tests by a number of pairs or data sets that `error` depends on."""
+    size, critical = abs(mean), stats.norm.isf(level / comparisons / 2)  # Of Holm's first step.
 
-        def equivalent(pairs: float) -> float:
-            return _equivalent(size, error(pairs), stats.norm.isf(level), margin)
+    def significant(count: float) -> float:
+        return float(stats.norm.sf(critical - size / error(count)))
+
+    def equivalent(count: float) -> float:
+        return _equivalent(size, error(count), stats.norm.isf(level), margin)
 
     return {"significant": significant, "equivalent": equivalent}
 

@@ -111,10 +111,25 @@ def test_the_handwritten_verdict_is_the_computed_one(name):
     page = (tables.ROOT / "docs" / "results" / question.page).read_text()
     verdict = re.search(r"\*\*Verdict: (.*?)\.\*\*", page, re.DOTALL)[1].replace("\n", " ")
     for part in question.overview(tables.analysis(name)).verdict.split("; "):
-        words, pairs = re.fullmatch(r"(.*?)(?: \(([\d,]+ pairs) would decide\))?", part).groups()
+        words, pairs = re.fullmatch(
+            r"(.*?)(?: \(([\d,]+ (?:pairs|data sets)) would decide\))?", part
+        ).groups()
         named = ["descriptive"] if words.startswith("descriptive") else words.split(": ")
         assert all(name in verdict for name in named)
         assert pairs is None or pairs in verdict
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/index.md"])
+def test_the_first_sentence_about_results_is_the_primary_verdict(page):
+    text = " ".join((tables.ROOT / page).read_text().replace("\n> ", " ").split())
+    first = text.partition("**Status.** " if page == "README.md" else "# Results ")[2]
+    first = first.partition("From random weights")[0]
+    shown = PUBLISHED["pretrained"].overview(tables.analysis("pretrained"))
+    number, interval = shown.effect.partition(": ")[2].split(" ", 1)
+    assert f"{number} {interval} over {shown.trials} pairs" in first
+    here, others = shown.verdict.split("; ")
+    assert f"{here.partition(' on ')[0]} on the five data sets" in first
+    assert others.partition(" for")[0] in first
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

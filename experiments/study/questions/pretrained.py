@@ -103,7 +103,7 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
     """The trials that are compared: low seeds first.
 
     Those of the data sets whose learning rate is chosen. Those of the next look follow if the
-    answer is undecided.
+    answer is undecided and some number of pairs would decide it.
     """
     rates, grid = chosen(selection(archive)), list[Trial]()
     for first, end in pairwise((0, *LOOKS)):
@@ -116,7 +116,9 @@ def comparison_grid(archive: Archive) -> tuple[Trial, ...]:
         planned = with_dependencies(grid)
         if not (is_selected(archive) and shared.is_complete(shared.progress(planned, archive))):
             break
-        if conclusion(_pooled(groups(planned, archive))["paper"]) != "undecided":
+        paper = _pooled(groups(planned, archive))["paper"]
+        more = statistics.needed(paper["auc"], paper["mixed"])
+        if conclusion(paper) != "undecided" or more == float("inf"):
             break
     return tuple(grid)
 
@@ -271,6 +273,7 @@ def table(found: Found) -> str:
         ("mean of all pairs", [difference(row["auc"], 4) for row in every]),
         ("mixed model", [difference(row["mixed"], 4) for row in every]),
         ("its deviation between data sets", [_deviation(row["mixed"]) for row in every]),
+        ("data sets that would decide", [_sets(row["mixed"]) for row in every]),
         ("p after Holm: pairs, mixed model", [_both(row, "p_holm") for row in every]),
         ("p of equivalence: pairs, mixed model", [_both(row, "p_equivalent") for row in every]),
         ("test ACC", [difference(found["accuracies"][arm], 4) for arm in MERGING]),
@@ -291,6 +294,10 @@ def _both(row: Mapping[str, Any], name: str) -> str:
 
 def _deviation(row: Mapping[str, Any]) -> str:
     return f"{row['between']:.4f}" if "between" in row else ""
+
+
+def _sets(row: Mapping[str, Any]) -> str:
+    return f"{row['needed_sets']:,.0f}" if np.isfinite(row.get("needed_sets", np.inf)) else ""
 
 
 def rates_table(archive: Archive) -> str:
@@ -357,11 +364,16 @@ def figure(found: Found) -> Plot:
 
 
 def overview(found: Found) -> Overview:
-    """The paper's rule, over all pairs."""
+    """The paper's rule, over all pairs, and for data sets in general if that is undecided."""
     row = found["pooled"]["paper"]
-    verdict = conclusion(row)
     effect = f"paper's rule minus fine-tuning: {difference(row['auc'], 4)}"
-    return shared.overview_of(effect, row["auc"], verdict, row["mixed"])
+    over_pairs, mixed = (statistics.verdict(row[name], LEVEL) for name in ("auc", "mixed"))
+    if over_pairs == "undecided" or mixed != "undecided":
+        return shared.overview_of(effect, row["auc"], conclusion(row), row["mixed"])
+    here = shared.in_words(over_pairs, None, f"{statistics.MARGIN} AUC")
+    more = shared.in_words(mixed, row["mixed"].get("needed_sets"), "", "data sets")
+    words = f"{here} on these data sets; {more.replace('undecided', 'undecided for others')}"
+    return Overview(effect, str(row["auc"]["trials"]), words)
 
 
 QUESTION = Question(

@@ -66,6 +66,17 @@ def test_more_looks_decide_more_with_the_spread_of_the_pairs(monkeypatch):
     assert undecided[1] < undecided[0] - 0.1 and undecided[1] < undecided[2] - 0.1
 
 
+def test_further_looks_start_from_the_stored_pairs(monkeypatch):
+    monkeypatch.setattr(power, "RUNS", 200)
+    stored = archive.read()
+    looks = power.further(stored)
+    assert len(looks) == len(pretrained.LOOKS)
+    paper = pretrained.analyse(stored)["pooled"]["paper"]
+    verdict = power._VERDICTS.index(pretrained.conclusion(paper))
+    assert (looks[0] == verdict).all()  # The first look is known.
+    assert f"| 16 seeds, 80 pairs | {'0.0 % | ' * 3}100.0 % |" in power.further_table(stored)
+
+
 def test_each_look_is_that_of_its_seeds(monkeypatch):
     monkeypatch.setattr(power, "RUNS", 200)
     design = power.Design((0.03, 0.02, 0.01, 0.01, 0.0), (16, 32), 16, 0.0125)

@@ -227,6 +227,27 @@ def test_a_look_follows_if_the_last_one_is_undecided(few):
     assert pretrained.analyse(decided)["pooled"]["paper"]["auc"]["trials"] == SEEDS * len(DATA)
 
 
+def test_no_look_follows_if_no_number_of_pairs_would_decide(few):
+    """The effect differs between data sets: clear over pairs, unclear in the mixed model."""
+    first, selected = comparison(), pretrained.selection_grid()
+    archive = stored((*selected, *first), val=BEST)
+    effects = dict(zip(DATA, (-0.09, -0.01, -0.02), strict=True))
+    for trial in first:
+        if trial.arm == "paper":
+            gain = effects[trial.backbone.data] + 0.001 * (-1) ** trial.backbone.seed
+            archive.records[trial.hash]["result"]["test"]["auc"] += gain
+    assert pretrained.comparison_grid(archive) == first
+    found = pretrained.analyse(archive)
+    paper = found["pooled"]["paper"]
+    assert statistics.needed(paper["auc"], paper["mixed"]) == float("inf")
+    assert pretrained.conclusion(paper) == "undecided"
+    sets = paper["mixed"]["needed_sets"]
+    assert pretrained.overview(found).verdict == (
+        f"harms on these data sets; undecided for others ({sets:.0f} data sets would decide)"
+    )
+    assert f"| data sets that would decide |  |  | {sets:.0f} |" in pretrained.table(found)
+
+
 def test_the_answer(few):
     trials = (*pretrained.selection_grid(), *comparison())
     found = pretrained.analyse(stored(trials, {"paper": 2.0}, BEST))

@@ -178,6 +178,22 @@ def test_the_pairs_needed_have_80_percent_power(sd, mean, comparisons):
     assert hits / 2000 == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.parametrize("mean", [-0.01, 0.001])
+def test_the_data_sets_needed_have_80_percent_power(mean):
+    between, within, each = 0.012, 0.02, 16
+    row = {"trials": 5 * each, "mean": mean, "p": 0.3, "sets": 5}
+    row |= {"between": between, "within": within}
+    statistics.add_holm([row, dict(row), dict(row)])
+    count = int(row["needed_sets"])
+    error = np.sqrt((between**2 + within**2 / each) / count)
+    found = np.random.default_rng(0).normal(mean, error, 20_000)
+    if abs(mean) > statistics.MARGIN:
+        hits = 2 * stats.norm.sf(np.abs(found) / error) < 0.05 / 3
+    else:
+        hits = np.abs(found) < statistics.MARGIN - stats.norm.isf(0.05) * error
+    assert 0.79 < hits.mean() < 0.83
+
+
 def test_what_is_undecided_needs_more_pairs_than_there_are(monkeypatch):
     monkeypatch.setattr(statistics, "_FLIPS", 4000)
     draws = np.random.default_rng(0)
