@@ -167,7 +167,7 @@ def warn_of_incomplete_classes(
             found[name] = ", ".join(f"{count} {split}" for split, count in counts.items())
             warnings.warn(
                 f"{source}: the class {name} has too few examples for every split: {found[name]}. "
-                "Its AUC is undefined where it has none",
+                "Its metrics are undefined where it has none",
                 stacklevel=3,
             )
     return found
