@@ -28,7 +28,6 @@ from experiments.study.questions import (
     QUESTIONS,
     better_rule,
     full_length,
-    main_effect,
     pretrained,
     scarce,
 )
@@ -260,7 +259,7 @@ SOURCES: dict[str, Callable[[], str]] = {
     ),
     "tpu_forms": tpu_forms.markdown,
     "accelerator": accelerator.markdown,
-    "main": lambda: main_effect.short_table(analysis("main_effect")),
+    "main": lambda: pretrained.short_table(analysis("pretrained")),
     "overview": overview,
     "totals": totals,
     "power": lambda: power.table({"": power.PLANNED}),

@@ -8,7 +8,7 @@ from experiments.study.archive import RESULTS, Archive
 from experiments.study.questions import adaptive
 from experiments.study.questions.question import Found, Overview, Question
 from experiments.study.questions.shared import overview as shared_overview
-from experiments.study.render import difference, dot_plot, markdown, p_value
+from experiments.study.render import difference, dot_plot, markdown
 from experiments.study.trials import Backbone, Treatment, Trial
 from inmerge_jax.reporting.plots import Plot
 from inmerge_jax.reporting.published import published_reference
@@ -115,21 +115,6 @@ def table(found: Found) -> str:
     columns = (
         *("Test AUC", "Backbone", "Fine-tuning", "Merging, threshold 0.3, minus fine-tuning"),
         *("Merging, median threshold, minus fine-tuning", "MedMNIST benchmark, 100 epochs"),
-    )
-    return markdown(columns, rows)
-
-
-def short_table(found: Found) -> str:
-    """The result over all trainings, for the README."""
-    names = ("threshold 0.3, nearest partner (paper)", "median threshold, nearest partner")
-    rows = []
-    for name, row in zip(names, found["pooled"].values(), strict=True):
-        gaps = (difference(row[metric], 4) for metric in ("auc", "acc"))
-        p = " / ".join(p_value(row[metric]["p_holm"]) for metric in ("auc", "acc"))
-        rows.append((f"Merging, {name}", *gaps, str(row["auc"]["trials"]), p))
-    columns = (
-        *("Difference from fine-tuning without merging", "Test AUC [95 % interval]"),
-        *("Test ACC [95 % interval]", "Pairs", "p after Holm, AUC / ACC"),
     )
     return markdown(columns, rows)
 

@@ -288,6 +288,28 @@ def table(found: Found) -> str:
     return markdown(columns, rows) + shared.diverged_note(found)
 
 
+def short_table(found: Found) -> str:
+    """The result over all pairs, for the README."""
+    names = (
+        "threshold 0.3, nearest partner (paper)",
+        "threshold 0.3, random partner (released code)",
+        "median threshold, nearest partner",
+    )
+    rows = []
+    for name, arm in zip(names, MERGING, strict=True):
+        auc, mixed = (found["pooled"][arm][kind] for kind in ("auc", "mixed"))
+        gaps = (auc, found["accuracies"][arm], mixed)
+        rows.append((f"Merging, {name}", *(difference(gap, 4) for gap in gaps), f"{auc['trials']}"))
+    columns = (
+        *("Difference from fine-tuning without merging", "Test AUC [95 % interval]"),
+        *("Test ACC [95 % interval]", "Test AUC, mixed model", "Pairs"),
+    )
+    return (
+        f"{markdown(columns, rows)}\n*VGG16 from pretrained weights on {len(found['groups'])} data "
+        "sets. The mixed model takes these as a sample of all data sets.*\n"
+    )
+
+
 def _both(row: Mapping[str, Any], name: str) -> str:
     return ", ".join(p_value(row[kind].get(name, 1.0)) for kind in ("auc", "mixed"))
 

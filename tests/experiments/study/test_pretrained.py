@@ -8,6 +8,7 @@ import pytest
 from experiments.study import statistics
 from experiments.study.archive import Archive, Labels
 from experiments.study.questions import pretrained
+from experiments.study.render import difference
 from experiments.study.trials import with_dependencies
 from inmerge_jax.training.metrics import compute_metrics
 
@@ -268,6 +269,9 @@ def test_the_answer(few):
     assert found["similarity"][LAYERS[0]]["backbone"] == pytest.approx(0.02)
     text = pretrained.table(found)
     assert "mean of all pairs" in text and "mixed model" in text
+    short = pretrained.short_table(found)
+    gain = difference(paper["auc"], 4)
+    assert f"(paper) | {gain} |" in short and f"| {pairs} |" in short
     assert "| 20 40 |" in pretrained.merges_table(found)
     similar = pretrained.similarity_table(found)
     assert "| before training | 2.00 % | 2.00 % |" in similar
