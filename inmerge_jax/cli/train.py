@@ -29,6 +29,10 @@ OPTIONS = {
     "download": "--no-download",
 }
 """Options of arguments whose option is not their name with dashes."""
+_UNSHARED = (
+    "not all processes see this folder, so compiled programs are not kept; give "
+    "`compilation_cache_dir` a folder that they share, such as gs://BUCKET/cache"
+)
 
 
 def only_report_missing(folder: Path, resume: bool) -> bool:
@@ -59,18 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: "TrainConfig") -> int:
-    from inmerge_jax.training.environment import enable_compilation_cache
-
-    if config.compilation_cache_dir is not None:
-        enable_compilation_cache(config.compilation_cache_dir)
-
     from inmerge_jax.cli.report import write_and_print
     from inmerge_jax.locking import require_free
+    from inmerge_jax.training.environment import enable_compilation_cache
     from inmerge_jax.training.experiment import run_experiment
     from inmerge_jax.training.multihost import (
         SyncedPreemption,
         connect,
         is_primary,
+        is_shared,
         run_on_primary,
         run_synced,
     )
@@ -82,6 +83,11 @@ def _run(config: "TrainConfig") -> int:
     preemption = PreemptionHandler()
     try:
         connect(config.coordinator, config.num_processes, config.process_id)
+        cache = config.compilation_cache_dir
+        if is_shared(cache):
+            enable_compilation_cache(cache)
+        elif cache is not None and is_primary():
+            print(with_options(f"{cache}: {_UNSHARED}", OPTIONS))
         run_on_primary(require_writable, config.output)
         run_on_primary(check_output, config.output)
         if not run_on_primary(only_report_missing, config.output, config.resume):

@@ -205,13 +205,20 @@ COMPILATION_CACHE = Path("~/.cache/inmerge_jax/xla")
 def enable_compilation_cache(folder: Path = COMPILATION_CACHE) -> None:
     """Enables JAX's persistent compilation cache in `folder`, for all programs.
 
-    Of several processes, JAX lets process 0 alone write to it: on a pod, only a folder that all
-    hosts share spares the others the compilation.
+    Of several processes, JAX lets process 0 alone write to it. A process that has its program waits
+    in vain for those that compile it: all have to see the same folder, see `multihost.is_shared`.
 
     Args:
       folder: local or in a bucket.
     """
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
     place = folder if in_bucket(folder) else Path(folder).expanduser()
     jax.config.update("jax_compilation_cache_dir", os.fspath(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if in_bucket(place):
+        # XLA's own cache, of tuned kernels, knows local files alone.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    # JAX reads the settings once, at the first compilation.
+    reset_cache()

@@ -10,15 +10,19 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
+from inmerge_jax.buckets import in_bucket
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_errors
 from inmerge_jax.training.preemption import PreemptionHandler
 from inmerge_jax.training.workdir import diff_configs
 
@@ -241,6 +245,41 @@ def require_same_config(config: dict[str, Any]) -> None:
             )
 
     run_synced(compare)
+
+
+def is_shared(folder: Path | None) -> bool:
+    """Whether all processes see the same `folder`, which process 0 creates where it is missing.
+
+    Args:
+      folder: local, on a network drive, or in a bucket; None for none, which no other is.
+
+    Raises:
+      UsageError: in every process, if process 0 cannot write to it.
+    """
+    if jax.process_count() == 1:
+        return folder is not None
+    bucket = folder is not None and in_bucket(folder)
+    place = folder if folder is None or bucket else folder.expanduser()
+    mark = run_on_primary(_leave_mark, place)
+    if place is None or mark is None:
+        seen = False
+    else:
+        seen = str(place) == mark if bucket else (place / mark).exists()
+    every = bool(process_allgather(np.array(seen)).all())
+    if is_primary() and place is not None and not bucket:
+        (place / mark).unlink()
+    return every
+
+
+def _leave_mark(folder: Path | None) -> str | None:
+    """The name of a new file in a folder; a bucket's folder is its own mark."""
+    if folder is None or in_bucket(folder):
+        return None if folder is None else str(folder)
+    with write_errors(folder, begun=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        number, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+        os.close(number)
+    return Path(path).name
 
 
 def gather_rows(values: np.ndarray) -> np.ndarray:

@@ -4,10 +4,12 @@ import dataclasses
 import errno
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from inmerge_jax.buckets import as_path
 from inmerge_jax.data import train_batches
 from inmerge_jax.errors import UsageError
 from inmerge_jax.training import multihost
@@ -81,6 +83,20 @@ def check_agreement():
     assert choose_devices(4) == choose_devices(None)
 
 
+def check_shared_folders(folder):
+    process = jax.process_index()
+    assert multihost.is_shared(folder / "all")
+    assert not multihost.is_shared(folder / f"of {process}")
+    assert not list(folder.glob("*/*")), "what was written to find out is removed"
+    assert multihost.is_shared(as_path("gs://bucket/cache"))
+    assert not multihost.is_shared(as_path(f"gs://bucket/{process}"))
+    assert not multihost.is_shared(None if process else folder / "all")
+    assert not multihost.is_shared(folder / "all" if process else None)
+    assert not multihost.is_shared(as_path("gs://bucket/cache") if process else folder / "all")
+    multihost.run_on_primary((folder / "file").write_text, "")
+    assert "cannot write" in message(multihost.is_shared, folder / "file" / "cache")
+
+
 def train(devices, host=0, count=1):
     """Some merging steps and both evaluations; for one process or as one of `count`."""
     setup = dataclasses.replace(
@@ -126,4 +142,5 @@ if __name__ == "__main__":
     multihost.connect(f"127.0.0.1:{port}", 2, int(process))
     assert jax.process_count() == 2 and jax.local_device_count() == 2
     check_agreement()
+    check_shared_folders(Path(output).parent / "folders")
     np.savez(output, **train(choose_devices(None), int(process), 2))

@@ -252,11 +252,14 @@ def test_compiled_programs_are_kept_in_a_bucket(bucket, tmp_path, monkeypatch):
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
+        "jax_persistent_cache_enable_xla_caches",
     )
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
     try:
         enable_compilation_cache(bucket / "cache")
+        # XLA would look for a local folder of this name, on a GPU.
+        assert jax.config.jax_persistent_cache_enable_xla_caches == "none"
         jax.block_until_ready(jax.jit(lambda x: x * 1.25 + 7)(np.ones(3)))
     finally:
         for name, value in before.items():

@@ -245,9 +245,11 @@ def test_one_process_with_other_options_or_variables_stops_all(tmp_path):
     second.wait()
     # The variable alone would have each process draw other kernels, and average their gradients.
     other = {"JAX_THREEFRY_PARTITIONABLE": "0"}
-    second = start([*second.args[2:], "--alpha", "0.5"], 1, elsewhere(tmp_path / "run"), **other)
+    own = ["--alpha", "0.5", "--compilation-cache-dir", str(tmp_path / "own")]
+    second = start([*second.args[2:], *own], 1, elsewhere(tmp_path / "run"), **other)
     statuses, said = finish([first, second])
     assert statuses == [2, 2], said
+    assert "not all processes see this folder" in said[0] and "--compilation-cache-dir" in said[0]
     assert "configuration of process 1 differs from process 0" in said[0]
     assert "rule.alpha: 0.8 in process 0, 0.5 here" in said[1]
     assert 'environment.JAX_THREEFRY_PARTITIONABLE: absent in process 0, "0" here' in said[1]

@@ -1,8 +1,10 @@
 """Part 1: results on the device against the CPU backend of the same process and a NumPy oracle."""
 
+import collections
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,8 +44,17 @@ LIMITS = {"float32": 1e-6, "bfloat16": 1e-3}
 NEAR = 1e-5
 """A decision may differ where two similarities, or one and the threshold, are this close."""
 SIMILARITY_LIMIT = 1e-5
-STEP_LIMITS = {"highest": 1e-5, "default": 1e-3}
-"""Largest relative error of the parameters after one training step, by matmul precision."""
+PRECISIONS = ("highest", "default")
+"""Precision of matrix products and convolutions in the training check."""
+STEP_LIMIT, COARSE = 5, 0.7
+"""Largest error of a training step: a multiple of what rounding explains, but no more than this.
+
+At random weights, errors of 3e-3 in each product change a ResNet-18's gradient by 0.4 of its norm.
+"""
+LOSS_LIMIT = 30
+"""Largest relative error of its loss, as a multiple of a matrix product's."""
+_ROUNDING = 1e-6
+"""Relative error that a float32 matrix product may have."""
 _TF32 = 1e-5
 """A float32 matrix product with a larger relative error used fewer than 24 bits."""
 
@@ -64,12 +75,13 @@ def measure(session: Session) -> None:
         )
     session.attempt(PART, "in_model_merging", 5, lambda: check_transformation(tiny, cpu))
     session.attempt(PART, "kernel_similarity", 5, lambda: check_similarity(tiny, cpu))
-    for name in STEP_LIMITS:
+    products = session.found[PART]["cases"].get("precision", {}).get("errors", {})
+    for name in PRECISIONS:
         session.attempt(
             PART,
             f"{TINY_MODEL if tiny else MODEL}, 10 steps, {name} precision",
             0 if tiny else 40,
-            functools.partial(check_training, name, tiny, cpu),
+            functools.partial(check_training, name, products.get(name, 0.0), tiny, cpu),
         )
 
 
@@ -299,45 +311,70 @@ def check_similarity(tiny: bool, cpu: jax.Device) -> dict[str, Any]:
     return {"error": error, "limit": SIMILARITY_LIMIT, "passed": error <= SIMILARITY_LIMIT}
 
 
-def check_training(name: str, tiny: bool, cpu: jax.Device) -> dict[str, Any]:
+def check_training(name: str, product: float, tiny: bool, cpu: jax.Device) -> dict[str, Any]:
     """Ten training steps with merging under `jax.pmap` over all local devices, and on one CPU.
+
+    Rounding can move an activation across a ReLU's zero, which changes single gradients by far more
+    than the rounding. How much is explained is measured: on the CPU, from initial weights with
+    random errors of the size of a matrix product's.
 
     Args:
       name: the precision of matrix products and convolutions on the device.
+      product: relative error of a matrix product there, see `precision`.
       tiny: a narrow network of eight convolutions.
       cpu: the device of the reference, which computes in float32.
     """
+    rounding = max(product, _ROUNDING)
     on_device = ten_steps(tuple(jax.local_devices()), name, tiny)
     on_cpu = ten_steps((cpu,), "highest", tiny)
-    params = [
-        max(
-            relative_error(a, b)
-            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-            if np.any(b)
-        )
-        for one, two in zip(on_device["params"], on_cpu["params"], strict=True)
-    ]
-    losses = np.abs(np.subtract(on_device["losses"], on_cpu["losses"])) / on_cpu["losses"]
-    merged = np.array(on_device["merged"]), np.array(on_cpu["merged"])
-    limit = STEP_LIMITS[name]
-    differ_first = int(np.abs(merged[0][0] - merged[1][0]).sum())
-    passed = params[0] <= limit and losses[0] <= limit and not differ_first and merged[0][0].sum()
+    explained = _step_errors(ten_steps((cpu,), "highest", tiny, rounding), on_cpu)
+    errors = _step_errors(on_device, on_cpu)
+    rows = {
+        kind: {"error": error, "limit": min(COARSE, STEP_LIMIT * explained[kind])}
+        for kind, error in errors.items()
+    }
+    # A single number, which may be exact by chance.
+    rows["loss"]["limit"] = LOSS_LIMIT * rounding
+    worst = max(rows.values(), key=lambda row: row["error"] - row["limit"])
+    merged, expected = np.array(on_device["merged"]), np.array(on_cpu["merged"])
+    differ = int(np.abs(merged - expected).sum())
+    passed = all(row["error"] <= row["limit"] for row in rows.values())
     return {
         "devices": jax.local_device_count(),
-        "error": params[0],
-        "error_after_ten": params[1],
-        "loss_error": float(losses[0]),
-        "loss_error_after_ten": float(losses[-1]),
-        "limit": limit,
-        "merged": int(merged[0].sum()),
-        "decisions_differ_first": differ_first,
-        "decisions_differ": int(np.abs(merged[0] - merged[1]).sum()),
-        "passed": bool(passed),
+        **worst,
+        "quantities": rows,
+        "error_after_ten": relative_error(on_device["losses"][-1], on_cpu["losses"][-1]),
+        "merged": int(merged.sum()),
+        "decisions_differ": differ,
+        "passed": bool(passed and not differ and merged[0].sum()),
     }
 
 
-def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> dict[str, Any]:
-    """Losses and merges of ten steps, and the parameters after the first and the last."""
+def _step_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of the first step: of its loss and, by kind, of parameters."""
+    kinds = {
+        kind: relative_error(found["first"][kind], values)
+        for kind, values in reference["first"].items()
+    }
+    return kinds | {"loss": relative_error(found["losses"][0], reference["losses"][0])}
+
+
+def ten_steps(
+    devices: tuple[jax.Device, ...], precision: str, tiny: bool, noise: float = 0.0
+) -> dict[str, Any]:
+    """Losses and merges of ten steps, and the parameters of the first.
+
+    Args:
+      devices: that share each batch.
+      precision: of matrix products and convolutions.
+      tiny: see `check_training`.
+      noise: standard deviation of relative errors of the initial weights.
+
+    Returns:
+      "losses" (10,); "merged" (10, layers); and "first", by kind of parameter (kernel, bias, scale)
+      the change in the first step, of layers that do not merge, and as "merged" the weights after
+      it, of those that do.
+    """
     size, classes = (8, 3) if tiny else (28, 6)
     # Several devices share each batch; every count of them up to 16 divides this number.
     batch_size = 16 if tiny else 32
@@ -351,6 +388,11 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
     optimizer = make_optimizer(recipe)
     with jax.default_device(devices[0]), jax.default_matmul_precision(precision):
         params, batch_stats = _first_weights(model, shape)
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda w: (w * (1 + noise * rng.standard_normal(w.shape))).astype(w.dtype),
+            jax.device_get(params),
+        )
         state = new_state(params, batch_stats, optimizer, recipe.learning_rate)
         state = replicate(state, devices)
         step = make_train_step(
@@ -360,8 +402,8 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
             multi_label=False,
             devices=devices,
             kernels=kernels,
-            # Half of the pairs of random kernels have a cosine above 0.
-            rule=MergeRule(threshold=0.0),
+            # All selected kernels merge, so that no decision depends on rounding.
+            rule=MergeRule(threshold=-1.0),
         )
         totals = replicate(zero_totals(len(kernels)), devices)
         root = broadcast_to_devices(jax.random.key(3), devices)
@@ -372,19 +414,34 @@ def ten_steps(devices: tuple[jax.Device, ...], precision: str, tiny: bool) -> di
             "index": np.arange(batch_size, dtype=np.int32),
         }
         batch = shard_batch(batch, devices)
-        losses, merged, kept = [], [], []
+        losses, merged = [], []
         for number in range(10):
             state, totals = step(state, totals, batch, root)
             sums = unreplicate(totals)
             losses.append(float(sums.loss))
             merged.append(sums.merged)
-            if number in (0, 9):
-                kept.append(unreplicate(state.params))
+            if number == 0:
+                first = _by_kind(params, unreplicate(state.params), kernels)
     return {
         "losses": np.diff([0.0, *losses]),
         "merged": np.diff([np.zeros_like(merged[0]), *merged], axis=0),
-        "params": kept,
+        "first": first,
     }
+
+
+def _by_kind(before: Any, after: Any, kernels: Sequence[Kernel]) -> dict[str, np.ndarray]:
+    """See `ten_steps`."""
+    merging = {kernel.path for kernel in kernels}
+    found = collections.defaultdict(list)
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
+        new = np.asarray(new, np.float64).ravel()
+        if path in merging:
+            found["merged"].append(new)
+        else:
+            found[path[-1].key].append(new - np.asarray(old, np.float64).ravel())
+    return {kind: np.concatenate(values) for kind, values in found.items()}
 
 
 @functools.lru_cache(maxsize=2)

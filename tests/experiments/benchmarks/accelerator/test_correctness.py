@@ -63,26 +63,47 @@ def test_wrong_similarities_are_noticed(monkeypatch):
     assert not check_similarity(True, CPU)["passed"]
 
 
-def ten_steps(scale, merges):
-    def run(devices, precision, tiny):
+def ten_steps(scale, merges, loss):
+    """The device's steps differ from the CPU's by `scale`; rounding explains its own size."""
+
+    def run(devices, precision, tiny, noise=0.0):
         ours = len(devices) > 1
+        error = scale if ours else noise
         return {
-            "losses": np.full(10, 2.0),
+            "losses": np.full(10, 2.0 * (1 + (loss if ours else 0))),
             "merged": np.full((10, 2), 3 + (merges if ours else 0)),
-            "params": [{"w": np.ones(4) * (1 + (scale if ours else 0)), "b": np.zeros(2)}] * 2,
+            "first": {"kernel": np.ones(4) * (1 + error), "merged": np.ones(4)},
         }
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("scale", "merges", "passed"), [(0, 0, True), (1e-6, 0, True), (1e-4, 0, False), (0, 1, False)]
+    ("scale", "merges", "loss", "passed"),
+    [
+        (0, 0, 0, True),
+        (4e-6, 0, 0, True),
+        (6e-6, 0, 0, False),
+        (0, 1, 0, False),
+        (0, 0, 1e-4, False),
+    ],
 )
-def test_training_that_differs_is_noticed(scale, merges, passed, monkeypatch):
-    monkeypatch.setattr(correctness, "ten_steps", ten_steps(scale, merges))
-    found = correctness.check_training("highest", True, CPU)
+def test_training_that_differs_is_noticed(scale, merges, loss, passed, monkeypatch):
+    monkeypatch.setattr(correctness, "ten_steps", ten_steps(scale, merges, loss))
+    found = correctness.check_training("highest", 0.0, True, CPU)
     assert found["passed"] is passed
-    assert found["error"] == pytest.approx(scale)
+    assert found["quantities"]["kernel"]["error"] == pytest.approx(scale)
+    # A step without any gradient has an error of 1.
+    coarse = correctness.check_training("default", 1.0, True, CPU)["quantities"]
+    assert coarse["kernel"]["limit"] == 0.7
+
+
+def test_a_training_step_agrees_with_itself_on_more_devices():
+    found = correctness.check_training("highest", 0.0, True, CPU)
+    assert found["devices"] == 8 and found["passed"]
+    # Sums over eight devices are rounded in another way.
+    assert 0 < found["error"] < found["limit"] < 0.1
+    assert set(found["quantities"]) == {"kernel", "bias", "merged", "loss"}
 
 
 def test_nan_is_an_error():
