@@ -30,6 +30,8 @@ class Source:
 
 
 _MEDMNIST = Path("medmnist")
+CHESTXRAY14_LABELS = Path("nih/Data_Entry_2017_v2020.csv.gz")
+"""Label file of ChestX-ray14, below the folder of the data."""
 
 SOURCES = {
     "breastmnist": Source(
@@ -162,7 +164,7 @@ def _build_chestxray14(nih: Path, config: DataConfig) -> None:
 
     options = {
         "--images": nih / "images_224",
-        "--labels": nih / "Data_Entry_2017_v2020.csv.gz",
+        "--labels": nih / CHESTXRAY14_LABELS.name,
         "--lists": nih,
         "--split": "chexnet",
         "--size": 224,

@@ -119,8 +119,9 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--grid {options.grid}: unknown; choose one of {', '.join(GRIDS)}")
     grid = GRIDS[options.grid]
     if "trials" in options.parts:
-        trials.check_data(grid, trials.paths_of(options.output, options.data_dir))
+        trials.check_data(grid, options.data_dir)
     session = Session(options.output, 60 * options.minutes, options.tiny)
+    _include_cpu()
     configure_malloc()
     session.around = describe_machine(options.tiny)
     check_folder(session.folder, session.around)
@@ -131,26 +132,34 @@ def run(options: argparse.Namespace) -> int:
         "step": lambda: train_step.measure(session),
         "trials": lambda: trials.measure(session, grid, options.data_dir),
     }
-    stop = _end_on_time(session)
+    parts = [part for part in PARTS if part in options.parts]
+    stop = _end_on_time(session, parts)
     # What an earlier run stored informs the estimates, also where its part is not run again.
     for part in PARTS:
-        session.enters(part, run=part in options.parts)
-    for part in PARTS:
-        if part in options.parts:
-            run_part[part]()
-            jax.clear_caches()
+        session.enters(part, run=part in parts)
+    for part in parts:
+        run_part[part]()
+        jax.clear_caches()
     stop.cancel()
     say("\n".join(page.summary(session.folder)))
     return int(page.any_failed(session.folder))
 
 
-def _end_on_time(session: Session) -> threading.Timer:
+def _include_cpu() -> None:
+    """Adds the CPU, the reference of the first part, where JAX_PLATFORMS names others alone."""
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
+
+
+def _end_on_time(session: Session, parts: Sequence[str]) -> threading.Timer:
     """Ends the process when the time is over, also inside a compilation; cancel it before.
 
     Estimates decide what is begun. This is for those that were wrong: finished cases are stored.
     """
 
     def end() -> None:
+        session.cut_off(parts)
         say("\n".join([*page.summary(session.folder), "the time is over; a case was cut off"]))
         os._exit(int(page.any_failed(session.folder)))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,9 +43,11 @@ def why_missing(*packages: str) -> str | None:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     try:
+        for name in ("torch", *packages):
+            importlib.import_module(name)
         device()
-    except RuntimeError as error:
-        return str(error)
+    except Exception as error:  # Libraries of another CUDA end an import in many ways.
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -5,7 +5,7 @@ import json
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 from experiments.benchmarks.accelerator.source import source_digest
 from inmerge_jax.errors import UsageError
 from inmerge_jax.files import read_json_object, write_json
-from inmerge_jax.training.environment import environment
+from inmerge_jax.training.environment import environment, numerics_fingerprint
 
 PARTS = {"correctness": 0.25, "merge": 0.4, "step": 0.8, "trials": 1.0}
 """The parts in their order, each with the share of the time by which it ends."""
@@ -35,6 +35,7 @@ class Session:
       started: when the time began, see `time.monotonic`.
       found: what is stored of each part; see `read_part`.
       around: of `describe_machine`.
+      current: part and name of the case that was begun last.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     around: dict[str, Any] = field(default_factory=dict)
+    current: tuple[str, str] | None = None
 
     def left(self, part: str) -> float:
         """Seconds until this part ends; time that earlier parts left unused is added to it."""
@@ -51,12 +53,15 @@ class Session:
     def enters(self, part: str, run: bool = True) -> None:
         """Reads what the folder holds of a part; what failed or had no time is tried again.
 
+        Failures are kept until then.
+
         Args:
           part: of `PARTS`.
           run: whether the part is to be run, so that its file is written.
         """
         kept = read_part(self.folder, part) or {"cases": {}}
-        self.found[part] = {**self.around, "cases": kept["cases"], "failed": {}, "skipped": {}}
+        failed = kept.get("failed", {})
+        self.found[part] = {**self.around, "cases": kept["cases"], "failed": failed, "skipped": {}}
         if run:
             self.store(part)
 
@@ -82,12 +87,33 @@ class Session:
             found["skipped"][name] = f"needs about {seconds:.0f} s; {max(left, 0):.0f} s were left"
         else:
             say(f"{part}: {name} ({left:.0f} s left)")
+            self.current = part, name
+            found["failed"].pop(name, None)
             before = time.monotonic()
             with failures(found["failed"], name):
                 result = measure()
                 took = time.monotonic() - before
                 found["cases"][name] = {**result, "seconds": took, "commit": self.around["commit"]}
         self.store(part)
+
+    def cut_off(self, parts: Sequence[str]) -> None:
+        """Stores which case the end of the time cut off, and which parts were not begun.
+
+        Args:
+          parts: that were to be run, in their order.
+        """
+        begun = -1
+        if self.current is not None:
+            part, name = self.current
+            begun = parts.index(part)
+            self.found[part]["skipped"] |= {
+                name: "cut off when the time was over",
+                "further cases": "not begun",
+            }
+            self.store(part)
+        for part in parts[begun + 1 :]:
+            self.found[part]["skipped"]["all cases"] = "not begun"
+            self.store(part)
 
     def store(self, part: str) -> None:
         """Writes what there is of a part."""
@@ -162,17 +188,26 @@ def check_folder(folder: Path, around: Mapping[str, Any]) -> None:
     """Checks that results can be added to a folder.
 
     Raises:
-      UsageError: it can't be written, or holds results of other source code or another device.
+      UsageError: it can't be written, or holds results of other source code, packages or devices.
     """
     for part in PARTS:
         kept = read_part(folder, part)
-        for name in ("source", "device", "tiny") if kept else ():
+        if not kept:
+            continue
+        for name in ("source", "device", "devices", "driver", "tiny"):
             if kept[name] != around[name]:
                 other = kept.get("commit") or "unknown"
                 raise UsageError(
                     f"--output {folder}: {part}.json has {name} {kept[name]} (commit {other}), but "
                     f"this is {around[name]} (commit {around['commit'] or 'unknown'}): choose "
                     "another folder"
+                )
+        before, now = (_conditions(one["environment"]) for one in (kept, around))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise UsageError(
+                    f"--output {folder}: {part}.json has {name} {before.get(name)}, but this is "
+                    f"{now.get(name)}: choose another folder"
                 )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +216,12 @@ def check_folder(folder: Path, around: Mapping[str, Any]) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot be written ({error.strerror})") from error
+
+
+def _conditions(env: dict[str, Any]) -> dict[str, Any]:
+    """Packages and variables that times depend on; the source has its digest."""
+    found = {**numerics_fingerprint(env), "torch": env["packages"].get("torch")}
+    return {name: value for name, value in found.items() if name != "commit"}
 
 
 def to_json(value: Any) -> Any:

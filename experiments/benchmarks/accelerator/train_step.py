@@ -100,6 +100,8 @@ def estimate(case: Case, session: Session, *, compiled: bool = False) -> float:
     one = 3e9 * _GFLOPS[case.model] * case.batch * case.steps / (used * rate)
     scale = 1.0  # of the estimates, as this machine has shown
     for found in session.found[PART]["cases"].values():
+        if COMPILED in found and COMPILED not in found["compile_seconds"]:
+            continue  # PyTorch is missing, and JAX's program came from the cache.
         scale = max(found["compile_seconds"].values()) / _assumed(found["model"], COMPILED in found)
     # Two contenders, or twice two, each with two calls untimed and two or more rounds.
     calls = (8 if compiled else 16) * one

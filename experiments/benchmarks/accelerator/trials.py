@@ -35,8 +35,8 @@ _COMPILE = 60
 """Seconds for one data set's step, estimated."""
 
 
-def check_data(grid: Grid, paths: Paths) -> None:
-    """Checks that the files of a grid's data sets and weights exist; builds ChestX-ray14.
+def check_data(grid: Grid, folder: Path) -> None:
+    """Checks that the files of a grid's data sets and weights exist below a folder.
 
     Raises:
       UsageError: one is missing, or the grid has no trials yet.
@@ -49,16 +49,17 @@ def check_data(grid: Grid, paths: Paths) -> None:
         )
     needed = []
     for name in grid.data:
-        config = datasets.config_of(name, paths.data, paths.built)
-        if config.name not in ("phantom", "chestxray14"):
-            needed.append(config.file or config.data_dir / f"{config.name}.npz")
+        config = datasets.SOURCES[name].config
+        if config.name == "chestxray14":
+            needed.append(folder / datasets.CHESTXRAY14_LABELS)
+        elif config.name != "phantom":
+            needed.append(folder / (config.file or config.data_dir / f"{config.name}.npz"))
     if grid.backbone(grid.data[0], grid.first_seed).backbone.weights == "edges":
-        needed.append(paths.data / EDGES)
+        needed.append(folder / EDGES)
     for path in needed:
         if not path.is_file():
             raise UsageError(
-                f"--data-dir {paths.data}: {path} is missing; give the folder that holds it, "
-                + remedy
+                f"--data-dir {folder}: {path} is missing; give the folder that holds it, " + remedy
             )
 
 

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from experiments.benchmarks.accelerator import page
+from experiments.benchmarks.accelerator import command, page
 from experiments.benchmarks.accelerator.command import main
 from experiments.benchmarks.accelerator.grids import GRIDS
 from experiments.benchmarks.accelerator.session import PARTS, read_part
@@ -206,3 +206,14 @@ def test_a_folder_of_another_commit_is_refused(measured, tmp_path, capsys):
     assert main(["--tiny", "--grid", "phantom", "--output", str(tmp_path)]) == 2
     assert "merge.json has source dddd" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["merge.json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", ""), (None, None)]
+)
+def test_the_cpu_is_there_as_reference_where_platforms_are_named(given, used, monkeypatch):
+    config = type("Config", (), {"jax_platforms": given})()
+    config.update = lambda name, value: setattr(config, name, value)
+    monkeypatch.setattr(command.jax, "config", config)
+    command._include_cpu()
+    assert config.jax_platforms == used

@@ -29,6 +29,17 @@ def test_the_vectorised_merge_agrees_with_the_oracle(partner, threshold):
     assert mixed.any()
 
 
+def test_libraries_that_do_not_load_are_the_reason_for_missing_figures(monkeypatch):
+    assert pytorch.why_missing() is None
+    assert pytorch.why_missing("no_such_package") == "no_such_package is not installed"
+
+    def load(name):
+        raise OSError("libcudnn.so.9: cannot open shared object file")
+
+    monkeypatch.setattr(pytorch.importlib, "import_module", load)
+    assert pytorch.why_missing() == "OSError: libcudnn.so.9: cannot open shared object file"
+
+
 def test_calls_are_queued_and_waited_for_once(monkeypatch):
     clock, log = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])

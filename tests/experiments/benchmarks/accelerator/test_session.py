@@ -16,7 +16,13 @@ AROUND = {
     "driver": "1.2",
     "commit": "a" * 40,
     "source": "b" * 64,
-    "environment": {},
+    "environment": {
+        "variables": {"XLA_FLAGS": "--xla_a=1"},
+        "git": {"commit": "a" * 40, "dirty": False},
+        "devices": {"kinds": ["chip"], "processes": 1},
+        "packages": {"jax": "1.0", "torch": "2.0"},
+        "cpus": 2,
+    },
 }
 
 
@@ -80,19 +86,51 @@ def test_a_second_run_measures_what_is_missing(tmp_path, clock):
     session.attempt("merge", "failed", 1, lambda: 1 / 0)
     session.attempt("merge", "long", 1000, dict)
     again = begin(tmp_path, seconds=10_000)
-    assert again.found["merge"]["failed"] == {} and again.found["merge"]["skipped"] == {}
+    # What failed stays failed until it succeeds.
+    assert set(again.found["merge"]["failed"]) == {"failed"}
+    assert again.found["merge"]["skipped"] == {}
     again.attempt("merge", "done", 1, lambda: pytest.fail("was measured twice"))
     for name in ("failed", "long"):
         again.attempt("merge", name, 1, lambda: {"value": 2})
-    assert list(read_part(tmp_path, "merge")["cases"]) == ["done", "failed", "long"]
+    stored = read_part(tmp_path, "merge")
+    assert list(stored["cases"]) == ["done", "failed", "long"] and stored["failed"] == {}
 
 
-@pytest.mark.parametrize("name", ["source", "device", "tiny"])
+def test_what_the_end_of_the_time_cuts_off_is_reported(tmp_path, clock):
+    session = begin(tmp_path)
+    session.attempt("merge", "done", 1, lambda: {"value": 1})
+    session.attempt("merge", "long", 1, lambda: session.cut_off(["merge", "trials"]) or {})
+    assert set(read_part(tmp_path, "merge")["skipped"]) == {"long", "further cases"}
+    assert read_part(tmp_path, "trials")["skipped"] == {"all cases": "not begun"}
+    assert read_part(tmp_path, "step")["skipped"] == {}, "was not to be run"
+    begin(tmp_path).cut_off(["step"])
+    assert read_part(tmp_path, "step")["skipped"] == {"all cases": "not begun"}
+
+
+@pytest.mark.parametrize("name", ["source", "device", "devices", "driver", "tiny"])
 def test_a_folder_of_other_results_is_refused(name, tmp_path, clock):
     begin(tmp_path)
     check_folder(tmp_path, AROUND)
     with pytest.raises(UsageError, match=rf"correctness.json has {name} .*choose another folder"):
         check_folder(tmp_path, {**AROUND, name: "other"})
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "words"),
+    [
+        ("packages", "jax", "1.1", "jax 1.0, but this is 1.1"),
+        ("packages", "torch", "2.1", "torch 2.0, but this is 2.1"),
+        ("variables", "XLA_FLAGS", "", "XLA_FLAGS --xla_a=1, but this is None"),
+    ],
+)
+def test_a_folder_of_another_environment_is_refused(part, name, value, words, tmp_path, clock):
+    begin(tmp_path)
+    env = AROUND["environment"]
+    other = {**env, part: {**env[part], name: value}}
+    with pytest.raises(UsageError, match=f"{words}: choose another folder"):
+        check_folder(tmp_path, {**AROUND, "environment": other})
+    # The digest of the source says whether the commit matters.
+    check_folder(tmp_path, {**AROUND, "environment": {**env, "git": {"commit": 1, "dirty": 0}}})
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path, clock):

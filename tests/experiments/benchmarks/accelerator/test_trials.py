@@ -15,13 +15,14 @@ from experiments.benchmarks.accelerator.several_seeds import (
     shared_treatment,
     train_together,
 )
-from experiments.study import archive, corrupted_predictions, runner
+from experiments.study import archive, corrupted_predictions, datasets, runner
 from experiments.study.corrupted_predictions import are_stored
 from experiments.study.questions import full_length, pretrained
 from experiments.study.stages import Paths, weights_of
 from experiments.study.treatments import make_treatment, numbers
 from experiments.study.trials import Treatment, with_dependencies
 from inmerge_jax.errors import UsageError
+from inmerge_jax.files import write_text
 from inmerge_jax.training.experiment import initial_variables
 from tests.experiments.study.test_pretrained import stored
 from tests.training import tiny
@@ -185,13 +186,23 @@ def test_no_trial_is_trained_before_the_learning_rates_are_chosen(tmp_path, monk
     monkeypatch.setattr(grids, "chosen_rates", lambda: {"breastmnist_64": 1e-3})
     assert not list(GRIDS["pretrained"].trials())
     with pytest.raises(UsageError, match="its learning rates are not chosen yet"):
-        trials.check_data(GRIDS["pretrained"], Paths(tmp_path, tmp_path))
+        trials.check_data(GRIDS["pretrained"], tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"breastmnist.npz is missing.*--data-dir|--data-dir"):
-        trials.check_data(GRIDS["small"], Paths(tmp_path, tmp_path))
-    trials.check_data(GRID, Paths(tmp_path, tmp_path))
+        trials.check_data(GRIDS["small"], tmp_path)
+    trials.check_data(GRID, tmp_path)
+
+
+def test_chestxray14_is_not_built_before_the_time_begins(tmp_path):
+    grid = dataclasses.replace(GRID, data=("chestxray14",))
+    with pytest.raises(UsageError, match=r"Data_Entry_2017_v2020.csv.gz is missing"):
+        trials.check_data(grid, tmp_path)
+    (tmp_path / "nih").mkdir()
+    write_text(tmp_path / datasets.CHESTXRAY14_LABELS, "")
+    trials.check_data(grid, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.long
