@@ -34,6 +34,7 @@ from inmerge_jax.training.multihost import (
     run_on_primary,
     run_synced,
 )
+from inmerge_jax.training.preemption import TrainingInterrupted
 from inmerge_jax.training.recipes import loss_weights
 from inmerge_jax.training.resolve import (
     config_dict,
@@ -107,7 +108,7 @@ def _run_experiment(
         labels["test_patients"] = spec.dataset.test.patients
     run_on_primary(_write_arrays, folder / "labels.npz", labels)
     if spec.dataset.modality != "table":
-        run_on_primary(_write_arrays, folder / "samples.npz", _samples(spec.dataset))
+        run_on_primary(lambda: _write_arrays(folder / "samples.npz", _samples(spec.dataset)))
 
     arms: dict[str, list[dict[str, Any]]] = {"backbone": []}
     arms |= {arm: [] for arm in ("finetune", "inmerge") if arm in (config.arms or ())}
@@ -124,7 +125,7 @@ def _run_experiment(
             progress.say(f"WARNING: {notice}", style="bold yellow")
         if not spec.dataset.test.in_memory and not run_on_primary(_has_checkpoint, folder):
             progress.describe("reads the test images")
-            run_synced(_read_test_images, spec)
+            run_synced(_read_test_images, spec, should_stop)
         for seed in config.seeds:
             place = folder / f"seed{seed}"
             progress.describe(f"seed {seed} backbone", "compiling")
@@ -314,12 +315,15 @@ def _has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("seed*/backbone/checkpoints/*"))
 
 
-def _read_test_images(spec: RunSpec) -> None:
+def _read_test_images(spec: RunSpec, should_stop: Callable[[], bool]) -> None:
     """Reads this process's test images once, since the run needs them at its end alone.
 
     Raises:
       UsageError: one cannot be read.
+      TrainingInterrupted: a process that runs alone is to stop.
     """
+    # Of several, one that fails would leave the others waiting for its answer.
+    alone = jax.process_count() == 1
     for _ in eval_batches(
         spec.dataset.test,
         spec.recipe.batch_size,
@@ -327,7 +331,8 @@ def _read_test_images(spec: RunSpec) -> None:
         hosts=jax.process_count(),
         workers=spec.workers,
     ):
-        pass
+        if alone and should_stop():
+            raise TrainingInterrupted("stopped before the first update")
 
 
 def _samples(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -322,12 +322,15 @@ def test_test_images_that_cannot_be_read_end_a_run_before_it_trains(tmp_path, mo
     options += f" --epochs 1 --merging-epochs 1 --devices 1 --workers 0 --output {output}"
     spec = make_run_spec(parse_config(options.split()))
     images = spec.dataset.test.images
+    # A stop has not to wait for all of them.
+    with pytest.raises(TrainingInterrupted, match="stopped before the first update"):
+        run_experiment(spec, lambda: True)
     path = images.root / images.names[3]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(UsageError, match=f"{path.name} is cut short or damaged"):
-        run_experiment(spec)
+        run_experiment(make_run_spec(parse_config([*options.split(), "--resume"])))
     assert not (output / "seed0").exists()
 
 

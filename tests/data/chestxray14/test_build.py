@@ -383,7 +383,7 @@ def test_a_run_is_not_resumed_on_images_that_changed(nih, tmp_path, capsys):
     make(place, data)
     options = ["--data", "chestxray14", "--data-dir", str(data), "--output", str(output)]
     options += "--model vgg11 --width 0.05 --skip 4 --batch-size 8 --devices 1 --workers 0".split()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(TrainingInterrupted, match="stopped before the first update"):
         run_experiment(make_run_spec(parse_config(options)), lambda: True)
     change(sorted(find_images(place).values())[7])
     shutil.rmtree(data)
