@@ -25,7 +25,7 @@ def recompute_batch_stats(
 
     A layer updates its statistics to `m * old + (1 - m) * batch`. Updates from zero give
     `(1 - m) * batch`, and one update from a large value gives `m`. Entries that `update` leaves as
-    they are, such as those of a frozen layer, are returned as given.
+    they are, such as those of a frozen layer, keep their values throughout.
 
     Examples: Flax Linen
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -42,7 +42,7 @@ def recompute_batch_stats(
 
     Args:
       update: `update(batch_stats, batch)` runs the network on one batch in training mode, from the
-        given statistics, and returns the statistics that it leaves. Not differentiated; compile it.
+        given statistics, and returns the statistics that it leaves. Deterministic; compile it.
       batch_stats: Statistics of any values, a pytree: of Flax Linen the collection `batch_stats`,
         of Flax NNX `nnx.state(model, nnx.BatchStat)`, of Haiku the state, of Equinox the
         `eqx.nn.State`. `update` is given floats of 16 bits in float32.
@@ -54,8 +54,9 @@ def recompute_batch_stats(
       the averages count as complete.
 
     Raises:
-      ValueError: No batches; `update` leaves every entry as it is; or it rounds one to 16 bits, or
-        one is no running average.
+      ValueError: No batches; `update` leaves every entry as it is, rounds one to 16 bits, or
+        normalises with the running statistics (`mode="ema"` of Equinox), so that what one layer
+        measures depends on the old values of others; or an entry is no running average.
     """
     # By number, since update may return another kind of container.
     leaves = [jnp.array(x) for x in jax.tree.leaves(batch_stats)]
@@ -63,27 +64,40 @@ def recompute_batch_stats(
     if leaves and not any(map(_is_float, leaves)):
         raise ValueError("batch_stats holds integers alone, and no running average")
 
-    def filled(values: Iterable[float]) -> Any:
-        """The statistics with one of these numbers in place of each float."""
+    def filled(values: Iterable[float | None]) -> Any:
+        """The statistics with one of these numbers in place of each float, or its own value."""
 
-        def fill(x: jax.Array, value: float) -> jax.Array:
+        def fill(x: jax.Array, value: float | None) -> jax.Array:
             if not _is_float(x):
                 return jnp.array(x)  # `update` may donate it.
             # The momentum cannot be read from an update that is rounded to 16 bits.
-            return jnp.full_like(x, value, jnp.promote_types(x.dtype, jnp.float32))
+            dtype = jnp.promote_types(x.dtype, jnp.float32)
+            return jnp.array(x, dtype) if value is None else jnp.full_like(x, value, dtype)
 
         return jax.tree.unflatten(structure, map(fill, leaves, values))
 
-    zeros = [0.0] * len(leaves)
-
     average, shares = None, None
+    moves = [True] * len(leaves)
+
+    def moved_from(values: Iterable[float], batch: Any) -> Any:
+        """What `update` returns from these numbers; entries that it leaves alone keep theirs."""
+        each = zip(values, moves, strict=True)
+        return update(filled([x if moving else None for x, moving in each]), batch)
+
+    zeros, ones, large = ([value] * len(leaves) for value in (0.0, 1.0, _PROBE))
     for number, batch in enumerate(batches, 1):
-        if average is None and not all(map(_is_float, leaves)):
-            leaves = _complete(leaves, jax.tree.leaves(update(filled(zeros), batch)))
-        moved = update(filled(zeros), batch)
         if average is None:
-            probes = [_probe(x) for x in jax.tree.leaves(moved)]
-            shares = _shares_of_batch(moved, update(filled(probes), batch), probes)
+            moves = _moves(*(moved_from(values, batch) for values in (ones, large)))
+            if not all(map(_is_float, leaves)):
+                leaves = _complete(leaves, jax.tree.leaves(moved_from(zeros, batch)))
+        moved = moved_from(zeros, batch)
+        if average is None:
+            sizes = [_largest(x) for x in jax.tree.leaves(moved)]
+            # At least 16 times as large as the statistics of a batch.
+            probes = [max(_PROBE, 16 * size) for size in sizes]
+            shares = _shares_of_batch(moved, moved_from(probes, batch), probes, moves)
+            others = [4 * size or 1.0 for size in sizes]
+            _require_independent(moved, moved_from(others, batch), others, shares)
             average = moved
         else:
             # Batches are read as they are used, so that no more than two are on the device.
@@ -98,6 +112,36 @@ def recompute_batch_stats(
 
     given = jax.tree.unflatten(jax.tree.structure(average), leaves)
     return jax.tree.map(finish, average, shares, given)
+
+
+def _moves(from_one: Any, from_probe: Any) -> list[bool]:
+    """Whether `update` changes each entry; those that are no floats count as changed."""
+
+    def moves(one: jax.Array, probe: jax.Array) -> bool:
+        return not _is_float(one) or not bool(jnp.all(one == 1) and jnp.all(probe == _PROBE))
+
+    return list(map(moves, *map(jax.tree.leaves, (from_one, from_probe))))
+
+
+def _require_independent(
+    from_zero: Any, from_others: Any, others: list[float], shares: Any
+) -> None:
+    """Refuses statistics of a batch that depend on the old ones, by half of the largest or more."""
+
+    def require(path: Any, low: jax.Array, high: jax.Array, old: float, share: float) -> None:
+        if not _is_float(low) or not share or not low.size:
+            return
+        gap = np.asarray(high, np.float64) - (1 - share) * old - np.asarray(low, np.float64)
+        # The momentum is known to float32's rounding.
+        if np.abs(gap).max() > 0.5 * _largest(low) + 1e-5 * old:
+            raise ValueError(
+                f"what update measures for {jax.tree_util.keystr(path)} of batch_stats depends on "
+                "the old statistics: update has to normalise each batch with its own ones (of "
+                'Equinox: BatchNorm with mode="batch")'
+            )
+
+    old = jax.tree.unflatten(jax.tree.structure(from_zero), others)
+    jax.tree_util.tree_map_with_path(require, from_zero, from_others, old, shares)
 
 
 def _complete(before: list[jax.Array], after: list[jax.Array]) -> list[jax.Array]:
@@ -127,18 +171,18 @@ def _add_to_mean(mean: Any, new: Any, number: Any) -> Any:
     return jax.tree.map(add, mean, new)
 
 
-def _probe(from_zero: jax.Array) -> float:
-    """An old value that is at least 16 times as large as the statistics of a batch."""
-    largest = float(jnp.max(jnp.abs(from_zero))) if _is_float(from_zero) and from_zero.size else 0.0
-    return max(_PROBE, 16 * largest)
+def _largest(x: jax.Array) -> float:
+    return float(jnp.max(jnp.abs(x))) if _is_float(x) and x.size else 0.0
 
 
-def _shares_of_batch(from_zero: Any, from_probe: Any, probes: list[float]) -> Any:
+def _shares_of_batch(
+    from_zero: Any, from_probe: Any, probes: list[float], moves: list[bool]
+) -> Any:
     """`1 - m` of each entry, from two updates by the same batch; 0 for one that stays as it is."""
 
-    def share(path: Any, low: jax.Array, high: jax.Array, probe: float) -> float:
-        if not _is_float(low):
-            return 1.0
+    def share(path: Any, low: jax.Array, high: jax.Array, probe: float, moving: bool) -> float:
+        if not _is_float(low) or not moving:
+            return float(moving)
         kept = (np.asarray(high, np.float64) - np.asarray(low, np.float64)) / probe
         name = jax.tree_util.keystr(path)
         if jnp.issubdtype(low.dtype, jnp.floating) and jnp.finfo(low.dtype).bits < 32:
@@ -151,10 +195,10 @@ def _shares_of_batch(from_zero: Any, from_probe: Any, probes: list[float]) -> An
                 f"batch_stats holds {name}, which is no running average of batch statistics; give "
                 "the entries of batch normalisation alone"
             )
-        return 0.0 if kept.mean() > 1 - 1e-6 else float(1 - kept.mean())
+        return float(1 - kept.mean())
 
-    given = jax.tree.unflatten(jax.tree.structure(from_zero), probes)
-    found = jax.tree_util.tree_map_with_path(share, from_zero, from_probe, given)
+    each = (jax.tree.unflatten(jax.tree.structure(from_zero), x) for x in (probes, moves))
+    found = jax.tree_util.tree_map_with_path(share, from_zero, from_probe, *each)
     floats = [
         s for s, x in zip(*map(jax.tree.leaves, (found, from_zero)), strict=True) if _is_float(x)
     ]

@@ -127,27 +127,46 @@ def test_frozen_layers_keep_their_statistics():
         @nn.compact
         def __call__(self, x):
             x = nn.BatchNorm(use_running_average=True)(x)
-            return nn.BatchNorm(use_running_average=False)(x)
+            return nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
 
     network, images = Network(), jnp.stack([jnp.asarray(batch) for batch in BATCHES])
     variables = network.init(jax.random.key(0), images[0])
-    variables["batch_stats"]["BatchNorm_0"]["mean"] += 0.5
+    frozen = variables["batch_stats"]["BatchNorm_0"]
+    frozen |= {"mean": frozen["mean"] + 0.5, "var": frozen["var"] * 4}
 
     def update(batch_stats, x):
-        # The frozen layer's own, since the statistics of the other one depend on them.
-        moved = {"BatchNorm_0": variables["batch_stats"]["BatchNorm_0"]}
-        moved = {**variables, "batch_stats": {**batch_stats, **moved}}
-        new = network.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
-        return {**new, "BatchNorm_0": batch_stats["BatchNorm_0"]}
+        moved = {**variables, "batch_stats": batch_stats}
+        return network.apply(moved, x, mutable=["batch_stats"])[1]["batch_stats"]
 
     found = recompute_batch_stats(update, variables["batch_stats"], images)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        found["BatchNorm_0"],
-        variables["batch_stats"]["BatchNorm_0"],
-    )
-    # The running variance is that of the batches, not 1.
-    assert np.abs(found["BatchNorm_1"]["mean"]).max() > 0.1
+    jax.tree.map(np.testing.assert_array_equal, found["BatchNorm_0"], frozen)
+    # The statistics of the other layer follow from the frozen ones.
+    scaled = (np.asarray(images) - 0.5) / np.sqrt(4 + 1e-5)
+    seen = scaled @ np.asarray(variables["params"]["Dense_0"]["kernel"])
+    expected = np.mean([x.var((0, 1, 2)) for x in seen], 0)
+    np.testing.assert_allclose(found["BatchNorm_1"]["var"], expected, rtol=1e-4)
+
+    # Weights that are given along with the statistics keep their values too.
+    def update_all(everything, x):
+        return {**everything, **network.apply(everything, x, mutable=["batch_stats"])[1]}
+
+    every = recompute_batch_stats(update_all, variables, images)
+    jax.tree.map(np.testing.assert_array_equal, every["params"], variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, every["batch_stats"], found)
+
+
+def test_layers_that_normalise_with_running_statistics_are_refused():
+    """What the second layer sees depends on the old statistics of the first."""
+
+    def update(stats, x):
+        for name in ("one", "two"):
+            mean = 0.9 * stats[name] + 0.1 * x.mean((0, 1, 2))
+            stats, x = {**stats, name: mean}, 3 * (x - mean)
+        return stats
+
+    given = {"one": jnp.zeros(3), "two": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=r"\['two'\] of batch_stats depends on the old"):
+        recompute_batch_stats(update, given, BATCHES)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e7, 1e12])
