@@ -82,7 +82,13 @@ def recompute_batch_stats(
     def moved_from(values: Iterable[float], batch: Any) -> Any:
         """What `update` returns from these numbers; entries that it leaves alone keep theirs."""
         each = zip(values, moves, strict=True)
-        return update(filled([x if moving else None for x, moving in each]), batch)
+        moved = update(filled([x if moving else None for x, moving in each]), batch)
+        if (count := len(jax.tree.leaves(moved))) != len(leaves):
+            raise ValueError(
+                f"update returns {count} arrays, and batch_stats has {len(leaves)}; return the "
+                "statistics that the network leaves"
+            )
+        return moved
 
     zeros, ones, large = ([value] * len(leaves) for value in (0.0, 1.0, _PROBE))
     for number, batch in enumerate(batches, 1):

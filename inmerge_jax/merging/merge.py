@@ -57,7 +57,8 @@ def merge_kernels(
     for selected `i`, where `k` is the flattened unit (arXiv 2502.20516).
 
     - All units of a layer are mixed simultaneously: reads are from the weights as given.
-    - Arithmetic is float32; the result has the dtype of the weight.
+    - Similarities are float32. Units are mixed in float32, of float64 weights in float64, and the
+      result has the dtype of the weight.
     - Units that are not mixed, and all other leaves, are returned bit for bit.
     - A zero unit has similarity 0 with every other. A unit with a NaN or an infinity in any of its
       weights is never mixed, nor is it a partner. A problem with one unit is left alone.
@@ -81,8 +82,9 @@ def merge_kernels(
 
     Args:
       params: A parameter tree with the weights of the kernels, of any floating dtype.
-      key: A typed PRNG key, or a seed. The draws of a layer are folded from it and from the name of
-        the layer, so other layers and their order do not change them.
+      key: A PRNG key, or a seed. The draws of a layer are folded from it and from the name of the
+        layer, so other layers and their order do not change them. With `vmap` over networks, give
+        each its own key: with one key all select the same units.
       kernels: Weights to merge, from `find_kernels`, `deep_kernels` or `attention_heads`.
       rule: The rule. Its numbers may be traced scalars.
       implementation: `"auto"` chooses the form for the platform that the program is compiled for.
@@ -128,12 +130,13 @@ def as_key(key: jax.Array | int) -> jax.Array:
     Raises:
       ValueError: `key` is neither, or several keys.
     """
-    if isinstance(key, int):
+    if isinstance(key, int) and -(2**63) <= key < 2**63:
         return jax.random.key(key)
     if isinstance(key, jax.Array | np.ndarray | np.generic):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.shape:
             return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
+        data = jax.eval_shape(jax.random.PRNGKey, 0)
+        if (key.shape, key.dtype) == (data.shape, data.dtype):
             return jnp.asarray(key)  # The data of a key, which `jax.random.PRNGKey` gives.
         if jnp.issubdtype(key.dtype, jnp.integer) and not key.shape:
             return jax.random.key(key)
@@ -190,7 +193,6 @@ def merge_layer(
     Returns:
       The merged weights; how many units were mixed, int32; and the sum of their similarities.
     """
-    alpha = jnp.asarray(rule.alpha, jnp.float32)
 
     def merge(rows: list[jax.Array], selected: jax.Array, partner: jax.Array | None) -> Any:
         """Merges one problem; rows are (units, ...)."""
@@ -212,7 +214,9 @@ def merge_layer(
         merged = counts & (similarity > effective_threshold(rule.threshold, similarity))
 
         def mix(row: jax.Array) -> jax.Array:
-            kept, other = row.astype(jnp.float32), _take(row, partner).astype(jnp.float32)
+            wide = jnp.float64 if row.dtype == jnp.float64 else jnp.float32
+            kept, other = row.astype(wide), _take(row, partner).astype(wide)
+            alpha = jnp.asarray(rule.alpha, wide)
             mixed = (alpha * kept + (1 - alpha) * other).astype(row.dtype)
             return jnp.where(_beside(merged, row), mixed, row)
 

@@ -39,7 +39,7 @@ def quantile(share: float | jax.Array) -> Quantile:
     Raises:
       ValueError: A number out of range.
     """
-    if not callable(share):
+    if not callable(share) and not np.ndim(share):
         check_range("quantile", share, 0, 1)
     return Quantile(share)
 
@@ -62,7 +62,8 @@ class MergeRule:
       >>> warm_up = lambda step: MergeRule(probability=0.3 * jnp.minimum(step / 1000, 1.0))
 
     Attributes:
-      probability: Probability that a unit is selected, in [0, 1]; the paper's p.
+      probability: Probability that a unit is selected, in [0, 1]; the paper's p. Each of the three
+        may be a schedule in `in_model_merging`: a function of the number of updates so far.
       threshold: Similarity to exceed, in [-1, 1]; the paper's tau. Or `quantile(share)`, with which
         each layer sets its own.
       alpha: Fraction of the unit that is kept, in [0, 1].
@@ -107,7 +108,8 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
     Raises:
       ValueError: it is no number, an array of several, or lies outside [low, high].
     """
-    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+    numeric = isinstance(value, int | float | np.ndarray | np.generic | jax.Array)
+    if not numeric or isinstance(value, bool) or jnp.iscomplexobj(value):
         raise ValueError(f"{name} is {value!r}; give a number between {low} and {high}")
     if np.ndim(value):
         raise ValueError(

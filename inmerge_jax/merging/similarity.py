@@ -63,7 +63,7 @@ def kernel_similarity(
     quantiles: Sequence[float] = QUANTILES,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[LayerSimilarity, ...]:
-    """Measures the similarity of the units of each layer.
+    """Measures the similarity of the units of each layer, on concrete weights, outside of `jit`.
 
     Layers are measured one after the other. Peak memory is a few float32 matrices of C x C for a
     layer of C units.
@@ -104,23 +104,10 @@ def kernel_similarity(
             rows = [as_rows(weight, kernel) for weight, kernel in zip(given, compared, strict=True)]
             return _cosines(rows)
 
-        numbers = [math.nan] * (4 + len(quantiles) + len(thresholds))
+        cosine = None
         if members[0].units > 1:
             cosine = jax.device_get(backends.over_automatic_axes(compare, given)(given))
-            numbers = _statistics(cosine, quantiles, thresholds)
-        mean, minimum, maximum, nearest, *rest = numbers
-        found.append(
-            LayerSimilarity(
-                members[0].label,
-                members[0].count,
-                mean,
-                minimum,
-                maximum,
-                dict(zip(quantiles, rest, strict=False)),
-                dict(zip(thresholds, rest[len(quantiles) :], strict=True)),
-                nearest,
-            )
-        )
+        found.append(_statistics(members[0], cosine, quantiles, thresholds))
     return tuple(found)
 
 
@@ -130,12 +117,26 @@ def _cosines(rows: list[jax.Array]) -> jax.Array:
 
 
 def _statistics(
-    cosine: np.ndarray, quantiles: Sequence[float], thresholds: Sequence[float]
-) -> list[float]:
-    """Numbers of a `LayerSimilarity`, in NumPy, which sorts many times faster than XLA on CPU."""
-    units = cosine.shape[-1]
-    pairs = cosine[:, ~np.tri(units, dtype=bool)].ravel()
-    nearest = np.where(np.eye(units, dtype=bool), NOT_COMPARED, cosine).max(-1)
-    numbers = [pairs.mean(dtype=np.float64), pairs.min(), pairs.max(), nearest.mean()]
-    numbers += [*np.quantile(pairs, quantiles), *((pairs > t).mean() for t in thresholds)]
-    return list(map(float, numbers))
+    layer: Kernel,
+    cosine: np.ndarray | None,
+    quantiles: Sequence[float],
+    thresholds: Sequence[float],
+) -> LayerSimilarity:
+    """In NumPy, which sorts many times faster than XLA on CPU; NaN for a layer without pairs."""
+    if cosine is None:
+        pairs = nearest = np.array([math.nan])
+        above = dict.fromkeys(thresholds, math.nan)
+    else:
+        pairs = cosine[:, ~np.tri(layer.units, dtype=bool)].ravel()
+        nearest = np.where(np.eye(layer.units, dtype=bool), NOT_COMPARED, cosine).max(-1)
+        above = {t: float((pairs > t).mean()) for t in thresholds}
+    return LayerSimilarity(
+        name=layer.label,
+        kernels=layer.count,
+        mean=float(pairs.mean(dtype=np.float64)),
+        minimum=float(pairs.min()),
+        maximum=float(pairs.max()),
+        quantiles=dict(zip(quantiles, np.quantile(pairs, quantiles).tolist(), strict=True)),
+        above=above,
+        nearest=float(nearest.mean()),
+    )

@@ -503,14 +503,13 @@ def _follow(eqn: Any, result: Any, origins: list[_Origin | None]) -> _Origin:
         d = params["axis"]
         return _indexed(source, axes[:d] + axes[d + 1 :], axes[d], name)
     if name == "gather":
-        # `w[i]` with a traced index, or a look-up in a table.
-        one = tuple(params["slice_sizes"]) == (1, *shape[1:]) and out == shape[1:]
+        # `w[i]` with a traced index, a weight for each example, or a look-up in a table.
+        sizes = tuple(params["slice_sizes"])
         first = tuple(params["dimension_numbers"].start_index_map) == (0,)
-        return (
-            _indexed(source, axes[1:], axes[0], name)
-            if one and first
-            else _activation([source], name)
-        )
+        if first and sizes == (1, *shape[1:]) and out == shape[1:]:
+            return _indexed(source, axes[1:], axes[0], name)
+        matrices = sum(size > 1 for size in sizes) > 1
+        return (_lost if matrices else _activation)([source], name)
     return _lost(origins, name)
 
 

@@ -24,7 +24,7 @@ class InModelMergingState(NamedTuple):
 
     Attributes:
       count: Number of updates, int32 ().
-      key: Data of the key that each merge's key is folded from, uint32.
+      key: Data of the key that each merge's key is folded from, uint32 (n,), of the key's kind.
       stats: Counts of all merges: `selected` and `merged` are sums, at most 2 ** 31 - 1;
         `similarity` is the mean over all pairs that were mixed.
     """
@@ -69,8 +69,13 @@ def with_merging(
       implementation: See `in_model_merging`.
 
     Returns:
-      A gradient transformation whose state holds an `InModelMergingState` last.
+      A gradient transformation whose state holds an `InModelMergingState` last, `state[-1]`.
+
+    Raises:
+      ValueError: `tx` is no gradient transformation; and as `in_model_merging`.
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(f"tx is {tx!r:.80}; give a transformation, such as optax.adam(1e-3)")
     return optax.chain(tx, in_model_merging(kernels, rule, key, implementation=implementation))
 
 
@@ -107,8 +112,8 @@ def in_model_merging(
         parameters to them.
       rule: The rule, with a number or a schedule in each field; or a function from the number of
         updates so far, int32 (), to the rule. What a schedule gives inside `jit` is not checked.
-      key: A typed PRNG key, or a seed; the same on all replicas. The merge after update `n`,
-        counted from 0, uses `fold_in(key, n)`.
+      key: A PRNG key, or a seed; the same on all replicas. The merge after update `n`, counted from
+        0, uses `fold_in(key, n)`. The state holds it, so a restored state goes on with its own key.
       implementation: See `merge_kernels`.
 
     Returns:
@@ -138,13 +143,15 @@ def in_model_merging(
         return kernels(params) if callable(kernels) else kernels
 
     def init(params: optax.Params) -> InModelMergingState:
-        members = as_kernels(chosen(params))
-        # optax.tree_map_params gives a placeholder without leaves; the state needs none.
-        if jax.tree.leaves(params):
+        # optax.tree.map_params gives a placeholder without leaves. It needs the structure alone.
+        real = bool(jax.tree.leaves(params))
+        members = as_kernels(chosen(params)) if real or not callable(kernels) else ()
+        if real:
             weights_of(members, params)
         # A copy, so that donating the state does not delete the caller's key.
         data = jnp.array(jax.random.key_data(key), copy=True)
-        counts = jnp.array([layer[0].count for layer in group_weights(members)], jnp.int32)
+        layers = group_weights(members) if members or real else ()
+        counts = jnp.array([layer[0].count for layer in layers], jnp.int32)
         none = jnp.zeros_like(counts)
         stats = MergeStats(counts, none, jnp.zeros_like(none), jnp.zeros(len(counts), jnp.float32))
         return InModelMergingState(jnp.zeros([], jnp.int32), data, stats)
@@ -255,7 +262,7 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
       `print` shows it as a table.
 
     Warns:
-      UserWarning: Nothing has merged, though units were selected.
+      UserWarning: Nothing has merged in the updates so far.
 
     Raises:
       ValueError: No such state, several, or one whose layers have other numbers of units.
@@ -269,7 +276,8 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if len(states) != 1:
         raise ValueError(
-            f"opt_state holds {len(states)} states of in_model_merging; give one that holds one"
+            f"opt_state holds {len(states)} states of in_model_merging; give one that holds one, "
+            "such as opt_state[-1] of with_merging"
         )
     columns = [np.asarray(column) for column in jax.device_get(states[0].stats)]
     columns = [column.reshape(-1, column.shape[-1])[0].tolist() for column in columns]
@@ -281,12 +289,26 @@ def merge_report(opt_state: PyTree, kernels: Sequence[Kernel]) -> MergeReport:
         )
     names = [layer.label for layer in layers]
     report = MergeReport(LayerMerges(*row) for row in zip(names, *columns, strict=True))
-    selected = sum(row.selected for row in report)
-    if selected and not any(row.merged for row in report):
+    updates = int(np.max(jax.device_get(states[0].count), initial=0))
+    if updates and not any(row.merged for row in report):
+        selected = sum(row.selected for row in report)
         warnings.warn(
-            f"none of the {selected} units selected so far has merged, so training is as without "
-            "merging; choose a lower threshold, quantile(...) or partner='nearest'. "
-            "kernel_similarity shows how similar the units are",
+            f"nothing has merged in {updates} updates, so training is as without merging; "
+            + _why_nothing(layers, selected),
             stacklevel=2,
         )
     return report
+
+
+def _why_nothing(layers: Sequence[Kernel], selected: int) -> str:
+    if all(layer.units < 2 for layer in layers):
+        return (
+            "no layer has two units that may merge with each other: of depthwise and other grouped "
+            "convolutions, units of different groups never do. Choose other kernels"
+        )
+    if not selected:
+        return "no unit was selected; choose a higher probability"
+    return (
+        f"{selected} units were selected; choose a lower threshold, quantile(...) or "
+        "partner='nearest'. kernel_similarity shows how similar the units are"
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 
@@ -56,6 +57,9 @@ class Kernel:
         for name in ("path", "shape", "batch_axes", "view"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+            elif not (isinstance(value, tuple) or (name == "view" and value is None)):
+                remedy = "; for a name give Kernel.named(params, name, ...)" * (name == "path")
+                raise ValueError(f"{name} of a kernel is {value!r}; give a tuple{remedy}")
         if self.view is not None and math.prod(self.view) != math.prod(self.shape):
             refuse(
                 f"view {self.view} has {math.prod(self.view)} entries, but shape {self.shape} has "
@@ -99,7 +103,10 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Path as text, such as `"layer1/conv1/kernel"`; the same for all forms of an NNX state."""
+        """Path as text, such as `"layer1/conv1/kernel"`; the same for all forms of an NNX state.
+
+        A last attribute `value` is taken for that of an NNX variable, and left out.
+        """
         return path_name(self.path)
 
     @property
@@ -176,26 +183,26 @@ def weights_of(
     found = {}
     for kernel in kernels:
         name = kernel.name
-        leaf = flat[place[name]][1] if name in place else None
-        if names.count(name) > 1:
-            raise ValueError(
-                f"kernel {name!r} is the name of two leaves of {what}; rename one of them"
-            )
-        if leaf is None and name in place:
-            raise ValueError(
-                f"kernel {name!r} is None in {what}; differentiate by it or leave it out of kernels"
-            )
-        if leaf is None:
+        if name not in place:
             raise ValueError(
                 f"kernel {name!r} is not in {what}, whose {len(flat)} leaves begin with "
                 f"{', '.join(names[:3])}; give the same tree as to find_kernels, and no kernels "
                 "that optax.masked or optax.partition hides"
             )
+        if names.count(name) > 1:
+            raise ValueError(
+                f"kernel {name!r} is the name of two leaves of {what}; rename one of them"
+            )
+        leaf = flat[place[name]][1]
+        if leaf is None:
+            raise ValueError(
+                f"kernel {name!r} is None in {what}; differentiate by it or leave it out of kernels"
+            )
         if tuple(leaf.shape) != kernel.shape:
             raise ValueError(
                 f"kernel {name!r} was found with shape {kernel.shape} but has {tuple(leaf.shape)} "
-                f"in {what}; find the kernels of this network again, or merge outside of "
-                "shard_map, in which a device sees its part of a weight"
+                f"in {what}; find the kernels of this network again. Merge outside of shard_map, "
+                "in which a device sees its part of a weight, and stacked networks under jax.vmap"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
@@ -316,6 +323,7 @@ def experts(params: PyTree, name: str, weights: Sequence[str], axis: int = 0) ->
     Raises:
       ValueError: A name that is not in `params`, or different numbers of experts.
     """
+    weights = _names("weights", weights)
     return tie([Kernel.named(params, weight, axis, op="dense") for weight in weights], name)
 
 
@@ -354,6 +362,9 @@ def attention_heads(
     Raises:
       ValueError: A name that is not in `params`, or shapes that do not divide into heads.
     """
+    biases = _names("biases", biases)
+    if heads is not None and (not isinstance(heads, int) or heads < 1):
+        raise ValueError(f"heads is {heads!r}; give the number of heads, 1 or more")
     _, shape = _leaf(params, out)
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -367,7 +378,10 @@ def attention_heads(
         raise ValueError(f"{out!r} has shape {shape}: give heads, the number of heads")
     if heads not in (None, count):
         raise ValueError(f"{out!r} has shape {shape}, which is {count} heads, not {heads}")
-    width = shape[1] if split else shape[-1 if out_first else 0] // count
+    total = shape[-1 if out_first else 0]
+    if not split and total % count:
+        raise ValueError(f"{out!r} has shape {shape}: {total} does not divide into {count} heads")
+    width = shape[1] if split else total // count
 
     def kernel(weight: str, axis: int, parts: Sequence[int], compared: bool) -> Kernel:
         """The heads of a weight along an axis, which holds one of `parts` times all heads."""
@@ -379,7 +393,8 @@ def attention_heads(
                 raise ValueError(
                     f"{weight!r} has shape {shape}: axis {axis} is not "
                     f"{' or '.join(map(str, parts))} x {count} heads x {width}. Query heads that "
-                    "share keys and values (grouped-query attention) are no units of their own"
+                    "share keys and values (grouped-query attention) are no units of their own: "
+                    "tie those of one key head, of kernels whose view has an axis for key heads"
                 )
             view, out_axis = (*shape[:axis], part, count, width, *shape[axis + 1 :]), axis + 1
         return Kernel(path, shape, out_axis, group=name, compared=compared, view=view, op="dense")
@@ -393,6 +408,12 @@ def attention_heads(
     found += [kernel(bias, 0, [1, 2, 3], False) for bias in biases]
     group_weights(found)
     return tuple(found)
+
+
+def _names(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise ValueError(f"{what} is the name {given!r}; give a sequence of names, such as a list")
+    return tuple(given)
 
 
 def _leaf(params: PyTree, name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -424,11 +445,16 @@ def deep_kernels(
       The selected kernels, in the same order.
 
     Raises:
-      ValueError: `skip` is negative, or nothing is selected.
+      ValueError: `skip` is no number of layers, `where` no function, or nothing is selected.
     """
     kernels = as_kernels(kernels)
-    if skip < 0:
-        raise ValueError(f"skip is {skip}; it counts weights to leave alone, so 0 or more")
+    if isinstance(skip, bool) or not isinstance(skip, int | np.integer) or skip < 0:
+        raise ValueError(f"skip is {skip!r}; it counts layers to leave alone, so 0, 1, 2 ...")
+    if where is not None and not callable(where):
+        raise ValueError(
+            f"where is {where!r:.80}; give a function of a Kernel, such as "
+            'lambda kernel: "conv2" in kernel.name'
+        )
     layers = dict.fromkeys((kernel.group is None, kernel.label) for kernel in kernels)
     shallow = set(list(layers)[:skip])
     deep = tuple(

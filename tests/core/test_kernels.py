@@ -781,3 +781,24 @@ def test_the_layers_of_a_stack_may_be_taken_apart_first(unstack):
 
     params = {"w": jnp.ones((3, 3, 3, 4, 4))}
     assert places(forward, params, jnp.ones((1, 8, 8, 4))) == {"w": (4, (0,), 1, "conv")}
+
+
+def test_a_weight_that_is_gathered_for_each_example_is_passed_over():
+    """As in a mixture of experts; a row of a table is an activation."""
+
+    def forward(params, x, index):
+        x = jnp.einsum("bd,bdf->bf", x, params["experts"][index])
+        return (x + params["table"][index]) @ params["w"]
+
+    params = {
+        "experts": jnp.ones((3, 4, 6)),
+        "table": jnp.ones((5, 6)),
+        "w": jnp.ones((6, 7)),
+    }
+    arguments = (params, jnp.ones((2, 4)), jnp.arange(2))
+    found = trace_kernels(forward, *arguments, ops=("dense",))
+    assert [kernel.name for kernel in found.kernels] == ["w"]
+    assert [(one.name, one.op) for one in found.passed_over] == [("experts", "dense")]
+    assert "'gather'" in found.passed_over[0].reason
+    with pytest.warns(UserWarning, match="'experts' is the weight of a dense operation"):
+        find_kernels(forward, *arguments, ops=("dense",))

@@ -402,3 +402,14 @@ def test_64_bit_mode_changes_nothing(partner):
     np.testing.assert_allclose(wide, out, **close)
     assert wide_stats.merged == stats.merged and wide_stats.selected == stats.selected
     np.testing.assert_allclose(double, out.astype(np.float64), **close)
+
+
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+def test_float64_weights_keep_their_precision(partner):
+    weight = similar_weight(0, (3, 3, 8, 16), spread=0.1).astype(np.float64)
+    with jax.enable_x64(True):
+        same, stats = merge(weight, 0, MergeRule(1.0, -1.0, 1.0, partner), 3)
+        tiny, _ = merge(1e-60 * weight, 0, MergeRule(1.0, -1.0, 0.8, partner), 3)
+    assert stats.merged > 0
+    np.testing.assert_array_equal(same, weight)
+    assert np.abs(tiny).min() > 0 and tiny.dtype == np.float64

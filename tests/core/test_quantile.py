@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.oracles import merging_numpy
-from inmerge_jax import MergeRule, merge_kernels, quantile
+from inmerge_jax import Kernel, MergeRule, merge_kernels, quantile
 from inmerge_jax.merging import draw_pairs
 from inmerge_jax.merging.rule import effective_threshold
 from tests.core.test_merging import kernel, merge, similar_weight
@@ -111,3 +111,17 @@ def test_shares_of_wide_layers_are_exact(count):
     for twentieths in range(21):
         limit = effective_threshold(quantile(twentieths / 20), ranks)
         assert int((ranks > limit).sum()) == (20 - twentieths) * count // 20
+
+
+def test_a_grid_of_quantiles_is_a_pytree():
+    shares = jnp.array([0.0, 0.5, 1.0])
+    weight = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)}
+    kernel = Kernel((jax.tree_util.DictKey("w"),), (5, 8), 1)
+
+    def merged(rule):
+        return merge_kernels(weight, 0, [kernel], rule)[1].merged[0]
+
+    grid = MergeRule(jnp.ones(3), quantile(shares), jnp.full(3, 0.8))
+    assert jax.vmap(merged)(grid).tolist() == [8, 4, 0]
+    with pytest.raises(ValueError, match=r"quantile has shape \(3,\).* jax.vmap a grid of rules"):
+        merged(MergeRule(1.0, quantile(shares)))

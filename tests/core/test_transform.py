@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import jax
@@ -495,6 +496,12 @@ def test_specifications_of_the_state_can_be_derived():
     tx = with_merging(optax.adam(1e-2), KERNELS, RULE, KEY)
     state = tx.init(initial())
     doubled = optax.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    chosen = with_merging(optax.adam(1e-3), lambda params: KERNELS, RULE, KEY)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        optax.tree_map_params(chosen, lambda leaf: leaf + 1, state),
+        doubled,
+    )
     np.testing.assert_array_equal(doubled[0][0].mu["conv_1"], 1)
     jax.tree.map(np.testing.assert_array_equal, doubled[1].stats, state[1].stats)
 
@@ -555,8 +562,19 @@ def test_a_report_shows_what_merged_and_warns_where_nothing_did():
 
     never = MergeRule(1.0, threshold=1.0)
     _, state = train(with_merging(optax.sgd(0.1), KERNELS, never, KEY), initial())
-    with pytest.warns(UserWarning, match="none of the 80 units selected so far has merged"):
+    with pytest.warns(
+        UserWarning, match="nothing has merged in 5 updates.* 80 units were selected"
+    ):
         merge_report(state, KERNELS)
+    _, state = train(with_merging(optax.sgd(0.1), KERNELS, MergeRule(0.0), KEY), initial())
+    with pytest.warns(UserWarning, match="no unit was selected; choose a higher probability"):
+        merge_report(state, KERNELS)
+    depthwise = [dataclasses.replace(kernel, groups=8) for kernel in KERNELS]
+    _, state = train(with_merging(optax.sgd(0.1), depthwise, RULE, KEY), initial())
+    with pytest.warns(UserWarning, match="no layer has two units .* depthwise"):
+        merge_report(state, depthwise)
+    # Before the first update there is nothing to say.
+    merge_report(with_merging(optax.sgd(0.1), KERNELS, never, KEY).init(initial()), KERNELS)
     with pytest.raises(ValueError, match="holds 0 states of in_model_merging"):
         merge_report(optax.sgd(0.1).init(initial()), KERNELS)
     with pytest.raises(
@@ -580,3 +598,14 @@ def test_how_far_bfloat16_updates_are_from_explicit_merging():
     share = (found != expected).mean()
     assert 0.1 < share < 0.175
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-9)
+
+
+def test_what_is_no_optimizer_is_named():
+    with pytest.raises(ValueError, match=r"tx is <function adam.*give a transformation, such as"):
+        with_merging(optax.adam, KERNELS, RULE, KEY)
+
+
+@pytest.mark.parametrize("key", [2**70, np.zeros(3, np.uint32), np.zeros(4, np.uint32)])
+def test_a_key_of_another_kind_is_named(key):
+    with pytest.raises(ValueError, match="key is .*; give one PRNG key"):
+        with_merging(optax.sgd(0.1), KERNELS, RULE, key)

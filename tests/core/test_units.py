@@ -259,7 +259,7 @@ def test_what_is_not_in_params_is_named():
         heads_of(abstract({name: SHAPES[name] for name in "kov"}))
     with pytest.raises(ValueError, match="give heads, the number of heads"):
         heads_of(abstract(FLAT))
-    with pytest.raises(ValueError, match="axis 0 is not 1 x 5 heads x 2"):
+    with pytest.raises(ValueError, match="'o' has .*: 12 does not divide into 5 heads"):
         heads_of(abstract(FLAT), heads=5, out_first=True)
     with pytest.raises(ValueError, match="'wi' is not in params"):
         experts({}, "moe", ["wi"])
@@ -405,3 +405,26 @@ def test_lists_are_as_good_as_tuples():
     kernel = Kernel(**fields, out_axis=1)
     expected = Kernel(**{name: tuple(value) for name, value in fields.items()}, out_axis=1)
     assert kernel == expected and hash(kernel) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: Kernel("w", (4, 6), 1), "path of a kernel is 'w'; give a tuple; for a name"),
+        (lambda p: Kernel(at("w"), 4, 0), "shape of a kernel is 4; give a tuple"),
+        (lambda p: Kernel(at("w"), (4, 6), 1, batch_axes=0), "batch_axes of a kernel is 0"),
+        (lambda p: experts(p, "moe", "wi"), "weights is the name 'wi'; give a sequence"),
+        (lambda p: heads_of(p, biases="b"), "biases is the name 'b'; give a sequence"),
+        (lambda p: heads_of(p, heads=0), "heads is 0; give the number of heads"),
+        (lambda p: heads_of(p, heads=2.0), "heads is 2.0; give the number of heads"),
+        (lambda p: deep_kernels([Kernel(at("w"), (4, 6), 1)], skip=2.5), "skip is 2.5; it counts"),
+        (lambda p: deep_kernels([Kernel(at("w"), (4, 6), 1)], skip=None), "skip is None"),
+        (
+            lambda p: deep_kernels([Kernel(at("w"), (4, 6), 1)], skip=0, where="conv"),
+            "where is 'conv'; give a function of a Kernel",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(abstract(FLAT))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
 
@@ -187,14 +188,14 @@ def supports_pallas(device: jax.Device) -> bool:
 
 
 def _needs_reference(weight: jax.Array) -> bool:
-    """Whether the loops of the other forms cannot be used.
+    """Whether the loops of the other forms cannot be used, which compute in float32.
 
     They index with traced numbers, which `jax_disable_jit` does not give, and their carries would
     have to vary over the same mesh axes as a weight that differs by device inside `shard_map`.
     """
     manual = getattr(jax.typeof(weight), "manual_axis_type", None)
     eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-    return bool(eager) or bool(getattr(manual, "varying", ()))
+    return weight.dtype == jnp.float64 or bool(eager) or bool(getattr(manual, "varying", ()))
 
 
 def sequence_after(
