@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 
 import inmerge_jax
+from inmerge_jax.merging.units import path_name
 from inmerge_jax.models import create_model
 from inmerge_jax.models.units import find_units
 
 PAGE = Path(__file__).parents[2] / "docs" / "beyond-convolutions.md"
-LINEN, NNX, EQUINOX, NEURONS, MAMBA = re.findall(
+LINEN, NNX, EQUINOX, NEURONS, MAMBA, GATES = re.findall(
     r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL
 )
 D, HEADS, DEPTH = 16, 4, 2
@@ -74,6 +75,10 @@ def check_heads(names, params):
     _, state = names["tx"].update(updates, state, params)
     assert state[-1].stats.selected.shape == (DEPTH,)
     assert {kernel.count for kernel in names["heads"]} == {HEADS}
+    # All but the bias of the output, which the heads share.
+    leaves = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    own = {name for name in leaves if "attn" in name and not name.endswith("out/bias")}
+    assert {kernel.name for kernel in names["heads"]} == own
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +132,21 @@ def test_channels_of_mamba():
     assert {kernel.name: fields(kernel) for kernel in names["channels"]} == {
         name: fields(kernel) for name, kernel in ours.items()
     }
+
+
+def test_gates_of_a_convolutional_lstm():
+    width, images = 3, jnp.zeros((1, 6, 6, 2))
+    net = nn.RNN(nn.ConvLSTMCell(width, (3, 3), name="cell"))
+    params = net.init(jax.random.key(0), images[None])["params"]
+    assert params["cell"]["hh"]["kernel"].shape == (3, 3, width, 4 * width)
+    gates = run(GATES, params=params, width=width)["gates"]
+    assert (gates.problems, gates.units) == (4, width)
+    # Each gate has a weight of its own, so a merge of two gates would show.
+    own = jnp.broadcast_to(jnp.repeat(jnp.arange(1.0, 5), width), gates.shape)
+    own += 0.01 * jax.random.normal(jax.random.key(1), gates.shape)
+    given = {"cell": {"hh": {"kernel": own}}}
+    rule = inmerge_jax.MergeRule(1.0, -1.0, 0.5)
+    merged, stats = inmerge_jax.merge_kernels(given, 0, [gates], rule)
+    assert stats.merged.tolist() == [4 * width]
+    gap = merged["cell"]["hh"]["kernel"] - own
+    assert 0 < jnp.abs(gap).max() < 0.1
