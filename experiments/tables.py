@@ -73,9 +73,10 @@ def question_table(name: str) -> str:
     hours = sum(record["result"]["seconds"] for record in records) / 3600
     dates = sorted(record["trained"]["started"][:10] for record in records)
     cores = sorted({str(record["trained"]["cpus"]) for record in records})
+    plural = "" if cores == ["1"] else "s"
     return (
         f"{table}\n*{len(records)} trials, {hours:.1f} h of training on {' or '.join(cores)} CPU "
-        f"cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
+        f"core{plural}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
     )
 
 

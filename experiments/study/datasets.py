@@ -96,7 +96,7 @@ SOURCES |= {
 }
 
 
-# Batches of which 250 images give seven.
+# Batches of which 250 images give eight.
 SOURCES["bloodmnist_like_few"] = dataclasses.replace(SOURCES["bloodmnist_like"], batch=32)
 
 

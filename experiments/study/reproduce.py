@@ -78,7 +78,7 @@ def drawn(question: Question, config: ReproduceConfig) -> list[Trial]:
         later = set(question.later(stored))
         second = [trial for trial in second if trial in later] or second
     some = [trial for trial in second if seconds(trial) <= config.limit]
-    some = some or sorted(second, key=seconds)[:1]
+    some = some or sorted(second, key=seconds)[: config.count]
     number = _NUMBERS.get(question.name, zlib.crc32(question.name.encode()))
     order = np.random.default_rng([config.seed, number]).permutation(len(some))
     ordered = [some[index] for index in order]

@@ -358,4 +358,5 @@ QUESTION = Question(
     table=table,
     figure=figure,
     overview=overview,
+    keeps_weights=False,
 )

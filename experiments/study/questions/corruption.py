@@ -26,16 +26,18 @@ MERGING = {"pretrained": pretrained.MERGING, "from random weights": full_length.
 
 
 def grids(archive: Archive) -> dict[str, list[Trial]]:
-    """The second stages of each question; none before the pairs of a look are all stored."""
+    """The second stages of each question of which all trials are stored.
+
+    None before the pairs of a look of the first question are.
+    """
     full = (*full_length.first_grid(), *full_length.later(archive))
-    every = pretrained.comparison_grid(archive), full
-    look = shared.progress(with_dependencies(every[0]), archive)
-    if not (pretrained.is_selected(archive) and shared.is_complete(look)):
-        return {}
-    return {
+    every = dict(zip(MERGING, (pretrained.comparison_grid(archive), full), strict=True))
+    complete = {
         name: [t for t in trials if is_wanted(t)]
-        for name, trials in zip(MERGING, every, strict=True)
+        for name, trials in every.items()
+        if shared.is_complete(shared.progress(with_dependencies(trials), archive))
     }
+    return complete if pretrained.is_selected(archive) and "pretrained" in complete else {}
 
 
 def analyse(archive: Archive) -> Found:
@@ -45,7 +47,7 @@ def analyse(archive: Archive) -> Found:
     found: Found = shared.progress(every, archive, measured)
     if not shared.is_complete(found):
         return found
-    found |= {"groups": {}, "pooled": {}}
+    found |= {"groups": {}, "pooled": {}, "waiting": [s for s in MERGING if s not in planned]}
     for study, trials in planned.items():
         backbones = groups(with_dependencies(trials), archive)
         if study != "pretrained" and not full_length.reach_the_benchmark(backbones):
@@ -118,11 +120,14 @@ def table(found: Found) -> str:
             cells = (_cell(pooled[a]) if a in pooled else "" for a in pretrained.MERGING)
             rows.append((f"{title}: all pairs, {study}", "", *cells))
     columns = ("", "Fine-tuning", *(f"{arm} minus fine-tuning" for arm in pretrained.MERGING))
-    missing = [study for study in MERGING if study not in found["pooled"]]
-    note = "".join(
-        f"\nNot compared, since the backbones do not reach the benchmark: {study}.\n"
-        for study in missing
-    )
+    reasons = {
+        study: "its trials are not complete"
+        if study in found["waiting"]
+        else "the backbones do not reach the benchmark"
+        for study in MERGING
+        if study not in found["pooled"]
+    }
+    note = "".join(f"\nNot compared: {study}, since {why}.\n" for study, why in reasons.items())
     return markdown(columns, rows) + note + shared.diverged_note(found)
 
 
@@ -162,7 +167,7 @@ def overview(found: Found) -> Overview:
 
 QUESTION = Question(
     name="corruption",
-    title="Are merged networks more robust or better calibrated?",
+    title="Are networks with merging more robust or better calibrated?",
     hypothesis=(
         "A second stage with merging has another error on corrupted images, or another calibration "
         "error, than the same stage without it."

@@ -21,7 +21,7 @@ IMAGES, WRONG = (250, 500, 2000), (0.0, 0.2, 0.4)
 SEEDS = range(10)
 CANDIDATES = {"decay": (1e-4, 1e-3, 1e-2), "ema": (0.9, 0.95, 0.99)}
 """Control to its strengths: weight decay, and decay of the averaged weights."""
-SELECTION_SEEDS = (100, 101, 102)
+SELECTION_SEEDS = (100,)
 BASE, MERGING = "none", ("paper", "quantile")
 ARMS = (*MERGING, *CANDIDATES)
 
@@ -246,4 +246,5 @@ QUESTION = Question(
     keeps_scores=lambda trial: (
         trial.backbone.data != DATA or trial.backbone.seed not in SELECTION_SEEDS
     ),
+    keeps_weights=False,
 )

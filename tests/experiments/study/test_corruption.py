@@ -125,7 +125,21 @@ def test_a_trial_that_diverged_is_missing_from_the_pairs_of_its_arm_alone(small)
 def test_arms_are_not_compared_where_backbones_do_not_reach_the_benchmark(small):
     found = corruption.analyse(everything(reached=0.0))
     assert set(found["pooled"]) == {"pretrained"}
-    assert "do not reach the benchmark: from random weights" in corruption.table(found)
+    words = "Not compared: from random weights, since the backbones do not reach the benchmark"
+    assert words in corruption.table(found)
+
+
+def test_the_primary_question_is_compared_before_the_other_trials_are_complete(small):
+    archive = everything({"paper": 0.2})
+    last = corruption.grids(archive)["from random weights"][-1]
+    del archive.records[last.hash]
+    found = corruption.analyse(archive)
+    assert set(found["pooled"]) == {"pretrained"} and corruption.QUESTION.is_complete(archive)
+    words = "Not compared: from random weights, since its trials are not complete"
+    assert words in corruption.table(found)
+    assert corruption.overview(found) == corruption.overview(
+        corruption.analyse(everything({"paper": 0.2}))
+    )
 
 
 def test_the_interval_of_a_calibration_error_holds_its_estimate(small):

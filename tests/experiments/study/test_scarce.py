@@ -39,7 +39,7 @@ def three_seeds(monkeypatch):
 def test_the_grid_is_that_of_the_protocol():
     trials = scarce.comparison_grid(choice())
     assert len(trials) == 10 * 9 * 5 and with_dependencies(trials) == list(trials)
-    assert len(scarce.selection_grid()) == 3 * 9 * 6
+    assert len(scarce.selection_grid()) == 9 * 6
     assert {trial.backbone.seed for trial in trials}.isdisjoint(scarce.SELECTION_SEEDS)
     assert all(trial.treatment.statistics == "renewed" for trial in trials)
 
