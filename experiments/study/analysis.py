@@ -69,18 +69,13 @@ class Group:
         """The differences of `by_seed`."""
         return list(self.by_seed(pair, metric).values())
 
-    def interval(self, pair: Pair, metric: str) -> dict[str, Any] | None:
-        """`statistics.bootstrap` of a difference, with its "seeds" and "changed"; None without."""
+    def interval(self, pair: Pair) -> dict[str, Any] | None:
+        """`statistics.bootstrap` of a difference in AUC, with "seeds" and "changed", or None."""
         both = self.pairs(pair, changed=False)
         if not both:
             return None
-        values = np.stack(
-            [
-                resampled(self.archive, a)[metric] - resampled(self.archive, b)[metric]
-                for a, b in both
-            ],
-            axis=1,
-        )
+        gaps = [resampled(self.archive, a) - resampled(self.archive, b) for a, b in both]
+        values = np.stack(gaps, axis=1)
         found = statistics.bootstrap(values[0], values[1:], np.random.default_rng(0))
         return {**found._asdict(), "seeds": len(both), "changed": len(self.pairs(pair))}
 
@@ -137,24 +132,21 @@ def drawn_counts(archive: Archive, data: str) -> np.ndarray:
     return _counts(len(labels.labels), None if key is None else key.astype(np.int64).tobytes())
 
 
-_RESAMPLED: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+_RESAMPLED: dict[tuple[int, str], np.ndarray] = {}
 _KEPT: dict[int, Archive] = {}
 """Archives whose identity is a key above; kept, so that no other one gets it."""
 
 
-def resampled(archive: Archive, trial: Trial) -> dict[str, np.ndarray]:
-    """Test AUC and ACC of a trial on every draw of the images, (1 + resamples,)."""
+def resampled(archive: Archive, trial: Trial) -> np.ndarray:
+    """Test AUC of a trial on every draw of the images, (1 + resamples,)."""
     key = (id(archive), trial.hash)
     if key not in _RESAMPLED:
         _KEPT[id(archive)] = archive
         data = trial.backbone.data
         labels, counts = archive.labels[data], drawn_counts(archive, data)
-        _RESAMPLED[key] = {
-            metric: statistics.metric_of_counts(
-                metric, labels.labels, archive.scores(trial), labels.task, counts
-            )
-            for metric in METRICS
-        }
+        _RESAMPLED[key] = statistics.metric_of_counts(
+            "auc", labels.labels, archive.scores(trial), labels.task, counts
+        )
     return _RESAMPLED[key]
 
 
@@ -215,17 +207,10 @@ def _gap(archive: Archive, first: Trial, second: Trial, metric: str) -> float:
 
 
 def intervals(
-    found: Sequence[Group], pairs: Sequence[Pair], metric: str = "auc"
+    found: Sequence[Group], pairs: Sequence[Pair]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Differences per group: "FIRST - SECOND" to group name to `Group.interval`.
-
-    With "p_holm", over all rows in which two trainings or more differ, in both metrics.
-    """
-    rows: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-    for pair in pairs:
-        for name in METRICS:
-            values = {g.name: row for g in found if (row := g.interval(pair, name)) is not None}
-            rows.setdefault(name, {})[" - ".join(pair)] = values
-    every = [row for by in rows.values() for values in by.values() for row in values.values()]
-    statistics.add_holm([row for row in every if row["changed"] > 1])
-    return rows[metric]
+    """Differences in AUC per group: "FIRST - SECOND" to group name to `Group.interval`."""
+    return {
+        " - ".join(pair): {g.name: row for g in found if (row := g.interval(pair)) is not None}
+        for pair in pairs
+    }

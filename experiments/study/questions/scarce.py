@@ -117,7 +117,6 @@ def analyse(archive: Archive) -> Found:
             if row is None:
                 continue
             row["p"] = over_trials(group.differences((arm, base), "auc"))["p"]
-            row.pop("p_holm", None)
             if arm in MERGING:
                 tested.append(row)
         # Settings share weights, images and wrong labels of a seed, so the seed is the unit. A

@@ -22,7 +22,7 @@ TRIALS = (
 
 def analyse(stored):
     (group,) = groups(TRIALS, stored)
-    return group.interval(("inmerge", "finetune"), "auc")
+    return group.interval(("inmerge", "finetune"))
 
 
 QUESTION = Question(
