@@ -87,7 +87,8 @@ def check_shared_folders(folder):
     process = jax.process_index()
     assert multihost.is_shared(folder / "all")
     assert not multihost.is_shared(folder / f"of {process}")
-    assert not list(folder.glob("*/*")), "what was written to find out is removed"
+    left = multihost.run_on_primary(lambda: [path.name for path in folder.glob("*/*")])
+    assert left == [], "what was written to find out is removed"
     assert multihost.is_shared(as_path("gs://bucket/cache"))
     assert not multihost.is_shared(as_path(f"gs://bucket/{process}"))
     assert not multihost.is_shared(None if process else folder / "all")
