@@ -113,7 +113,7 @@ def in_model_merging(
       rule: The rule, with a number or a schedule in each field; or a function from the number of
         updates so far, int32 (), to the rule. What a schedule gives inside `jit` is not checked.
       key: A PRNG key, or a seed; the same on all replicas. The merge after update `n`, counted from
-        0, uses `fold_in(key, n)`. The state holds it, so a restored state goes on with its own key.
+        0, uses `fold_in(key, n)`. The state holds the key, so a restored state keeps its own.
       implementation: See `merge_kernels`.
 
     Returns:

@@ -141,7 +141,7 @@ def test_gates_of_a_convolutional_lstm():
     assert params["cell"]["hh"]["kernel"].shape == (3, 3, width, 4 * width)
     gates = run(GATES, params=params, width=width)["gates"]
     assert (gates.problems, gates.units) == (4, width)
-    # Each gate has a weight of its own, so a merge of two gates would show.
+    # Weights of two gates differ by 1 or more, so a merge of two gates would change them by 0.5.
     own = jnp.broadcast_to(jnp.repeat(jnp.arange(1.0, 5), width), gates.shape)
     own += 0.01 * jax.random.normal(jax.random.key(1), gates.shape)
     given = {"cell": {"hh": {"kernel": own}}}

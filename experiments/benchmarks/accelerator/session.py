@@ -106,10 +106,10 @@ class Session:
         if self.current is not None:
             part, name = self.current
             begun = parts.index(part)
-            self.found[part]["skipped"] |= {
-                name: "cut off when the time was over",
-                "further cases": "not begun",
-            }
+            skipped = self.found[part]["skipped"]
+            if name not in self.found[part]["cases"]:
+                skipped[name] = "cut off when the time was over"
+            skipped["further cases"] = "not begun"
             self.store(part)
         for part in parts[begun + 1 :]:
             self.found[part]["skipped"]["all cases"] = "not begun"
